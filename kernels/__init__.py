@@ -1,0 +1,10 @@
+"""The hot operations of every chapter: attention, group norm with SiLU, and the sampling update.
+
+Each file reads downward: the mathematics, a plain PyTorch reference, the public function.
+"""
+
+from kernels.attention import attention
+from kernels.group_norm_silu import group_norm_silu
+from kernels.sampling_update import gaussian, sampling_table, sampling_update
+
+__all__ = ["attention", "gaussian", "group_norm_silu", "sampling_table", "sampling_update"]

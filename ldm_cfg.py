@@ -1,0 +1,476 @@
+"""Chapter 3: latent diffusion with classifier-free guidance.
+
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022
+(arXiv:2112.10752): LDM below. Ho, Salimans, "Classifier-Free Diffusion Guidance", 2022
+(arXiv:2207.12598): CFG. Song, Meng, Ermon, "DDIM", 2021 (arXiv:2010.02502).
+
+Most of an image's bits are detail that no one asks a generator to imagine. So an autoencoder first
+learns to pack an image into a small latent z = E(x) with x = D(z) nearly, and diffusion then runs
+on z, where a step costs a fraction (LDM section 3). The network sees the class label y, and now and
+then the label "none"; a sample is steered by exaggerating the difference,
+
+    eps_hat = (1 + w) eps_hat(z_t, y) - w eps_hat(z_t, none)                      CFG eq. 6
+
+    python ldm_cfg.py                                     digits on two CPU cores, five minutes
+    python ldm_cfg.py --data imagenet100 --gpus 8         ImageNet-100 at 128x128
+    python ldm_cfg.py --sample runs/ldm-glyphs/ckpt.pt --n 100 --guidance 3 --classes 3,7
+
+Stages, each resumed where it stopped and skipped when done: data, autoencoder, latents, diffusion,
+samples, evaluation. `--smoke` walks through all of them in seconds.
+"""
+
+import math
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import data
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import autoencoder
+import runtime
+from autoencoder import Norm, ResBlock, conv, zero
+from kernels import attention, gaussian, sampling_table, sampling_update
+
+
+@dataclass
+class Config:
+    config: str = ""  # YAML file of these settings; flags override it
+    out: str = ""  # run directory (default runs/ldm-DATA)
+    stage: Literal["all", "autoencoder", "latents", "diffusion"] = "all"  # stop after this one
+    smoke: bool = False  # a few tiny steps, to see that everything works
+
+    data: str = "glyphs"
+    """glyphs, mnist, fashion_mnist, cifar10, afhq, imagenet100, or a folder or zip of images"""
+    data_root: str = "data"  # where data sets are looked for, downloaded to and prepared
+    size: int = 0
+    """resize the shorter side to this and crop the centre; 0 keeps the images' own size"""
+    flip: bool = False  # flip half of the training images left to right
+    classes: str = ""
+    """comma-separated names or numbers: train on these classes; with --sample, draw these"""
+
+    patch: int = 4  # the autoencoder first folds patches of this side into channels
+    ae_width: int = 64  # its channels after that
+    ae_mult: tuple[int, ...] = (1,)
+    """its channels at each resolution, in units of ae_width; each but the first halves the image"""
+    ae_blocks: int = 2  # residual blocks per resolution
+    z_channels: int = 4  # channels of the latent
+    kl_weight: float = 1e-4  # weight of the KL term beside the reconstruction error
+    ae_steps: int = 800  # optimizer steps of the autoencoder
+    ae_lr: float = 2e-3  # its peak learning rate
+
+    timesteps: int = 1000  # T, the length of the chain
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
+    """noise schedule: of DDPM, of Stable Diffusion, or of IDDPM"""
+    width: int = 64  # channels of the latent U-Net at full latent resolution
+    mult: tuple[int, ...] = (1, 2)
+    """channels at each resolution, in units of width; each but the first halves the latent"""
+    blocks: int = 1  # residual blocks per resolution
+    heads: int = 4  # attention heads, at every resolution
+    label_dropout: float = 0.1  # how often training replaces the label by "none"
+
+    steps: int = 1500  # optimizer steps of the diffusion
+    batch_size: int = 64  # images per step over all processes, in both trainings
+    lr: float = 2e-3  # peak learning rate
+    warmup: int = 100  # steps over which a learning rate rises; then it falls as a half cosine
+    clip_grad: float = 1.0  # largest gradient norm
+    ema: float = 0.995  # decay of the running mean of the weights, which is what gets sampled
+    seed: int = 0  # everything random in training is a function of this and the step
+
+    gpus: int = field(default_factory=runtime.default_gpus)
+    """number of GPUs; 0 is the CPU; more than one starts that many processes"""
+    resume: str = "auto"  # auto (go on where the run stopped), never, or a checkpoint
+    compile: bool = False  # torch.compile the networks
+    tensorboard: bool = False  # write TensorBoard files too
+    log_every: int = 50  # steps between two lines of log.jsonl
+    save_every: int = 250  # steps between two checkpoints, a multiple of --log-every
+    sample_every: int = 500  # steps between two grids; 0 for none but the last
+
+    sample: str = ""  # do not train: sample from this checkpoint
+    n: int = 100  # how many samples
+    n_eval: int = 1000  # how many more samples the evaluation after training draws; 0 skips it
+    seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sample_steps: int = 30  # how many of the T timesteps the sampler visits, evenly spaced
+    eta: float = 0.0  # noise of a ddim step: 0 deterministic, 1 like ddpm
+    guidance: float = 1.0
+    """w in (1+w) eps(z,y) - w eps(z): -1 unconditional, 0 conditional; others write s = 1+w"""
+
+
+# ----------------------------------------------------------------------------- denoising network
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads, self.norm = heads, Norm(channels, silu=False)
+        self.qkv, self.proj = nn.Linear(channels, 3 * channels), zero(nn.Linear(channels, channels))
+
+    def forward(self, x):
+        h, w = x.shape[2:]
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")  # a view of channels_last memory
+        qkv = rearrange(self.qkv(tokens), "b n (k h d) -> k b h n d", k=3, h=self.heads)
+        out = rearrange(attention(*qkv), "b h n d -> b n (h d)")  # (B,HW,C)
+        return x + rearrange(self.proj(out), "b (h w) c -> b c h w", h=h, w=w)
+
+
+def timestep_embedding(t, width):
+    """(B,) timesteps -> (B, width) sines and cosines of wavelengths from 2 pi to 10000 * 2 pi."""
+    half = torch.arange(width // 2, device=t.device) / (width // 2)
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * half)  # (B,width/2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Layer(nn.Module):
+    """A residual block and self-attention."""
+
+    def __init__(self, c_in, c_out, c_emb, heads):
+        super().__init__()
+        self.res, self.attend = ResBlock(c_in, c_out, c_emb), SelfAttention(c_out, heads)
+
+    def forward(self, x, emb):
+        return self.attend(self.res(x, emb))
+
+
+class UNet(nn.Module):
+    """net(z, t, y) -> eps_hat of z's shape: z (B,C,h,w), t (B,) int, y (B,) labels or None.
+
+    The label num_classes, or None for all, means "no label". Every resolution attends. An odd side
+    rounds up when it halves (7 -> 4), and grows back to the size of its skip connection.
+    """
+
+    def __init__(self, channels, num_classes, width, mult, blocks, heads):
+        super().__init__()
+        self.width, self.null, c_emb = width, num_classes, 4 * width
+        self.time = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.label = nn.Embedding(num_classes + 1, c_emb)
+        self.conv_in, self.down, self.up = conv(channels, width), nn.ModuleList(), nn.ModuleList()
+        c, skips = width, [width]
+        for level, m in enumerate(mult):
+            if level:
+                self.down.append(conv(c, c, stride=2))
+                skips.append(c)
+            for _ in range(blocks):
+                self.down.append(Layer(c, width * m, c_emb, heads))
+                c = width * m
+                skips.append(c)
+        self.middle = nn.ModuleList([Layer(c, c, c_emb, heads), ResBlock(c, c, c_emb)])
+        for level, m in reversed(list(enumerate(mult))):
+            for _ in range(blocks + 1):
+                self.up.append(Layer(c + skips.pop(), width * m, c_emb, heads))
+                c = width * m
+            if level:
+                self.up.append(conv(c, c))
+        self.norm_out, self.conv_out = Norm(c), zero(conv(c, channels))
+
+    def forward(self, z, t, y=None):
+        y = torch.full_like(t, self.null) if y is None else y
+        emb = F.silu(self.time(timestep_embedding(t, self.width)) + self.label(y))  # (B,4*width)
+        h = self.conv_in(z)  # (B,width,h,w)
+        skips = [h]
+        for block in self.down:
+            h = block(h, emb) if isinstance(block, Layer) else block(h)
+            skips.append(h)
+        for block in self.middle:
+            h = block(h, emb)  # (B,width*mult[-1],h/2^k,w/2^k)
+        for block in self.up:
+            if isinstance(block, Layer):
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+            else:
+                h = block(F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
+        return self.conv_out(self.norm_out(h))
+
+
+def make_net(cfg, num_classes):
+    net = UNet(cfg.z_channels, num_classes, cfg.width, cfg.mult, cfg.blocks, cfg.heads)
+    return net.to(memory_format=torch.channels_last)
+
+
+# --------------------------------------------------------------- noise schedule, loss, sampling
+
+
+def make_alpha_bar(schedule, T):
+    """alpha_bar_t for t = 0..T-1, float64: the share of the latent's variance left after step t.
+
+    linear         beta from 1e-4 to 0.02 for T = 1000, scaled by 1000/T for others (DDPM)
+    scaled_linear  sqrt(beta) linear, beta from 0.00085 to 0.012 likewise (LDM, Stable Diffusion)
+    cosine         alpha_bar_t = f(t+1)/f(0), f(t) = cos^2((t/T + 0.008)/1.008 pi/2) (IDDPM eq. 17)
+    """
+    if schedule == "linear":
+        betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+    elif schedule == "scaled_linear":
+        ends = math.sqrt(0.00085), math.sqrt(0.012)
+        betas = torch.linspace(*ends, T, dtype=torch.float64).square() * (1000 / T)
+    else:
+        t = torch.arange(T + 1, dtype=torch.float64) / T
+        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
+        betas = 1 - f[1:] / f[:-1]
+    return (1 - betas.clamp(max=0.999)).cumprod(0)
+
+
+def simple_loss(net, z0, y, t, eps, alpha_bar):
+    """||eps - eps_hat(z_t, t, y)||^2 of each latent, (B,), a mean over its numbers (LDM eq. 2)."""
+    a = alpha_bar[t].view(-1, 1, 1, 1)  # (B,1,1,1)
+    z_t = a.sqrt().to(z0.dtype) * z0 + (1 - a).sqrt().to(z0.dtype) * eps
+    return (eps - net(z_t, t, y).float()).square().mean(dim=(1, 2, 3))
+
+
+@torch.inference_mode()
+def sampler(net, alpha_bar, pairs, shape, seeds, y, *, eta, guidance):
+    """Walk from noise to latents; yields (t_prev, z, z0_hat) after every step.
+
+    pairs [(t, t_prev), ...] downwards, the last t_prev is -1. seeds (B,) int64: a sample is a
+    function of its seed and label alone. y (B,) labels. eta None is DDPM's step, a number DDIM's.
+    With guidance w != 0 the conditional and unconditional passes are one batch of 2B.
+    """
+    table = sampling_table(alpha_bar, pairs, eta=eta)
+    z = gaussian((len(seeds), *shape), seeds, -1, seeds.device)
+    z = z.to(memory_format=torch.channels_last)
+    for step, (t, t_prev) in enumerate(pairs):
+        t = torch.full_like(seeds, t)
+        if guidance == 0:
+            out, out_uncond = net(z, t, y), None
+        else:
+            both = torch.cat([y, torch.full_like(y, net.null)])
+            out, out_uncond = net(z.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+        z, z0_hat = sampling_update(
+            z, out, table, step, out_uncond=out_uncond, guidance=guidance, seeds=seeds, clip=False
+        )
+        yield t_prev, z, z0_hat
+
+
+def draw(net, ae, scale, cfg, world, shape, labels, seeds, desc="sampling"):
+    """uint8 images (N,H,W,C) of `shape` (C,H,W), the same on every rank: each draws its share.
+
+    labels, seeds (N,) int64; scale is what latents are divided by before they are decoded.
+    """
+    alpha_bar = make_alpha_bar(cfg.schedule, cfg.timesteps)
+    ts = torch.linspace(cfg.timesteps - 1, 0, cfg.sample_steps).round().long().unique().flip(0)
+    pairs = list(zip(ts.tolist(), [*ts[1:].tolist(), -1], strict=True))
+    z_shape = (cfg.z_channels, shape[1] // ae.factor, shape[2] // ae.factor)
+    parts = torch.arange(len(seeds))[world.share(len(seeds))].split(cfg.batch_size)
+    images = [torch.empty(0, *shape[1:], shape[0], dtype=torch.uint8)]
+    with world.progress(len(parts) * len(pairs), desc=desc) as bar:
+        for part in parts:
+            with world.autocast():
+                for _, z, _ in sampler(  # noqa: B007
+                    net, alpha_bar, pairs, z_shape, seeds[part].to(world.device),
+                    labels[part].to(world.device), guidance=cfg.guidance,
+                    eta=cfg.eta if cfg.sampler == "ddim" else None,
+                ):  # fmt: skip
+                    bar.update()
+            with torch.inference_mode():
+                images.append(runtime.to_uint8(ae.decode(z.float() / scale)))
+    return world.collect(torch.cat(images).to(world.device), len(seeds)).cpu()
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def load_data(cfg):
+    classes = runtime.split_list(cfg.classes)
+    return data.load(cfg.data, cfg.data_root, size=cfg.size or None, classes=classes)
+
+
+def train(cfg, world):
+    """All stages but the evaluation."""
+    ds = load_data(cfg)
+    shape, k = (ds.channels, ds.height, ds.width), ds.num_classes
+    if world.is_main:
+        print(f"{ds.name}: {len(ds)} images {shape[1]}x{shape[2]}x{shape[0]}, {k} classes")
+    ae = autoencoder.train(cfg, world, ds)
+    if cfg.stage == "autoencoder":
+        return
+    moments, scale = autoencoder.cache_latents(cfg, world, ds, ae)
+    if cfg.stage == "latents":
+        return
+
+    torch.manual_seed(cfg.seed)
+    net = make_net(cfg, k).to(world.device)
+    ema = AveragedModel(net, multi_avg_fn=runtime.ema_update(cfg.ema))
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
+    identity = {"data_key": ds.key, "autoencoder": autoencoder.weights_hash(ae)}
+    run = runtime.Run(
+        cfg.out, "ldm_cfg", asdict(cfg) | identity, world,
+        resume=cfg.resume, tensorboard=cfg.tensorboard,
+    )  # fmt: skip
+    state, start = run.restore(), 0
+    if state:
+        net.load_state_dict(state["model"])
+        ema.module.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        ema.n_averaged.fill_(start)
+    model = world.wrap(torch.compile(net) if cfg.compile else net)
+    alpha_bar = make_alpha_bar(cfg.schedule, cfg.timesteps).to(world.device)
+    mine, meter = world.share(cfg.batch_size), runtime.LossMeter(world.device)
+    seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
+    labels = labels_for(seeds, range(k))
+    if world.is_main:
+        count = sum(p.numel() for p in net.parameters()) / 1e6
+        print(f"diffusion: {count:.2f} M parameters, {cfg.steps} steps from {start}")
+
+    bar = world.progress(cfg.steps, start, "diffusion")
+    for step in range(start, cfg.steps):
+        # All that is random is drawn for the global batch from (seed, step), then shared out.
+        rng, batch = np.random.default_rng([cfg.seed, step]), cfg.batch_size
+        t = torch.from_numpy(rng.integers(cfg.timesteps, size=batch))[mine].to(world.device)
+        hide = torch.from_numpy(rng.random(batch) < cfg.label_dropout)[mine]
+        noise_seeds = torch.from_numpy(rng.integers(2**62, size=(2, batch)))[:, mine]
+
+        idx = data.indices(len(ds), batch, cfg.seed, step, world.rank, world.size)
+        y = torch.where(hide, k, torch.from_numpy(ds.labels[idx])).to(world.device)  # (B,)
+        if cfg.flip:
+            idx = idx + len(ds) * data.flips(batch, cfg.seed, step, world.rank, world.size)
+        z_shape = (len(idx), cfg.z_channels, *moments.shape[1:3])
+        noise = gaussian(z_shape, noise_seeds[0], step, "cpu")
+        z0 = scale * autoencoder.latent_batch(moments, idx, noise).to(world.device)  # (B,z,h,w)
+        eps = gaussian(z_shape, noise_seeds[1], step, world.device)
+
+        lr = runtime.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with world.autocast():
+            losses = simple_loss(model, z0, y, t, eps, alpha_bar)  # (B,)
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update_parameters(net)
+
+        meter.add(step, losses, t * 4 // cfg.timesteps)
+        step, last = step + 1, step + 1 == cfg.steps
+        bar.update()
+        if step % cfg.log_every == 0 or last:
+            values = meter.read(world, run)
+            run.log(step, **values, lr=lr, images_per_s=run.rate((step - start) * batch))
+            bar.set_postfix(loss=f"{values['loss']:.4f}")
+        if step % cfg.save_every == 0 or last:
+            run.save(
+                step, model=net.state_dict(), ema=ema.module.state_dict(),
+                optimizer=optimizer.state_dict(), autoencoder=ae.state_dict(), scale=scale,
+                shape=list(shape), class_names=list(ds.class_names),
+            )  # fmt: skip
+        if cfg.sample_every and step % cfg.sample_every == 0 and not last:
+            images = draw(ema.module, ae, scale, cfg, world, shape, labels, seeds)
+            if world.is_main:
+                runtime.save_grid(images[:100], run.folder / f"samples-{step:06d}.png", 10)
+                runtime.plot_loss(run)
+    bar.close()
+    if world.is_main:
+        runtime.plot_loss(run)
+    if cfg.stage == "all":
+        last = replace(cfg, sample=str(run.folder / "ckpt.pt"), classes="")
+        sample(last, world, max(cfg.n, cfg.n_eval))
+
+
+# ----------------------------------------------------------------------- samples and evaluation
+
+
+def labels_for(seeds, chosen):
+    """The label of each sample, a function of its seed; label 0 is "none" where there are none."""
+    return torch.tensor(list(chosen) or [0])[seeds % max(1, len(chosen))]
+
+
+def load_net(path, device):
+    """(denoiser with the EMA weights, autoencoder, checkpoint, Config it was trained with)."""
+    state = runtime.load_checkpoint(path, "ldm_cfg")
+    known = {f.name for f in fields(Config)}
+    cfg = Config(**{key: v for key, v in state["config"].items() if key in known})
+    net = make_net(cfg, len(state["class_names"]))
+    ae = autoencoder.make_autoencoder(cfg, state["shape"])
+    net.load_state_dict(state["ema"])
+    ae.load_state_dict(state["autoencoder"])
+    return net.to(device).eval(), ae.to(device).eval(), state, cfg
+
+
+def sample(cfg, world, n):
+    """n samples from the checkpoint cfg.sample: samples.png and .npz, in cfg.out or beside it."""
+    net, ae, state, trained = load_net(cfg.sample, world.device)
+    asked = ("sampler", "sample_steps", "eta", "guidance", "batch_size")
+    trained = replace(trained, **{name: getattr(cfg, name) for name in asked})
+    check_sampling(trained)
+    chosen = runtime.parse_classes(cfg.classes, state["class_names"])
+    seeds = runtime.parse_seeds(cfg.seeds, n)
+    labels = labels_for(seeds, chosen)
+    images = draw(net, ae, state["scale"], trained, world, state["shape"], labels, seeds)
+    if world.is_main:
+        folder = Path(cfg.out or Path(cfg.sample).parent)
+        runtime.save_samples(folder, images, labels if chosen else None, 10)
+        print(f"samples: {folder / 'samples.png'}, guidance w = {cfg.guidance:g}")
+
+
+def evaluate(cfg):
+    """Let eval_fid.py compare samples.npz with the test split; what it finds goes to eval.json."""
+    folder = Path(cfg.out)
+    command = [
+        sys.executable, str(Path(__file__).with_name("eval_fid.py")),
+        str(folder / "samples.npz"), f"{cfg.data}:test", "--data-root", cfg.data_root,
+        "--json", str(folder / "eval.json"), "--gpus", str(min(cfg.gpus, 1)),
+    ]  # fmt: skip
+    if cfg.size:
+        command += ["--size", str(cfg.size)]
+    if cfg.classes:
+        command += ["--classes", cfg.classes]
+    if subprocess.run(command).returncode:
+        raise runtime.BadInput(f"the evaluation failed; its command was {shlex.join(command)}")
+
+
+# ----------------------------------------------------------------------------------------- main
+
+
+def check_sampling(cfg):
+    if cfg.sample_steps > cfg.timesteps:
+        raise runtime.BadInput(
+            f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps {cfg.timesteps}"
+        )
+
+
+def check(cfg):
+    """Raise BadInput for a setting out of its range."""
+    runtime.check_positive(
+        cfg, "patch", "ae_width", "ae_mult", "ae_blocks", "z_channels", "ae_steps", "ae_lr",
+        "timesteps", "width", "mult", "blocks", "heads", "steps", "batch_size", "lr", "clip_grad",
+        "log_every", "save_every", "n", "sample_steps",
+    )  # fmt: skip
+    runtime.check_fraction(cfg, "label_dropout", "ema", "eta", "kl_weight")
+    if cfg.save_every % cfg.log_every:
+        raise runtime.BadInput(
+            f"--save-every {cfg.save_every} must be a multiple of --log-every {cfg.log_every}"
+        )
+    if any(cfg.width * m % cfg.heads for m in cfg.mult):
+        raise runtime.BadInput(f"--heads {cfg.heads} must divide --width {cfg.width} times --mult")
+    runtime.check_processes(cfg.gpus, cfg.batch_size)
+
+
+def main():
+    cfg = runtime.parse(Config, __doc__)
+    if cfg.smoke:
+        cfg = replace(
+            cfg, ae_steps=4, steps=4, batch_size=8, ae_width=32, width=32, n=8, n_eval=0,
+            sample_steps=4, warmup=1, log_every=1, save_every=2, sample_every=2, resume="never",
+            out=cfg.out or "runs/smoke-ldm",
+        )  # fmt: skip
+    check(cfg)
+    if cfg.sample:
+        runtime.launch(partial(sample, n=cfg.n), cfg)
+        return
+    check_sampling(cfg)
+    cfg = replace(cfg, out=cfg.out or f"runs/ldm-{Path(cfg.data).stem}")
+    load_data(cfg)  # prepared once, before there are several processes
+    runtime.launch(train, cfg)
+    if cfg.stage == "all" and cfg.n_eval and runtime.is_first_process():
+        evaluate(cfg)
+
+
+if __name__ == "__main__":
+    runtime.entry(main)

@@ -1,0 +1,303 @@
+"""What a training script needs and that is not diffusion.
+
+    command line   parse, entry             a dataclass becomes flags, a YAML file lies under them
+    processes      launch, World            one process, --gpus N of them, or a place under torchrun
+    a run          Run, load_checkpoint     config, log and checkpoints that survive a kill
+    training       LossMeter, ema_update    learning rate, running mean of weights, loss curve
+    pictures       save_grid, save_gif      uint8 (N, H, W, C) in, PNG and GIF out
+
+It imports no script and knows no model. Command line, training helpers and pictures are written in
+support/; scripts reach them from here.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from tqdm import tqdm
+
+from support.commandline import (
+    BadInput,
+    check_fraction,
+    check_positive,
+    entry,
+    parse,
+    parse_classes,
+    parse_seeds,
+    split_list,
+)  # fmt: skip
+from support.pictures import atomic_write, save_gif, save_grid, save_samples, tile, to_uint8
+from support.training import LossMeter, ema_update, learning_rate, plot_loss, read_log
+
+__all__ = [
+    "BadInput", "LossMeter", "Run", "World", "atomic_write", "check_fraction", "check_positive",
+    "check_processes", "default_gpus", "ema_update", "entry", "is_first_process", "launch",
+    "learning_rate", "load_checkpoint", "parse", "parse_classes", "parse_seeds", "plot_loss",
+    "read_log", "save_gif", "save_grid", "save_samples", "split_list", "tile", "to_uint8",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among `size` of them, and the device that is its own."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def share(self, n):
+        """This rank's contiguous part of 0..n-1, as a slice; the parts of all ranks cover it."""
+        return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
+    def wrap(self, net):
+        """`net` for training: its gradients are the mean over all processes after backward()."""
+        if self.size == 1:
+            return net
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
+
+    def sum(self, tensor):
+        """The sum of `tensor` over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def collect(self, part, n):
+        """All n rows on every rank, from each rank's part = rows[self.share(n)]."""
+        rows = part.new_zeros((n, *part.shape[1:]))
+        rows[self.share(n)] = part
+        return self.sum(rows)
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def autocast(self):
+        """bf16 autocast where the GPU has bf16, else nothing."""
+        on = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+
+    def progress(self, total, initial=0, desc=""):
+        """A tqdm line on rank 0, quiet elsewhere; seldom redrawn when it goes into a file."""
+        interval = 0.1 if sys.stderr.isatty() else 30
+        return tqdm(
+            total=total, initial=initial, desc=desc, disable=not self.is_main,
+            mininterval=interval, dynamic_ncols=True,
+        )  # fmt: skip
+
+
+def default_gpus():
+    """One GPU where there is one, else the CPU."""
+    return min(torch.cuda.device_count(), 1)
+
+
+def check_processes(gpus, batch_size):
+    """Raise BadInput if this machine lacks `gpus` GPUs or the processes cannot share a batch."""
+    have = torch.cuda.device_count()
+    if gpus < 0 or gpus > have:
+        raise BadInput(
+            f"--gpus {gpus}: this machine has {have} GPU{'s' * (have != 1)}; "
+            f"type --gpus {have}" + (" to run on the CPU" if have == 0 else " or fewer")
+        )
+    size = int(os.environ.get("WORLD_SIZE", max(gpus, 1)))
+    if batch_size % size:
+        lower, upper = batch_size // size * size, -(-batch_size // size) * size
+        raise BadInput(
+            f"--batch-size {batch_size} cannot be divided among {size} processes; "
+            f"try {upper}" + (f" or {lower}" if lower else "")
+        )
+
+
+def is_first_process():
+    """Whether this is the process that does, after launch(), what must be done once."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def launch(fn, cfg):
+    """Call fn(cfg, world) in every process.
+
+    Under torchrun this process joins the others (RANK, WORLD_SIZE, LOCAL_RANK in the environment);
+    otherwise cfg.gpus > 1 starts that many processes here; otherwise fn runs in this one.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        _run_rank(int(os.environ.get("LOCAL_RANK", rank)), fn, cfg, rank, size)
+    elif cfg.gpus > 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            os.environ.setdefault("MASTER_PORT", str(s.getsockname()[1]))
+        try:
+            torch.multiprocessing.spawn(_run_rank, (fn, cfg, None, cfg.gpus), nprocs=cfg.gpus)
+        except torch.multiprocessing.ProcessExitedException as error:
+            if error.exit_code == 2:  # the rank has already said what was wrong
+                sys.exit(2)
+            raise
+    else:
+        fn(cfg, World(device=torch.device("cuda:0" if cfg.gpus else "cpu")))
+
+
+def _run_rank(local_rank, fn, cfg, rank, size):
+    rank = local_rank if rank is None else rank
+    on_gpu = cfg.gpus > 0
+    device = torch.device(f"cuda:{local_rank}" if on_gpu else "cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=size)
+    try:
+        entry(lambda: fn(cfg, World(rank, size, device)))
+    finally:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------- files and a run
+
+
+def load_checkpoint(path, script=None):
+    """The dictionary that Run.save wrote at `path`, on the CPU.
+
+    Raises BadInput, naming the file, when it is missing, truncated, or (with `script`) written by
+    something else. Loads with weights_only=True: a checkpoint cannot run code.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"checkpoint {path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "unreadable"
+        raise BadInput(f"checkpoint {path} is truncated or not a checkpoint ({reason})") from None
+    made_by = state.get("script") if isinstance(state, dict) else None
+    if made_by is None or (script is not None and made_by != script):
+        whose = f"by {made_by}" if made_by else "by none of these scripts"
+        raise BadInput(f"checkpoint {path} was written {whose}, expected one of {script or 'ours'}")
+    return state
+
+
+class Run:
+    """A run directory: config.yaml, log.jsonl, loss.png, ckpt.pt and the checkpoint before it.
+
+    folder   where it is
+    script   name of what trains here; a checkpoint of another name is refused
+    config   dict of all settings, saved; resuming compares it, but for what is in `FREE`
+    resume   'auto' (continue if there is something to continue), 'never', or a checkpoint's path
+    """
+
+    # Settings that do not change what the weights at a given step are.
+    FREE = frozenset({
+        "config", "out", "resume", "gpus", "steps", "data_root", "compile", "tensorboard",
+        "log_every", "save_every", "sample_every", "sample", "n", "sampler", "sample_steps",
+        "eta", "guidance", "seeds", "n_eval",
+    })  # fmt: skip
+
+    def __init__(self, folder, script, config, world, *, resume="auto", tensorboard=False):
+        self.folder, self.script, self.world = Path(folder), script, world
+        self.config = json.loads(json.dumps(config))  # plain lists and numbers, as YAML gives back
+        self.resume, self.board = resume, None
+        self.log_path = self.folder / "log.jsonl"
+        self.started, self.seen = time.perf_counter(), None
+        if world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if tensorboard:
+                self.board = _summary_writer(self.folder)
+
+    def restore(self):
+        """The state to continue from, or None for a fresh start; cuts the log back to its step.
+
+        'auto' takes ckpt.pt, or with a warning the one before it when that is damaged. Raises
+        BadInput for a checkpoint of another script or configuration, naming what differs.
+        """
+        state = self._choose()
+        if state is not None:
+            theirs, differing = state["config"], []
+            for key in sorted((set(theirs) | set(self.config)) - self.FREE):
+                if theirs.get(key) != self.config.get(key):
+                    differing.append(f"{key} {theirs.get(key)} there, {self.config.get(key)} here")
+            if differing:
+                raise BadInput(
+                    f"{self.folder} holds a run of another configuration ({'; '.join(differing)}); "
+                    "type --resume never to start over, or another --out"
+                )
+        step = state["step"] if state else 0
+        if self.world.is_main:
+            rows = [row for row in read_log(self.log_path) if row["step"] <= step] if state else []
+            with atomic_write(self.log_path) as path:
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            self._write_config()
+        self.world.barrier()
+        return state
+
+    def _choose(self):
+        if self.resume == "never":
+            return None
+        if self.resume != "auto":
+            return load_checkpoint(self.resume, self.script)
+        for name in ("ckpt.pt", "ckpt-previous.pt"):
+            path = self.folder / name
+            if path.exists():
+                try:
+                    return load_checkpoint(path, self.script)
+                except BadInput as error:
+                    warnings.warn(f"{error}; trying the one before it", stacklevel=3)
+        return None
+
+    def _write_config(self):
+        versions = (
+            f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+        )
+        with atomic_write(self.folder / "config.yaml") as path:
+            header = f"# {shlex.join([Path(sys.executable).name, *sys.argv])}\n# {versions}\n"
+            path.write_text(header + yaml.safe_dump(self.config, sort_keys=False))
+
+    def save(self, step, **state):
+        """Write ckpt.pt whole or not at all; the one it replaces stays as ckpt-previous.pt."""
+        if not self.world.is_main:
+            return
+        path, previous = self.folder / "ckpt.pt", self.folder / "ckpt-previous.pt"
+        with atomic_write(path) as temporary:
+            torch.save(
+                {"script": self.script, "config": self.config, "step": step, **state}, temporary
+            )
+            if path.exists():  # a second name for the old file, so that ckpt.pt never is missing
+                link = previous.with_suffix(".link")
+                link.unlink(missing_ok=True)
+                os.link(path, link)
+                os.replace(link, previous)
+
+    def log(self, step, **values):
+        """Append one object to log.jsonl, and to TensorBoard if asked for."""
+        if not self.world.is_main:
+            return
+        with open(self.log_path, "a") as f:
+            f.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def rate(self, images):
+        """Images per second since the last call, from the count so far in this process."""
+        now, (then, before) = time.perf_counter(), self.seen or (self.started, 0)
+        self.seen = (now, images)
+        return round((images - before) / max(now - then, 1e-9), 1)
+
+
+def _summary_writer(folder):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("--tensorboard needs its package: pip install tensorboard") from None
+    return SummaryWriter(folder)

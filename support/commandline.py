@@ -1,0 +1,148 @@
+"""A dataclass becomes a command line (tyro) with a YAML file underneath; errors are one line."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+
+class BadInput(Exception):
+    """The user can mend this; one line: what was wrong, what was expected, what to type."""
+
+
+def entry(main):
+    """Run main(); BadInput becomes one line and exit code 2, a bug keeps its traceback."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(config_class, doc, args=None):
+    """The command line as an instance of `config_class`, a dataclass whose fields are documented.
+
+    `--config F.yaml` names a file of the same fields; it lies under the flags, which override it.
+    Raises BadInput for an unknown flag or key and for a value of the wrong type.
+    """
+    import tyro
+
+    args = list(sys.argv[1:] if args is None else args)
+    names = [field.name for field in dataclasses.fields(config_class)]
+    error_text = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(error_text):
+            return tyro.cli(
+                config_class,
+                description=doc,
+                args=_yaml_flags(args, names) + args,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise BadInput(_one_line(error_text.getvalue(), names)) from None
+
+
+def _yaml_flags(args, names):
+    """The file that --config names, as flags, so that one parser checks both."""
+    places = [i for i, a in enumerate(args) if a == "--config" or a.startswith("--config=")]
+    if not places:
+        return []
+    last = args[places[-1]]
+    path = Path(last.split("=", 1)[1] if "=" in last else "".join(args[places[-1] + 1 :][:1]))
+    if not path.is_file():
+        raise BadInput(f"--config {path}: no such file; configs/ holds examples")
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise BadInput(f"--config {path}: expected lines of 'key: value'")
+    flags = []
+    for key, value in settings.items():
+        if key not in names or key == "config":
+            close = difflib.get_close_matches(str(key), names, 1)
+            hint = f"; did you mean {close[0]}?" if close else "; see --help for the keys"
+            raise BadInput(f"--config {path}: unknown key {key!r}{hint}")
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{flag}", *map(str, values)]
+    return flags
+
+
+def _one_line(box, names):
+    """tyro explains in a box of many lines; keep what was wrong and add the closest flag."""
+    lines = [re.sub(r"^\s*│\s?|\s*│\s*$", "", line).strip() for line in box.splitlines()]
+    lines = [line for line in lines if line and line[0] not in "╭╰"]
+    end = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    text = " ".join(lines[:end])
+    unknown = re.match(r"Unrecognized options: (--[\w-]+)", text)
+    if unknown:
+        flags = ["--" + name.replace("_", "-") for name in names]
+        close = difflib.get_close_matches(unknown[1], flags, 1)
+        return f"unknown flag {unknown[1]}" + (
+            f"; did you mean {close[0]}?" if close else "; see --help"
+        )
+    return f"{text}; see --help"
+
+
+def split_list(text):
+    """'a, b,c' -> ['a', 'b', 'c']; '' -> []."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_seeds(text, n):
+    """int64 seeds from '17' or '0-63,100'; for '' 0..n-1. Else BadInput."""
+    if not text:
+        return torch.arange(n)
+    seeds = []
+    for part in split_list(text):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise BadInput(f"--seeds {text}: expected numbers and ranges such as 17 or 0-63,100")
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return torch.tensor(seeds)
+
+
+def parse_classes(text, names):
+    """Indices into `names` from 'cat,3'; all for ''. BadInput lists the choice."""
+    chosen = []
+    for part in split_list(text):
+        if part in names:
+            chosen.append(list(names).index(part))
+        elif part.isdigit() and int(part) < len(names):
+            chosen.append(int(part))
+        else:
+            choice = ", ".join(f"{i} {name}" for i, name in enumerate(names[:20])) or "no classes"
+            raise BadInput(f"--classes {part}: there is {choice}" + " ..." * (len(names) > 20))
+    return chosen or list(range(len(names)))
+
+
+def check_fraction(cfg, *names):
+    """Raise BadInput unless every named field of `cfg` lies in 0..1."""
+    for name in names:
+        if not 0 <= getattr(cfg, name) <= 1:
+            flag = "--" + name.replace("_", "-")
+            raise BadInput(f"{flag} must be from 0 to 1, got {getattr(cfg, name)}")
+
+
+def check_positive(cfg, *names):
+    """Raise BadInput unless every named field of `cfg` (a number or a tuple of numbers) is > 0."""
+    for name in names:
+        value = getattr(cfg, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or not all(v > 0 for v in values):
+            flag = "--" + name.replace("_", "-")
+            raise BadInput(f"{flag} must be greater than 0, got {value}")

@@ -1,0 +1,74 @@
+"""Grids and GIFs of uint8 images, and files that are written whole or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary Path beside `path`; on success it is flushed to disk and takes its name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_uint8(x):
+    """(B, C, H, W) floats in [-1, 1] -> (B, H, W, C) uint8 on the CPU."""
+    x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return x.permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def tile(images, columns=None, pad=2):
+    """(N, H, W, C) uint8 -> one picture (rows·(H+pad)+pad, columns·(W+pad)+pad, C)."""
+    images = np.asarray(images)
+    n, h, w, c = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    sheet = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, c), 32, np.uint8)
+    for i, image in enumerate(images):
+        y, x = pad + i // columns * (h + pad), pad + i % columns * (w + pad)
+        sheet[y : y + h, x : x + w] = image
+    return sheet
+
+
+def _picture(images, columns):
+    sheet = tile(images, columns)
+    return Image.fromarray(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet)
+
+
+def save_grid(images, path, columns=None):
+    """Write (N, H, W, C) uint8 images, C 1 or 3, as one PNG."""
+    with atomic_write(path) as temporary:
+        _picture(images, columns).save(temporary)
+
+
+def save_gif(frames, path, columns=None, seconds=4.0):
+    """Write a list of (N, H, W, C) uint8 image sets as the frames of a GIF; the last one stays."""
+    pictures = [_picture(images, columns) for images in frames]
+    each = max(20, int(1000 * seconds / len(pictures)))
+    with atomic_write(path) as temporary:
+        durations = [each] * (len(pictures) - 1) + [2000]
+        pictures[0].save(
+            temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0
+        )
+
+
+def save_samples(folder, images, labels, columns=None):
+    """samples.png (a grid of the first 100) and samples.npz (arr_0 images, arr_1 labels if any)."""
+    folder = Path(folder)
+    save_grid(images[:100], folder / "samples.png", columns)
+    arrays = [np.asarray(images)] + ([] if labels is None else [np.asarray(labels)])
+    with atomic_write(folder / "samples.npz") as temporary:
+        np.savez(temporary, *arrays)
