@@ -75,7 +75,7 @@ def gaussian(shape, seeds, step, device):
     words = _philox(counter, step & WORD, 0, 0, seeds & WORD, (seeds >> 32) & WORD)  # 4 x (B, n)
     u = [_uniform(word) for word in words]
     z = torch.stack((*_box_muller(u[0], u[1]), *_box_muller(u[2], u[3])), dim=-1)  # (B, n, 4)
-    return z.flatten(1)[:, :per_sample].reshape(shape)
+    return z.flatten(1)[:, :per_sample].contiguous().view(shape)
 
 
 def sampling_table(
