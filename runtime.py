@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from tqdm import tqdm
 
 from support.commandline import (
     BadInput,
@@ -35,6 +34,7 @@ from support.commandline import (
     parse,
     parse_classes,
     parse_seeds,
+    progress,
     split_list,
 )  # fmt: skip
 from support.pictures import atomic_write, save_gif, save_grid, save_samples, tile, to_uint8
@@ -43,7 +43,7 @@ from support.training import LossMeter, ema_update, learning_rate, plot_loss, re
 __all__ = [
     "BadInput", "LossMeter", "Run", "World", "atomic_write", "check_fraction", "check_positive",
     "check_processes", "default_gpus", "ema_update", "entry", "is_first_process", "launch",
-    "learning_rate", "load_checkpoint", "parse", "parse_classes", "parse_seeds", "plot_loss",
+    "learning_rate", "load_checkpoint", "parse", "parse_classes", "parse_seeds", "plot_loss", "progress",
     "read_log", "save_gif", "save_grid", "save_samples", "split_list", "tile", "to_uint8",
 ]  # fmt: skip
 
@@ -93,12 +93,8 @@ class World:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
     def progress(self, total, initial=0, desc=""):
-        """A tqdm line on rank 0, quiet elsewhere; seldom redrawn when it goes into a file."""
-        interval = 0.1 if sys.stderr.isatty() else 30
-        return tqdm(
-            total=total, initial=initial, desc=desc, disable=not self.is_main,
-            mininterval=interval, dynamic_ncols=True,
-        )  # fmt: skip
+        """A progress bar on rank 0, quiet elsewhere."""
+        return progress(total, desc, initial=initial, quiet=not self.is_main)
 
 
 def default_gpus():

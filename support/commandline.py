@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from tqdm import tqdm
 
 
 class BadInput(Exception):
@@ -98,6 +99,15 @@ def _one_line(box, names):
     return f"{text}; see --help"
 
 
+def progress(total, desc, *, initial=0, unit="it", quiet=False):
+    """A tqdm line; seldom redrawn where it goes into a file."""
+    interval = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(
+        total=total, desc=desc, initial=initial, unit=unit, unit_scale=unit != "it",
+        disable=quiet, mininterval=interval, maxinterval=interval, dynamic_ncols=True,
+    )  # fmt: skip
+
+
 def split_list(text):
     """'a, b,c' -> ['a', 'b', 'c']; '' -> []."""
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -116,12 +126,17 @@ def parse_seeds(text, n):
     return torch.tensor(seeds)
 
 
-def parse_classes(text, names):
-    """Indices into `names` from 'cat,3'; all for ''. BadInput lists the choice."""
+def parse_classes(classes, names, aliases=()):
+    """Indices into `names` from 'cat,3' or ['cat', '3']; all of them if empty.
+
+    aliases: other names -> index. Raises BadInput, with the choice, for what does not exist.
+    """
     chosen = []
-    for part in split_list(text):
+    for part in split_list(classes) if isinstance(classes, str) else classes:
         if part in names:
             chosen.append(list(names).index(part))
+        elif part in aliases:
+            chosen.append(aliases[part])
         elif part.isdigit() and int(part) < len(names):
             chosen.append(int(part))
         else:

@@ -1,0 +1,354 @@
+"""eval_fid.py against closed forms, numpy, and a small folder of drawn digits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import eval_fid
+import runtime
+from eval_fid import Moments, frechet_distance, statistics
+from runtime import BadInput
+
+ROOT = Path(__file__).parents[1]
+STEPS = "120"
+
+# ------------------------------------------------------------------------- the Fréchet distance
+
+
+def random_covariance(rng, d, rank=None):
+    a = rng.normal(size=(d, rank or 2 * d))
+    return a @ a.T / a.shape[1]
+
+
+def distance_by_svd(mu1, sigma1, mu2, sigma2):
+    """tr (C C_w)^½ as the sum of the singular values of C^½ C_w^½, from eigh: no sqrtm."""
+
+    def half(sigma):
+        values, vectors = np.linalg.eigh(sigma)
+        return np.sqrt(values.clip(0))[:, None] * vectors.T
+
+    nuclear = np.linalg.svd(half(sigma1) @ half(sigma2).T, compute_uv=False).sum()
+    return ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * nuclear
+
+
+def test_equal_statistics_are_at_distance_zero():
+    rng = np.random.default_rng(0)
+    mu, sigma = rng.normal(size=128), random_covariance(rng, 128)
+    assert frechet_distance(mu, sigma, mu, sigma) == pytest.approx(0, abs=1e-9 * np.trace(sigma))
+
+
+def test_a_shifted_mean_costs_its_squared_length():
+    rng = np.random.default_rng(1)
+    sigma, shift = random_covariance(rng, 20), rng.normal(size=20)
+    got = frechet_distance(np.zeros(20), sigma, shift, sigma)
+    assert got == pytest.approx((shift**2).sum(), rel=1e-9)
+
+
+def test_one_dimension():
+    # Two normal distributions on a line: (m1 - m2)² + (s1 - s2)².
+    got = frechet_distance([1.0], [[4.0]], [-2.0], [[0.25]])
+    assert got == pytest.approx(3.0**2 + (2.0 - 0.5) ** 2, rel=1e-12)
+
+
+def test_diagonal_covariances():
+    rng = np.random.default_rng(2)
+    s1, s2 = rng.uniform(0.1, 3, (2, 50))
+    got = frechet_distance(np.zeros(50), np.diag(s1**2), np.zeros(50), np.diag(s2**2))
+    assert got == pytest.approx(((s1 - s2) ** 2).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("d", [2, 17, 128])
+def test_random_covariances_against_the_eigenvalue_form(d):
+    rng = np.random.default_rng(d)
+    sides = (
+        [rng.normal(size=d), random_covariance(rng, d)],
+        [np.zeros(d), random_covariance(rng, d)],
+    )
+    got, back = frechet_distance(*sides[0], *sides[1]), frechet_distance(*sides[1], *sides[0])
+    assert got == pytest.approx(distance_by_svd(*sides[0], *sides[1]), rel=1e-6)
+    assert got == pytest.approx(back, rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [(3, 64), (64, 3), (3, 5), (1, 1)])
+def test_singular_covariances_against_the_eigenvalue_form(ranks):
+    rng = np.random.default_rng(3)
+    sigma1, sigma2 = (random_covariance(rng, 32, rank) for rank in ranks)
+    zero = np.zeros(32)
+    got = frechet_distance(zero, sigma1, zero, sigma2)
+    assert got == pytest.approx(distance_by_svd(zero, sigma1, zero, sigma2), rel=1e-6)
+
+
+def test_a_covariance_of_zeros():
+    rng = np.random.default_rng(4)
+    zero, sigma = np.zeros(8), random_covariance(rng, 8)
+    got = frechet_distance(zero, np.zeros((8, 8)), zero, sigma)
+    assert got == pytest.approx(np.trace(sigma), rel=1e-9)
+
+
+def test_a_failed_square_root_is_tried_again_beside_the_singular_point(monkeypatch):
+    """Some versions of sqrtm answer an exactly singular matrix with NaN."""
+    plain = eval_fid.scipy.linalg.sqrtm
+
+    def fragile(a):
+        return (
+            plain(a) if np.linalg.matrix_rank(a, tol=1e-20) == len(a) else np.full_like(a, np.nan)
+        )
+
+    monkeypatch.setattr(eval_fid.scipy.linalg, "sqrtm", fragile)
+    sigma = np.diag([4.0, 1.0, 0.0])
+    got = frechet_distance(np.zeros(3), sigma, np.zeros(3), np.eye(3))
+    assert got == pytest.approx((2 - 1) ** 2 + 0 + 1, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "word"),
+    [
+        (np.zeros(2), np.diag([1.0, -1.0]), "covariance"),
+        (np.zeros(2), np.diag([1.0, np.nan]), "finite"),
+        (np.zeros(3), np.eye(3), "shape|\\(d,\\)"),
+        (np.zeros((1, 2)), np.eye(2), "\\(d,\\)"),
+    ],
+    ids=["negative", "nan", "other-d", "mu-2d"],
+)
+def test_what_is_no_statistics_is_refused(mu, sigma, word):
+    with pytest.raises(BadInput, match=word):
+        frechet_distance(mu, sigma, np.zeros(2), np.eye(2))
+
+
+# ---------------------------------------------------------------------------------- the moments
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_streamed_moments_equal_numpy(chunk):
+    rng = np.random.default_rng(5)
+    rows = (100 + rng.normal(size=(501, 9)) @ rng.normal(size=(9, 9))).astype(np.float32)
+    mu, sigma = statistics(rows, chunk)
+    exact = rows.astype(np.float64)
+    np.testing.assert_allclose(mu, exact.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(exact, rowvar=False), rtol=1e-9, atol=1e-10)
+
+
+def test_merged_parts_equal_the_whole_in_any_order():
+    rng = np.random.default_rng(6)
+    rows = rng.normal(5, 2, size=(300, 4))
+    parts = [Moments(4) for _ in range(4)]  # the last one stays empty
+    for part, piece in zip(parts, np.split(rows, [11, 200]), strict=False):
+        part.update(piece)
+    for order in ([0, 1, 2, 3], [3, 2, 0, 1]):
+        whole = Moments(4)
+        for i in order:
+            whole.merge(parts[i])
+        assert whole.n == 300
+        np.testing.assert_allclose(whole.mu_sigma()[0], rows.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(whole.mu_sigma()[1], np.cov(rows, rowvar=False), rtol=1e-10)
+
+
+def test_one_image_has_no_covariance():
+    with pytest.raises(BadInput, match="at least 2"):
+        statistics(np.zeros((1, 3)))
+
+
+# -------------------------------------------------------------- a small data set, and the program
+
+
+def drawn_digits(n, seed, size=16):
+    """Digits 0..3 at random places, with noise: uint8 (n, size, size, 1), labels i % 4."""
+    rng, font, images = np.random.default_rng(seed), ImageFont.load_default(size=14), []
+    for i in range(n):
+        image = Image.new("L", (size, size))
+        place = tuple(rng.integers(2, 6, 2) - (0, 3))
+        ImageDraw.Draw(image).text(place, str(i % 4), fill=int(rng.integers(150, 256)), font=font)
+        images.append(np.clip(np.asarray(image) + rng.normal(0, 8, (size, size)), 0, 255))
+    return np.stack(images).astype(np.uint8)[..., None], np.arange(n) % 4
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the data set `digits` (train, test), a flat folder, and samples as .npz."""
+    home = tmp_path_factory.mktemp("eval")
+    for split, n, seed in (("train", 400, 0), ("test", 200, 1)):
+        for i, (image, label) in enumerate(zip(*drawn_digits(n, seed), strict=True)):
+            path = home / "digits" / split / str(label) / f"{i:04}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[:, :, 0]).save(path)
+    images, labels = drawn_digits(300, 2)
+    np.savez(home / "samples.npz", images, labels)
+    np.savez(home / "unlabelled.npz", images)
+    np.savez(home / "large.npz", drawn_digits(20, 3, size=20)[0])
+    np.savez(home / "colour.npz", images.repeat(3, axis=3))
+    np.savez(home / "float.npz", images / 255)
+    np.savez(home / "labels.npz", images, labels + 7)
+    np.savez(home / "other.npz", x=images)
+    (home / "torn.npz").write_bytes((home / "samples.npz").read_bytes()[:5000])
+    (home / "flat").mkdir()
+    for i, image in enumerate(images[:40]):
+        Image.fromarray(image[:, :, 0]).save(home / "flat" / f"{i}.png")
+    return home
+
+
+@pytest.fixture
+def evaluate(home, monkeypatch, capsys):
+    """evaluate(*args) runs the program in this process: its JSON object and its stderr."""
+
+    def run(*args, steps=STEPS):
+        command = [*args, "--data-root", str(home / "root"), "--classifier-steps", steps]
+        monkeypatch.setattr(sys, "argv", ["eval_fid.py", *map(str, command)])
+        monkeypatch.chdir(home)
+        runtime.entry(eval_fid.main)
+        out, err = capsys.readouterr()
+        return json.loads(out.splitlines()[-1]), err
+
+    return run
+
+
+def test_samples_against_a_data_set(evaluate):
+    result, err = evaluate("samples.npz", "digits")
+    assert result["n_generated"] == 300 and result["n_reference"] == 200
+    assert result["class_accuracy"] > 0.97 and result["classifier_test_accuracy"] > 0.97
+    assert result["feature_hash"] in result["features"] and "digits" in result["features"]
+    assert 0 < result["frechet"] < 1
+    assert "samples.npz has N = 300 images, fewer than 2,048" in err
+    assert "biased upward with few samples" in err and "does not exceed" not in err
+
+
+def test_a_set_is_at_distance_zero_from_itself(evaluate):
+    result, _ = evaluate("digits:train", "digits:train")
+    assert result["frechet"] == pytest.approx(0, abs=1e-6)
+    assert result["n_generated"] == 400
+
+
+def test_distance_grows_with_noise(evaluate, home):
+    images, _ = drawn_digits(300, 4)
+    distances = []
+    for level in (0, 20, 60, 150):
+        noise = np.random.default_rng(5).normal(0, level, images.shape)
+        np.savez(home / "noisy.npz", np.clip(images + noise, 0, 255).astype(np.uint8))
+        distances.append(evaluate("noisy.npz", "digits")[0]["frechet"])
+    assert all(3 * less < more for less, more in zip(distances, distances[1:], strict=False))
+
+
+def test_wrong_labels_are_found_wrong(evaluate, home):
+    images, labels = drawn_digits(300, 6)
+    np.savez(home / "asked.npz", images, np.random.default_rng(0).permutation(labels))
+    assert evaluate("asked.npz", "digits")[0]["class_accuracy"] == pytest.approx(0.25, abs=0.1)
+    np.savez(home / "asked.npz", images, (labels + 1) % 4)
+    assert evaluate("asked.npz", "digits")[0]["class_accuracy"] < 0.03
+
+
+def test_no_labels_no_accuracy(evaluate, home):
+    result, err = evaluate("flat", "unlabelled.npz", "--data", "digits")
+    assert result["class_accuracy"] is None and result["n_generated"] == 40
+    assert "flat: N = 40 does not exceed the 128 features" in err
+
+
+def test_saved_statistics_give_the_distance_of_their_images(evaluate):
+    direct, _ = evaluate("samples.npz", "digits")
+    saved, _ = evaluate("stats", "digits", "--out", "digits.npz")
+    assert saved["n"] == 200 and saved["feature_hash"] == direct["feature_hash"]
+    result, _ = evaluate("samples.npz", "digits.npz", "--data", "digits", "--json", "eval.json")
+    for key in ("frechet", "n_generated", "n_reference", "features", "class_accuracy"):
+        assert result[key] == direct[key]
+    assert json.loads(Path("eval.json").read_text()) == result
+
+
+def test_foreign_statistics_are_used_with_a_warning(evaluate, home):
+    np.savez(home / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(home / "b.npz", mu=np.full(3, 2.0), sigma=4 * np.eye(3))
+    result, err = evaluate("a.npz", "b.npz")
+    assert result["frechet"] == pytest.approx(3 * 4 + 3 * 1)
+    assert result["n_generated"] is None and "does not say which features" in err
+
+
+def test_n_draws_the_same_images_for_the_same_seed(evaluate):
+    one, again, other = (
+        evaluate("samples.npz", "digits", "--n", "150", "--batch-size", size)[0]
+        for size in ("256", "256", "31")
+    )
+    assert one["n_generated"] == one["n_reference"] == 150
+    assert one == again
+    assert other["frechet"] == pytest.approx(one["frechet"], rel=1e-3)
+
+
+def test_the_classifier_is_kept_and_a_broken_one_is_replaced(evaluate, home):
+    first, _ = evaluate("samples.npz", "digits")
+    train = data.load(str(home / "digits"), home / "root", split="train")
+    (path,) = (home / "root").glob("classifier-*.pt")
+    assert path.name == f"classifier-{train.key}.pt"
+    written = path.stat().st_mtime_ns
+    second, err = evaluate("samples.npz", "digits")
+    assert path.stat().st_mtime_ns == written and "training" not in err and second == first
+    whole = path.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(broken)
+        again, err = evaluate("samples.npz", "digits")
+        assert "warning" in err and path.name in err
+        assert again["feature_hash"] == first["feature_hash"]  # trained to the same weights
+    torch.save({"net": {}}, path)
+    assert path.name in evaluate("samples.npz", "digits")[1]
+    assert list(path.parent.glob("*.tmp*")) == []
+
+
+def test_other_settings_train_another_classifier(evaluate):
+    first, _ = evaluate("stats", "digits", "--out", "first.npz")
+    with pytest.raises(SystemExit) as stop:
+        evaluate("samples.npz", "first.npz", "--data", "digits", steps="20")
+    assert stop.value.code == 2
+    other, _ = evaluate("samples.npz", "digits", "--seed", "1", steps="20")
+    assert other["feature_hash"] != first["feature_hash"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["large.npz", "digits"], ["large.npz", "20×20×1", "16×16×1", "--size"]),
+        (["colour.npz", "digits"], ["colour.npz", "16×16×3", "16×16×1"]),
+        (["missing.npz", "digits"], ["missing.npz", "no such file"]),
+        (["torn.npz", "digits"], ["torn.npz", "not a readable"]),
+        (["float.npz", "digits"], ["float.npz", "float64", "uint8 (N, H, W, C)"]),
+        (["other.npz", "digits"], ["other.npz", "arr_0"]),
+        (["labels.npz", "digits"], ["labels.npz", "7 to 10", "0 to 3"]),
+        (["samples.npz", "nowhere"], ["nowhere"]),
+        (["samples.npz", "flat"], ["flat", "no classes", "--data"]),
+        (["samples.npz", "unlabelled.npz"], ["unlabelled.npz", "--data"]),
+        (["samples.npz", "digits", "--n", "301"], ["--n 301", "300"]),
+        (["samples.npz", "digits", "--n", "-1"], ["--n", "-1"]),
+        (["samples.npz", "digits", "--n", "1"], ["at least 2"]),
+        (["samples.npz", "digits", "--batch-size", "0"], ["--batch-size"]),
+        (["samples.npz", "digits", "--out", "x.npz"], ["--out", "stats"]),
+        (["stats", "digits"], ["--out"]),
+        (["samples.npz", "digits", "--sise", "16"], ["--sise", "--size"]),
+    ],
+    ids=lambda value: "_".join(value) if value[-1] not in ("uint8 (N, H, W, C)",) else None,
+)
+def test_bad_input_is_one_line(args, words, evaluate, home, capsys):
+    data.load(str(home / "flat"), home / "root")  # prepared before, so that nothing else is said
+    evaluate("samples.npz", "digits")
+    with pytest.raises(SystemExit) as stop:
+        evaluate(*args)
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line and "features:" not in line]
+    assert stop.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    for word in words:
+        assert word in lines[0]
+
+
+def test_as_a_program(home):
+    """What the chapters do: a subprocess, its last line, its exit code."""
+    command = [sys.executable, str(ROOT / "eval_fid.py"), "samples.npz"]
+    options = ["--data-root", "root", "--classifier-steps", STEPS]
+    run = subprocess.run([*command, "digits:test", *options], cwd=home, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+    result = json.loads(run.stdout.decode().splitlines()[-1])
+    assert {"frechet", "class_accuracy", "n_generated", "n_reference", "features", "feature_hash",
+            "classifier_test_accuracy", "a", "b"} <= result.keys()  # fmt: skip
+    run = subprocess.run([*command, "nowhere.npz", *options], cwd=home, capture_output=True)
+    assert run.returncode == 2
+    assert run.stderr.decode() == "error: nowhere.npz: no such file\n"
