@@ -19,11 +19,11 @@ import json
 import math
 from pathlib import Path
 
-import data
 import numpy as np
 import torch
 from torch import nn
 
+import data
 import runtime
 from kernels import gaussian, group_norm_silu
 
@@ -90,9 +90,7 @@ class Autoencoder(nn.Module):
             decoder += [ResBlock(c, c) for _ in range(blocks)]
             if level:
                 decoder += [nn.Upsample(scale_factor=2.0), conv(c, widths[level - 1])]
-        self.encoder = nn.Sequential(
-            *encoder, Norm(widths[-1]), conv(widths[-1], 2 * z_channels)
-        )
+        self.encoder = nn.Sequential(*encoder, Norm(widths[-1]), conv(widths[-1], 2 * z_channels))
         self.decoder = nn.Sequential(
             *decoder, Norm(widths[0]), conv(widths[0], channels * patch**2), nn.PixelShuffle(patch)
         )
@@ -191,7 +189,7 @@ def train(cfg, world, ds):
         if step % cfg.log_every == 0 or last:
             values = meter.read(world, run)
             run.log(step, **values, lr=lr, images_per_s=run.rate((step - start) * batch))
-            bar.set_postfix(loss=f"{values['loss']:.4f}")
+            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if step % cfg.save_every == 0 or last:
             run.save(step, model=ae.state_dict(), optimizer=optimizer.state_dict())
     bar.close()

@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-import data
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,13 +32,14 @@ from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+import data
 import runtime
 from kernels import attention, gaussian, group_norm_silu, sampling_table, sampling_update
 
 
 @dataclass
 class Config:
-    config: str = ""  # YAML file of these settings; flags override it
+    config: str = ""  # YAML of these settings, under the flags (default configs/DATA_pixel.yaml)
     out: str = ""  # run directory (default runs/pixel-DATA)
     smoke: bool = False  # a few tiny steps, to see that everything works
 
@@ -405,7 +405,7 @@ def train(cfg, world):
         if step % cfg.log_every == 0 or last:
             values = meter.read(world, run)
             run.log(step, **values, lr=lr, images_per_s=run.rate((step - start) * batch))
-            bar.set_postfix(loss=f"{values['loss']:.4f}")
+            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if step % cfg.save_every == 0 or last:
             run.save(
                 step, model=net.state_dict(), ema=ema.module.state_dict(),
@@ -478,7 +478,8 @@ def check(cfg):
 
 
 def main():
-    cfg = runtime.parse(Config, __doc__)
+    preset = Path(__file__).parent / "configs/{data}_pixel.yaml"
+    cfg = runtime.parse(Config, __doc__, preset=str(preset))
     if cfg.smoke:
         cfg = replace(
             cfg, steps=4, batch_size=8, width=16, n=8, sample_steps=4, warmup=1, log_every=1,

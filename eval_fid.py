@@ -198,9 +198,8 @@ def classifier(ds_train, ds_test, root, seed=0, *, steps=1500, device="cpu"):
     test_accuracy = accuracy(net, features(net, ds_test.images), ds_test.labels)
     feature_hash = weights_hash(net)
     protocol = (
-        f"classifier features: {len(net.convs) + 1}-layer CNN, {net.dim}-d, trained on "
-        f"{ds_train.name} train {shape_text(ds_train.images)}, {steps} steps of {BATCH}, seed {seed}, "
-        f"test accuracy {100 * test_accuracy:.2f} %, feature hash {feature_hash}"
+        f"classifier features: {len(net.convs) + 1}-layer CNN, {net.dim}-d, trained on {ds_train.name} "
+        f"train {shape_text(ds_train.images)}, {steps} steps of {BATCH}, seed {seed}, test accuracy {100 * test_accuracy:.2f} %, feature hash {feature_hash}"
     )
     facts = dict(protocol=protocol, feature_hash=feature_hash, test_accuracy=test_accuracy)
     with runtime.atomic_write(path) as temporary:
@@ -379,7 +378,7 @@ def check_same_size(sides):
 def asked_labels(side, class_names):
     """The labels (N,) of `side`; None where it has none, or names other classes."""
     labels, last = side.labels, len(class_names) - 1
-    if labels is None or side.class_names not in (None, class_names):
+    if labels is None or last < 1 or side.class_names not in (None, class_names):
         return None
     if labels.min() < 0 or labels.max() > last:
         found = f"labels from {labels.min()} to {labels.max()}"

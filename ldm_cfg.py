@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import data
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,14 +36,17 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import autoencoder
+import data
 import runtime
 from autoencoder import Norm, ResBlock, conv, zero
 from kernels import attention, gaussian, sampling_table, sampling_update
 
+HERE = Path(__file__).parent
+
 
 @dataclass
 class Config:
-    config: str = ""  # YAML file of these settings; flags override it
+    config: str = ""  # YAML of these settings, under the flags (default configs/DATA.yaml, if any)
     out: str = ""  # run directory (default runs/ldm-DATA)
     stage: Literal["all", "autoencoder", "latents", "diffusion"] = "all"  # stop after this one
     smoke: bool = False  # a few tiny steps, to see that everything works
@@ -353,7 +355,7 @@ def train(cfg, world):
         if step % cfg.log_every == 0 or last:
             values = meter.read(world, run)
             run.log(step, **values, lr=lr, images_per_s=run.rate((step - start) * batch))
-            bar.set_postfix(loss=f"{values['loss']:.4f}")
+            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if step % cfg.save_every == 0 or last:
             run.save(
                 step, model=net.state_dict(), ema=ema.module.state_dict(),
@@ -413,7 +415,7 @@ def evaluate(cfg):
     """Let eval_fid.py compare samples.npz with the test split; what it finds goes to eval.json."""
     folder = Path(cfg.out)
     command = [
-        sys.executable, str(Path(__file__).with_name("eval_fid.py")),
+        sys.executable, str(HERE / "eval_fid.py"),
         str(folder / "samples.npz"), f"{cfg.data}:test", "--data-root", cfg.data_root,
         "--json", str(folder / "eval.json"), "--gpus", str(min(cfg.gpus, 1)),
     ]  # fmt: skip
@@ -453,7 +455,7 @@ def check(cfg):
 
 
 def main():
-    cfg = runtime.parse(Config, __doc__)
+    cfg = runtime.parse(Config, __doc__, preset=str(HERE / "configs/{data}.yaml"))
     if cfg.smoke:
         cfg = replace(
             cfg, ae_steps=4, steps=4, batch_size=8, ae_width=32, width=32, n=8, n_eval=0,

@@ -43,8 +43,9 @@ from support.training import LossMeter, ema_update, learning_rate, plot_loss, re
 __all__ = [
     "BadInput", "LossMeter", "Run", "World", "atomic_write", "check_fraction", "check_positive",
     "check_processes", "default_gpus", "ema_update", "entry", "is_first_process", "launch",
-    "learning_rate", "load_checkpoint", "parse", "parse_classes", "parse_seeds", "plot_loss", "progress",
-    "read_log", "save_gif", "save_grid", "save_samples", "split_list", "tile", "to_uint8",
+    "learning_rate", "load_checkpoint", "parse", "parse_classes", "parse_seeds", "plot_loss",
+    "progress", "read_log", "save_gif", "save_grid", "save_samples", "split_list", "tile",
+    "to_uint8",
 ]  # fmt: skip
 
 

@@ -29,16 +29,20 @@ def entry(main):
         sys.exit(130)
 
 
-def parse(config_class, doc, args=None):
+def parse(config_class, doc, args=None, preset=""):
     """The command line as an instance of `config_class`, a dataclass whose fields are documented.
 
     `--config F.yaml` names a file of the same fields; it lies under the flags, which override it.
+    Without it, `preset` (such as 'configs/{data}.yaml') is that file, if it exists for --data.
     Raises BadInput for an unknown flag or key and for a value of the wrong type.
     """
     import tyro
 
     args = list(sys.argv[1:] if args is None else args)
     names = [field.name for field in dataclasses.fields(config_class)]
+    if preset and not any(a.split("=")[0] == "--config" for a in args):
+        path = Path(preset.format(data=parse(config_class, doc, args).data))
+        args = ["--config", str(path), *args] if path.is_file() else args
     error_text = io.StringIO()
     try:
         with contextlib.redirect_stderr(error_text):
