@@ -141,7 +141,8 @@ class Norm(nn.GroupNorm):
     """GroupNorm and, with silu, the SiLU after it, in one operation."""
 
     def __init__(self, channels, silu=True):
-        super().__init__(math.gcd(32, channels), channels)
+        # 32 groups, or fewer: a group of one channel would erase the embedding added to it.
+        super().__init__(max(1, math.gcd(128, channels) // 4), channels)
         self.silu = silu
 
     def forward(self, x):
@@ -285,6 +286,8 @@ def simple_loss(net, x0, y, t, eps, alpha_bar):
 
 def timestep_pairs(T, steps):
     """[(t, t_prev), ...]: `steps` evenly spaced timesteps down from T-1, the last t_prev is -1."""
+    if steps > T:
+        raise runtime.BadInput(f"--sample-steps {steps} exceeds the chain's --timesteps {T}")
     ts = torch.linspace(T - 1, 0, steps).round().long().unique().flip(0).tolist()
     return list(zip(ts, [*ts[1:], -1], strict=True))
 
@@ -470,10 +473,8 @@ def check(cfg):
         raise runtime.BadInput(
             f"--save-every {cfg.save_every} must be a multiple of --log-every {cfg.log_every}"
         )
-    if cfg.sample_steps > cfg.timesteps and not cfg.sample:
-        raise runtime.BadInput(
-            f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps {cfg.timesteps}"
-        )
+    if not cfg.sample:  # else the checkpoint's own --timesteps decide
+        timestep_pairs(cfg.timesteps, cfg.sample_steps)
     runtime.check_processes(cfg.gpus, cfg.batch_size)
 
 

@@ -370,6 +370,7 @@ def train(cfg, world):
     bar.close()
     if world.is_main:
         runtime.plot_loss(run)
+    world.barrier()  # the checkpoint is whole before any rank reads it
     if cfg.stage == "all":
         last = replace(cfg, sample=str(run.folder / "ckpt.pt"), classes="")
         sample(last, world, max(cfg.n, cfg.n_eval))

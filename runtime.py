@@ -18,7 +18,6 @@ import shlex
 import socket
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ import yaml
 from support.commandline import (
     BadInput,
     check_fraction,
+    check_not_negative,
     check_positive,
     entry,
     parse,
@@ -41,11 +41,11 @@ from support.pictures import atomic_write, save_gif, save_grid, save_samples, ti
 from support.training import LossMeter, ema_update, learning_rate, plot_loss, read_log
 
 __all__ = [
-    "BadInput", "LossMeter", "Run", "World", "atomic_write", "check_fraction", "check_positive",
-    "check_processes", "default_gpus", "ema_update", "entry", "is_first_process", "launch",
-    "learning_rate", "load_checkpoint", "parse", "parse_classes", "parse_seeds", "plot_loss",
-    "progress", "read_log", "save_gif", "save_grid", "save_samples", "split_list", "tile",
-    "to_uint8",
+    "BadInput", "DamagedCheckpoint", "LossMeter", "Run", "World", "atomic_write", "check_fraction",
+    "check_not_negative", "check_positive", "check_processes", "check_run", "default_gpus",
+    "ema_update", "entry", "is_first_process", "launch", "learning_rate", "load_checkpoint",
+    "parse", "parse_classes", "parse_seeds", "plot_loss", "progress", "read_log", "save_gif",
+    "save_grid", "save_samples", "split_list", "tile", "to_uint8",
 ]  # fmt: skip
 
 
@@ -120,6 +120,18 @@ def check_processes(gpus, batch_size):
         )
 
 
+def check_run(cfg):
+    """Raise BadInput for a setting that all training scripts share and that is out of its range."""
+    check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "log_every", "save_every", "n")
+    check_not_negative(cfg, "seed", "warmup", "sample_every")
+    if cfg.save_every % cfg.log_every:
+        raise BadInput(
+            f"--save-every {cfg.save_every} must be a multiple of --log-every {cfg.log_every}"
+        )
+    parse_seeds(cfg.seeds, cfg.n)
+    check_processes(cfg.gpus, cfg.batch_size)
+
+
 def is_first_process():
     """Whether this is the process that does, after launch(), what must be done once."""
     return os.environ.get("RANK", "0") == "0"
@@ -165,11 +177,16 @@ def _run_rank(local_rank, fn, cfg, rank, size):
 # ---------------------------------------------------------------------------- files and a run
 
 
+class DamagedCheckpoint(BadInput):
+    """The file is truncated or garbage; the checkpoint before it may be whole."""
+
+
 def load_checkpoint(path, script=None):
     """The dictionary that Run.save wrote at `path`, on the CPU.
 
-    Raises BadInput, naming the file, when it is missing, truncated, or (with `script`) written by
-    something else. Loads with weights_only=True: a checkpoint cannot run code.
+    Raises BadInput, naming the file, when it is missing or (with `script`) written by something
+    else, DamagedCheckpoint when it cannot be read. Loads with weights_only=True: a checkpoint
+    cannot run code.
     """
     if not Path(path).is_file():
         raise BadInput(f"checkpoint {path}: no such file")
@@ -177,7 +194,9 @@ def load_checkpoint(path, script=None):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "unreadable"
-        raise BadInput(f"checkpoint {path} is truncated or not a checkpoint ({reason})") from None
+        raise DamagedCheckpoint(
+            f"checkpoint {path} is truncated or not a checkpoint ({reason})"
+        ) from None
     made_by = state.get("script") if isinstance(state, dict) else None
     if made_by is None or (script is not None and made_by != script):
         whose = f"by {made_by}" if made_by else "by none of these scripts"
@@ -190,25 +209,35 @@ class Run:
 
     folder   where it is
     script   name of what trains here; a checkpoint of another name is refused
-    config   dict of all settings, saved; resuming compares it, but for what is in `FREE`
+    config   dict of all settings, kept in config.yaml, which --config reads again
+    made_of  dict of what else decides the weights, such as the data's key; resuming compares both
+             with those of the checkpoint, but for what is in `FREE`
     resume   'auto' (continue if there is something to continue), 'never', or a checkpoint's path
+
+    Raises BadInput when the folder cannot be made.
     """
 
     # Settings that do not change what the weights at a given step are.
     FREE = frozenset({
-        "config", "out", "resume", "gpus", "steps", "data_root", "compile", "tensorboard",
+        "config", "out", "stage", "resume", "gpus", "steps", "data_root", "compile", "tensorboard",
         "log_every", "save_every", "sample_every", "sample", "n", "sampler", "sample_steps",
         "eta", "guidance", "seeds", "n_eval",
     })  # fmt: skip
 
-    def __init__(self, folder, script, config, world, *, resume="auto", tensorboard=False):
+    def __init__(
+        self, folder, script, config, world, *, made_of=None, resume="auto", tensorboard=False
+    ):
         self.folder, self.script, self.world = Path(folder), script, world
-        self.config = json.loads(json.dumps(config))  # plain lists and numbers, as YAML gives back
+        plain = json.loads(json.dumps(config))  # lists and numbers, as YAML gives back
+        self.settings, self.config = plain, plain | (made_of or {})
         self.resume, self.board = resume, None
         self.log_path = self.folder / "log.jsonl"
         self.started, self.seen = time.perf_counter(), None
         if world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BadInput(f"--out {self.folder}: {error.strerror}; name a folder") from None
             if tensorboard:
                 self.board = _summary_writer(self.folder)
 
@@ -216,7 +245,8 @@ class Run:
         """The state to continue from, or None for a fresh start; cuts the log back to its step.
 
         'auto' takes ckpt.pt, or with a warning the one before it when that is damaged. Raises
-        BadInput for a checkpoint of another script or configuration, naming what differs.
+        BadInput for a checkpoint of another script or configuration, naming what differs, and
+        when there are checkpoints but none is whole.
         """
         state = self._choose()
         if state is not None:
@@ -225,13 +255,16 @@ class Run:
                 if theirs.get(key) != self.config.get(key):
                     differing.append(f"{key} {theirs.get(key)} there, {self.config.get(key)} here")
             if differing:
+                where = self.folder if self.resume == "auto" else self.resume
                 raise BadInput(
-                    f"{self.folder} holds a run of another configuration ({'; '.join(differing)}); "
+                    f"{where} holds a run of another configuration ({'; '.join(differing)}); "
                     "type --resume never to start over, or another --out"
                 )
         step = state["step"] if state else 0
         if self.world.is_main:
             rows = [row for row in read_log(self.log_path) if row["step"] <= step] if state else []
+            for left_by_a_kill in self.folder.glob(".*.tmp*"):
+                left_by_a_kill.unlink()
             with atomic_write(self.log_path) as path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             self._write_config()
@@ -243,13 +276,20 @@ class Run:
             return None
         if self.resume != "auto":
             return load_checkpoint(self.resume, self.script)
+        damaged = None
         for name in ("ckpt.pt", "ckpt-previous.pt"):
             path = self.folder / name
             if path.exists():
                 try:
-                    return load_checkpoint(path, self.script)
-                except BadInput as error:
-                    warnings.warn(f"{error}; trying the one before it", stacklevel=3)
+                    state = load_checkpoint(path, self.script)
+                except DamagedCheckpoint as error:
+                    damaged = error
+                else:
+                    if damaged and self.world.is_main:
+                        print(f"warning: {damaged}; going on from {path}", file=sys.stderr)
+                    return state
+        if damaged:
+            raise BadInput(f"{damaged}, and none before it is whole; --resume never starts over")
         return None
 
     def _write_config(self):
@@ -257,8 +297,9 @@ class Run:
             f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
         )
         with atomic_write(self.folder / "config.yaml") as path:
+            settings = {key: v for key, v in self.settings.items() if key != "config"}
             header = f"# {shlex.join([Path(sys.executable).name, *sys.argv])}\n# {versions}\n"
-            path.write_text(header + yaml.safe_dump(self.config, sort_keys=False))
+            path.write_text(header + yaml.safe_dump(settings, sort_keys=False))
 
     def save(self, step, **state):
         """Write ckpt.pt whole or not at all; the one it replaces stays as ckpt-previous.pt."""

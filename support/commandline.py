@@ -68,7 +68,7 @@ def _yaml_flags(args, names):
         raise BadInput(f"--config {path}: no such file; configs/ holds examples")
     try:
         settings = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise BadInput(f"--config {path}: expected lines of 'key: value'")
@@ -79,6 +79,8 @@ def _yaml_flags(args, names):
             hint = f"; did you mean {close[0]}?" if close else "; see --help for the keys"
             raise BadInput(f"--config {path}: unknown key {key!r}{hint}")
         flag = key.replace("_", "-")
+        if value is None:
+            raise BadInput(f"--config {path}: {key} has no value; type '' for an empty one")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
@@ -118,15 +120,22 @@ def split_list(text):
 
 
 def parse_seeds(text, n):
-    """int64 seeds from '17' or '0-63,100'; for '' 0..n-1. Else BadInput."""
+    """int64 seeds from '17' or '0-63,100', below 10^18; for '' 0..n-1. Else BadInput."""
     if not text:
         return torch.arange(n)
     seeds = []
     for part in split_list(text):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise BadInput(f"--seeds {text}: expected numbers and ranges such as 17 or 0-63,100")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first or last - first >= 10**6:
+            seeds = []
+            break
+        seeds += range(first, last + 1)
+    if not seeds:
+        raise BadInput(
+            f"--seeds {text}: expected numbers and ranges such as 17 or 0-63,100, "
+            "of at most 18 digits and a million seeds"
+        )
     return torch.tensor(seeds)
 
 
@@ -141,7 +150,7 @@ def parse_classes(classes, names, aliases=()):
             chosen.append(list(names).index(part))
         elif part in aliases:
             chosen.append(aliases[part])
-        elif part.isdigit() and int(part) < len(names):
+        elif part.isdecimal() and int(part) < len(names):
             chosen.append(int(part))
         else:
             choice = ", ".join(f"{i} {name}" for i, name in enumerate(names[:20])) or "no classes"
@@ -155,6 +164,14 @@ def check_fraction(cfg, *names):
         if not 0 <= getattr(cfg, name) <= 1:
             flag = "--" + name.replace("_", "-")
             raise BadInput(f"{flag} must be from 0 to 1, got {getattr(cfg, name)}")
+
+
+def check_not_negative(cfg, *names):
+    """Raise BadInput unless every named field of `cfg` is at least 0."""
+    for name in names:
+        if not getattr(cfg, name) >= 0:
+            flag = "--" + name.replace("_", "-")
+            raise BadInput(f"{flag} must be at least 0, got {getattr(cfg, name)}")
 
 
 def check_positive(cfg, *names):
