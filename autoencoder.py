@@ -131,13 +131,13 @@ def make_autoencoder(cfg, shape):
 # ------------------------------------------------------------------------------------- training
 
 
-def settings(cfg, ds):
+def settings(cfg):
     """The part of the configuration that decides what the autoencoder's weights are."""
     names = (
         "data", "size", "classes", "flip", "patch", "ae_width", "ae_mult", "ae_blocks",
         "z_channels", "kl_weight", "ae_steps", "ae_lr", "batch_size", "warmup", "clip_grad", "seed",
     )  # fmt: skip
-    return {name: getattr(cfg, name) for name in names} | {"data_key": ds.key}
+    return {name: getattr(cfg, name) for name in names}
 
 
 def train(cfg, world, ds):
@@ -146,7 +146,8 @@ def train(cfg, world, ds):
     ae = make_autoencoder(cfg, (ds.channels, ds.height, ds.width)).to(world.device)
     optimizer = torch.optim.Adam(ae.parameters(), lr=cfg.ae_lr)
     run = runtime.Run(
-        Path(cfg.out) / "autoencoder", "autoencoder", settings(cfg, ds), world,
+        Path(cfg.out) / "autoencoder", "autoencoder", settings(cfg), world,
+        made_of={"data_key": ds.key}, tensorboard=cfg.tensorboard,
         resume=cfg.resume if cfg.resume == "never" else "auto",
     )  # fmt: skip
     state, start = run.restore(), 0
@@ -158,8 +159,12 @@ def train(cfg, world, ds):
         count = sum(p.numel() for p in ae.parameters()) / 1e6
         done = ", done before" if start == cfg.ae_steps else ""
         print(f"autoencoder: {count:.2f} M parameters, {cfg.ae_steps} steps{done}")
+    picture = run.folder / "reconstructions.png"
     if start == cfg.ae_steps:
-        return ae.eval().requires_grad_(False)
+        ae.eval().requires_grad_(False)
+        if world.is_main and not picture.exists():  # killed just before it was drawn
+            show_reconstructions(ae, ds, world.device, picture)
+        return ae
 
     model = world.wrap(torch.compile(ae) if cfg.compile else ae)
     mine, meter = world.share(cfg.batch_size), runtime.LossMeter(world.device)
@@ -196,7 +201,7 @@ def train(cfg, world, ds):
     ae.eval().requires_grad_(False)
     if world.is_main:
         runtime.plot_loss(run)
-        show_reconstructions(ae, ds, world.device, run.folder / "reconstructions.png")
+        show_reconstructions(ae, ds, world.device, picture)
     return ae
 
 

@@ -356,7 +356,7 @@ def train(cfg, world):
     ema = AveragedModel(net, multi_avg_fn=runtime.ema_update(cfg.ema))
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
     run = runtime.Run(
-        cfg.out, "ddpm_pixel", asdict(cfg) | {"data_key": ds.key}, world,
+        cfg.out, "ddpm_pixel", asdict(cfg), world, made_of={"data_key": ds.key},
         resume=cfg.resume, tensorboard=cfg.tensorboard,
     )  # fmt: skip
     state, start = run.restore(), 0
@@ -449,7 +449,7 @@ def load_net(path, device):
 def sample(cfg, world):
     net, trained, shape, names = load_net(cfg.sample, world.device)
     asked = {f: getattr(cfg, f) for f in SAMPLING}
-    chosen = runtime.parse_classes(cfg.classes, names) if trained.conditional else []
+    chosen = runtime.parse_classes(cfg.classes, names if trained.conditional else ())
     seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
     labels = labels_for(seeds, chosen)
     images = draw(net, replace(trained, **asked), world, shape, labels, seeds)
@@ -464,18 +464,15 @@ SAMPLING = ("sampler", "variance", "sample_steps", "eta", "guidance", "batch_siz
 
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
-    runtime.check_positive(
-        cfg, "timesteps", "width", "mult", "blocks", "heads", "steps", "batch_size", "lr",
-        "clip_grad", "log_every", "save_every", "n", "sample_steps",
-    )  # fmt: skip
+    runtime.check_run(cfg)
+    runtime.check_positive(cfg, "timesteps", "width", "mult", "blocks", "heads", "sample_steps")
     runtime.check_fraction(cfg, "dropout", "label_dropout", "ema", "eta")
-    if cfg.save_every % cfg.log_every:
+    if cfg.width % 2 or any(cfg.width * m % cfg.heads for m in cfg.mult):
         raise runtime.BadInput(
-            f"--save-every {cfg.save_every} must be a multiple of --log-every {cfg.log_every}"
+            f"--width {cfg.width} must be even, and times --mult a multiple of --heads {cfg.heads}"
         )
     if not cfg.sample:  # else the checkpoint's own --timesteps decide
         timestep_pairs(cfg.timesteps, cfg.sample_steps)
-    runtime.check_processes(cfg.gpus, cfg.batch_size)
 
 
 def main():

@@ -12,7 +12,7 @@ samples it reads as the class they were asked for. Such a figure can be compared
 of the same features, the same N and the same reference, so all three are printed with it.
 
     python eval_fid.py runs/ldm/samples.npz glyphs:test      # a minute at first, then seconds
-    python eval_fid.py mnist:train mnist:test --n 10000      # real against real: near 0, the floor
+    python eval_fid.py mnist:train mnist:test --n 10000      # real against real: 0.03, the floor
     python eval_fid.py stats glyphs:test --out glyphs.npz    # keep the statistics of a reference
 
 A and B are each a data set (NAME, NAME:train or NAME:test), a folder or zip of images, an .npz of
@@ -198,8 +198,9 @@ def classifier(ds_train, ds_test, root, seed=0, *, steps=1500, device="cpu"):
     test_accuracy = accuracy(net, features(net, ds_test.images), ds_test.labels)
     feature_hash = weights_hash(net)
     protocol = (
-        f"classifier features: {len(net.convs) + 1}-layer CNN, {net.dim}-d, trained on {ds_train.name} "
-        f"train {shape_text(ds_train.images)}, {steps} steps of {BATCH}, seed {seed}, test accuracy {100 * test_accuracy:.2f} %, feature hash {feature_hash}"
+        f"classifier features: {len(net.convs) + 1}-layer CNN, {net.dim}-d, trained on "
+        f"{ds_train.name} train ({shape_text(ds_train.images)}), {steps} steps of {BATCH}, "
+        f"seed {seed}, test accuracy {100 * test_accuracy:.2f} %, feature hash {feature_hash}"
     )
     facts = dict(protocol=protocol, feature_hash=feature_hash, test_accuracy=test_accuracy)
     with runtime.atomic_write(path) as temporary:
@@ -364,7 +365,7 @@ def read_npz(name):
 
 
 def shape_text(images):
-    return "×".join(map(str, images.shape[1:]))
+    return "x".join(map(str, images.shape[1:]))
 
 
 def check_same_size(sides):
@@ -372,7 +373,7 @@ def check_same_size(sides):
     for side, other in itertools.pairwise(sides):
         if side.images.shape[1:] != other.images.shape[1:]:
             first, second = (f"{s.name} has {shape_text(s.images)}" for s in (side, other))
-            raise BadInput(f"{first}, {second} (H×W×C); make them alike: --size resizes data sets")
+            raise BadInput(f"{first}, {second} (HxWxC); make them alike: --size resizes data sets")
 
 
 def asked_labels(side, class_names):

@@ -19,6 +19,7 @@ Stages, each resumed where it stopped and skipped when done: data, autoencoder, 
 samples, evaluation. `--smoke` walks through all of them in seconds.
 """
 
+import json
 import math
 import shlex
 import subprocess
@@ -66,13 +67,15 @@ class Config:
     """its channels at each resolution, in units of ae_width; each but the first halves the image"""
     ae_blocks: int = 2  # residual blocks per resolution
     z_channels: int = 4  # channels of the latent
-    kl_weight: float = 1e-4  # weight of the KL term beside the reconstruction error
-    ae_steps: int = 800  # optimizer steps of the autoencoder
+    kl_weight: float = 3e-3  # weight of the KL term beside the reconstruction error
+    ae_steps: int = 1000  # optimizer steps of the autoencoder
     ae_lr: float = 2e-3  # its peak learning rate
 
     timesteps: int = 1000  # T, the length of the chain
-    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"
     """noise schedule: of DDPM, of Stable Diffusion, or of IDDPM"""
+    prediction: Literal["eps", "v"] = "v"
+    """what the network tells: the noise, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0"""
     width: int = 64  # channels of the latent U-Net at full latent resolution
     mult: tuple[int, ...] = (1, 2)
     """channels at each resolution, in units of width; each but the first halves the latent"""
@@ -219,22 +222,27 @@ def make_alpha_bar(schedule, T):
     return (1 - betas.clamp(max=0.999)).cumprod(0)
 
 
-def simple_loss(net, z0, y, t, eps, alpha_bar):
-    """||eps - eps_hat(z_t, t, y)||^2 of each latent, (B,), a mean over its numbers (LDM eq. 2)."""
+def simple_loss(net, z0, y, t, eps, alpha_bar, prediction="eps"):
+    """||target - net(z_t, t, y)||^2 of each latent, (B,), a mean over its numbers (LDM eq. 2).
+
+    The target is eps, or v, whose error does not explode into z0_hat where alpha_bar is nearly 0
+    (Salimans, Ho, "Progressive Distillation", 2022, section 4).
+    """
     a = alpha_bar[t].view(-1, 1, 1, 1)  # (B,1,1,1)
-    z_t = a.sqrt().to(z0.dtype) * z0 + (1 - a).sqrt().to(z0.dtype) * eps
-    return (eps - net(z_t, t, y).float()).square().mean(dim=(1, 2, 3))
+    signal, noise = a.sqrt().to(z0.dtype), (1 - a).sqrt().to(z0.dtype)
+    target = eps if prediction == "eps" else signal * eps - noise * z0  # (B,C,h,w)
+    return (target - net(signal * z0 + noise * eps, t, y).float()).square().mean(dim=(1, 2, 3))
 
 
 @torch.inference_mode()
-def sampler(net, alpha_bar, pairs, shape, seeds, y, *, eta, guidance):
+def sampler(net, alpha_bar, pairs, shape, seeds, y, *, eta, guidance, prediction="eps"):
     """Walk from noise to latents; yields (t_prev, z, z0_hat) after every step.
 
     pairs [(t, t_prev), ...] downwards, the last t_prev is -1. seeds (B,) int64: a sample is a
     function of its seed and label alone. y (B,) labels. eta None is DDPM's step, a number DDIM's.
     With guidance w != 0 the conditional and unconditional passes are one batch of 2B.
     """
-    table = sampling_table(alpha_bar, pairs, eta=eta)
+    table = sampling_table(alpha_bar, pairs, eta=eta, prediction=prediction)
     z = gaussian((len(seeds), *shape), seeds, -1, seeds.device)
     z = z.to(memory_format=torch.channels_last)
     for step, (t, t_prev) in enumerate(pairs):
@@ -266,7 +274,7 @@ def draw(net, ae, scale, cfg, world, shape, labels, seeds, desc="sampling"):
             with world.autocast():
                 for _, z, _ in sampler(  # noqa: B007
                     net, alpha_bar, pairs, z_shape, seeds[part].to(world.device),
-                    labels[part].to(world.device), guidance=cfg.guidance,
+                    labels[part].to(world.device), guidance=cfg.guidance, prediction=cfg.prediction,
                     eta=cfg.eta if cfg.sampler == "ddim" else None,
                 ):  # fmt: skip
                     bar.update()
@@ -302,7 +310,7 @@ def train(cfg, world):
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
     identity = {"data_key": ds.key, "autoencoder": autoencoder.weights_hash(ae)}
     run = runtime.Run(
-        cfg.out, "ldm_cfg", asdict(cfg) | identity, world,
+        cfg.out, "ldm_cfg", asdict(cfg), world, made_of=identity,
         resume=cfg.resume, tensorboard=cfg.tensorboard,
     )  # fmt: skip
     state, start = run.restore(), 0
@@ -342,7 +350,7 @@ def train(cfg, world):
         for group in optimizer.param_groups:
             group["lr"] = lr
         with world.autocast():
-            losses = simple_loss(model, z0, y, t, eps, alpha_bar)  # (B,)
+            losses = simple_loss(model, z0, y, t, eps, alpha_bar, cfg.prediction)  # (B,)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad)
         optimizer.step()
@@ -426,6 +434,11 @@ def evaluate(cfg):
         command += ["--classes", cfg.classes]
     if subprocess.run(command).returncode:
         raise runtime.BadInput(f"the evaluation failed; its command was {shlex.join(command)}")
+    found = json.loads((folder / "eval.json").read_text())
+    print(
+        f"{folder / 'samples.png'}: class accuracy {100 * found['class_accuracy']:.1f} %, "
+        f"Fréchet distance {found['frechet']:.2f} (N = {found['n_generated']}, {cfg.data} features)"
+    )
 
 
 # ----------------------------------------------------------------------------------------- main
@@ -440,19 +453,17 @@ def check_sampling(cfg):
 
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
+    runtime.check_run(cfg)
     runtime.check_positive(
         cfg, "patch", "ae_width", "ae_mult", "ae_blocks", "z_channels", "ae_steps", "ae_lr",
-        "timesteps", "width", "mult", "blocks", "heads", "steps", "batch_size", "lr", "clip_grad",
-        "log_every", "save_every", "n", "sample_steps",
+        "timesteps", "width", "mult", "blocks", "heads", "sample_steps",
     )  # fmt: skip
+    runtime.check_not_negative(cfg, "n_eval")
     runtime.check_fraction(cfg, "label_dropout", "ema", "eta", "kl_weight")
-    if cfg.save_every % cfg.log_every:
+    if cfg.width % 2 or any(cfg.width * m % cfg.heads for m in cfg.mult):
         raise runtime.BadInput(
-            f"--save-every {cfg.save_every} must be a multiple of --log-every {cfg.log_every}"
+            f"--width {cfg.width} must be even, and times --mult a multiple of --heads {cfg.heads}"
         )
-    if any(cfg.width * m % cfg.heads for m in cfg.mult):
-        raise runtime.BadInput(f"--heads {cfg.heads} must divide --width {cfg.width} times --mult")
-    runtime.check_processes(cfg.gpus, cfg.batch_size)
 
 
 def main():
@@ -469,10 +480,13 @@ def main():
         return
     check_sampling(cfg)
     cfg = replace(cfg, out=cfg.out or f"runs/ldm-{Path(cfg.data).stem}")
-    load_data(cfg)  # prepared once, before there are several processes
+    ds = load_data(cfg)  # prepared once, before there are several processes
     runtime.launch(train, cfg)
     if cfg.stage == "all" and cfg.n_eval and runtime.is_first_process():
-        evaluate(cfg)
+        if ds.num_classes > 1:
+            evaluate(cfg)
+        else:
+            print(f"no evaluation: {ds.name} has no classes to train its classifier on")
 
 
 if __name__ == "__main__":

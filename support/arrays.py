@@ -4,6 +4,7 @@ import gzip
 import io
 import pickle
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def _read_idx(path, ndim):
         if raw[:4] != bytes([0, 0, 8, ndim]):
             raise ValueError(f"it does not start as an idx file of {ndim} dimensions does")
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(sizes)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise BadInput(f"{path} is not a whole idx file ({error}); replace it") from None
 
 
@@ -65,11 +66,18 @@ def idx_source(folder, split, class_names=tuple("0123456789")):
         images, labels = _read_idx(paths[0], 3), _read_idx(paths[1], 1)
         if len(images) != len(labels):
             raise BadInput(f"{paths[0]} has {len(images)} images, {paths[1]} {len(labels)} labels")
+        if len(labels) and labels.max() >= len(class_names):
+            raise BadInput(f"{paths[1]} has the label {labels.max()}, expected 0 to 9")
         return Contents(labels.astype(np.int64), class_names, arrays=images[..., None])
 
     return Source(str(folder), stamp(*paths), contents)
 
 
+# What reading, unpacking and unpickling raise for files that are cut or overwritten.
+DAMAGED = (
+    OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, ImportError,
+    zlib.error, tarfile.TarError, pickle.UnpicklingError,
+)  # fmt: skip
 CIFAR_NAMES = (
     "airplane",
     "automobile",
@@ -114,7 +122,7 @@ def cifar_source(folder, split):
         def contents(read=read, kind=kind, where=paths[0].parent):
             try:
                 parts = [(_cifar_python if kind == "py" else _cifar_binary)(raw) for raw in read()]
-            except (OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            except DAMAGED as error:
                 raise BadInput(f"CIFAR-10 files in {where} are damaged ({error})") from None
             images, labels = (np.concatenate(p) for p in zip(*parts, strict=True))
             images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -129,19 +137,22 @@ def _has(folder, names):
 
 
 def _tar_members(path, names):
-    try:
-        with tarfile.open(path) as tar:
-            members = {Path(m.name).name: m for m in tar if m.isfile()}
-            return [tar.extractfile(members[name]).read() for name in names]
-    except (tarfile.TarError, EOFError) as error:
-        raise OSError(error) from None
+    with tarfile.open(path) as tar:
+        members = {Path(m.name).name: m for m in tar if m.isfile()}
+        return [tar.extractfile(members[name]).read() for name in names]
 
 
 def _cifar_python(raw):
     batch = _PlainUnpickler(io.BytesIO(raw), encoding="bytes").load()
-    return batch[b"data"], np.array(batch[b"labels"])
+    return _checked(np.asarray(batch[b"data"]), np.array(batch[b"labels"]))
 
 
 def _cifar_binary(raw):
     rows = np.frombuffer(raw, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
-    return rows[:, 1:], rows[:, 0]
+    return _checked(rows[:, 1:], rows[:, 0])
+
+
+def _checked(rows, labels):
+    if rows.dtype != np.uint8 or rows.shape != (len(labels), 3 * 32 * 32) or labels.max() > 9:
+        raise ValueError("not rows of 3072 bytes and labels of 0 to 9")
+    return rows, labels

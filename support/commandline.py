@@ -22,11 +22,16 @@ def entry(main):
     try:
         main()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _stop("interrupted", 130)
+
+
+def _stop(message, code):
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # else the message would stand at the end of its line
+    print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 def parse(config_class, doc, args=None, preset=""):

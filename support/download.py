@@ -4,9 +4,12 @@ import hashlib
 import os
 import urllib.error
 import urllib.request
+import zipfile
+from http.client import HTTPException
 from pathlib import Path
 
 from support.commandline import BadInput, progress
+from support.lock import locked
 
 TIMEOUT = 30  # seconds without an answer before the next mirror is tried
 
@@ -21,37 +24,56 @@ def file_hash(path, algorithm="sha256"):
 
 
 def fetch(name, mirrors, folder, md5=None):
-    """folder/name, downloaded from the first of `mirrors` (addresses without the name) that works.
+    """folder/name, downloaded from the first of `mirrors` that works; several processes may ask.
 
-    What has arrived is kept in folder/name.part, and a later call asks for the rest only. With
-    `md5` a file of another content is thrown away. The environment variable DIFFUSION_MIRROR, an
-    address, replaces all mirrors. Raises BadInput, telling what to put where by hand.
+    A mirror is an address that the name is put behind, or in place of '{}'. What has arrived is
+    kept in folder/name.part, and a later call asks for the rest only. With `md5` a file of another
+    content is thrown away. The environment variable DIFFUSION_MIRROR, an address, replaces all
+    mirrors. Raises BadInput, telling what to put where by hand.
     """
-    path, part = Path(folder) / name, Path(folder) / f"{name}.part"
+    path = Path(folder) / name
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     if "DIFFUSION_MIRROR" in os.environ:
         mirrors = [os.environ["DIFFUSION_MIRROR"]]
+    with locked(path.with_name(f".{name}.lock")):
+        if not path.exists():  # another process may have been faster
+            _fetch(path, path.with_name(f"{name}.part"), mirrors, md5)
+    return path
+
+
+def _fetch(path, part, mirrors, md5):
     failures = []
     for mirror in mirrors:
-        address = mirror.rstrip("/") + "/" + name
+        mirror = mirror if "{}" in mirror else mirror.rstrip("/") + "/{}"
+        address = mirror.replace("{}", path.name)
         try:
+            resumed = part.exists()
             _append(address, part)
-            if md5 and file_hash(part, "md5") != md5:
-                part.unlink()  # perhaps the part of an earlier file: once more from the start
+            if (fault := _fault(part, md5)) and resumed:
+                part.unlink()  # perhaps the part of another file: once more from the start
                 _append(address, part)
-            if md5 and (found := file_hash(part, "md5")) != md5:
+                fault = _fault(part, md5)
+            if fault:
                 part.unlink()
-                raise OSError(f"md5 {found}, expected {md5}")
+                raise OSError(fault)
             os.replace(part, path)
-            return path
-        except (OSError, urllib.error.URLError) as error:
+            return
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: not an address
             failures.append(f"{address}: {getattr(error, 'reason', None) or error}")
     raise BadInput(
-        f"could not download {name} ({'; '.join(failures)}); get it by other means and put it "
-        f"at {path}"
+        f"could not download {path.name} ({'; '.join(failures)}); get it by other means and put "
+        f"it at {path}"
     )
+
+
+def _fault(part, md5):
+    """What is wrong with a file that arrived whole, '' if nothing is."""
+    if md5:
+        found = file_hash(part, "md5")
+        return "" if found == md5 else f"md5 {found}, expected {md5}"
+    whole = not part.name.endswith(".zip.part") or zipfile.is_zipfile(part)
+    return "" if whole else "what arrived is not a zip"
 
 
 def _append(address, part):

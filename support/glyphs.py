@@ -20,7 +20,7 @@ VERSION = 1  # part of the prepared data's name: raise it when a pixel changes
 SUPER = 2  # samples per pixel and direction
 MASTER = 96  # side of a master, pixels
 FONT = 64  # its font size, about 46 pixels from the foot of a digit to its head
-STROKES = 6  # outlines of 0 to 5 master pixels, on either side of the line
+STROKES = 5  # outlines of 0 to 4 master pixels, on either side of the line
 MARGIN = 2.0  # pixels of background around every digit
 
 
@@ -52,19 +52,19 @@ def labels(n):
 def draw(split, numbers):
     """Images `numbers` (any integers >= 0) of a split -> (len(numbers), 32, 32, 1) uint8.
 
-    A light digit on a dark ground: 15 to 25 pixels high, turned by up to 15 degrees, sheared by up
-    to 0.25, drawn with six stroke widths, whole, and at most 4 pixels off the centre.
+    A digit in some gray from 120 to 255 on black: 16 to 25 pixels high, turned by up to 15 degrees,
+    sheared by up to 0.25, drawn with five stroke widths, whole, at most 4 pixels off the centre.
     """
     images = np.empty((len(numbers), SIZE, SIZE, 1), np.uint8)
     for row, i in enumerate(numbers):
         key = [list(COUNTS).index(split), int(i)]
-        u = np.random.Generator(np.random.Philox(key=key)).random(8)
+        u = np.random.Generator(np.random.Philox(key=key)).random(7)
         picture, ink = _masters()[int(i) % 10, int(u[0] * STROKES)]
 
         # `forward` maps master pixels to image pixels, both measured from their middles.
         angle, shear = np.radians(15) * (2 * u[1] - 1), 0.25 * (2 * u[2] - 1)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        forward = (15 + 10 * u[3]) / ink[1] * turn @ np.array([[1, shear], [0, 1]])
+        forward = (16 + 9 * u[3]) / ink[1] * turn @ np.array([[1, shear], [0, 1]])
         half = np.abs(forward) @ ink / 2  # half the width and height of what is drawn
         room = SIZE / 2 - MARGIN
         shrink = min(1.0, room / half.max())
@@ -82,6 +82,5 @@ def draw(split, numbers):
             Image.Resampling.BICUBIC,
         )
         ink_share = np.asarray(fine.reduce(SUPER), np.float32) / 255
-        dark, light = 50 * u[6], 150 + 105 * u[7]
-        images[row, :, :, 0] = np.rint(dark + (light - dark) * ink_share)
+        images[row, :, :, 0] = np.rint((120 + 135 * u[6]) * ink_share)
     return images

@@ -1,11 +1,12 @@
 """Data sets by name or path: where raw files are looked for, and fetched from."""
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 
 from support.arrays import FASHION, cifar_source, glyph_source, idx_source
 from support.commandline import BadInput
-from support.download import fetch
+from support.download import fetch, file_hash
 from support.trees import kaggle_source, tree_source, walk
 
 MNIST_MIRRORS = (
@@ -26,6 +27,7 @@ IDX_MD5 = {  # as published: train images and labels, test images and labels
         "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310",
     ),
 }  # fmt: skip
+CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"  # as published, of cifar-10-python.tar.gz
 IDX_FILES = [f"{p}-{k}-ubyte.gz" for p in ("train", "t10k") for k in ("images-idx3", "labels-idx1")]
 NAMES = ("glyphs", "mnist", "fashion_mnist", "cifar10", "afhq", "imagenet100")
 
@@ -49,14 +51,13 @@ def find(name, root, split):
         )
         if source is None:
             mirrors = ["https://www.cs.toronto.edu/~kriz"]
-            fetch("cifar-10-python.tar.gz", mirrors, folder, "c58f30108f718f92721af3b95e74349a")
+            fetch("cifar-10-python.tar.gz", mirrors, folder, CIFAR_MD5)
         return source or cifar_source(folder, split)
     if name == "afhq":
         if any_image(folder):
             return tree_source(folder, split)
-        return tree_source(
-            fetch("afhq.zip", ["https://www.dropbox.com/s/t9l9o3vsx2jai3z"], folder), split
-        )
+        path = fetch("afhq.zip", ["https://www.dropbox.com/s/t9l9o3vsx2jai3z/{}?dl=1"], folder)
+        return _hashed(tree_source(path, split), path)
     if name == "imagenet100":
         source = kaggle_source(folder, split)
         if source is None and any_image(folder):
@@ -69,12 +70,12 @@ def find(name, root, split):
             )
         return source
     path = Path(name)
-    if path.is_dir():
+    if name and path.is_dir():
         return (
             idx_source(path, split)
             or cifar_source(path, split)
             or kaggle_source(path, split)
-            or (tree_source(path, split))
+            or tree_source(path, split)
         )
     if path.is_file() and path.suffix.lower() == ".zip":
         return tree_source(path, split)
@@ -85,8 +86,18 @@ def any_image(folder):
     return Path(folder).is_dir() and next(walk(folder), None) is not None
 
 
+def _hashed(source, path):
+    """The same Source, noting the SHA-256 of the file at `path`: no checksum of it is published."""
+
+    def contents():
+        found, note = source.contents(), f"{path.name} has sha256 {file_hash(path)}"
+        return replace(found, note="; ".join(filter(None, [found.note, note])))
+
+    return replace(source, contents=contents)
+
+
 def unknown(name):
-    if Path(name).exists():
+    if name and Path(name).exists():
         return f"data set {name} is neither a folder nor a .zip of images"
     close = difflib.get_close_matches(name, NAMES, 1)
     hint = f"; did you mean {close[0]}?" if close else ""

@@ -112,7 +112,7 @@ def test_a_failed_square_root_is_tried_again_beside_the_singular_point(monkeypat
     [
         (np.zeros(2), np.diag([1.0, -1.0]), "covariance"),
         (np.zeros(2), np.diag([1.0, np.nan]), "finite"),
-        (np.zeros(3), np.eye(3), "shape|\\(d,\\)"),
+        (np.zeros(3), np.eye(3), "\\(d,\\)"),
         (np.zeros((1, 2)), np.eye(2), "\\(d,\\)"),
     ],
     ids=["negative", "nan", "other-d", "mu-2d"],
@@ -148,11 +148,6 @@ def test_merged_parts_equal_the_whole_in_any_order():
         assert whole.n == 300
         np.testing.assert_allclose(whole.mu_sigma()[0], rows.mean(0), rtol=1e-12)
         np.testing.assert_allclose(whole.mu_sigma()[1], np.cov(rows, rowvar=False), rtol=1e-10)
-
-
-def test_one_image_has_no_covariance():
-    with pytest.raises(BadInput, match="at least 2"):
-        statistics(np.zeros((1, 3)))
 
 
 # -------------------------------------------------------------- a small data set, and the program
@@ -283,8 +278,8 @@ def test_the_classifier_is_kept_and_a_broken_one_is_replaced(evaluate, home):
     written = path.stat().st_mtime_ns
     second, err = evaluate("samples.npz", "digits", steps="5")
     assert path.stat().st_mtime_ns == written and "training" not in err and second == first
-    whole = path.read_bytes()
-    for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    for broken in (half, b"", b"not a checkpoint"):
         path.write_bytes(broken)
         again, err = evaluate("samples.npz", "digits", steps="5")
         assert "warning" in err and path.name in err
@@ -306,8 +301,8 @@ def test_other_settings_train_another_classifier(evaluate):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["large.npz", "digits"], ["large.npz", "20×20×1", "16×16×1", "--size"]),
-        (["colour.npz", "digits"], ["colour.npz", "16×16×3", "16×16×1"]),
+        (["large.npz", "digits"], ["large.npz", "20x20x1", "16x16x1", "--size"]),
+        (["colour.npz", "digits"], ["colour.npz", "16x16x3", "16x16x1"]),
         (["missing.npz", "digits"], ["missing.npz", "no such file"]),
         (["torn.npz", "digits"], ["torn.npz", "not a readable"]),
         (["float.npz", "digits"], ["float.npz", "float64", "uint8 (N, H, W, C)"]),
@@ -320,11 +315,11 @@ def test_other_settings_train_another_classifier(evaluate):
         (["samples.npz", "digits", "--n", "-1"], ["--n", "-1"]),
         (["samples.npz", "digits", "--n", "1"], ["at least 2"]),
         (["samples.npz", "digits", "--batch-size", "0"], ["--batch-size"]),
+        (["samples.npz", "digits", "--gpus", "99"], ["--gpus 99"]),
         (["samples.npz", "digits", "--out", "x.npz"], ["--out", "stats"]),
         (["stats", "digits"], ["--out"]),
         (["samples.npz", "digits", "--sise", "16"], ["--sise", "--size"]),
     ],
-    ids=lambda value: "_".join(value) if value[-1] not in ("uint8 (N, H, W, C)",) else None,
 )
 def test_bad_input_is_one_line(args, words, evaluate, home, capsys):
     data.load(str(home / "flat"), home / "root")  # prepared before, so that nothing else is said

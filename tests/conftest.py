@@ -1,0 +1,63 @@
+"""What several tests use: where the project and real data are, and tiny data sets made here."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def repo():
+    """The root of the project."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data(repo):
+    """Folder of real data sets; the test is skipped where there is none."""
+    folder = Path(os.environ.get("DIFFUSION_SHARED", repo.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}")
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny tensors are fastest on one thread, and sums then have one order."""
+    torch.set_num_threads(1)
+
+
+def write_images(folder, count, *, height=16, width=16, channels=1, classes=("bars", "dots")):
+    """`count` PNGs with bars or a disc in them, in a folder for each class, or in one for ()."""
+    rng, y, x = np.random.default_rng(7), *np.mgrid[:height, :width]
+    for i in range(count):
+        shade, phase, period = rng.uniform(80, 250, 3), rng.integers(4), rng.integers(3, 6)
+        bars = (x + phase) // period % 2
+        disc = (y - height / 2) ** 2 + (x - width / 2 + phase) ** 2 < (period + 1) ** 2
+        picture = ((disc if i % 2 else bars)[:, :, None] * shade[:channels]).astype(np.uint8)
+        below = Path(folder) / (classes[i % len(classes)] if classes else "")
+        below.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture[:, :, 0] if channels == 1 else picture).save(below / f"{i:05d}.png")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """['--data', a folder of 64 gray 16x16 PNGs in two class folders, '--data-root', ...]."""
+    folder = write_images(tmp_path_factory.mktemp("toy") / "toy", 64)
+    return ["--data", str(folder), "--data-root", str(tmp_path_factory.mktemp("prepared"))]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """{script: flags} that make networks and runs so small that a step takes milliseconds."""
+    common = "--gpus 0 --batch-size 8 --warmup 5 --log-every 1 --save-every 3 --sample-steps 4"
+    pixel = "--width 16 --mult 1 2 --attention 8 --steps 20 --sample-every 8 --seeds 0-3"
+    latent = "--patch 2 --ae-width 16 --ae-blocks 1 --ae-steps 20 --n-eval 0 --heads 2"
+    return {
+        "ddpm_pixel": f"{common} {pixel}".split(),
+        "ldm_cfg": f"{common} {pixel} {latent}".replace("--attention 8", "").split(),
+    }

@@ -1,0 +1,109 @@
+"""One batch can be learned by heart in each chapter, and what conditions a network reaches it."""
+
+import autoencoder
+import ddpm_pixel
+import ldm_cfg
+import pytest
+import torch
+
+from kernels import gaussian
+
+
+def toy_batch(shape, count=8):
+    """`count` smooth images (count,*shape) in [-1, 1], all different."""
+    noise = gaussian((count, *shape), torch.arange(count), 5, "cpu")
+    smooth = torch.nn.functional.avg_pool2d(noise, 3, stride=1, padding=1)
+    return (1.5 * smooth).clamp(-1, 1).to(memory_format=torch.channels_last)
+
+
+def fit(parameters, loss, steps, lr):
+    """Adam; the losses of all steps."""
+    optimizer, seen = torch.optim.Adam(parameters, lr=lr), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 20, (steps - step) / (steps / 2))
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        seen.append(value.item())
+    return seen
+
+
+def pixel_net(num_classes=2):
+    torch.manual_seed(0)
+    cfg = ddpm_pixel.Config(width=16, mult=(1, 2), attention=(4,))
+    return ddpm_pixel.make_net(cfg, (1, 8, 8), num_classes)
+
+
+def latent_net(num_classes=2):
+    torch.manual_seed(0)
+    return ldm_cfg.make_net(ldm_cfg.Config(width=16, mult=(1, 2), heads=2), num_classes)
+
+
+CHAPTERS = [
+    pytest.param(ddpm_pixel, pixel_net, (1, 8, 8), id="pixel"),
+    pytest.param(ldm_cfg, latent_net, (4, 4, 4), id="latent"),
+]
+
+
+@pytest.mark.parametrize("chapter, make, shape", CHAPTERS)
+def test_denoiser_learns_one_batch(chapter, make, shape):
+    net, x0 = make(), toy_batch(shape)
+    t, y = torch.arange(8) * 125 + 60, torch.arange(8) % 2
+    eps = gaussian(x0.shape, torch.arange(8), 0, "cpu")
+    alpha_bar = chapter.make_alpha_bar("linear", 1000)
+
+    def loss():
+        return chapter.simple_loss(net, x0, y, t, eps, alpha_bar).mean()
+
+    losses = fit(net.parameters(), loss, 250, 5e-3)
+    assert 0.8 < losses[0] < 1.3  # it starts by answering 0, and eps has unit variance
+    assert losses[-1] < 0.02
+
+
+def test_autoencoder_learns_one_batch():
+    torch.manual_seed(0)
+    cfg = ldm_cfg.Config(patch=2, ae_width=32, ae_blocks=1, z_channels=4)
+    ae, x = autoencoder.make_autoencoder(cfg, (1, 8, 8)), toy_batch((1, 8, 8))
+    noise = gaussian((8, 4, 4, 4), torch.arange(8), 0, "cpu")
+
+    def loss():
+        return autoencoder.autoencoder_loss(ae, x, noise, kl_weight=1e-6).mean()
+
+    losses = fit(ae.parameters(), loss, 250, 5e-3)
+    assert losses[0] > 0.2 and losses[-1] < 0.03
+
+
+@pytest.mark.parametrize("chapter, make, shape", CHAPTERS)
+def test_labels_and_time_are_learned_from(chapter, make, shape):
+    """Every parameter gets a gradient once the layers that start at zero have moved, and the
+    answer depends on the label, the timestep and nothing else than the sample's own."""
+    net, x0 = make(), toy_batch(shape)
+    t, y = torch.arange(8) * 100, torch.arange(8) % 2
+    eps = gaussian(x0.shape, torch.arange(8), 0, "cpu")
+    alpha_bar = chapter.make_alpha_bar("cosine", 1000)
+
+    def loss():
+        return chapter.simple_loss(net, x0, y, t, eps, alpha_bar).mean()
+
+    fit(net.parameters(), loss, 5, 1e-2)
+    net.zero_grad()
+    loss().backward()
+    for name, parameter in net.named_parameters():
+        if name == "label.weight":
+            rows = parameter.grad.abs().amax(dim=1)
+            assert (rows[:2] > 0).all() and rows[2] == 0  # no label was hidden
+        else:
+            assert parameter.grad.abs().max() > 0, name
+
+    with torch.no_grad():
+        out = net(x0, t, y)
+        assert (net(x0, t, 1 - y) - out).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+        assert (net(x0, t + 50, y) - out).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+        null = torch.full_like(y, 2)
+        assert torch.equal(net(x0, t, null), net(x0, t))
+        assert (net(x0, t) - out).abs().amax() > 1e-4
+        changed = x0.clone()
+        changed[1:] = 0
+        assert torch.allclose(net(changed, t, y)[0], out[0], atol=1e-5)
