@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import ddpm_pixel
 import torch
 
+import ddpm_pixel
 from runtime import World
 
 

@@ -189,18 +189,20 @@ def test_leftovers_of_a_killed_preparation_go(many, tmp_path):
     assert visible(tmp_path / "d") == [made]
 
 
+READ = prepare.decode.decode
+
+
+def _read_slowly(*args):
+    print("working")
+    time.sleep(0.5)
+    return READ(*args)
+
+
 def _slow_program(folder, root, out):
     """What a process of its own runs: load(), half a second a chunk, and a word when it begins."""
     os.setsid()  # a group of its own, as a terminal gives to a command
     sys.stdout = sys.stderr = open(out, "w", buffering=1)  # noqa: SIM115
-    real = prepare.decode.decode
-
-    def slow(*args):
-        print("working")
-        time.sleep(0.5)
-        return real(*args)
-
-    prepare.decode.decode = slow
+    prepare.decode.decode = _read_slowly
     runtime.entry(lambda: data.load(folder, root, workers=2))
 
 
@@ -211,13 +213,15 @@ def working(many, tmp_path):
     context = multiprocessing.get_context("fork")
     process = context.Process(target=_slow_program, args=(many[0], tmp_path / "d", out))
     process.start()
-    until = time.monotonic() + 20
-    while not out.exists() or "working" not in out.read_text():
-        assert time.monotonic() < until and process.is_alive()
-        time.sleep(0.01)
-    yield process, out
-    process.kill()
-    process.join()
+    try:
+        until = time.monotonic() + 20
+        while not out.exists() or "working" not in out.read_text():
+            assert time.monotonic() < until and process.is_alive()
+            time.sleep(0.01)
+        yield process, out
+    finally:
+        process.kill()
+        process.join()
 
 
 def children(pid):

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from launching import succeed
 from launching import run as run_script
+from launching import succeed
 
 import runtime
 

@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -61,8 +62,10 @@ def test_smoke(script, kind, tmp_path):
     if script == "ddpm_pixel":
         succeed("ddpm_pixel", "--smoke", *flags, "--out", tmp_path / "b", "--no-conditional")
         check_samples(tmp_path / "b", shape, 8, 0)
-        if (folder.parents[0] / "ddim.py").exists():
-            succeed("ddim", "--help")
+        for name, labels in (("out", len(classes)), ("b", 0)):
+            walk = ["--sample", tmp_path / name / "ckpt.pt", "--out", tmp_path / f"{name}-ddim"]
+            succeed("ddim", "--smoke", *walk, "--gif", "--gpus", 0)
+            check_samples(tmp_path / f"{name}-ddim", shape, 8, labels)
 
 
 @pytest.mark.parametrize("script", CONFIGS)
@@ -77,13 +80,17 @@ def test_smoke_on_photographs(script, shared_data, tmp_path):
             data = some_of_zip(data, tmp_path / "cifar.zip")
         out = tmp_path / name
         succeed(script, "--smoke", "--data", data, *extra, *flags, "--out", out)
-        assert np.load(out / "samples.npz")["arr_0"].shape == (8, 32, 32, 3)
+        folders = [out]
+        if script == "ddpm_pixel":
+            folders.append(tmp_path / f"{name}-ddim")
+            walk = ["--sample", out / "ckpt.pt", "--out", folders[1], "--gpus", 0]
+            succeed("ddim", "--smoke", *walk)
+        for folder in folders:
+            assert np.load(folder / "samples.npz")["arr_0"].shape == (8, 32, 32, 3)
 
 
 def some_of_zip(path, to, keep=300):
     """A zip of every so many files of a zip, so that preparing it takes no minute."""
-    import zipfile
-
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(to, "w") as part:
         names = [n for n in archive.namelist() if not n.endswith("/")]
         for name in names[:: max(1, len(names) // keep)]:
@@ -152,10 +159,11 @@ def test_run_directory(script, toy, tiny, tmp_path):
 def test_a_stage_at_a_time_is_the_same_as_all_at_once(toy, tiny, tmp_path):
     flags = [*tiny["ldm_cfg"], *toy, "--steps", 6, "--ae-steps", 6, "--sample-every", 0]
     succeed("ldm_cfg", *flags, "--out", tmp_path / "all")
-    for stage in ("autoencoder", "latents", "diffusion", "all"):
+    stages = ["autoencoder", "latents", "diffusion", "all"]
+    for i, stage in enumerate(stages):
         succeed("ldm_cfg", *flags, "--out", tmp_path / "each", "--stage", stage)
         states = ["autoencoder/ckpt.pt", "latents/manifest.json", "ckpt.pt", "samples.npz"]
         done = [(tmp_path / "each" / name).exists() for name in states]
-        assert done == [i <= ["autoencoder", "latents", "diffusion", "all"].index(stage) for i in range(4)]
+        assert done == [j <= i for j in range(4)]
     a, b = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("all", "each"))
     assert np.array_equal(a, b)
