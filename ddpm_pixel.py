@@ -450,6 +450,8 @@ def sample(cfg, world):
     net, trained, shape, names = load_net(cfg.sample, world.device)
     asked = {f: getattr(cfg, f) for f in SAMPLING}
     chosen = runtime.parse_classes(cfg.classes, names if trained.conditional else ())
+    if cfg.guidance and not chosen:
+        raise runtime.BadInput(f"{cfg.sample} was trained without labels; leave out --guidance")
     seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
     labels = labels_for(seeds, chosen)
     images = draw(net, replace(trained, **asked), world, shape, labels, seeds)

@@ -109,7 +109,7 @@ def test_checkpoint_cannot_run_code(tmp_path, form):
     if form == "torch zip":
         torch.save(state, path)
     else:
-        path.write_bytes(pickle.dumps(state))
+        path.write_bytes(pickle.dumps(state, protocol=2))
     with pytest.raises(runtime.BadInput, match="ckpt.pt"):
         runtime.load_checkpoint(path, "toy")
     assert not trap.exists()

@@ -1,0 +1,174 @@
+"""Chapter 3 in process: autoencoder, latent cache, denoiser, guidance."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import autoencoder
+import ldm_cfg
+import runtime
+
+CFG = ldm_cfg.Config(
+    patch=2, ae_width=16, ae_blocks=1, z_channels=2, width=16, mult=(1, 2), heads=2, batch_size=8
+)
+
+
+class Pixels:
+    """A data set of eight random images in memory."""
+
+    def __init__(self, channels=1, height=8, width=8, key="key"):
+        shape = (8, height, width, channels)
+        self.images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+        self.labels, self.key, self.name = np.arange(8) % 3, key, "pixels"
+        self.channels, self.height, self.width, self.num_classes = channels, height, width, 3
+
+    def __len__(self):
+        return len(self.images)
+
+
+def make(cfg=CFG, shape=(1, 8, 8), seed=0):
+    torch.manual_seed(seed)
+    ae = autoencoder.make_autoencoder(cfg, shape).eval()
+    for p in ae.parameters():
+        p.requires_grad_(False)
+    return ae
+
+
+@pytest.mark.parametrize("patch, mult, factor", [(4, (1,), 4), (2, (1, 2), 4), (2, (1, 2, 4), 8)])
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 24)])
+def test_autoencoder_shapes(patch, mult, factor, shape):
+    cfg = replace(CFG, patch=patch, ae_mult=mult)
+    ae, x = make(cfg, shape), torch.randn(2, *shape)
+    mean, log_var = ae.encode(x)
+    assert ae.factor == factor
+    assert mean.shape == log_var.shape == (2, 2, shape[1] // factor, shape[2] // factor)
+    assert ae.decode(mean).shape == x.shape
+
+
+def test_autoencoder_refuses_sizes_it_cannot_fold():
+    with pytest.raises(runtime.BadInput, match="30x30.*multiples of 4.*--size 32"):
+        autoencoder.make_autoencoder(replace(CFG, patch=4), (1, 30, 30))
+
+
+def test_loss_is_absolute_error_and_the_kl_of_torch_distributions():
+    ae, x = make(), torch.randn(3, 1, 8, 8)
+    noise = torch.randn(3, 2, 4, 4)
+    mean, log_var = ae.encode(x)
+    q = torch.distributions.Normal(mean, (0.5 * log_var).exp())
+    kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0))
+    z = mean + q.stddev * noise
+    expected = (x - ae.decode(z)).abs().flatten(1).mean(1) + 0.5 * kl.flatten(1).mean(1)
+    torch.testing.assert_close(autoencoder.autoencoder_loss(ae, x, noise, 0.5), expected)
+
+
+def test_cached_latents_equal_direct_ones_and_have_unit_variance(tmp_path):
+    ds, ae = Pixels(), make()
+    cfg = replace(CFG, out=str(tmp_path), flip=True)
+    moments, scale = autoencoder.cache_latents(cfg, runtime.World(), ds, ae, batch=3)
+    x = torch.from_numpy(ds.images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for rows, images in ((np.arange(8), x), (np.arange(8, 16), x.flip(3))):
+        mean, log_var = ae.encode(images)
+        noise = torch.randn_like(mean)
+        direct = mean + (0.5 * log_var).exp() * noise
+        cached = autoencoder.latent_batch(moments, rows, noise)
+        torch.testing.assert_close(cached, direct, atol=1e-6, rtol=1e-5)
+    z = torch.cat([autoencoder.latent_batch(moments, np.arange(16), torch.randn(16, 2, 4, 4))
+                   for _ in range(400)])  # fmt: skip
+    assert (scale * z).std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_cache_is_used_again_and_made_anew_for_other_weights_data_or_flips(tmp_path):
+    ds, ae, world = Pixels(), make(), runtime.World()
+    cfg, path = replace(CFG, out=str(tmp_path)), tmp_path / "latents" / "moments.npy"
+
+    def made(cfg, ds, ae):
+        before = path.stat().st_mtime_ns if path.exists() else None
+        moments, scale = autoencoder.cache_latents(cfg, world, ds, ae)
+        return path.stat().st_mtime_ns != before, np.array(moments), scale
+
+    first = made(cfg, ds, ae)
+    again = made(cfg, ds, ae)
+    assert first[0] and not again[0] and first[2] == again[2]
+    assert made(cfg, ds, make(seed=1))[0]
+    assert made(cfg, Pixels(key="other"), make(seed=1))[0]
+    assert made(replace(cfg, flip=True), ds, ae)[1].shape[0] == 16
+    np.testing.assert_array_equal(made(cfg, ds, ae)[1], first[1])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (5, 6), (1, 3)])
+def test_denoiser_takes_any_latent_size_and_knows_no_label(size):
+    torch.manual_seed(0)
+    net = ldm_cfg.make_net(CFG, 3)
+    for p in net.parameters():  # open the layers that start at zero
+        torch.nn.init.normal_(p, std=0.1)
+    z, t = torch.randn(2, 2, *size), torch.tensor([0, 999])
+    assert net(z, t).shape == z.shape
+    assert torch.equal(net(z, t), net(z, t, torch.tensor([3, 3])))
+    assert not torch.equal(net(z, t), net(z, t, torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_loss_is_zero_for_the_true_target(prediction):
+    alpha_bar = ldm_cfg.make_alpha_bar("cosine", 100)
+    z0, eps, t = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.tensor([0, 20, 60, 99])
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    v = a.sqrt() * eps - (1 - a).sqrt() * z0
+
+    def oracle(z_t, t, y):
+        torch.testing.assert_close(z_t.double(), a.sqrt() * z0 + (1 - a).sqrt() * eps)
+        return eps if prediction == "eps" else v
+
+    loss = ldm_cfg.simple_loss(oracle, z0, None, t, eps, alpha_bar, prediction)
+    assert loss.shape == (4,) and loss.max() < 1e-10
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("eta", [None, 0.0, 1.0])
+def test_sampler_with_the_true_score_gives_the_data(prediction, eta):
+    alpha_bar, mean, s = ldm_cfg.make_alpha_bar("cosine", 200), 1.5, 0.5
+
+    def net(z, t, y):
+        a = alpha_bar[t].view(-1, 1, 1, 1)
+        eps = (1 - a).sqrt() * (z - a.sqrt() * mean) / (a * s**2 + 1 - a)
+        x0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
+        return (eps if prediction == "eps" else a.sqrt() * eps - (1 - a).sqrt() * x0).float()
+
+    pairs = list(zip(range(199, -1, -1), range(198, -2, -1), strict=True))
+    for _, z, _ in ldm_cfg.sampler(  # noqa: B007
+        net, alpha_bar, pairs, (1, 1, 1), torch.arange(4000), torch.zeros(4000, dtype=torch.long),
+        eta=eta, guidance=0.0, prediction=prediction,
+    ):  # fmt: skip
+        pass
+    assert z.mean().item() == pytest.approx(mean, abs=0.04)
+    assert z.std().item() == pytest.approx(s, rel=0.06)
+
+
+@pytest.mark.parametrize("w, calls", [(0.0, [4] * 3), (1.0, [8] * 3), (-1.0, [8] * 3)])
+def test_guidance_costs_one_forward_and_is_the_formula(w, calls):
+    torch.manual_seed(0)
+    net, seen = ldm_cfg.make_net(CFG, 3).eval(), []
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    net.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
+    alpha_bar, pairs = ldm_cfg.make_alpha_bar("linear", 50), [(49, 25), (25, 5), (5, -1)]
+    y, seeds = torch.tensor([0, 1, 2, 0]), torch.arange(4)
+    steps = list(ldm_cfg.sampler(
+        net, alpha_bar, pairs, (2, 4, 4), seeds, y, eta=0.0, guidance=w
+    ))  # fmt: skip
+    assert seen == calls
+    z = ldm_cfg.gaussian((4, 2, 4, 4), seeds, -1, "cpu")
+    with torch.no_grad():
+        t = torch.full((4,), 49)
+        eps_hat = (1 + w) * net(z, t, y) - w * net(z, t)
+    a = alpha_bar[49]
+    torch.testing.assert_close(
+        steps[0][2], ((z - (1 - a).sqrt() * eps_hat) / a.sqrt()).float(), atol=2e-3, rtol=1e-3
+    )
+
+
+def test_scaled_linear_schedule_is_that_of_stable_diffusion():
+    alpha_bar = ldm_cfg.make_alpha_bar("scaled_linear", 1000)
+    assert alpha_bar[0].item() == pytest.approx(1 - 0.00085, rel=1e-12)
+    assert alpha_bar[-1].item() == pytest.approx(0.0047, abs=5e-5)  # published as 0.00466
