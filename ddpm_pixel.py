@@ -53,8 +53,8 @@ class Config:
     """comma-separated names or numbers: train on these classes; with --sample, draw these"""
 
     timesteps: int = 1000  # T, the length of the chain
-    schedule: Literal["linear", "cosine"] = "linear"
-    """noise schedule: linear in beta (DDPM) or cosine in alpha_bar (IDDPM eq. 17)"""
+    schedule: Literal["linear", "cosine"] = "cosine"
+    """noise schedule: linear in beta (DDPM), or cosine in alpha_bar (IDDPM eq. 17)"""
 
     width: int = 32  # channels at full resolution
     mult: tuple[int, ...] = (1, 2, 4)
