@@ -75,8 +75,7 @@ def subsequence(T, steps):
             f"--sample-steps {steps}: the network was trained on a chain of {T} timesteps; "
             f"type a number from 1 to {T}"
         )
-    gap = (T - 1) / max(steps - 1, 1)
-    tau = [round(T - 1 - k * gap) for k in range(steps)]
+    tau = torch.linspace(T - 1, 0, steps).round().long().tolist()
     return list(zip(tau, [*tau[1:], -1], strict=True))
 
 

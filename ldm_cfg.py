@@ -470,7 +470,7 @@ def main():
     cfg = runtime.parse(Config, __doc__, preset=str(HERE / "configs/{data}.yaml"))
     if cfg.smoke:
         cfg = replace(
-            cfg, ae_steps=4, steps=4, batch_size=8, ae_width=32, width=32, n=8, n_eval=0,
+            cfg, ae_steps=4, steps=4, batch_size=8, ae_width=32, width=32, heads=4, n=8, n_eval=0,
             sample_steps=4, warmup=1, log_every=1, save_every=2, sample_every=2, resume="never",
             out=cfg.out or "runs/smoke-ldm",
         )  # fmt: skip

@@ -48,6 +48,19 @@ KINDS = {  # height, width, channels, classes
 }
 
 
+def test_smoke_of_the_main_command(tmp_path):
+    """ImageNet-100 as Kaggle lays it out, by name, with its configuration of 128x128 and f8."""
+    wnids = ("n01440764", "n01443537")
+    folder = tmp_path / "root" / "imagenet100"
+    for part in ("train.X1", "train.X2", "train.X3", "train.X4", "val.X"):
+        write_images(folder / part, 4, height=130, width=140, channels=3, classes=wnids)
+    (folder / "Labels.json").write_text(json.dumps({wnids[0]: "tench", wnids[1]: "goldfish"}))
+    flags = ["--data", "imagenet100", "--data-root", tmp_path / "root", "--gpus", 0]
+    succeed("ldm_cfg", "--smoke", *flags, "--out", tmp_path / "out")
+    check_samples(tmp_path / "out", (128, 128, 3), 8, 2)
+    assert np.load(tmp_path / "out" / "latents" / "moments.npy").shape == (32, 16, 16, 8)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("script", CONFIGS)
 def test_smoke(script, kind, tmp_path):
