@@ -17,6 +17,7 @@ of unit variance.
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +214,7 @@ def show_reconstructions(ae, ds, device, path, n=50):
     psnr = 10 * torch.log10(4 / (x - x_hat).square().mean(dim=(1, 2, 3))).mean()
     rows = zip(runtime.to_uint8(x).split(10), runtime.to_uint8(x_hat).split(10), strict=True)
     runtime.save_grid(torch.cat([half for row in rows for half in row]), path, columns=10)
-    print(f"reconstructions: PSNR {psnr:.1f} dB over {len(x)} images, {path}")
+    print(f"reconstructions: PSNR {psnr:.1f} dB over {len(x)} training images, {path}")
 
 
 # -------------------------------------------------------------------------------------- latents
@@ -253,6 +254,13 @@ def cache_latents(cfg, world, ds, ae, batch=256):
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         manifest.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        need, free = 4 * math.prod(shape), shutil.disk_usage(folder).free
+        if free < need:  # asked first, because a full disk kills whoever writes a memory map
+            raise runtime.BadInput(
+                f"{folder} needs {need >> 20} MiB for latents and has {free >> 20}: free some, or "
+                "type another --out"
+            )
         np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
     world.barrier()
     moments, mine = np.load(path, mmap_mode="r+"), np.arange(n)[world.share(n)]

@@ -172,3 +172,12 @@ def test_scaled_linear_schedule_is_that_of_stable_diffusion():
     alpha_bar = ldm_cfg.make_alpha_bar("scaled_linear", 1000)
     assert alpha_bar[0].item() == pytest.approx(1 - 0.00085, rel=1e-12)
     assert alpha_bar[-1].item() == pytest.approx(0.0047, abs=5e-5)  # published as 0.00466
+
+
+def test_latents_that_do_not_fit_on_the_disk_are_refused(tmp_path, monkeypatch):
+    full = type("usage", (), {"free": 100})
+    monkeypatch.setattr(autoencoder.shutil, "disk_usage", lambda path: full)
+    cfg = replace(CFG, out=str(tmp_path))
+    with pytest.raises(runtime.BadInput, match="needs .* MiB for latents"):
+        autoencoder.cache_latents(cfg, runtime.World(), Pixels(), make())
+    assert not list((tmp_path / "latents").iterdir())
