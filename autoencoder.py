@@ -30,10 +30,13 @@ from kernels import gaussian, group_norm_silu
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm, optionally a scale and shift (B,C) per sample, and SiLU, in one operation."""
+    """GroupNorm, optionally a scale and shift (B,C) per sample, and SiLU, in one operation.
+
+    At most 32 groups, and never of one channel, which would lose what is added to the channel.
+    """
 
     def __init__(self, channels, silu=True):
-        super().__init__(math.gcd(32, channels), channels)
+        super().__init__(1 if channels % 2 else math.gcd(32, channels // 2), channels)
         self.silu = silu
 
     def forward(self, x, scale=None, shift=None):

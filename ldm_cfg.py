@@ -83,7 +83,7 @@ class Config:
     heads: int = 4  # attention heads, at every resolution
     label_dropout: float = 0.1  # how often training replaces the label by "none"
 
-    steps: int = 1500  # optimizer steps of the diffusion
+    steps: int = 1250  # optimizer steps of the diffusion
     batch_size: int = 64  # images per step over all processes, in both trainings
     lr: float = 2e-3  # peak learning rate
     warmup: int = 100  # steps over which a learning rate rises; then it falls as a half cosine
@@ -105,7 +105,7 @@ class Config:
     n_eval: int = 1000  # how many more samples the evaluation after training draws; 0 skips it
     seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
     sampler: Literal["ddim", "ddpm"] = "ddim"
-    sample_steps: int = 30  # how many of the T timesteps the sampler visits, evenly spaced
+    sample_steps: int = 25  # how many of the T timesteps the sampler visits, evenly spaced
     eta: float = 0.0  # noise of a ddim step: 0 deterministic, 1 like ddpm
     guidance: float = 1.0
     """w in (1+w) eps(z,y) - w eps(z): -1 unconditional, 0 conditional; others write s = 1+w"""

@@ -1,5 +1,8 @@
-"""Chapter 2 against equation 12 written out, and against chapter 1."""
+"""Chapter 2 against equation 12 written out, against Gaussian data, and against chapter 1."""
 
+from dataclasses import asdict
+
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +33,12 @@ def test_subsequence_is_even_and_ends_at_the_image():
     for steps in (0, 1001):
         with pytest.raises(runtime.BadInput, match="1 to 1000"):
             ddim.subsequence(1000, steps)
+
+
+def test_subsequence_is_the_one_that_chapter_1_walks():
+    for T in (*range(1, 41), 1000):
+        for steps in range(1, min(T, 60) + 1):
+            assert ddim.subsequence(T, steps) == ch1.timestep_pairs(T, steps)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -70,3 +79,195 @@ def test_eta_0_starts_where_chapter_1_starts_and_ends_in_its_guess(net):
     assert torch.equal(way[-1][1], again[-1][1])
     assert way[-1][0] == -1
     torch.testing.assert_close(way[-1][1], way[-1][2])
+
+
+# ------------------------------------------------------------------------------ Gaussian data
+# x0 ~ N(MEAN, COV) for the two channels of every pixel; the best eps_hat is known in closed form.
+
+MEAN = torch.tensor([0.2, -0.1], dtype=torch.float64)
+COV = torch.tensor([[0.04, 0.018], [0.018, 0.0225]], dtype=torch.float64)
+
+
+class Gaussian(torch.nn.Module):
+    """eps_hat = sqrt(1 - a) (a COV + (1 - a) I)^-1 (x - sqrt(a) MEAN); no labels."""
+
+    label = None
+
+    def __init__(self, alpha_bar):
+        super().__init__()
+        self.alpha_bar = alpha_bar
+
+    def forward(self, x, t, y=None):
+        a = self.alpha_bar[t[0]]
+        gain = (1 - a).sqrt() * torch.linalg.inv(a * COV + (1 - a) * torch.eye(2))
+        off = x.double() - (a.sqrt() * MEAN).view(1, 2, 1, 1)
+        return torch.einsum("ij,bjhw->bihw", gain, off).float()
+
+
+def law(alpha_bar, pairs, step_of):
+    """Mean and covariance with which the sampler must arrive, from its textbook step.
+
+    step_of(a, a_prev) -> (weight of x0_hat, weight of x_t, variance of the fresh noise).
+    """
+    mean, cov, eye = torch.zeros(2).double(), torch.eye(2).double(), torch.eye(2).double()
+    for t, t_prev in pairs:
+        a = alpha_bar[t].item()
+        a_prev = alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
+        K = a**0.5 * COV @ torch.linalg.inv(a * COV + (1 - a) * eye)  # of E[x0 | x_t], Bayes
+        to_x0, to_x, variance = step_of(a, a_prev)
+        M = to_x0 * K + to_x * eye
+        mean = M @ mean + to_x0 * (MEAN - a**0.5 * K @ MEAN)
+        cov = M @ cov @ M.T + variance * eye
+    return mean, cov
+
+
+def ancestral(a, a_prev):
+    """q(x_prev | x_t, x0) as a product of two Gaussians: their precisions add."""
+    if a_prev == 1:
+        return 1.0, 0.0, 0.0
+    kept = a / a_prev
+    precision = 1 / (1 - a_prev) + kept / (1 - kept)
+    return a_prev**0.5 / (1 - a_prev) / precision, kept**0.5 / (1 - kept) / precision, 1 / precision
+
+
+def implicit(eta):
+    def step(a, a_prev):
+        """Equation 12, the noise eliminated by equation 9."""
+        sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5
+        direction = (1 - a_prev - sigma**2) ** 0.5 / (1 - a) ** 0.5
+        return a_prev**0.5 - direction * a**0.5, direction, sigma**2
+
+    return step
+
+
+@pytest.mark.parametrize("steps", [400, 20])
+@pytest.mark.parametrize(
+    "walker, step_of",
+    [
+        (ch1.sampler, ancestral),
+        (lambda *args: ddim.sampler(*args, eta=0.0), implicit(0.0)),
+        (lambda *args: ddim.sampler(*args, eta=0.6), implicit(0.6)),
+        (lambda *args: ddim.sampler(*args, eta=1.0), implicit(1.0)),
+    ],
+    ids=["ancestral", "ddim-0", "ddim-0.6", "ddim-1"],
+)
+def test_gaussian_samples_obey_the_law_of_the_textbook_step(walker, step_of, steps):
+    alpha_bar = ch1.make_alpha_bar("linear", 400)
+    pairs = ddim.subsequence(400, steps)
+    net, n = Gaussian(alpha_bar), 1000 * 32
+    *_, (_, x, _) = walker(net, alpha_bar, pairs, (2, 4, 8), torch.arange(1000))
+    points = x.double().permute(0, 2, 3, 1).reshape(n, 2)
+    mean, cov = law(alpha_bar, pairs, step_of)
+    assert ((points.mean(0) - mean).abs() < 4.5 * (cov.diag() / n).sqrt()).all()
+    spread = (cov.diag()[:, None] * cov.diag() + cov**2).sqrt() / n**0.5  # of a sample covariance
+    assert ((points.T.cov() - cov).abs() < 4.5 * spread).all(), (points.T.cov(), cov)
+
+
+@pytest.mark.parametrize("step_of", [ancestral, implicit(0.0), implicit(0.6), implicit(1.0)])
+def test_that_law_converges_to_the_data_at_first_order(step_of):
+    errors = []
+    for T in (1000, 2000, 4000):
+        mean, cov = law(ch1.make_alpha_bar("linear", T), ddim.subsequence(T, T), step_of)
+        errors.append([(mean - MEAN).norm().item(), (cov - COV).norm().item()])
+    assert errors[0][0] < 0.01 * MEAN.norm() and errors[0][1] < 0.06 * COV.norm(), errors
+    for before, after in zip(errors, errors[1:], strict=False):
+        assert after[1] / before[1] == pytest.approx(0.5, abs=0.05), errors
+
+
+# --------------------------------------------------------------- guidance, seeds, whole pictures
+
+
+@pytest.mark.parametrize("w, batch", [(0.0, 4), (1.5, 8), (-1.0, 8)])
+def test_guidance_costs_one_forward_and_is_the_formula(w, batch):
+    torch.manual_seed(0)
+    net = ch1.make_net(ch1.Config(width=16, mult=(1, 2), attention=(4,)), SHAPE, 3).eval()
+    for p in net.parameters():  # open the layers that start at zero, and let labels matter
+        torch.nn.init.normal_(p, std=0.15)
+    torch.nn.init.normal_(net.label.weight, std=5.0)
+    seen = []
+    hook = net.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
+    alpha_bar, pairs = ch1.make_alpha_bar("linear", 50), [(12, 6), (6, 2), (2, -1)]
+    seeds, y = torch.arange(4), torch.tensor([0, 1, 2, 0])
+    steps = walk(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, y, guidance=w))
+    hook.remove()
+    assert seen == [batch] * 3
+
+    x, t, a = gaussian((4, *SHAPE), seeds, -1, "cpu"), torch.full((4,), 12), alpha_bar[12]
+    with torch.no_grad():
+        with_label, without = net(x, t, y), net(x, t, torch.full((4,), 3))
+    assert (with_label - without).abs().mean() > 0.03  # 30 times the tolerance below
+    eps_hat = (1 + w) * with_label - w * without
+    guess = ((x - (1 - a).sqrt() * eps_hat) / a.sqrt()).float().clamp(-1, 1)
+    assert (guess.abs() < 1).float().mean() > 0.2  # clipping does not hide all
+    torch.testing.assert_close(steps[0][2], guess, atol=1e-3, rtol=0)
+    if w == -1:
+        unconditional = walk(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds))
+        torch.testing.assert_close(steps[-1][1], unconditional[-1][1], atol=1e-3, rtol=0)
+
+
+def test_a_sample_does_not_depend_on_its_batch(net):
+    alpha_bar, pairs = ch1.make_alpha_bar("linear", 50), ddim.subsequence(50, 5)
+    seeds, y = torch.arange(20), torch.arange(20) % 3
+    *_, (_, many, _) = ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, y, eta=0.7)
+    *_, (_, one, _) = ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds[17:18], y[17:18], eta=0.7)
+    torch.testing.assert_close(one[0], many[17], atol=1e-5, rtol=0)
+    assert (many[1:] - many[:1]).abs().amax(dim=(1, 2, 3)).min() > 0.1
+
+
+def test_fresh_noise_is_used_only_with_eta(net):
+    """Other seeds for the steps than for x_T change the way if and only if eta is not 0."""
+    alpha_bar, pairs = ch1.make_alpha_bar("linear", 50), ddim.subsequence(50, 5)
+
+    def end(eta, step_seeds):
+        seeds = torch.arange(2)
+        way = ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, eta=eta)
+        next(way)
+        seeds += step_seeds  # in place: the sampler holds this tensor
+        *_, (_, x, _) = way
+        return x
+
+    assert torch.equal(end(0.0, 0), end(0.0, 100))
+    assert (end(0.5, 0) - end(0.5, 100)).abs().max() > 0.01
+
+
+def checkpoint(net, folder, conditional=True):
+    cfg = ch1.Config(width=16, mult=(1, 2), attention=(4,), timesteps=50, conditional=conditional)
+    folder.mkdir()
+    state = {
+        "script": "ddpm_pixel", "config": asdict(cfg), "step": 1, "ema": net.state_dict(),
+        "shape": list(SHAPE), "class_names": ["a", "b", "c"],
+    }  # fmt: skip
+    torch.save(state, folder / "ckpt.pt")
+    return str(folder / "ckpt.pt")
+
+
+def test_files_are_those_of_chapter_1_and_the_film_ends_in_them(net, tmp_path):
+    path = checkpoint(net, tmp_path / "run")
+    common = {"n": 10, "sample_steps": 7, "eta": 0.3, "guidance": 0.5, "batch_size": 4, "gpus": 0}
+    ours = ddim.Config(sample=path, out=str(tmp_path / "2"), classes="b,c", gif=True, **common)
+    ddim.sample(ours, runtime.World())
+    chapter1 = ch1.Config(
+        sample=path, out=str(tmp_path / "1"), classes="b,c", sampler="ddim", **common
+    )
+    ch1.sample(chapter1, runtime.World())
+    one, two = (np.load(tmp_path / name / "samples.npz") for name in "12")
+    assert two["arr_1"].tolist() == [1, 2] * 5
+    np.testing.assert_array_equal(one["arr_1"], two["arr_1"])
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+    assert (tmp_path / "2" / "reverse.gif").exists() and (tmp_path / "2" / "reverse.png").exists()
+
+    pairs, seeds, y = ddim.subsequence(50, 7), torch.arange(8), torch.tensor([1, 2] * 4)
+    way = ddim.film(net, ch1.make_alpha_bar("cosine", 50), pairs, ours, SHAPE, y, seeds, frames=4)
+    assert len(way) == 4 and way[0].shape == (16, 8, 8, 1)
+    guess = way[-1][8:].numpy().astype(int)  # the last step returns its guess
+    assert np.abs(guess - two["arr_0"][:8]).max() <= 1
+
+
+def test_labels_cannot_be_asked_of_a_network_without(tmp_path):
+    cfg = ch1.Config(width=16, mult=(1, 2), attention=(4,))
+    path = checkpoint(ch1.make_net(cfg, SHAPE, 0), tmp_path / "run", conditional=False)
+    for asked in ({"classes": "a"}, {"guidance": 1.0}):
+        with pytest.raises(runtime.BadInput, match="without labels"):
+            ddim.sample(ddim.Config(sample=path, gpus=0, **asked), runtime.World())
+    ddim.sample(ddim.Config(sample=path, gpus=0, n=2, sample_steps=2), runtime.World())
+    assert np.load(tmp_path / "run" / "samples.npz").files == ["arr_0"]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm_pixel as ch1
 from kernels import gaussian
@@ -37,6 +38,26 @@ def test_any_length_goes_from_image_to_noise(schedule, T):
     alpha_bar = ch1.make_alpha_bar(schedule, T)
     assert len(alpha_bar) == T and (alpha_bar.diff() < 0).all()
     assert alpha_bar[0] > 0.99 - 5 / T and 0 < alpha_bar[-1] < 1e-3
+
+
+def test_a_chain_of_another_length_keeps_the_noise_at_each_part_of_the_way():
+    thousand = ch1.make_alpha_bar("linear", 1000)
+    for T in (250, 500, 4000):
+        other = ch1.make_alpha_bar("linear", T)
+        for part in (0.25, 0.5, 0.75):
+            here, there = other[int(part * T) - 1].item(), thousand[int(part * 1000) - 1].item()
+            assert math.log(here) == pytest.approx(math.log(there), rel=0.03)
+
+
+def test_the_marginals_are_those_of_the_chain_of_single_steps():
+    """Mean and variance carried through x_t = sqrt(1-b) x_(t-1) + sqrt(b) z, eq. 2."""
+    mean, variance = 1.0, 0.0
+    for t in range(1000):
+        beta = 1e-4 + (0.02 - 1e-4) * t / 999
+        mean, variance = (1 - beta) ** 0.5 * mean, (1 - beta) * variance + beta
+        if t in (0, 300, 999):
+            a = ch1.make_alpha_bar("linear", 1000)[t].item()
+            assert (a**0.5, 1 - a) == pytest.approx((mean, variance), rel=1e-9)
 
 
 def test_q_sample_has_the_mean_and_variance_of_equation_4():
@@ -107,6 +128,44 @@ def test_channels_last_goes_through_the_whole_network():
     x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
     net(x, torch.tensor([1, 2]), torch.tensor([0, 1]))
     assert len(seen) > 10 and all(seen)
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies of at least `size` numbers."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.found = size, []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        aten = torch.ops.aten
+        copies = (aten.clone, aten.copy_, aten._to_copy, aten._reshape_copy)
+        if op.overloadpacket in copies and out.numel() >= self.size:
+            self.found.append((op, tuple(out.shape)))
+        return out
+
+
+def test_no_activation_is_copied_on_the_way():
+    net = ch1.make_net(small(), (3, 8, 8), 5)
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])
+    with torch.no_grad(), Copies(size=2 * 32 * 4 * 4) as copies:  # the smallest activation
+        net(x.to(memory_format=torch.channels_last), t, y)
+    assert [shape for _, shape in copies.found] in ([], [(2, 3, 8, 8)])  # at most our own .to()
+    with Copies(size=1) as copies:
+        x.permute(0, 2, 3, 1).contiguous()
+    assert copies.found  # it would be seen
+
+
+def test_every_residual_block_sees_the_timestep():
+    """A group of one channel would normalise away the embedding added to that channel."""
+    torch.manual_seed(0)
+    for width in (16, 32, 48, 128):
+        block = ch1.ResBlock(width, width, 8, dropout=0.0)
+        torch.nn.init.normal_(block.conv2.weight)
+        x, emb = torch.randn(1, width, 4, 4), torch.randn(2, 8)
+        first, second = block(x.repeat(2, 1, 1, 1), emb)
+        assert (first - second).std() > 0.05 * first.std()
 
 
 def test_no_label_is_the_label_num_classes():

@@ -181,3 +181,36 @@ def test_latents_that_do_not_fit_on_the_disk_are_refused(tmp_path, monkeypatch):
     with pytest.raises(runtime.BadInput, match="needs .* MiB for latents"):
         autoencoder.cache_latents(cfg, runtime.World(), Pixels(), make())
     assert not list((tmp_path / "latents").iterdir())
+
+
+def test_gradient_reaches_every_parameter_once_the_zero_layers_are_open():
+    torch.manual_seed(0)
+    net = ldm_cfg.make_net(CFG, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    z, t, y = torch.randn(4, 2, 5, 6), torch.tensor([0, 10, 500, 999]), torch.arange(4)
+    assert (net(z, t, y) == 0).all()
+    for _ in range(4):  # zero layers open one after the other
+        optimizer.zero_grad()
+        (net(z, t, y) - z).square().mean().backward()
+        optimizer.step()
+    silent = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent
+
+
+@pytest.mark.parametrize("eta", [None, 0.0, 0.5])
+def test_a_sample_does_not_depend_on_its_batch(eta):
+    torch.manual_seed(0)
+    net = ldm_cfg.make_net(CFG, 3).eval()
+    torch.nn.init.normal_(net.conv_out.weight, std=0.05)
+    alpha_bar, pairs = ldm_cfg.make_alpha_bar("linear", 50), [(49, 25), (25, 5), (5, -1)]
+    seeds, y = torch.arange(20), torch.arange(20) % 3
+
+    def last(rows):
+        *_, (_, z, _) = ldm_cfg.sampler(
+            net, alpha_bar, pairs, (2, 4, 4), seeds[rows], y[rows], eta=eta, guidance=1.0
+        )
+        return z
+
+    many = last(slice(None))
+    torch.testing.assert_close(last(slice(17, 18))[0], many[17], atol=1e-4, rtol=1e-4)
+    assert (many[1:] - many[:1]).abs().amax(dim=(1, 2, 3)).min() > 0.1
