@@ -1,12 +1,12 @@
 """The first stage of chapter 3: an autoencoder, and the latents of a whole data set.
 
-Kingma, Welling, "Auto-Encoding Variational Bayes", 2014 (arXiv:1312.6114): VAE below.
+Kingma, Welling, "Auto-Encoding Variational Bayes", 2014 (arXiv:1312.6114).
 Rombach et al., "Latent Diffusion Models", 2022 (arXiv:2112.10752), section 3.1: LDM.
 
 The encoder gives the mean and variance of a Gaussian q(z|x), the decoder an image for any z drawn
 from it. A weak pull of q towards N(0, I) keeps latents near each other without blurring the images;
-what is left of their scale is measured afterwards and divided out, because diffusion expects data
-of unit variance.
+what is left of their scale is measured afterwards and multiplied away (by 1 / their standard
+deviation), because diffusion expects data of unit variance.
 
     python ldm_cfg.py --stage autoencoder       trains only this; look at
     runs/ldm-glyphs/autoencoder/reconstructions.png
@@ -51,7 +51,7 @@ def conv(c_in, c_out, kernel=3, stride=1):
 
 
 def zero(layer):
-    """Start a layer at zero, so that the residual branch it ends is at first the identity."""
+    """Start a layer at zero: the residual branch that it ends at first adds nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -1,4 +1,4 @@
-"""Chapter 2: the same network, fifty steps instead of a thousand.
+"""Chapter 2: the same network, few steps, and no noise on the way.
 
 Song, Meng, Ermon, "Denoising Diffusion Implicit Models", 2021 (arXiv:2010.02502), whose alpha_t is
 our alpha_bar_t.
@@ -17,9 +17,10 @@ then go to the earlier timestep t_prev, keeping a part of that noise and replaci
 
     sigma = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_prev))
                                                                                           eq. 16
-With eta = 1 this is chapter 1's ancestral step. With eta = 0 there is no fresh noise: the image is
-a function of x_T, and the walk a solution of an ODE, smooth enough for few steps. But fresh noise
-also corrects the network's mistakes: where a short training leaves specks, try --eta 1.
+With eta = 1 this is chapter 1's ancestral step (small variance). With eta = 0 there is no fresh
+noise: the image is a function of x_T, and the walk an Euler scheme for an ODE (section 4.3), smooth
+enough for few steps. But fresh noise also corrects the network's mistakes: where a short training
+leaves specks, try --eta 1.
 
     python ddim.py --sample runs/pixel-mnist/ckpt.pt                  100 images in 50 steps
     python ddim.py --sample runs/pixel-mnist/ckpt.pt --sample-steps 10 --classes 3,7 --guidance 1

@@ -3,7 +3,7 @@
 Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239): DDPM.
 Nichol, Dhariwal, "Improved DDPM", 2021 (arXiv:2102.09672), the cosine schedule: IDDPM.
 
-A fixed Markov chain turns an image x_0 into noise x_T in T small steps,
+A fixed Markov chain turns an image x_0 into noise x_T in T small steps (in code t is 1 less),
 
     q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)              DDPM eq. 4
 
@@ -17,7 +17,7 @@ and with it the chain is walked backwards, from noise to an image (Algorithm 2).
     python ddpm_pixel.py --sample runs/pixel-mnist/ckpt.pt --n 100 --classes 3,7
     torchrun --nproc-per-node 8 ddpm_pixel.py --config configs/cifar10_pixel.yaml
 
-The first takes about 40 minutes on two CPU cores (figures: README); `--smoke` takes seconds.
+The first takes about 15 minutes on two CPU cores (figures: README); `--smoke` takes seconds.
 """
 
 import math
@@ -71,7 +71,7 @@ class Config:
     batch_size: int = 64  # images per step over all processes
     lr: float = 1e-3  # peak learning rate
     lr_decay: Literal["cosine", "none"] = "cosine"
-    """after warm-up: cosine to zero at --steps, or constant (DDPM)"""
+    """times half a cosine from 1 at step 0 to 0 at --steps, or constant after warm-up (DDPM)"""
     warmup: int = 200  # steps over which the learning rate rises from zero
     clip_grad: float = 1.0  # largest gradient norm
     ema: float = 0.998
@@ -87,15 +87,15 @@ class Config:
     save_every: int = 500  # steps between two checkpoints, a multiple of --log-every
     sample_every: int = 1000  # steps between two sample grids; 0 for none but the last
 
-    sample: str = ""  # do not train: sample from this checkpoint
+    sample: str = ""  # do not train: sample from this checkpoint, by its settings where not given
     n: int = 100  # how many samples
     seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
     sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """ancestral sampling (DDPM Algorithm 2), or chapter 2's"""
+    """ancestral sampling (DDPM Algorithm 2; of fewer than T steps, IDDPM eq. 19), or chapter 2's"""
     variance: Literal["small", "large"] = "small"
     """of an ancestral step: beta_tilde_t or beta_t (DDPM section 3.2)"""
     sample_steps: int = 100  # how many of the T timesteps the sampler visits, evenly spaced
-    eta: float = 0.0  # noise of a ddim step: 0 deterministic, 1 like ddpm
+    eta: float = 0.0  # noise of a ddim step: 0 deterministic, 1 like ddpm with small variance
     guidance: float = 0.0
     """w in (1+w) eps(x,y) - w eps(x): -1 unconditional, 0 conditional; others write s = 1+w"""
 
@@ -129,11 +129,9 @@ def q_sample(x0, t, eps, alpha_bar):
 
 
 def timestep_embedding(t, width):
-    """(B,) timesteps -> (B, width) sines and cosines of wavelengths from 2 pi to 10000 * 2 pi."""
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2)
-    )
-    angles = t[:, None].float() * frequencies  # (B, width/2)
+    """(B,) timesteps -> (B, width) sines and cosines, frequencies 1 ... 10000^(2/width - 1)."""
+    half = torch.arange(width // 2, device=t.device) / (width // 2)
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * half)  # (B, width/2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -152,7 +150,7 @@ class Norm(nn.GroupNorm):
 
 
 def zero(layer):
-    """Start a layer at zero, so that the residual branch it ends is at first the identity."""
+    """Start a layer at zero: the residual branch that it ends at first adds nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -298,6 +296,11 @@ def sampler(
 ):
     """Walk from noise to images; yields (t_prev, x, x0_hat) after every step (DDPM Algorithm 2).
 
+        x0_hat = clamp((x_t - sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_bar_t), -1, 1)      eq. 15
+        x_prev = A x0_hat + B x_t + sigma z         mean and variance of q(x_prev | x_t, x0_hat),
+        A = sqrt(alpha_bar_prev) beta / (1 - alpha_bar_t),                                    eq. 7
+        B = sqrt(1 - beta) (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+    where beta = 1 - alpha_bar_t / alpha_bar_prev (IDDPM eq. 19). Without the clamp it is eq. 11.
     seeds (B,) int64, one per image: the image is a function of its seed and label alone.
     y (B,) labels or None; eta None is the ancestral step, a number is DDIM's.
     With guidance w != 0 the conditional and unconditional passes are one batch of 2B.
@@ -370,7 +373,7 @@ def train(cfg, world):
     alpha_bar = make_alpha_bar(cfg.schedule, cfg.timesteps).to(world.device)
     mine, meter = world.share(cfg.batch_size), runtime.LossMeter(world.device)
     seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
-    labels = labels_for(seeds, range(k))
+    labels = labels_for(seeds, range(k), cfg.guidance)
     if world.is_main:
         size = sum(p.numel() for p in net.parameters()) / 1e6
         print(f"{ds.name}: {len(ds)} images {shape}, {k} classes; network {size:.2f} M parameters")
@@ -431,8 +434,10 @@ def train(cfg, world):
 # ----------------------------------------------------------------------------------------- main
 
 
-def labels_for(seeds, chosen):
+def labels_for(seeds, chosen, guidance=0.0):
     """The label of each sample, a function of its seed: chosen[seed mod len(chosen)], or None."""
+    if guidance and not chosen:
+        raise runtime.BadInput("this network knows no labels; leave out --guidance")
     return torch.tensor(chosen)[seeds % len(chosen)] if chosen else None
 
 
@@ -446,22 +451,20 @@ def load_net(path, device):
     return net.to(device).eval(), cfg, state["shape"], state["class_names"]
 
 
+SAMPLING = ("sampler", "variance", "sample_steps", "eta", "guidance", "batch_size")
+
+
 def sample(cfg, world):
     net, trained, shape, names = load_net(cfg.sample, world.device)
-    asked = {f: getattr(cfg, f) for f in SAMPLING}
+    trained = replace(trained, **{name: getattr(cfg, name) for name in SAMPLING})
     chosen = runtime.parse_classes(cfg.classes, names if trained.conditional else ())
-    if cfg.guidance and not chosen:
-        raise runtime.BadInput(f"{cfg.sample} was trained without labels; leave out --guidance")
     seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
-    labels = labels_for(seeds, chosen)
-    images = draw(net, replace(trained, **asked), world, shape, labels, seeds)
+    labels = labels_for(seeds, chosen, trained.guidance)
+    images = draw(net, trained, world, shape, labels, seeds)
     if world.is_main:
         folder = Path(cfg.out or Path(cfg.sample).parent)
         runtime.save_samples(folder, images, labels, 10)
         print(f"samples: {folder / 'samples.png'}")
-
-
-SAMPLING = ("sampler", "variance", "sample_steps", "eta", "guidance", "batch_size")
 
 
 def check(cfg):
@@ -478,8 +481,8 @@ def check(cfg):
 
 
 def main():
-    preset = Path(__file__).parent / "configs/{data}_pixel.yaml"
-    cfg = runtime.parse(Config, __doc__, preset=str(preset))
+    preset = str(Path(__file__).parent / "configs/{data}_pixel.yaml")
+    cfg = runtime.parse(Config, __doc__, preset=preset)
     if cfg.smoke:
         cfg = replace(
             cfg, steps=4, batch_size=8, width=16, n=8, sample_steps=4, warmup=1, log_every=1,
@@ -487,12 +490,10 @@ def main():
         )  # fmt: skip
     check(cfg)
     if cfg.sample:
-        runtime.launch(sample, cfg)
+        runtime.launch(sample, runtime.as_trained(cfg, SAMPLING, "ddpm_pixel"))
     else:
-        name = Path(cfg.data).stem
-        cfg = replace(cfg, out=cfg.out or f"runs/pixel-{name}")
         load_data(cfg)  # prepared once, before there are several processes
-        runtime.launch(train, cfg)
+        runtime.launch(train, replace(cfg, out=cfg.out or f"runs/pixel-{Path(cfg.data).stem}"))
 
 
 if __name__ == "__main__":

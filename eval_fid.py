@@ -11,7 +11,7 @@ for photographs of objects has little to say about gray digits). The same classi
 samples it reads as the class they were asked for. Such a figure can be compared only with figures
 of the same features, the same N and the same reference, so all three are printed with it.
 
-    python eval_fid.py runs/ldm/samples.npz glyphs:test      # a minute at first, then seconds
+    python eval_fid.py runs/ldm-glyphs/samples.npz glyphs:test     # a minute at first, then seconds
     python eval_fid.py mnist:train mnist:test --n 10000      # real against real: 0.03, the floor
     python eval_fid.py stats glyphs:test --out glyphs.npz    # keep the statistics of a reference
 
@@ -484,7 +484,7 @@ def main():
     if cfg.n < 0:
         raise BadInput(f"--n must be 0 (all images) or a number of images, got {cfg.n}")
     if cfg.out[-4:] != (".npz" if cfg.a == "stats" else ""):
-        raise BadInput("--out belongs to `stats`: python eval_fid.py stats B --out FILE.npz")
+        raise BadInput("only `stats` takes --out, and needs it: eval_fid.py stats B --out F.npz")
     torch.backends.cudnn.allow_tf32 = False  # the same features on the GPU as on the CPU
     result = save_statistics(cfg) if cfg.a == "stats" else compare(cfg)
     print(f"command            {shlex.join(['python', *sys.argv])}, seed {cfg.seed}")

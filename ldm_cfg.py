@@ -11,12 +11,14 @@ then the label "none"; a sample is steered by exaggerating the difference,
 
     eps_hat = (1 + w) eps_hat(z_t, y) - w eps_hat(z_t, none)                      CFG eq. 6
 
-    python ldm_cfg.py                                     digits on two CPU cores, five minutes
+(At a given z_t, v is affine in eps and the weights sum to 1: the same holds for v.)
+
+    python ldm_cfg.py                                     digits on two CPU cores, six minutes
     python ldm_cfg.py --data imagenet100 --gpus 8         ImageNet-100 at 128x128
     python ldm_cfg.py --sample runs/ldm-glyphs/ckpt.pt --n 100 --guidance 3 --classes 3,7
 
-Stages, each resumed where it stopped and skipped when done: data, autoencoder, latents, diffusion,
-samples, evaluation. `--smoke` walks through all of them in seconds.
+Stages: data, autoencoder, latents and diffusion go on where they stopped and are skipped when done;
+samples and evaluation are made anew. `--smoke` walks through all but the last in seconds.
 """
 
 import json
@@ -86,7 +88,7 @@ class Config:
     steps: int = 1250  # optimizer steps of the diffusion
     batch_size: int = 64  # images per step over all processes, in both trainings
     lr: float = 2e-3  # peak learning rate
-    warmup: int = 100  # steps over which a learning rate rises; then it falls as a half cosine
+    warmup: int = 100  # steps over which a learning rate rises; half a cosine lowers it all along
     clip_grad: float = 1.0  # largest gradient norm
     ema: float = 0.995  # decay of the running mean of the weights, which is what gets sampled
     seed: int = 0  # everything random in training is a function of this and the step
@@ -100,11 +102,11 @@ class Config:
     save_every: int = 250  # steps between two checkpoints, a multiple of --log-every
     sample_every: int = 500  # steps between two grids; 0 for none but the last
 
-    sample: str = ""  # do not train: sample from this checkpoint
+    sample: str = ""  # do not train: sample from this checkpoint, by its settings where not given
     n: int = 100  # how many samples
-    n_eval: int = 1000  # how many more samples the evaluation after training draws; 0 skips it
+    n_eval: int = 1000  # after training, so many samples (at least n) are scored; 0: none are
     seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
-    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sampler: Literal["ddim", "ddpm"] = "ddim"  # chapter 2's step, or chapter 1's ancestral one
     sample_steps: int = 25  # how many of the T timesteps the sampler visits, evenly spaced
     eta: float = 0.0  # noise of a ddim step: 0 deterministic, 1 like ddpm
     guidance: float = 1.0
@@ -129,7 +131,7 @@ class SelfAttention(nn.Module):
 
 
 def timestep_embedding(t, width):
-    """(B,) timesteps -> (B, width) sines and cosines of wavelengths from 2 pi to 10000 * 2 pi."""
+    """(B,) timesteps -> (B, width) sines and cosines, frequencies 1 ... 10000^(2/width - 1)."""
     half = torch.arange(width // 2, device=t.device) / (width // 2)
     angles = t[:, None].float() * torch.exp(-math.log(10000) * half)  # (B,width/2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -147,7 +149,7 @@ class Layer(nn.Module):
 
 
 class UNet(nn.Module):
-    """net(z, t, y) -> eps_hat of z's shape: z (B,C,h,w), t (B,) int, y (B,) labels or None.
+    """net(z, t, y) -> eps or v, of z's shape: z (B,C,h,w), t (B,) int, y (B,) labels or None.
 
     The label num_classes, or None for all, means "no label". Every resolution attends. An odd side
     rounds up when it halves (7 -> 4), and grows back to the size of its skip connection.
@@ -207,7 +209,7 @@ def make_alpha_bar(schedule, T):
     """alpha_bar_t for t = 0..T-1, float64: the share of the latent's variance left after step t.
 
     linear         beta from 1e-4 to 0.02 for T = 1000, scaled by 1000/T for others (DDPM)
-    scaled_linear  sqrt(beta) linear, beta from 0.00085 to 0.012 likewise (LDM, Stable Diffusion)
+    scaled_linear  sqrt(beta) linear, from 0.00085 to 0.012 likewise (Stable Diffusion)
     cosine         alpha_bar_t = f(t+1)/f(0), f(t) = cos^2((t/T + 0.008)/1.008 pi/2) (IDDPM eq. 17)
     """
     if schedule == "linear":
@@ -223,7 +225,7 @@ def make_alpha_bar(schedule, T):
 
 
 def simple_loss(net, z0, y, t, eps, alpha_bar, prediction="eps"):
-    """||target - net(z_t, t, y)||^2 of each latent, (B,), a mean over its numbers (LDM eq. 2).
+    """||target - net(z_t, t, y)||^2 of each latent, (B,), a mean over its numbers (LDM eq. 3).
 
     The target is eps, or v, whose error does not explode into z0_hat where alpha_bar is nearly 0
     (Salimans, Ho, "Progressive Distillation", 2022, section 4).
@@ -404,11 +406,15 @@ def load_net(path, device):
     return net.to(device).eval(), ae.to(device).eval(), state, cfg
 
 
+SAMPLING = ("sampler", "sample_steps", "eta", "guidance", "batch_size")
+
+
 def sample(cfg, world, n):
     """n samples from the checkpoint cfg.sample: samples.png and .npz, in cfg.out or beside it."""
     net, ae, state, trained = load_net(cfg.sample, world.device)
-    asked = ("sampler", "sample_steps", "eta", "guidance", "batch_size")
-    trained = replace(trained, **{name: getattr(cfg, name) for name in asked})
+    trained = replace(trained, **{name: getattr(cfg, name) for name in SAMPLING})
+    if not state["class_names"]:
+        trained = replace(trained, guidance=0.0)  # there is nothing to steer by
     check_sampling(trained)
     chosen = runtime.parse_classes(cfg.classes, state["class_names"])
     seeds = runtime.parse_seeds(cfg.seeds, n)
@@ -417,7 +423,7 @@ def sample(cfg, world, n):
     if world.is_main:
         folder = Path(cfg.out or Path(cfg.sample).parent)
         runtime.save_samples(folder, images, labels if chosen else None, 10)
-        print(f"samples: {folder / 'samples.png'}, guidance w = {cfg.guidance:g}")
+        print(f"samples: {folder / 'samples.png'}, guidance w = {trained.guidance:g}")
 
 
 def evaluate(cfg):
@@ -476,6 +482,7 @@ def main():
         )  # fmt: skip
     check(cfg)
     if cfg.sample:
+        cfg = runtime.as_trained(cfg, SAMPLING, "ldm_cfg")
         runtime.launch(partial(sample, n=cfg.n), cfg)
         return
     check_sampling(cfg)

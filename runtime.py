@@ -6,8 +6,7 @@
     training       LossMeter, ema_update    learning rate, running mean of weights, loss curve
     pictures       save_grid, save_gif      uint8 (N, H, W, C) in, PNG and GIF out
 
-It imports no script and knows no model. Command line, training helpers and pictures are written in
-support/; scripts reach them from here.
+It imports no script and knows no model. Much of it is written in support/ and reached from here.
 """
 
 import dataclasses
@@ -31,21 +30,23 @@ from support.commandline import (
     check_not_negative,
     check_positive,
     entry,
+    not_given,
     parse,
     parse_classes,
     parse_seeds,
     progress,
     split_list,
-)  # fmt: skip
+)
 from support.pictures import atomic_write, save_gif, save_grid, save_samples, tile, to_uint8
 from support.training import LossMeter, ema_update, learning_rate, plot_loss, read_log
 
 __all__ = [
-    "BadInput", "DamagedCheckpoint", "LossMeter", "Run", "World", "atomic_write", "check_fraction",
-    "check_not_negative", "check_positive", "check_processes", "check_run", "default_gpus",
-    "ema_update", "entry", "is_first_process", "launch", "learning_rate", "load_checkpoint",
-    "parse", "parse_classes", "parse_seeds", "plot_loss", "progress", "read_log", "save_gif",
-    "save_grid", "save_samples", "split_list", "tile", "to_uint8",
+    "BadInput", "DamagedCheckpoint", "LossMeter", "Run", "World", "as_trained", "atomic_write",
+    "check_fraction", "check_not_negative", "check_positive", "check_processes", "check_run",
+    "default_gpus", "ema_update", "entry", "is_first_process", "launch", "learning_rate",
+    "load_checkpoint", "parse", "parse_classes", "parse_seeds", "plot_loss",
+    "progress", "read_log", "save_gif", "save_grid", "save_samples", "split_list", "tile",
+    "to_uint8",
 ]  # fmt: skip
 
 
@@ -200,8 +201,15 @@ def load_checkpoint(path, script=None):
     made_by = state.get("script") if isinstance(state, dict) else None
     if made_by is None or (script is not None and made_by != script):
         whose = f"by {made_by}" if made_by else "by none of these scripts"
-        raise BadInput(f"checkpoint {path} was written {whose}, expected one of {script or 'ours'}")
+        wanted = f"one that {script or 'these scripts'} wrote"
+        raise BadInput(f"checkpoint {path} was written {whose}, expected {wanted}")
     return state
+
+
+def as_trained(cfg, names, script):
+    """cfg, but settings `names` that were not given are those that cfg.sample was trained with."""
+    trained = load_checkpoint(cfg.sample, script)["config"]
+    return dataclasses.replace(cfg, **{name: trained[name] for name in not_given(cfg, names)})
 
 
 class Run:
@@ -217,11 +225,12 @@ class Run:
     Raises BadInput when the folder cannot be made.
     """
 
-    # Settings that do not change what the weights at a given step are.
+    # Settings that a resumed run may change. All but "steps" leave the weights at a given step as
+    # they are; where the learning rate falls, other "steps" bend it from there on.
     FREE = frozenset({
         "config", "out", "stage", "resume", "gpus", "steps", "data_root", "compile", "tensorboard",
         "log_every", "save_every", "sample_every", "sample", "n", "sampler", "sample_steps",
-        "eta", "guidance", "seeds", "n_eval",
+        "eta", "variance", "guidance", "seeds", "n_eval",
     })  # fmt: skip
 
     def __init__(

@@ -62,6 +62,14 @@ def parse(config_class, doc, args=None, preset=""):
         raise BadInput(_one_line(error_text.getvalue(), names)) from None
 
 
+def not_given(cfg, names):
+    """Those of the settings `names` that the command line gives neither itself nor by --config."""
+    args = sys.argv[1:]
+    flags = _yaml_flags(args, [field.name for field in dataclasses.fields(cfg)]) + args
+    typed = {flag.split("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
+    return [name for name in names if name not in typed]
+
+
 def _yaml_flags(args, names):
     """The file that --config names, as flags, so that one parser checks both."""
     places = [i for i, a in enumerate(args) if a == "--config" or a.startswith("--config=")]
@@ -158,7 +166,7 @@ def parse_classes(classes, names, aliases=()):
         elif part.isdecimal() and int(part) < len(names):
             chosen.append(int(part))
         else:
-            choice = ", ".join(f"{i} {name}" for i, name in enumerate(names[:20])) or "no classes"
+            choice = ", ".join(f"{i} {name}" for i, name in enumerate(names[:20])) or "no class"
             raise BadInput(f"--classes {part}: there is {choice}" + " ..." * (len(names) > 20))
     return chosen or list(range(len(names)))
 

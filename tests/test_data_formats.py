@@ -298,5 +298,5 @@ def test_classes_that_do_not_exist(tmp_path):
         with pytest.raises(BadInput, match=f"--classes {wrong}: there is 0 0, 1 1"):
             data.load("mnist", tmp_path, classes=[wrong])
     write_tree(tmp_path / "flat", ["1.png"])
-    with pytest.raises(BadInput, match="no classes"):
+    with pytest.raises(BadInput, match="there is no class"):
         data.load(tmp_path / "flat", tmp_path, classes=["0"])

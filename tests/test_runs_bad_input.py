@@ -132,7 +132,7 @@ def test_classes_where_there_are_none(tiny, tmp_path):
     flags = [*tiny["ddpm_pixel"], "--data", flat, "--data-root", tmp_path, "--out", tmp_path]
     succeed("ddpm_pixel", *flags, "--steps", 1)
     asked = ["--gpus", 0, "--sample", tmp_path / "ckpt.pt", "--sample-steps", 1, "--classes", "0"]
-    assert "no classes" in refusal(run("ddpm_pixel", *asked))
+    assert "no class" in refusal(run("ddpm_pixel", *asked))
 
 
 def test_images(tmp_path):
