@@ -73,7 +73,7 @@ def test_auto_never_starts_over_where_checkpoints_are_damaged(saved):
 
 
 def test_of_another_script_or_configuration(saved):
-    with pytest.raises(runtime.BadInput, match="written by toy, expected one of other"):
+    with pytest.raises(runtime.BadInput, match="written by toy, expected one that other wrote"):
         runtime.Run(saved, "other", SETTINGS, runtime.World()).restore()
     with pytest.raises(runtime.BadInput, match="width 1 there, 2 here"):
         runtime.Run(saved, "toy", {"width": 2}, runtime.World()).restore()
@@ -133,7 +133,7 @@ def test_command_line(toy, tiny, tmp_path):
     other = refused(*flags, "--out", whole, "--lr", "0.5")
     assert "lr 0.001 there, 0.5 here" in other and str(whole) in other
     foreign = refused(*tiny["ldm_cfg"], "--sample", whole / "ckpt.pt", script="ldm_cfg")
-    assert "written by ddpm_pixel, expected one of ldm_cfg" in foreign
+    assert "written by ddpm_pixel, expected one that ldm_cfg wrote" in foreign
 
     shutil.copytree(whole, broken)
     damage(broken / "ckpt.pt", "cut in half")

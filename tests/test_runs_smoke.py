@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import write_images
-from launching import succeed
+from launching import run, succeed
 from PIL import Image
 
 import ddpm_pixel
@@ -180,3 +180,27 @@ def test_a_stage_at_a_time_is_the_same_as_all_at_once(toy, tiny, tmp_path):
         assert done == [j <= i for j in range(4)]
     a, b = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("all", "each"))
     assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("script", CONFIGS)
+def test_sampling_takes_what_it_is_not_given_from_the_checkpoint(script, tmp_path, toy, tiny):
+    """Here a guidance of 2; --guidance 0 and a file with it take its place."""
+    out = tmp_path / "out"
+    short = [*tiny[script], "--steps", 3, "--sample-every", 0]
+    succeed(script, *toy, *short, "--out", out, "--guidance", 2)
+    trained = np.load(out / "samples.npz")["arr_0"]
+    (tmp_path / "none.yaml").write_text("guidance: 0.0\n")
+    ask = ["--sample", out / "ckpt.pt", "--seeds", "0-3", "--gpus", 0, "--out", tmp_path / "again"]
+    drawn = []
+    for more in ([], ["--guidance", 0], ["--config", tmp_path / "none.yaml"], ["--guidance=2"]):
+        succeed(script, *ask, *more)
+        drawn.append(np.load(tmp_path / "again" / "samples.npz")["arr_0"])
+    assert np.array_equal(drawn[0], trained) and np.array_equal(drawn[3], trained)
+    assert np.array_equal(drawn[1], drawn[2]) and not np.array_equal(drawn[1], trained)
+
+
+def test_guidance_without_labels_is_refused_before_training(tmp_path, toy, tiny):
+    flags = [*tiny["ddpm_pixel"], "--no-conditional", "--guidance", 1, "--out", tmp_path / "out"]
+    done = run("ddpm_pixel", *toy, *flags)
+    assert done.code == 2 and "knows no labels" in done.err
+    assert not (tmp_path / "out" / "ckpt.pt").exists()
