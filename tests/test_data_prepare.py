@@ -203,6 +203,7 @@ def _slow_program(folder, root, out):
     os.setsid()  # a group of its own, as a terminal gives to a command
     sys.stdout = sys.stderr = open(out, "w", buffering=1)  # noqa: SIM115
     prepare.decode.decode = _read_slowly
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     runtime.entry(lambda: data.load(folder, root, workers=2))
 
 
