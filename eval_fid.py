@@ -39,7 +39,6 @@ import torch.nn.functional as F
 import tyro
 from einops import rearrange
 from torch import nn
-from tqdm import tqdm
 
 import data
 import runtime
@@ -67,11 +66,6 @@ class Config:
 
 def warn(text):
     print(f"warning: {text}", file=sys.stderr)
-
-
-def progress(steps, what):
-    """tqdm over `steps`; seldom redrawn when it goes into a file."""
-    return tqdm(steps, what, mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True)
 
 
 # ----------------------------------------------------------------------------------- the features
@@ -133,7 +127,7 @@ def train_classifier(ds, steps, seed, device, lr=2e-2):
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    for step in progress(range(steps), f"training the {ds.name} classifier"):
+    for step in runtime.progress(steps, f"training the {ds.name} classifier", over=range(steps)):
         x, y = data.batch(ds, data.indices(len(ds), BATCH, seed, step))
         loss = F.cross_entropy(net(shifted(x.to(device), 2, generator)), y.to(device))
         optimizer.zero_grad()
@@ -148,7 +142,7 @@ def features(net, images, batch_size=256):
     """Features of `images`, uint8 (N, H, W, C), as float32 (N, 128)."""
     device = next(net.parameters()).device
     rows = []
-    for start in progress(range(0, len(images), batch_size), "features"):
+    for start in runtime.progress(None, "features", over=range(0, len(images), batch_size)):
         x = np.array(images[start : start + batch_size])
         x = torch.from_numpy(x).to(device).permute(0, 3, 1, 2) / 127.5 - 1  # (B, C, H, W)
         rows.append(net.features(x).cpu())

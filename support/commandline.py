@@ -118,11 +118,11 @@ def _one_line(box, names):
     return f"{text}; see --help"
 
 
-def progress(total, desc, *, initial=0, unit="it", quiet=False):
-    """A tqdm line; seldom redrawn where it goes into a file."""
+def progress(total, desc, *, over=None, initial=0, unit="it", quiet=False):
+    """A tqdm line, an iterator over `over` if given; seldom redrawn where it goes into a file."""
     interval = 0.1 if sys.stderr.isatty() else 30
     return tqdm(
-        total=total, desc=desc, initial=initial, unit=unit, unit_scale=unit != "it",
+        over, total=total, desc=desc, initial=initial, unit=unit, unit_scale=unit != "it",
         disable=quiet, mininterval=interval, maxinterval=interval, dynamic_ncols=True,
     )  # fmt: skip
 
