@@ -1,23 +1,33 @@
 # Two commands: `make demo` trains and samples, `make test` proves. Both make their own .venv first.
+# `make test-all` adds the kernels' whole matrix of shapes, types and targets.
 # On a machine without a GPU, TORCH_INDEX saves a download of several GB:
 #     make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
+INTERPRETED = tests/interpreter $(wildcard tests/test_kernels_*.py)
 INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-all bench clean
 
 demo: $(VENV)/.installed
 	$(PY) ldm_cfg.py
 
+# Twice pytest: Triton decides where a kernel is defined whether it is compiled or interpreted.
 test: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED)
+
+test-all: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m pytest -m ""
+	TRITON_INTERPRET=1 $(PY) -m pytest -m "" $(INTERPRETED)
 
 bench: $(VENV)/.installed
 	$(PY) bench/data.py
+	$(PY) bench/kernels.py
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

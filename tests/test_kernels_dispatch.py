@@ -1,0 +1,57 @@
+"""Who runs an operation: CPU tensors, interpreted kernels, GPUs that are too old, no Triton."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import dispatch
+from kernels.dispatch import INTERPRET, use_kernels
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # `import triton` raises ImportError
+import torch
+from kernels import attention, gaussian, group_norm_silu, sampling_table, sampling_update
+x, seeds = torch.randn(2, 4, 3, 3), torch.tensor([1, 2])
+y = group_norm_silu(x, 2, torch.ones(4), torch.zeros(4))
+q = y.flatten(2).transpose(1, 2)[:, None]
+table = sampling_table(torch.tensor([0.9, 0.5], dtype=torch.float64), [(1, 0), (0, -1)])
+x_prev, x0_hat = sampling_update(x, y, table, 0, seeds=seeds)
+print(attention(q, q, q).isfinite().all() & x_prev.isfinite().all())
+"""
+
+
+def test_without_triton_the_references_run(repo):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], cwd=repo, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "tensor(True)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_cpu_tensors_take_the_kernels_only_where_they_are_interpreted(dtype):
+    assert use_kernels(torch.ones(2, dtype=dtype)) == INTERPRET
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_other_types_take_the_reference(dtype):
+    assert not use_kernels(torch.ones(2, dtype=dtype))
+
+
+def test_other_devices_take_the_reference():
+    assert not use_kernels(torch.ones(2, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "capability, hip, expected",
+    [((7, 5), None, False), ((8, 0), None, True), ((12, 0), None, True), ((9, 4), "6.4", False)],
+    ids=["turing", "ampere", "blackwell", "amd"],
+)
+def test_gpus(capability, hip, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert dispatch._kernels_run_on(torch.device("cuda", 0)) == expected
