@@ -5,6 +5,8 @@ Each file reads downward: the mathematics, a plain PyTorch reference, the public
 
 from kernels.attention import attention
 from kernels.group_norm_silu import group_norm_silu
-from kernels.sampling_update import gaussian, sampling_table, sampling_update
+from kernels.philox import gaussian
+from kernels.sampling_table import sampling_table
+from kernels.sampling_update import sampling_update
 
 __all__ = ["attention", "gaussian", "group_norm_silu", "sampling_table", "sampling_update"]

@@ -5,12 +5,43 @@
     o = P v                   (N, D)
 
 Queries and keys may have different lengths N and M (cross attention). The three inputs may be
-views of one packed qkv projection: only their shapes count, not their strides. The output's memory
-runs (B, N, H, D), the layout in which heads are merged, so that
-`o.transpose(1, 2).reshape(B, N, H * D)` copies nothing.
+views of one packed qkv projection of tokens and are read where they lie. The output's memory runs
+(B, N, H, D), so that merging heads, `o.transpose(1, 2).reshape(B, N, H * D)`, copies nothing.
+
+The kernels are FlashAttention-2 (Dao 2023): S and P are never in memory. Forward (algorithm 1)
+takes a tile of queries past one tile of keys after the other, and carries the row maximum m, the
+row sum l and the output of the keys seen so far, each relative to m. The tile S_j turns them into
+
+    m' = max(m, rowmax S_j)                 P_j = exp(S_j - m')                                (1)
+    l' = exp(m - m') l + rowsum P_j         o' = exp(m - m') o + P_j v_j                       (2)
+
+At the end o is divided by l, and L = m + log l is kept for backward. With dO = ∂loss/∂o backward
+(algorithm 2) computes P again from L, and then
+
+    P = exp(S - L)                          dv = Pᵀ dO                                         (3)
+    dP = dO vᵀ                              dS = P ∘ (dP - δ),  δ = rowsum(dO ∘ o)             (4)
+    dq = scale · dS k                       dk = scale · dSᵀ q                                 (5)
+
+in two kernels. In the first a program owns a tile of queries, writes δ, and sums dq over the keys;
+in the second it owns a tile of keys and sums dk and dv over the queries. No two programs add to the
+same number, so nothing is atomic and a result is the same bit for bit every time.
+
+Exponentials are taken to base 2, the one that a GPU computes: exp(x) = 2^(x·log₂e), and L is kept
+times log₂e. Matrix products are of numbers in the inputs' dtype, to which P and dS are rounded for
+it, and are summed in fp32; everything else is fp32. Factors in fp32 are split into two tf32 numbers
+each and multiplied in three products (tf32x3), which is nearly as accurate as fp32 itself. Backward
+knows P only up to the rounding of L: an error of about 6e-8 · max|S|, relative to P.
 """
 
+import math
+
+import torch
 import torch.nn.functional as F
+
+from kernels.attention_plan import constants, plan, with_rows
+from kernels.dispatch import tl, triton, use_kernels
+
+LOG2E = math.log2(math.e)
 
 
 def _reference(q, k, v, scale):
@@ -18,13 +49,287 @@ def _reference(q, k, v, scale):
     return o.transpose(1, 2).contiguous().transpose(1, 2)  # copies only if o is not (B,N,H,D) yet
 
 
+# ---------------------------------------------------------------------- what the kernels share
+#
+# Strides come as tuples (b, h, n, 1). Tiles are (BLOCK_N or BLOCK_M, BLOCK_D), where BLOCK_D is D
+# raised to a power of two, as Triton wants it. What a tile has beyond the matrix is read as zeros.
+
+
+@triton.jit
+def _times(index, stride, ALIGN: tl.constexpr):
+    """index · stride, which the host knows to be a multiple of ALIGN.
+
+    Triton knows a number's divisor only if it is 16. The head stride of a packed projection is D:
+    for D = 40 it would have to take it for odd, and loads could not be wider than one number.
+    """
+    offset = index * stride
+    return tl.multiple_of(offset, ALIGN) if ALIGN > 1 else offset
+
+
+@triton.jit
+def _matrix(tensor, strides, batch_head, H, start, ALIGN: tl.constexpr):
+    """Pointer to row `start` of the matrix of one sample and head, as int64: tensors are large."""
+    tensor += _times(batch_head // H, strides[0], ALIGN) + _times(batch_head % H, strides[1], ALIGN)
+    return tensor + _times(start, strides[2], ALIGN)
+
+
+@triton.jit
+def _tile(matrix, strides, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
+    """Pointers to a tile at the top of a matrix."""
+    rows = _times(tl.arange(0, BLOCK), strides[2], ALIGN)
+    return matrix + rows[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def _inside(start, length, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+            EVEN: tl.constexpr):  # fmt: skip
+    """Which of a tile's elements exist. Where all do, it is a constant, which costs nothing."""
+    rows, dims = start + tl.arange(0, BLOCK) < length, tl.arange(0, BLOCK_D) < D
+    if EVEN:
+        rows = tl.full((BLOCK,), True, tl.int1)
+    if D == BLOCK_D:
+        dims = tl.full((BLOCK_D,), True, tl.int1)
+    return rows[:, None] & dims[None, :]
+
+
+# ------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _forward_kernel(q, k, v, o, lse, scale_log2, q_strides, k_strides, v_strides, o_strides,
+                    H, N, M, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
+                    ALIGN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Equations 1 and 2 for BLOCK_N queries of one sample and head."""
+    tiles = tl.cdiv(N, BLOCK_N)  # neighbours on the grid read the same keys, from the L2 cache
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    start = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N
+    q = _matrix(q, q_strides, batch_head, H, start, ALIGN)
+    k = _matrix(k, k_strides, batch_head, H, 0, ALIGN)
+    v = _matrix(v, v_strides, batch_head, H, 0, ALIGN)
+    o = _matrix(o, o_strides, batch_head, H, start, ALIGN)
+    queries = _inside(start, N, D, BLOCK_N, BLOCK_D, EVEN_N)
+    q_i = tl.load(_tile(q, q_strides, BLOCK_N, BLOCK_D, ALIGN), mask=queries, other=0.0)
+
+    # From -inf, keys whose scores are -inf would give exp(-inf + inf) = NaN instead of 0.
+    m = tl.full((BLOCK_N,), -3.4028234663852886e38, tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(0, M, BLOCK_M):
+        keys = _inside(first, M, D, BLOCK_M, BLOCK_D, EVEN_M)
+        k_j = tl.load(_tile(k, k_strides, BLOCK_M, BLOCK_D, ALIGN), mask=keys, other=0.0)
+        v_j = tl.load(_tile(v, v_strides, BLOCK_M, BLOCK_D, ALIGN), mask=keys, other=0.0)
+        s = tl.dot(q_i, tl.trans(k_j), input_precision=PRECISION) * scale_log2
+        if not EVEN_M:
+            s = tl.where((first + tl.arange(0, BLOCK_M) < M)[None, :], s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))  # loses NaN, but p = exp2(NaN - m_new) does not
+        p = tl.exp2(s - m_new[:, None])
+        shrink = tl.exp2(m - m_new)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v_j.dtype), v_j, acc * shrink[:, None], input_precision=PRECISION)
+        m = m_new
+        k += BLOCK_M * k_strides[2]
+        v += BLOCK_M * v_strides[2]
+
+    acc = (acc / total[:, None]).to(o.dtype.element_ty)
+    tl.store(_tile(o, o_strides, BLOCK_N, BLOCK_D, ALIGN), acc, mask=queries)
+    rows = start + tl.arange(0, BLOCK_N)
+    tl.store(lse + batch_head * N + rows, m + tl.log2(total), mask=rows < N)
+
+
+@triton.jit
+def _dq_kernel(q, k, v, o, do, lse, delta, dq, scale, scale_log2, q_strides, k_strides, v_strides,
+               o_strides, do_strides, H, N, M, D: tl.constexpr, BLOCK_D: tl.constexpr,
+               BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_N: tl.constexpr,
+               EVEN_M: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """δ and dq (equations 4 and 5) of BLOCK_N queries. dq lies in memory as o does."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    start = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N
+    q = _matrix(q, q_strides, batch_head, H, start, ALIGN)
+    k = _matrix(k, k_strides, batch_head, H, 0, ALIGN)
+    v = _matrix(v, v_strides, batch_head, H, 0, ALIGN)
+    o = _matrix(o, o_strides, batch_head, H, start, ALIGN)
+    do = _matrix(do, do_strides, batch_head, H, start, ALIGN)
+    dq = _matrix(dq, o_strides, batch_head, H, start, ALIGN)
+    queries = _inside(start, N, D, BLOCK_N, BLOCK_D, EVEN_N)
+    q_i = tl.load(_tile(q, q_strides, BLOCK_N, BLOCK_D, ALIGN), mask=queries, other=0.0)
+    o_i = tl.load(_tile(o, o_strides, BLOCK_N, BLOCK_D, ALIGN), mask=queries, other=0.0)
+    do_i = tl.load(_tile(do, do_strides, BLOCK_N, BLOCK_D, ALIGN), mask=queries, other=0.0)
+    rows = start + tl.arange(0, BLOCK_N)
+    lse_i = tl.load(lse + batch_head * N + rows, mask=rows < N, other=0.0)
+    delta_i = tl.sum(do_i.to(tl.float32) * o_i.to(tl.float32), 1)
+    tl.store(delta + batch_head * N + rows, delta_i, mask=rows < N)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(0, M, BLOCK_M):
+        keys = _inside(first, M, D, BLOCK_M, BLOCK_D, EVEN_M)
+        k_j = tl.load(_tile(k, k_strides, BLOCK_M, BLOCK_D, ALIGN), mask=keys, other=0.0)
+        v_j = tl.load(_tile(v, v_strides, BLOCK_M, BLOCK_D, ALIGN), mask=keys, other=0.0)
+        s = tl.dot(q_i, tl.trans(k_j), input_precision=PRECISION)
+        p = tl.exp2(s * scale_log2 - lse_i[:, None])
+        if not EVEN_M:  # beyond the last key s is 0, and exp2 of it less L may be infinite
+            p = tl.where((first + tl.arange(0, BLOCK_M) < M)[None, :], p, 0.0)
+        dp = tl.dot(do_i, tl.trans(v_j), input_precision=PRECISION)
+        ds = p * (dp - delta_i[:, None])
+        acc = tl.dot(ds.to(k_j.dtype), k_j, acc, input_precision=PRECISION)
+        k += BLOCK_M * k_strides[2]
+        v += BLOCK_M * v_strides[2]
+    acc = (acc * scale).to(dq.dtype.element_ty)
+    tl.store(_tile(dq, o_strides, BLOCK_N, BLOCK_D, ALIGN), acc, mask=queries)
+
+
+@triton.jit
+def _dkdv_kernel(q, k, v, do, lse, delta, dk, dv, scale, scale_log2, q_strides, k_strides,
+                 v_strides, do_strides, dk_strides, H, N, M, D: tl.constexpr,
+                 BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                 EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """dk and dv (equations 3 to 5) of BLOCK_M keys, with Sᵀ and dPᵀ in place of S and dP."""
+    tiles = tl.cdiv(M, BLOCK_M)
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    start = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M
+    q = _matrix(q, q_strides, batch_head, H, 0, ALIGN)
+    k = _matrix(k, k_strides, batch_head, H, start, ALIGN)
+    v = _matrix(v, v_strides, batch_head, H, start, ALIGN)
+    do = _matrix(do, do_strides, batch_head, H, 0, ALIGN)
+    dk = _matrix(dk, dk_strides, batch_head, H, start, ALIGN)
+    dv = _matrix(dv, dk_strides, batch_head, H, start, ALIGN)
+    keys = _inside(start, M, D, BLOCK_M, BLOCK_D, EVEN_M)
+    k_j = tl.load(_tile(k, k_strides, BLOCK_M, BLOCK_D, ALIGN), mask=keys, other=0.0)
+    v_j = tl.load(_tile(v, v_strides, BLOCK_M, BLOCK_D, ALIGN), mask=keys, other=0.0)
+
+    dk_j = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dv_j = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        queries = _inside(first, N, D, BLOCK_N, BLOCK_D, EVEN_N)
+        rows = first + tl.arange(0, BLOCK_N)
+        exist = (rows < N) | EVEN_N
+        q_i = tl.load(_tile(q, q_strides, BLOCK_N, BLOCK_D, ALIGN), mask=queries, other=0.0)
+        do_i = tl.load(_tile(do, do_strides, BLOCK_N, BLOCK_D, ALIGN), mask=queries, other=0.0)
+        lse_i = tl.load(lse + batch_head * N + rows, mask=exist, other=0.0)
+        delta_i = tl.load(delta + batch_head * N + rows, mask=exist, other=0.0)
+        s = tl.dot(k_j, tl.trans(q_i), input_precision=PRECISION)
+        p = tl.exp2(s * scale_log2 - lse_i[None, :])
+        if not EVEN_N:  # q_i and L are 0 beyond the last query: p is 1, NaN if k_j has an infinity
+            p = tl.where(exist[None, :], p, 0.0)
+        dv_j = tl.dot(p.to(do_i.dtype), do_i, dv_j, input_precision=PRECISION)
+        dp = tl.dot(v_j, tl.trans(do_i), input_precision=PRECISION)
+        ds = p * (dp - delta_i[None, :])
+        dk_j = tl.dot(ds.to(q_i.dtype), q_i, dk_j, input_precision=PRECISION)
+        q += BLOCK_N * q_strides[2]
+        do += BLOCK_N * do_strides[2]
+    dk_j, dv_j = (dk_j * scale).to(dk.dtype.element_ty), dv_j.to(dv.dtype.element_ty)
+    tl.store(_tile(dk, dk_strides, BLOCK_M, BLOCK_D, ALIGN), dk_j, mask=keys)
+    tl.store(_tile(dv, dk_strides, BLOCK_M, BLOCK_D, ALIGN), dv_j, mask=keys)
+
+
+# ------------------------------------------------------------------------------------ launches
+
+
+def _empty(like):
+    """An empty (B, H, N, D) whose memory runs (B, N, H, D)."""
+    batch, heads, length, dim = like.shape
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _forward(q, k, v, scale):
+    """o (B, H, N, D), its memory (B, N, H, D), and L · log₂e (B, H, N) in fp32."""
+    batch, heads, n, _ = q.shape
+    o, lse = _empty(q), q.new_empty(batch, heads, n, dtype=torch.float32)
+    if o.numel() > 0:
+        q, k, v = map(with_rows, (q, k, v))
+        named = constants("forward", q, k, v, o)
+        _forward_kernel[(batch * heads * triton.cdiv(n, named["BLOCK_N"]),)](
+            q, k, v, o, lse, scale * LOG2E, q.stride(), k.stride(), v.stride(), o.stride(),
+            heads, n, k.shape[2], **named,
+        )  # fmt: skip
+    return o, lse
+
+
+def _backward(do, q, k, v, o, lse, scale):
+    """dq, dk and dv, the memory of each in the order of o's."""
+    (batch, heads, n, _), m = q.shape, k.shape[2]
+    dq, dk, dv, delta = _empty(q), _empty(k), _empty(v), torch.empty_like(lse)
+    if o.numel() == 0:  # without queries no key has a gradient
+        return dq, dk.zero_(), dv.zero_()
+    do, q, k, v = map(with_rows, (do, q, k, v))
+    inputs = q.stride(), k.stride(), v.stride()
+    named = constants("dq", q, k, v, o, do)
+    _dq_kernel[(batch * heads * triton.cdiv(n, named["BLOCK_N"]),)](
+        q, k, v, o, do, lse, delta, dq, scale, scale * LOG2E, *inputs, o.stride(), do.stride(),
+        heads, n, m, **named,
+    )  # fmt: skip
+    named = constants("dkdv", q, k, v, do, dk)
+    _dkdv_kernel[(batch * heads * triton.cdiv(m, named["BLOCK_M"]),)](
+        q, k, v, do, lse, delta, dk, dv, scale, scale * LOG2E, *inputs, do.stride(), dk.stride(),
+        heads, n, m, **named,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+# -------------------------------------------------------------------------------------- wiring
+
+
+@torch.library.custom_op("diffusion_book::attention", mutates_args=())
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.cuda.device_of(q):  # Triton launches on the current device, whatever q's is
+        return _forward(q, k, v, scale)
+
+
+@_attention.register_fake
+def _(q, k, v, scale):
+    return _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("diffusion_book::attention_backward", mutates_args=())
+def _attention_backward(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
+    lse: torch.Tensor, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    with torch.cuda.device_of(q):
+        return _backward(do, q, k, v, o, lse, scale)
+
+
+@_attention_backward.register_fake
+def _(do, q, k, v, o, lse, scale):
+    return _empty(q), _empty(k), _empty(v)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, do, _):
+    return *_attention_backward(do, *ctx.saved_tensors, ctx.scale), None
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
 def attention(q, k, v, *, scale=None):
     """softmax(scale · q kᵀ) v.
 
-    q: (B, H, N, D); k, v: (B, H, M, D), M >= 1; floating point, one dtype, any strides.
-    scale: factor on q kᵀ, 1/√D if None.
+    q: (B, H, N, D); k, v: (B, H, M, D), M >= 1; floating point, one dtype, any strides (but where
+    D's is not 1 a kernel copies first). B, H and N may be 0. Under autocast all three are cast to
+    its dtype, as PyTorch does for its own attention.
+    scale: factor on q kᵀ, any number; 1/√D if None.
     Returns (B, H, N, D) of q's dtype, its memory laid out (B, N, H, D).
-    Raises ValueError if the shapes do not fit together.
+    Raises ValueError if the shapes do not fit together or the dtypes differ.
+
+    Which D take the kernels, whose second derivatives do not exist (the reference's do):
+
+        float16, bfloat16     1 to 256, forward and backward
+        float32               1 to 128, forward and backward
+        everything else       none: the reference runs
+
+    NaN goes where PyTorch lets it go. So do infinities: a key whose scores are -inf weighs 0, and a
+    row with a score of +inf, or with none but -inf, is NaN.
     """
     if q.ndim != 4:
         raise ValueError(f"q must be (B, H, N, D), got {tuple(q.shape)}")
@@ -35,4 +340,13 @@ def attention(q, k, v, *, scale=None):
         )
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    return _reference(q, k, v, scale)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    kernels = ("forward", "dq", "dkdv") if gradient else ("forward",)
+    if not use_kernels(q) or not all(plan(kernel, dim, q.element_size()) for kernel in kernels):
+        return _reference(q, k, v, scale)
+    return _attention(q, k, v, dim**-0.5 if scale is None else float(scale))[0]

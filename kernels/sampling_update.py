@@ -1,6 +1,7 @@
-"""One sampling step x_t -> x_{t_prev}, and the noise it adds.
+"""One sampling step x_t -> x_{t_prev}.
 
-Every sampler here is one affine update; samplers differ only in the rows of a small table:
+Every sampler here is one affine update; samplers differ only in the rows of a small table, which
+`sampling_table` makes:
 
     m      = (1 + w) · out - w · out_uncond        classifier-free guidance (Ho & Salimans, eq. 6)
     x0_hat = clamp(p · x - q · m, -1, 1)
@@ -11,229 +12,280 @@ p and q turn the network's output into x0_hat (Ho et al. 2020 eq. 15; v of Salim
 A, B and S are the Gaussian posterior q(x_prev | x, x0_hat) of Ho et al. 2020 eq. 6-7, or the
 non-Markovian one of DDIM (Song et al. 2021 eq. 12 and 16). H weighs the x0_hat of the step before:
 only DPM-Solver++(2M) uses it (Lu et al. 2022, algorithm 2). Fixed variances live in S alone, with
-both log-variances 0; learned ones have S = 1 and out carries v in its second C channels.
+both log-variances 0; learned ones have S = 1 and out carries v in its second C channels. z is
+`gaussian(x.shape, seeds, step)`.
 
-z is counter-based: number e of sample b is a function of (seed_b, step, e) only, so a sample does
-not depend on its batch, process or device. Philox4x32-10 (Salmon et al. 2011) under the key seed_b
-turns the counter (e // 4, step, 0, 0) into four 32-bit words, Box-Muller those into four normals.
+Written line by line in PyTorch this reads and writes memory at every operator. The kernel reads
+each input once, makes z in registers, and writes each result once.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-WORD = 0xFFFFFFFF  # 32 bits; words are kept in int64 tensors, or are plain Python ints
-
-
-def _philox(c0, c1, c2, c3, k0, k1):
-    """Ten rounds of Philox4x32: counter words c0..c3, key words k0, k1 -> four words.
-
-    The multipliers are written minus 2³² to keep every product within int64: the low 32 bits are
-    the same, and the high word of the true product is (product >> 32) + c.
-    """
-    for _ in range(10):
-        product0, product2 = c0 * (0xD2511F53 - 2**32), c2 * (0xCD9E8D57 - 2**32)
-        high0, high2 = (product0 >> 32) + c0, (product2 >> 32) + c2
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, product2 & WORD, high0 ^ c3 ^ k1, product0 & WORD
-        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
-    return c0, c1, c2, c3
+from kernels.dispatch import tl, triton, use_kernels
+from kernels.philox import check_seeds, four_normals, gaussian, one_normal
 
 
-def _uniform(word):
-    """Words to float32 in [0, 1), rounded as triton's uint_to_uniform_float rounds them."""
-    return torch.minimum(word, WORD - word).float().mul_(4.6566127342e-10)
+class _Row(NamedTuple):
+    """A row of the table as numbers, with what it asks for checked."""
+
+    p: float
+    q: float
+    A: float
+    B: float
+    H: float
+    S: float
+    std: float  # S · exp(½ log_var_min)
+    half_range: float  # ½ (log_var_max - log_var_min); 0 where the variance is not learned
 
 
-def _box_muller(u1, u2):
-    """Two uniforms to two normals, as triton's pair_uniform_to_normal."""
-    radius = u1.clamp_(min=1e-7).log_().mul_(-2).sqrt_()
-    angle = u2.mul_(2 * math.pi)
-    return radius * angle.cos(), radius * angle.sin()
-
-
-def gaussian(shape, seeds, step, device):
-    """Standard normal noise that depends on nothing but (seed, step, place in the sample).
-
-    shape: (B, ...). seeds: (B,) int64, any 64-bit values. step: int from -1 (the start noise x_T)
-    to 2³² - 2. device: where the noise is made. Returns contiguous float32 of `shape`, numbered
-    in the order of the sample's own C, H, W, whatever memory format it is added to.
-    Raises ValueError for seeds that do not fit and steps out of range.
-    """
-    shape = torch.Size(shape)
-    if len(shape) == 0:
-        raise ValueError("shape must be (B, ...), got ()")
-    if seeds.dtype != torch.int64 or seeds.shape != shape[:1]:
-        raise ValueError(
-            f"seeds must be int64 ({shape[0]},), got {seeds.dtype} {tuple(seeds.shape)}"
-        )
-    if not -1 <= step < WORD:
-        raise ValueError(f"step must be in -1 .. 2**32 - 2, got {step}")
-    per_sample = math.prod(shape[1:])
-    seeds = seeds.to(device)[:, None]  # (B, 1)
-    # + 0 made from data: torch.compile multiplies a bare arange in 32 bits (pytorch issue 175966)
-    counter = torch.arange(math.ceil(per_sample / 4), device=device) + (seeds[:1] & 0)  # (1, n)
-    words = _philox(counter, step & WORD, 0, 0, seeds & WORD, (seeds >> 32) & WORD)  # 4 x (B, n)
-    u = [_uniform(word) for word in words]
-    z = torch.stack((*_box_muller(u[0], u[1]), *_box_muller(u[2], u[3])), dim=-1)  # (B, n, 4)
-    return z.flatten(1)[:, :per_sample].contiguous().view(shape)
-
-
-def sampling_table(
-    alpha_bar, pairs, *, eta=None, variance="small", prediction="eps", multistep=False
-):
-    """The rows that make `sampling_update` a sampler, one per step.
-
-    alpha_bar: float64 (T,), strictly falling within [0, 1]; ᾱ of timestep -1 is 1.
-    pairs: list of (t, t_prev), each t_prev the next pair's t, the last -1: any sub-sequence.
-    eta: None for DDPM's ancestral sampling, else DDIM(eta) with 0 <= eta <= 1.
-    variance, for DDPM: "small" (β̃_t), "large" (β_t), or "learned": between the two, by the network.
-    prediction: what the network gives: "eps", "v" = √ᾱ ε - √(1-ᾱ) x0, or "x0".
-    multistep: DPM-Solver++(2M), deterministic; eta must be None or 0.
-
-    Returns a CPU float32 (len(pairs), 8) table with columns p, q, A, B, H, S, log_var_min,
-    log_var_max, computed in float64. The row that ends at -1 returns x0_hat: A = 1, B = H = S = 0.
-    Its log β̃ would be -inf; like IDDPM it takes that of the row before (log β if it is alone).
-    Raises ValueError for pairs, schedules and choices that make no sampler.
-    """
-    a_t, a_prev = _alpha_bar_pairs(alpha_bar, pairs)  # ᾱ at t and at t_prev, (S,) each
-    if prediction == "eps":
-        if (a_t == 0).any():
-            raise ValueError('prediction "eps" needs alpha_bar > 0; "v" and "x0" allow zero')
-        p, q = a_t.rsqrt(), ((1 - a_t) / a_t).sqrt()
-    elif prediction == "v":
-        p, q = a_t.sqrt(), (1 - a_t).sqrt()
-    elif prediction == "x0":
-        p, q = torch.zeros_like(a_t), -torch.ones_like(a_t)
-    else:
-        raise ValueError(f'prediction must be "eps", "v" or "x0", got {prediction!r}')
-
-    zero = torch.zeros_like(a_t)
-    if multistep:
-        if eta:
-            raise ValueError(f"multistep is deterministic: eta must be None or 0, got {eta}")
-        A, B, H = _multistep_rows(a_t, a_prev)
-        S = log_var_min = log_var_max = zero
-    elif eta is not None:
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be in 0 .. 1, got {eta}")
-        A, B, S = _ddim_rows(a_t, a_prev, eta)
-        H = log_var_min = log_var_max = zero
-    else:
-        A, B, S, log_var_min, log_var_max = _ancestral_rows(a_t, a_prev, variance)
-        H = zero
-    return torch.stack([p, q, A, B, H, S, log_var_min, log_var_max], dim=1).float()
-
-
-def _alpha_bar_pairs(alpha_bar, pairs):
-    if alpha_bar.dtype != torch.float64 or alpha_bar.ndim != 1:
-        raise ValueError(
-            f"alpha_bar must be float64 (T,), got {alpha_bar.dtype} {tuple(alpha_bar.shape)}"
-        )
-    if len(pairs) == 0:
-        raise ValueError("pairs is empty: it must hold at least one (t, t_prev)")
-    ts, prevs = zip(*pairs, strict=True)
-    if not all(0 <= t < len(alpha_bar) for t in ts):
-        raise ValueError(f"pairs must keep t in 0 .. {len(alpha_bar) - 1}, got {pairs}")
-    if prevs != (*ts[1:], -1) or not all(t > t_prev for t, t_prev in pairs):
-        raise ValueError(
-            f"pairs must step downward, each t_prev the next t, the last -1, got {pairs}"
-        )
-    a_t = alpha_bar.detach().cpu()[list(ts)]
-    a_prev = torch.cat([a_t[1:], a_t.new_ones(1)])
-    if not ((a_t >= 0) & (a_t < a_prev)).all() or not (a_prev <= 1).all():
-        raise ValueError("alpha_bar must fall strictly with t and lie in 0 .. 1")
-    return a_t, a_prev
-
-
-def _ancestral_rows(a_t, a_prev, variance):
-    """DDPM (Ho et al. 2020 eq. 6-7), β of the step being 1 - ᾱ_t/ᾱ_prev (IDDPM eq. 19)."""
-    beta = 1 - a_t / a_prev
-    A = a_prev.sqrt() * beta / (1 - a_t)
-    B = (a_t / a_prev).sqrt() * (1 - a_prev) / (1 - a_t)
-    beta_tilde = beta * (1 - a_prev) / (1 - a_t)
-    noisy = (a_prev < 1).double()  # no noise on the step that ends at t_prev = -1
-    zero = torch.zeros_like(a_t)
-    if variance == "small":
-        return A, B, noisy * beta_tilde.sqrt(), zero, zero
-    if variance == "large":
-        return A, B, noisy * beta.sqrt(), zero, zero
-    if variance == "learned":
-        log_var_min, log_var_max = beta_tilde.log(), beta.log()
-        log_var_min[-1] = log_var_min[-2] if len(a_t) > 1 else log_var_max[-1]
-        return A, B, noisy, log_var_min, log_var_max
-    raise ValueError(f'variance must be "small", "large" or "learned", got {variance!r}')
-
-
-def _ddim_rows(a_t, a_prev, eta):
-    """DDIM (Song et al. 2021): eq. 12 with ε = (x - √ᾱ_t x0_hat) / √(1-ᾱ_t), σ of eq. 16.
-
-    1 - ᾱ_prev - σ² is written as a product, which keeps its digits where it is small.
-    """
-    ratio = (1 - a_t / a_prev) / (1 - a_t)  # β / (1 - ᾱ_t)
-    sigma = eta * ((1 - a_prev) * ratio).sqrt()
-    B = ((1 - a_prev) * (1 - eta**2 * ratio) / (1 - a_t)).sqrt()
-    A = a_prev.sqrt() - B * a_t.sqrt()
-    return A, B, sigma
-
-
-def _multistep_rows(a_t, a_prev):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) with α = √ᾱ, σ = √(1-ᾱ), λ = log(α/σ).
-
-    h = λ_prev - λ_t, and the x0_hat of the step before corrects this one's by the slope
-    (x0_hat - x0_hist) · h / (2 h_before). The first step has no step before; the last has
-    h = inf, where first order is exact: it returns x0_hat.
-    """
-    lambda_t = 0.5 * (a_t.log() - torch.log1p(-a_t))
-    lambda_prev = 0.5 * (a_prev.log() - torch.log1p(-a_prev))
-    h = lambda_prev - lambda_t
-    slope = torch.zeros_like(h)  # 1 / (2r) of the paper, r = h_before / h
-    slope[1:-1] = h[1:-1] / (2 * h[:-2])
-    gain = -a_prev.sqrt() * torch.expm1(-h)
-    return gain * (1 + slope), ((1 - a_prev) / (1 - a_t)).sqrt(), -gain * slope
-
-
-def sampling_update(
-    x, out, table, step, *, out_uncond=None, guidance=0.0, history=None, seeds=None, clip=True
-):
-    """One row of the table applied: x at t -> (x at t_prev, x0_hat).
-
-    x: (B, C, ...). out: (B, C, ...), or (B, 2C, ...) from a network that also gives the variance's
-    v. table: of `sampling_table`; it stays on the CPU so that reading a row never waits for a GPU.
-    step: the row, from 0. out_uncond: out under the null label, same shape as out; the guided
-    output is (1 + guidance) · out - guidance · out_uncond on the first C channels, v comes from
-    out. history: the x0_hat of the step before, for rows with H != 0. seeds: (B,) int64, for rows
-    with S > 0; the noise is gaussian(x.shape, seeds, step). clip: clamp x0_hat to [-1, 1].
-    Arithmetic is fp32 (float64 for float64 x). Returns x_prev and x0_hat in x's shape, dtype and
-    memory format. Raises ValueError for what does not fit or is missing.
-    """
-    _check_update(x, out, table, step, out_uncond, guidance, history)
+def _read_row(x, out, table, step, history, seeds):
     p, q, A, B, H, S, log_var_min, log_var_max = table[step].tolist()
     if H != 0 and history is None:
         raise ValueError(f"history is needed: row {step} uses the x0_hat of the step before")
     if S != 0 and seeds is None:
         raise ValueError(f"seeds are needed: row {step} adds noise")
-    channels = x.shape[1]
+    if S != 0:
+        check_seeds(seeds, x.shape[0])
     learned = S != 0 and log_var_min != log_var_max
-    if learned and out.shape[1] == channels:
-        raise ValueError(f"out must have {2 * channels} channels: row {step} learns its variance")
+    if learned and out.shape[1] == x.shape[1]:
+        raise ValueError(
+            f"out must have {2 * x.shape[1]} channels: row {step} learns its variance"
+        )
+    half_range = 0.5 * (log_var_max - log_var_min) if learned else 0.0
+    return _Row(p, q, A, B, H, S, S * math.exp(0.5 * log_var_min), half_range)
 
+
+def _reference(x, out, table, step, out_uncond, guidance, history, seeds, clip):
+    row, channels = _read_row(x, out, table, step, history, seeds), x.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     x_t, m = x.to(dtype), out[:, :channels].to(dtype)
     if out_uncond is not None:
         m = (1 + guidance) * m - guidance * out_uncond[:, :channels].to(dtype)
-    x0_hat = p * x_t - q * m
+    x0_hat = row.p * x_t - row.q * m
     if clip:
         x0_hat = x0_hat.clamp(-1, 1)
-    x_prev = A * x0_hat + B * x_t
-    if H != 0:
-        x_prev = x_prev + H * history.to(dtype)
-    if S != 0:
-        std = S * math.exp(0.5 * log_var_min)
-        if learned:
+    x_prev = row.A * x0_hat + row.B * x_t
+    if row.H != 0:
+        x_prev = x_prev + row.H * history.to(dtype)
+    if row.S != 0:
+        std = row.std
+        if row.half_range != 0:
             f = (out[:, channels:].to(dtype) + 1) / 2
-            std = std * torch.exp(0.5 * (log_var_max - log_var_min) * f)
+            std = std * torch.exp(row.half_range * f)
         x_prev = x_prev + std * gaussian(x.shape, seeds, step, x.device)
     return x_prev.to(x.dtype), x0_hat.to(x.dtype)
+
+
+# One sample is a matrix of POSITIONS x CHANNELS, in memory row after row. That is what
+# channels_last means; a sample in the usual order C, H, W is taken as C·H·W positions of a single
+# channel. In both, element (i, c) is number c · POSITIONS + i in the order C, H, W, by which noise
+# is numbered. A program works on a tile of ROWS x COLUMNS of one sample.
+#
+# ptr | None: with None, Triton compiles the kernel without what that pointer is for.
+@triton.jit(do_not_specialize=["step"])
+def _update_kernel(
+    x,  # (B, positions, CHANNELS)
+    out,  # (B, positions, at least CHANNELS), also out_uncond
+    out_uncond,  # ptr | None
+    history,  # ptr | None, like x
+    seeds,  # ptr | None, (B,)
+    x_prev,  # like x
+    x0_hat,  # ptr | None, like x
+    positions,
+    out_batch,  # elements from one sample of out to the next
+    step,
+    p, q, A, B, H, std, half_range,
+    w_cond, w_uncond,  # 1 + w and w
+    CHANNELS: tl.constexpr,
+    OUT_ROW: tl.constexpr,  # elements from one position of out to the next
+    CHANNELS_LAST: tl.constexpr,
+    LEARNED: tl.constexpr,
+    CLIP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FOURS: tl.constexpr,  # four neighbouring positions of a channel are one block of noise
+):  # fmt: skip
+    tiles_across = tl.cdiv(CHANNELS, COLUMNS)
+    tiles = tl.cdiv(positions, ROWS) * tiles_across
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = (tl.program_id(0) % tiles).to(tl.int32)
+    top, left = tile // tiles_across * ROWS, tile % tiles_across * COLUMNS
+    i = top + tl.arange(0, ROWS)[:, None]
+    c = left + tl.arange(0, COLUMNS)[None, :]
+    mask = (i < positions) & (c < CHANNELS)
+    at = sample * positions * CHANNELS + (i * CHANNELS + c)
+    out_at = sample * out_batch + (i * OUT_ROW + c)
+
+    x_t = tl.load(x + at, mask).to(tl.float32)
+    m = tl.load(out + out_at, mask).to(tl.float32)
+    if out_uncond is not None:
+        m = w_cond * m - w_uncond * tl.load(out_uncond + out_at, mask).to(tl.float32)
+    x0 = p * x_t - q * m
+    if CLIP:
+        x0 = tl.clamp(x0, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    y = A * x0 + B * x_t
+    if history is not None:
+        y += H * tl.load(history + at, mask).to(tl.float32)
+    if seeds is not None:
+        seed = tl.load(seeds + sample)
+        if FOURS:
+            block = top // 4 + tl.arange(0, ROWS // 4)[:, None] + c * (positions // 4)
+            z0, z1, z2, z3 = four_normals(seed, step, block)  # (ROWS/4, COLUMNS) each
+            z = tl.join(tl.join(z0, z2), tl.join(z1, z3))  # (ROWS/4, COLUMNS, 2, 2)
+            z = z.permute(0, 2, 3, 1).reshape(ROWS, COLUMNS)
+        else:
+            z = one_normal(seed, step, c * positions + i)
+        if LEARNED:
+            # v lies C channels further: in the same row, or after all the sample's positions.
+            v_at = out_at + (CHANNELS if CHANNELS_LAST else positions)
+            f = (tl.load(out + v_at, mask).to(tl.float32) + 1.0) * 0.5
+            y += std * tl.exp(half_range * f) * z
+        else:
+            y += std * z
+    tl.store(x_prev + at, y.to(x_prev.dtype.element_ty), mask)
+    if x0_hat is not None:
+        tl.store(x0_hat + at, x0.to(x0_hat.dtype.element_ty), mask)
+
+
+def _is_channels_last(x):
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _dense(x):
+    """x if its samples are dense as C, H, W or as H, W, C; else a copy of it that is."""
+    return x if _is_channels_last(x) else x.contiguous()
+
+
+def _as_rows(t, channels_last):
+    """(B, positions, channels) on t's memory, or on a copy where t is not laid out like that."""
+    rows = t.movedim(1, -1).flatten(1, -2) if channels_last else t.flatten(1)[:, :, None]
+    inner = rows.stride(2 if channels_last else 1)
+    return rows if inner == 1 else rows.contiguous()
+
+
+def _launch(x, out, table, step, out_uncond, guidance, history, seeds, clip, want_x0):
+    """Checks the row's needs, plans and launches. Returns x_prev and x0_hat, or x_prev and None."""
+    row = _read_row(x, out, table, step, history, seeds)
+    x = _dense(x)
+    x_prev = torch.empty_like(x)
+    x0_hat = torch.empty_like(x) if want_x0 else None
+    if x.numel() == 0:
+        return x_prev, x0_hat
+
+    # A single channel is both; then out decides, which may have two.
+    channels_last = _is_channels_last(x) or (x.shape[1] == 1 and _is_channels_last(out))
+    x_rows, out_rows = _as_rows(x, channels_last), _as_rows(out, channels_last)
+    uncond_rows = None if out_uncond is None else _as_rows(out_uncond, channels_last)
+    if uncond_rows is not None and uncond_rows.stride() != out_rows.stride():
+        out_rows, uncond_rows = out_rows.contiguous(), uncond_rows.contiguous()
+    history_rows = None if row.H == 0 else _as_rows(history, channels_last).contiguous()
+    x0_rows = None if x0_hat is None else _as_rows(x0_hat, channels_last)
+    seeds = None if row.S == 0 else seeds.to(x.device).contiguous()
+
+    batch, positions, channels = x_rows.shape
+    columns = min(triton.next_power_of_2(channels), 64)
+    fours = channels == 1 or positions % 4 == 0
+    # 128 threads have 4 elements each: a block of noise, and 16 bytes of fp32. Two are enough where
+    # every element encrypts a counter of its own.
+    rows = (512 if fours else 256) // columns
+    grid = batch * triton.cdiv(positions, rows) * triton.cdiv(channels, columns)
+    with torch.cuda.device_of(x):
+        _update_kernel[(grid,)](
+            x_rows,
+            out_rows,
+            uncond_rows,
+            history_rows,
+            seeds,
+            _as_rows(x_prev, channels_last),
+            x0_rows,
+            positions,
+            out_rows.stride(0),
+            step,
+            *(row.p, row.q, row.A, row.B, row.H, row.std, row.half_range),
+            *(1 + guidance, guidance),
+            CHANNELS=channels,
+            OUT_ROW=out_rows.stride(1),
+            CHANNELS_LAST=channels_last,
+            LEARNED=row.half_range != 0,
+            CLIP=clip,
+            ROWS=rows,
+            COLUMNS=columns,
+            FOURS=fours,
+            num_warps=4,
+            enable_fp_fusion=False,  # multiply, then add, as PyTorch does, whatever the layout
+        )
+    return x_prev, x0_hat
+
+
+@torch.library.custom_op("diffusion_book::sampling_update", mutates_args=())
+def _update(
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    step: int,
+    out_uncond: Tensor | None,
+    guidance: float,
+    history: Tensor | None,
+    seeds: Tensor | None,
+    clip: bool,
+    want_x0: bool,
+) -> tuple[Tensor, Tensor]:
+    """`_launch` as one operation that tracers do not look into; an unwanted x0_hat is empty."""
+    x_prev, x0_hat = _launch(
+        x, out, table, step, out_uncond, guidance, history, seeds, clip, want_x0
+    )
+    return x_prev, x.new_empty(0) if x0_hat is None else x0_hat
+
+
+@_update.register_fake
+def _(x, out, table, step, out_uncond, guidance, history, seeds, clip, want_x0):
+    x_prev = torch.empty_like(_dense(x))
+    return x_prev, torch.empty_like(x_prev) if want_x0 else x.new_empty(0)
+
+
+def sampling_update(
+    x,
+    out,
+    table,
+    step,
+    *,
+    out_uncond=None,
+    guidance=0.0,
+    history=None,
+    seeds=None,
+    clip=True,
+    want_x0=True,
+):
+    """One row of the table applied: x at t -> (x at t_prev, x0_hat).
+
+    x: (B, C, ...), B may be 0. out: (B, C, ...), or (B, 2C, ...) from a network that also gives the
+    variance's v. table: of `sampling_table`; it stays on the CPU so that reading a row never waits
+    for a GPU. step: the row, from 0. out_uncond: out under the null label, same shape as out; the
+    guided output is (1 + guidance) · out - guidance · out_uncond on the first C channels, v comes
+    from out. history: the x0_hat of the step before, for rows with H != 0. seeds: (B,) int64, for
+    rows with S > 0; the noise is gaussian(x.shape, seeds, step). clip: clamp x0_hat to [-1, 1].
+    want_x0: False returns None for x0_hat, which then costs no memory traffic.
+
+    Arithmetic is fp32 (float64 for float64 x). Returns x_prev and x0_hat in x's shape, dtype and
+    memory format. Raises ValueError for what does not fit or is missing. The kernel is for
+    sampling and has no gradient: where an input requires one, the PyTorch reference runs.
+    """
+    _check_update(x, out, table, step, out_uncond, guidance, history)
+    inputs = [t for t in (x, out, out_uncond, history) if t is not None]
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if needs_grad or not use_kernels(x):
+        x_prev, x0_hat = _reference(
+            x, out, table, step, out_uncond, guidance, history, seeds, clip
+        )
+    else:
+        x_prev, x0_hat = _update(
+            x, out, table, step, out_uncond, float(guidance), history, seeds, clip, want_x0
+        )
+    return x_prev, x0_hat if want_x0 else None
 
 
 def _check_update(x, out, table, step, out_uncond, guidance, history):

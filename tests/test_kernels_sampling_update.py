@@ -80,6 +80,14 @@ def test_every_row_equals_the_papers_formula(name, prediction, clip):
             assert (a - b).abs().max() < 2**-22 * size
 
 
+def test_x0_hat_is_left_out_where_it_is_not_wanted():
+    x, out, _, _, seeds = inputs()
+    table = sampling_table(ALPHA_BAR, PAIRS)
+    x_prev, x0_hat = sampling_update(x, out, table, 1, seeds=seeds, want_x0=False)
+    assert x0_hat is None
+    assert torch.equal(x_prev, sampling_update(x, out, table, 1, seeds=seeds)[0])
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_last_step_returns_x0_hat_and_needs_no_seeds(name):
     x, out, *_ = inputs(learned=name == "ddpm learned")

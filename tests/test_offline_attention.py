@@ -1,0 +1,130 @@
+"""What attention's kernels become on GPUs that are not here, through the code that launches them.
+
+Every tile that the launch plan can choose is compiled: nothing may spill registers to memory, all
+must fit the smallest shared memory among GPUs from sm_80 on, and the matrix products and loads must
+be those the hardware is fast at. The kernels compiled for tests that are not marked slow are those
+of the chapters (heads of 64, one head of 256) and of every head dimension on one GPU.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from bench.offline import compiled_for, inspect_kernel  # noqa: E402
+from kernels.attention import _backward, _forward  # noqa: E402
+from tests.interpreter.attention_math import LAYOUTS, image, separate, tokens  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"
+)
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+SHARED = 99 * 1024  # bytes that a block may have on sm_86, sm_89 and sm_120
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DIMS = (16, 32, 40, 64, 80, 96, 128, 160, 256)
+DIMS_OF = {FP32: DIMS[:-2], FP16: DIMS, BF16: DIMS}  # in fp32 there are kernels up to 128
+EVEN, RAGGED, CROSS = (256, 256), (77, 77), (1024, 77)
+
+
+def name(value):
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return getattr(value, "__name__", None)
+
+
+def empty(layout, dtype, dim, lengths, batch=2, heads=2):
+    """q, k, v without values: nothing will be computed."""
+    return layout(lambda *shape: torch.empty(shape, dtype=dtype), batch, heads, *lengths, dim)
+
+
+def launch(target, q, k, v):
+    with compiled_for(target) as launches:
+        o, lse = _forward(q, k, v, 0.5)
+        _backward(torch.empty_like(o), q, k, v, o, lse, 0.5)
+    assert [launch.name for launch in launches] == ["_forward_kernel", "_dq_kernel", "_dkdv_kernel"]
+    return launches
+
+
+def check(target, dtype, dim, lengths, layout):
+    launches = launch(target, *empty(layout, dtype, dim, lengths))
+    reports = [inspect_kernel(launched.kernel) for launched in launches]
+    assert all(report.spill_bytes == 0 for report in reports), reports
+    assert all(report.shared <= SHARED for report in reports), reports
+    assert all(report.mma > 0 for report in reports), reports
+    if target == "sm_90" and dtype != FP32:
+        assert all(report.hgmma > 0 for report in reports), reports
+    if layout is not image:  # whose neighbours in memory are not the neighbours of a row
+        assert all(report.load_widths.get(128, 0) > 0 for report in reports), reports
+        assert all(min(report.load_widths) >= 32 for report in reports), reports  # no single halves
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_half_precision_with_partial_tiles_on_sm_90(dim):
+    check("sm_90", BF16, dim, RAGGED, tokens)
+
+
+@pytest.mark.parametrize("dim", [40, 64, 128])
+def test_fp32_with_partial_tiles_on_sm_90(dim):
+    check("sm_90", FP32, dim, RAGGED, tokens)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("dtype, dim", [(BF16, 64), (BF16, 256), (FP32, 64)], ids=name)
+def test_the_chapters_shapes(dtype, dim, target):
+    check(target, dtype, dim, EVEN, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [tokens, separate, image], ids=name)
+@pytest.mark.parametrize("lengths", [EVEN, RAGGED, CROSS], ids=name)
+@pytest.mark.parametrize("dtype, dim", [(t, d) for t in DIMS_OF for d in DIMS_OF[t]], ids=name)
+@pytest.mark.parametrize("target", NVIDIA)
+def test_everything(target, dtype, dim, lengths, layout):
+    check(target, dtype, dim, lengths, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", DIMS_OF[FP32])
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=name)
+def test_amd_has_matrix_instructions(dtype, dim):
+    """Kernels are not launched on AMD's GPUs yet; this says that they could be compiled."""
+    for launched in launch("gfx942", *empty(tokens, dtype, dim, RAGGED)):
+        assert inspect_kernel(launched.kernel).mma > 0
+
+
+def test_a_grid_of_one_axis():
+    """Axes 1 and 2 stop at 65,535, and samples times heads may be more."""
+    q, k, v = empty(separate, BF16, 64, (3, 3), batch=70_000)
+    for launched in launch("sm_90", q, k, v):
+        assert launched.grid[0] == 140_000 and set(launched.grid[1:]) <= {1}
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations of PyTorch that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name().split(".")[0].removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_the_launches_copy_nothing(layout):
+    """No matter how the inputs lie, there is nothing but views and memory for the results."""
+    q, k, v = empty(layout, BF16, 16, (16, 32))
+    do = torch.empty(2, 16, 2, 16, dtype=BF16).transpose(1, 2)
+    with compiled_for("sm_90") as launches, Operations() as operations:
+        o, lse = _forward(q, k, v, 0.5)
+        _backward(do, q, k, v, o, lse, 0.5)
+    assert len(launches) == 3
+    views = {"transpose", "permute", "detach", "alias"}
+    assert operations.names <= views | {"empty", "new_empty", "empty_like", "empty_strided"}

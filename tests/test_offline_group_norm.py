@@ -1,0 +1,156 @@
+"""group_norm_silu's kernels as machine code for GPUs that are not here, at the chapters' shapes."""
+
+import functools
+import importlib.util
+
+import pytest
+import torch
+
+from kernels.dispatch import INTERPRET
+
+if INTERPRET or importlib.util.find_spec("triton") is None:
+    pytest.skip("compiling needs triton, not interpreting", allow_module_level=True)
+
+from bench.offline import compiled_for, inspect_kernel
+from kernels.group_norm_silu import _backward, _forward
+
+GROUPS = 32
+# (batch, channels, side, scale and shift?): configs/cifar10_pixel.yaml, behind skips too;
+CIFAR = [
+    (128, channels, side, False)
+    for side, widths in {32: (128, 256, 384), 16: (256, 512), 8: (256, 512), 4: (256, 512)}.items()
+    for channels in widths
+]
+# the latent U-Net of configs/imagenet100.yaml, width 192 times 1, 2, 4, on latents of 16 and 32;
+LATENTS = [
+    (64, channels, side, True)
+    for side in (32, 16, 8, 4)
+    for channels in (192, 384, 576, 768, 1152, 1536)
+]
+# its autoencoder, without and with the first folding of the image.
+AUTOENCODER = [(8, 128, 128, False), (8, 128, 64, False), (8, 256, 64, False), (8, 512, 32, False)]
+
+# Where these networks norm most, one shape for each kind of tile; the rest is slow.
+CHOSEN = [
+    (128, 128, 32, False),
+    (128, 256, 16, False),
+    (128, 512, 4, False),
+    (64, 192, 16, True),
+    (64, 576, 16, True),
+    (64, 768, 4, True),
+    (64, 192, 32, True),
+    (8, 128, 128, False),
+]
+REST = [shape for shape in CIFAR + LATENTS + AUTOENCODER if shape not in CHOSEN]
+HALF = (torch.bfloat16, True)
+FULL = (torch.float32, True)
+PLANAR = (torch.bfloat16, False)  # not channels_last
+
+
+def name_of(shape):
+    batch, channels, side, film = shape
+    return f"{batch}x{channels}x{side}x{side}{'_film' if film else ''}"
+
+
+@functools.cache
+def launched(target, shape, dtype, innermost):
+    """What `_forward` and `_backward` launch for x of `shape`, compiled for `target`.
+
+    The memory of the tensors is never touched: they may be as large as the chapters'. A kernel
+    whose constants have been met before is not compiled again.
+    """
+    batch, channels, side, film = shape
+    memory = torch.channels_last if innermost else torch.contiguous_format
+    size = (batch, channels, side, side)
+    x, dy = (torch.empty(size, dtype=dtype, memory_format=memory) for _ in range(2))
+    weight, bias = torch.empty(2, channels)
+    scale = shift = None
+    if film:
+        scale, shift = torch.empty(batch, 2 * channels, dtype=dtype).chunk(2, dim=1)
+    mean, rstd = torch.empty(2, batch, GROUPS)
+    with compiled_for(target) as forward:
+        _forward(x, weight, bias, scale, shift, GROUPS, 1e-5, True)
+    with compiled_for(target) as backward:
+        _backward(dy, x, weight, bias, scale, shift, mean, rstd, GROUPS, True)
+    return forward, backward
+
+
+def assert_no_spills(launches):
+    for launch in launches:
+        report = inspect_kernel(launch.kernel)
+        assert report.spill_bytes == 0, report
+
+
+def wide_share(widths):
+    """Of all bits that a lane's instructions move, the share of 128-bit instructions."""
+    return 128 * widths.get(128, 0) / sum(bits * count for bits, count in widths.items())
+
+
+def assert_fit_for_hopper(forward, backward):
+    """Memory is what they wait for: many warps in flight, each asking for 16 bytes a lane.
+
+    What is not wide are parameters, statistics and partial results, a few numbers for each tile.
+    """
+    for launch in (*forward, *backward):
+        report = inspect_kernel(launch.kernel)
+        assert report.spill_bytes == 0, report
+        assert report.registers <= 128, report
+        assert wide_share(report.load_widths) > 0.5, report
+    for launch in (forward[-1], backward[-1]):  # the ones that write y and dx
+        report = inspect_kernel(launch.kernel)
+        assert wide_share(report.store_widths) > 0.5, report
+
+
+default_and_slow = [
+    *[pytest.param(shape, *HALF, id=f"{name_of(shape)}-bf16") for shape in CHOSEN],
+    *[pytest.param(shape, *FULL, id=f"{name_of(shape)}-fp32") for shape in CHOSEN[:2]],
+    *[pytest.param(shape, *PLANAR, id=f"{name_of(shape)}-nchw") for shape in CHOSEN[:1]],
+    *[
+        pytest.param(shape, *kind, id=f"{name_of(shape)}-{label}", marks=pytest.mark.slow)
+        for kind, label, shapes in (
+            (HALF, "bf16", REST),
+            (FULL, "fp32", CHOSEN[2:] + REST),
+            (PLANAR, "nchw", CHOSEN[1:] + REST),
+        )
+        for shape in shapes
+    ],
+]
+
+
+@pytest.mark.parametrize("shape, dtype, innermost", default_and_slow)
+def test_on_hopper(shape, dtype, innermost):
+    assert_fit_for_hopper(*launched("sm_90", shape, dtype, innermost))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize("shape", [CHOSEN[0], CHOSEN[3], CHOSEN[-1]], ids=name_of)
+def test_elsewhere(target, shape):
+    forward, backward = launched(target, shape, *HALF)
+    assert_no_spills([*forward, *backward])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize("kind", [HALF, FULL, PLANAR], ids=["bf16", "fp32", "nchw"])
+@pytest.mark.parametrize("shape", CIFAR + LATENTS + AUTOENCODER, ids=name_of)
+def test_everything_elsewhere(target, shape, kind):
+    forward, backward = launched(target, shape, *kind)
+    assert_no_spills([*forward, *backward])
+
+
+def test_large_batches_stay_within_the_grid_and_32_bits():
+    """Axes 1 and 2 of a grid end at 65,535, and offsets of samples go beyond 2³¹."""
+    forward, backward = launched("sm_90", (70_000, 64, 1, False), *HALF)
+    for launch in (*forward, *backward):
+        assert launch.grid[0] >= 70_000 and set(launch.grid[1:]) <= {1}
+        assert "arith.muli" in launch.kernel.asm["ttir"]
+        assert any(
+            "arith.muli" in line and "i64" in line
+            for line in launch.kernel.asm["ttir"].splitlines()
+        )
+
+
+def test_one_launch_where_a_group_fits_and_two_elsewhere():
+    for shape, launches in ((CHOSEN[0], 1), (CHOSEN[1], 1), (CHOSEN[-1], 2)):
+        forward, backward = launched("sm_90", shape, *HALF)
+        assert len(forward) == len(backward) == launches
