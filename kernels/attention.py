@@ -26,11 +26,10 @@ in two kernels. In the first a program owns a tile of queries, writes δ, and su
 in the second it owns a tile of keys and sums dk and dv over the queries. No two programs add to the
 same number, so nothing is atomic and a result is the same bit for bit every time.
 
-Exponentials are taken to base 2, the one that a GPU computes: exp(x) = 2^(x·log₂e), and L is kept
-times log₂e. Matrix products are of numbers in the inputs' dtype, to which P and dS are rounded for
-it, and are summed in fp32; everything else is fp32. Factors in fp32 are split into two tf32 numbers
-each and multiplied in three products (tf32x3), which is nearly as accurate as fp32 itself. Backward
-knows P only up to the rounding of L: an error of about 6e-8 · max|S|, relative to P.
+Exponentials are to base 2, as GPUs compute them: exp(x) = 2^(x·log₂e), and L is kept times log₂e.
+Factors of matrix products have the inputs' dtype, to which P and dS are rounded; all else is fp32.
+An fp32 factor becomes two of tf32, and three products (tf32x3) then come close to fp32. Backward
+loses what L and o lost in rounding: of P about 6e-8 · max|S|, and in half precision a part of δ.
 """
 
 import math
@@ -51,8 +50,8 @@ def _reference(q, k, v, scale):
 
 # ---------------------------------------------------------------------- what the kernels share
 #
-# Strides come as tuples (b, h, n, 1). Tiles are (BLOCK_N or BLOCK_M, BLOCK_D), where BLOCK_D is D
-# raised to a power of two, as Triton wants it. What a tile has beyond the matrix is read as zeros.
+# Strides come as tuples (b, h, n, 1). Tiles are (BLOCK_N or BLOCK_M, BLOCK_D); BLOCK_D is D raised
+# to a power of two, as Triton wants it. What a tile has beyond the matrix is read as zeros.
 
 
 @triton.jit
@@ -111,7 +110,7 @@ def _forward_kernel(q, k, v, o, lse, scale_log2, q_strides, k_strides, v_strides
     queries = _inside(start, N, D, BLOCK_N, BLOCK_D, EVEN_N)
     q_i = tl.load(_tile(q, q_strides, BLOCK_N, BLOCK_D, ALIGN), mask=queries, other=0.0)
 
-    # From -inf, keys whose scores are -inf would give exp(-inf + inf) = NaN instead of 0.
+    # Not from -inf: keys whose scores are -inf would give exp(-inf + inf) = NaN instead of 0.
     m = tl.full((BLOCK_N,), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -235,7 +234,7 @@ def _empty(like):
 
 def _forward(q, k, v, scale):
     """o (B, H, N, D), its memory (B, N, H, D), and L · log₂e (B, H, N) in fp32."""
-    batch, heads, n, _ = q.shape
+    batch, heads, n = q.shape[:3]
     o, lse = _empty(q), q.new_empty(batch, heads, n, dtype=torch.float32)
     if o.numel() > 0:
         q, k, v = map(with_rows, (q, k, v))
@@ -249,7 +248,7 @@ def _forward(q, k, v, scale):
 
 def _backward(do, q, k, v, o, lse, scale):
     """dq, dk and dv, the memory of each in the order of o's."""
-    (batch, heads, n, _), m = q.shape, k.shape[2]
+    batch, heads, n, m = *q.shape[:3], k.shape[2]
     dq, dk, dv, delta = _empty(q), _empty(k), _empty(v), torch.empty_like(lse)
     if o.numel() == 0:  # without queries no key has a gradient
         return dq, dk.zero_(), dv.zero_()
@@ -315,9 +314,8 @@ _attention.register_autograd(_differentiate, setup_context=_save)
 def attention(q, k, v, *, scale=None):
     """softmax(scale · q kᵀ) v.
 
-    q: (B, H, N, D); k, v: (B, H, M, D), M >= 1; floating point, one dtype, any strides (but where
-    D's is not 1 a kernel copies first). B, H and N may be 0. Under autocast all three are cast to
-    its dtype, as PyTorch does for its own attention.
+    q: (B, H, N, D); k, v: (B, H, M, D), M >= 1; floating point, one dtype, any strides (those
+    without stride 1 along D are copied for a kernel). B, H and N may be 0. Autocast casts them.
     scale: factor on q kᵀ, any number; 1/√D if None.
     Returns (B, H, N, D) of q's dtype, its memory laid out (B, N, H, D).
     Raises ValueError if the shapes do not fit together or the dtypes differ.
@@ -328,8 +326,8 @@ def attention(q, k, v, *, scale=None):
         float32               1 to 128, forward and backward
         everything else       none: the reference runs
 
-    NaN goes where PyTorch lets it go. So do infinities: a key whose scores are -inf weighs 0, and a
-    row with a score of +inf, or with none but -inf, is NaN.
+    NaN and infinities do what they do in PyTorch: a score of -inf weighs 0, and a row with a score
+    of +inf, or with none but -inf, is NaN.
     """
     if q.ndim != 4:
         raise ValueError(f"q must be (B, H, N, D), got {tuple(q.shape)}")

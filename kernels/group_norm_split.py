@@ -77,14 +77,15 @@ def plan_tiles(batch, channels, positions, groups, itemsize, innermost, backward
 
     n = next((n for n in divisors if long_rows(n) and tile_width(n) <= 1024), 1)
     width = tile_width(n)
-    rows = min(padded, max(1, 8192 // width))
+    # With two numbers for each place, a thread of the backward pass needs over 64 registers however
+    # few places it has: small tiles then keep more warps resident. Wide ones need the threads.
+    small = backward and width <= 128
+    rows = min(padded, max(1, (4096 if small else 8192) // width))
     tiles = triton.cdiv(positions, rows)
     chunks = triton.cdiv(4 * 132, batch * (groups // n))
     chunks = min(chunks, tiles, 32, max(4, rows // 16))  # a tile also reads the partial results
     chunk = triton.cdiv(tiles, chunks) * rows
-    # A thread of the backward pass needs over 64 registers even for few numbers: then two programs
-    # of 8 warps fill a multiprocessor better than one of 16. Wide tiles would need still more.
-    warps = 8 if backward and width <= 128 else 16
+    warps = 8 if small else 16
     return Plan(n, width, rows, warps, triton.cdiv(positions, chunk), chunk)
 
 

@@ -1,7 +1,7 @@
 """What attention's kernels become on GPUs that are not here, through the code that launches them.
 
 Every tile that the launch plan can choose is compiled: nothing may spill registers to memory, all
-must fit the smallest shared memory among GPUs from sm_80 on, and the matrix products and loads must
+must fit each GPU's shared memory (that of sm_89 is sm_86's), and the matrix products and loads must
 be those the hardware is fast at. The kernels compiled for tests that are not marked slow are those
 of the chapters (heads of 64, one head of 256) and of every head dimension on one GPU.
 """
@@ -22,8 +22,9 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"
 )
 
-NVIDIA = ("sm_80", "sm_90", "sm_100")
-SHARED = 99 * 1024  # bytes that a block may have on sm_86, sm_89 and sm_120
+NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+# KiB of shared memory that a block may have (CUDA C programming guide, compute capabilities)
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DIMS = (16, 32, 40, 64, 80, 96, 128, 160, 256)
 DIMS_OF = {FP32: DIMS[:-2], FP16: DIMS, BF16: DIMS}  # in fp32 there are kernels up to 128
@@ -55,13 +56,12 @@ def check(target, dtype, dim, lengths, layout):
     launches = launch(target, *empty(layout, dtype, dim, lengths))
     reports = [inspect_kernel(launched.kernel) for launched in launches]
     assert all(report.spill_bytes == 0 for report in reports), reports
-    assert all(report.shared <= SHARED for report in reports), reports
+    assert all(report.shared <= SHARED[target] * 1024 for report in reports), reports
     assert all(report.mma > 0 for report in reports), reports
     if target == "sm_90" and dtype != FP32:
         assert all(report.hgmma > 0 for report in reports), reports
-    if layout is not image:  # whose neighbours in memory are not the neighbours of a row
-        assert all(report.load_widths.get(128, 0) > 0 for report in reports), reports
-        assert all(min(report.load_widths) >= 32 for report in reports), reports  # no single halves
+    assert all(report.load_widths.get(128, 0) > 0 for report in reports), reports
+    assert all(min(report.load_widths) >= 32 for report in reports), reports  # no single halves
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -81,12 +81,19 @@ def test_the_chapters_shapes(dtype, dim, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [tokens, separate, image], ids=name)
 @pytest.mark.parametrize("lengths", [EVEN, RAGGED, CROSS], ids=name)
 @pytest.mark.parametrize("dtype, dim", [(t, d) for t in DIMS_OF for d in DIMS_OF[t]], ids=name)
 @pytest.mark.parametrize("target", NVIDIA)
-def test_everything(target, dtype, dim, lengths, layout):
-    check(target, dtype, dim, lengths, layout)
+def test_everything(target, dtype, dim, lengths):
+    check(target, dtype, dim, lengths, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [separate, image], ids=name)
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("target", NVIDIA)
+def test_other_layouts(target, dim, layout):
+    check(target, FP16, dim, RAGGED, layout)
 
 
 @pytest.mark.slow
@@ -119,12 +126,18 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 def test_the_launches_copy_nothing(layout):
-    """No matter how the inputs lie, there is nothing but views and memory for the results."""
+    """However the inputs lie, there is nothing but views and memory for the results.
+
+    But for rows whose numbers are not neighbours, which wide loads need: these are copied once.
+    """
     q, k, v = empty(layout, BF16, 16, (16, 32))
     do = torch.empty(2, 16, 2, 16, dtype=BF16).transpose(1, 2)
     with compiled_for("sm_90") as launches, Operations() as operations:
         o, lse = _forward(q, k, v, 0.5)
         _backward(do, q, k, v, o, lse, 0.5)
     assert len(launches) == 3
-    views = {"transpose", "permute", "detach", "alias"}
-    assert operations.names <= views | {"empty", "new_empty", "empty_like", "empty_strided"}
+    expected = {"transpose", "permute", "detach", "alias"}
+    expected |= {"empty", "new_empty", "empty_like", "empty_strided"}
+    if any(x.stride(3) != 1 for x in (q, k, v)):
+        expected.add("clone")
+    assert operations.names <= expected

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -81,24 +82,27 @@ def assert_no_spills(launches):
         assert report.spill_bytes == 0, report
 
 
-def wide_share(widths):
-    """Of all bits that a lane's instructions move, the share of 128-bit instructions."""
-    return 128 * widths.get(128, 0) / sum(bits * count for bits, count in widths.items())
+def wide_instructions(launch, tensors, itemsize):
+    """How many 128-bit instructions, 1 at least, a thread needs for its share of the tiles."""
+    constants = launch.constants
+    numbers = constants["GROUPS"] * constants["SIZE"] * constants["ROWS"]
+    return max(1, tensors * math.floor(numbers * itemsize / 16 / (32 * constants["num_warps"])))
 
 
-def assert_fit_for_hopper(forward, backward):
+def assert_fit_for_hopper(forward, backward, itemsize):
     """Memory is what they wait for: many warps in flight, each asking for 16 bytes a lane.
 
     What is not wide are parameters, statistics and partial results, a few numbers for each tile.
     """
-    for launch in (*forward, *backward):
-        report = inspect_kernel(launch.kernel)
-        assert report.spill_bytes == 0, report
-        assert report.registers <= 128, report
-        assert wide_share(report.load_widths) > 0.5, report
-    for launch in (forward[-1], backward[-1]):  # the ones that write y and dx
-        report = inspect_kernel(launch.kernel)
-        assert wide_share(report.store_widths) > 0.5, report
+    assert_no_spills([*forward, *backward])
+    for launches, read in ((forward, 1), (backward, 2)):  # x, and dy
+        for launch in launches:
+            report = inspect_kernel(launch.kernel)
+            assert report.registers <= 128, report
+            wide = wide_instructions(launch, read, itemsize)
+            assert report.load_widths.get(128, 0) >= wide, report
+        wide = wide_instructions(launch, 1, itemsize)  # the last one writes y or dx
+        assert report.store_widths.get(128, 0) >= wide, report
 
 
 default_and_slow = [
@@ -119,7 +123,7 @@ default_and_slow = [
 
 @pytest.mark.parametrize("shape, dtype, innermost", default_and_slow)
 def test_on_hopper(shape, dtype, innermost):
-    assert_fit_for_hopper(*launched("sm_90", shape, dtype, innermost))
+    assert_fit_for_hopper(*launched("sm_90", shape, dtype, innermost), dtype.itemsize)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
@@ -130,7 +134,7 @@ def test_elsewhere(target, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
 @pytest.mark.parametrize("kind", [HALF, FULL, PLANAR], ids=["bf16", "fp32", "nchw"])
 @pytest.mark.parametrize("shape", CIFAR + LATENTS + AUTOENCODER, ids=name_of)
 def test_everything_elsewhere(target, shape, kind):
