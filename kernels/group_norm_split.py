@@ -83,7 +83,7 @@ def plan_tiles(batch, channels, positions, groups, itemsize, innermost, backward
     rows = min(padded, max(1, (4096 if small else 8192) // width))
     tiles = triton.cdiv(positions, rows)
     chunks = triton.cdiv(4 * 132, batch * (groups // n))
-    chunks = min(chunks, tiles, 32, max(4, rows // 16))  # a tile also reads the partial results
+    chunks = min(chunks, tiles, 32, max(3, rows // 16))  # a tile also reads the partial results
     chunk = triton.cdiv(tiles, chunks) * rows
     warps = 8 if small else 16
     return Plan(n, width, rows, warps, triton.cdiv(positions, chunk), chunk)
