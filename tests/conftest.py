@@ -1,12 +1,11 @@
-"""What several tests use: where the project and real data are, and tiny data sets made here."""
+"""What several tests use: where the project and real data are, and a tiny data set."""
 
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from data_files import write_images
 
 
 @pytest.fixture(scope="session")
@@ -28,20 +27,6 @@ def shared_data(repo):
 def one_thread():
     """Tiny tensors are fastest on one thread, and sums then have one order."""
     torch.set_num_threads(1)
-
-
-def write_images(folder, count, *, height=16, width=16, channels=1, classes=("bars", "dots")):
-    """`count` PNGs with bars or a disc in them, in a folder for each class, or in one for ()."""
-    rng, y, x = np.random.default_rng(7), *np.mgrid[:height, :width]
-    for i in range(count):
-        shade, phase, period = rng.uniform(80, 250, 3), rng.integers(4), rng.integers(3, 6)
-        bars = (x + phase) // period % 2
-        disc = (y - height / 2) ** 2 + (x - width / 2 + phase) ** 2 < (period + 1) ** 2
-        picture = ((disc if i % 2 else bars)[:, :, None] * shade[:channels]).astype(np.uint8)
-        below = Path(folder) / (classes[i % len(classes)] if classes else "")
-        below.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture[:, :, 0] if channels == 1 else picture).save(below / f"{i:05d}.png")
-    return Path(folder)
 
 
 @pytest.fixture(scope="session")

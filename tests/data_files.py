@@ -1,10 +1,11 @@
-"""Raw data sets of the published layouts, written small and byte by byte."""
+"""Raw data sets of the published layouts, written small and byte by byte; and images to learn."""
 
 import gzip
 import io
 import struct
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,20 @@ def write_image(path, pixels, **options):
     """uint8 (H,W), (H,W,3) or (H,W,4) as an image file; its folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, **options)
+
+
+def write_images(folder, count, *, height=16, width=16, channels=1, classes=("bars", "dots")):
+    """`count` PNGs with bars or a disc in them, in a folder for each class, or in one for ()."""
+    rng, y, x = np.random.default_rng(7), *np.mgrid[:height, :width]
+    for i in range(count):
+        shade, phase, period = rng.uniform(80, 250, 3), rng.integers(4), rng.integers(3, 6)
+        bars = (x + phase) // period % 2
+        disc = (y - height / 2) ** 2 + (x - width / 2 + phase) ** 2 < (period + 1) ** 2
+        picture = ((disc if i % 2 else bars)[:, :, None] * shade[:channels]).astype(np.uint8)
+        below = Path(folder) / (classes[i % len(classes)] if classes else "")
+        below.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture[:, :, 0] if channels == 1 else picture).save(below / f"{i:05d}.png")
+    return Path(folder)
 
 
 def write_tree(folder, names, side=8):

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import write_images
+from data_files import write_images
 from launching import run, succeed
 from PIL import Image
 

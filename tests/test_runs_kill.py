@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from data_files import write_images
 from launching import Started, start_ranks, succeed
 
 import runtime

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_images
+from data_files import write_images
 from launching import run, succeed
 from PIL import Image
 
