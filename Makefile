@@ -6,7 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
-INTERPRETED = tests/interpreter $(wildcard tests/test_kernels_*.py)
+INTERPRETED = tests/interpreter $(foreach name,dispatch attention group_norm_silu sampling_update,\
+	tests/test_kernels_$(name).py)
 INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: demo test test-all bench clean

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention_plan import constants, plan, with_rows
-from kernels.dispatch import tl, triton, use_kernels
+from kernels.dispatch import check_devices, tl, triton, use_kernels
 
 LOG2E = math.log2(math.e)
 
@@ -318,13 +318,12 @@ def attention(q, k, v, *, scale=None):
     without stride 1 along D are copied for a kernel). B, H and N may be 0. Autocast casts them.
     scale: factor on q kᵀ, any number; 1/√D if None.
     Returns (B, H, N, D) of q's dtype, its memory laid out (B, N, H, D).
-    Raises ValueError if the shapes do not fit together or the dtypes differ.
+    Raises ValueError if the shapes do not fit together, or dtypes or devices differ.
 
-    Which D take the kernels, whose second derivatives do not exist (the reference's do):
+    D for which kernels run, without second derivatives; for all other D it is the reference:
 
         float16, bfloat16     1 to 256, forward and backward
         float32               1 to 128, forward and backward
-        everything else       none: the reference runs
 
     NaN and infinities do what they do in PyTorch: a score of -inf weighs 0, and a row with a score
     of +inf, or with none but -inf, is NaN.
@@ -338,6 +337,7 @@ def attention(q, k, v, *, scale=None):
         )
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    check_devices(q, k=k, v=v)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))

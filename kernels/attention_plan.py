@@ -44,12 +44,14 @@ def plan(kernel, dim, itemsize):
 
 
 def with_rows(x):
-    """x (B, H, N, D), or a copy with the memory (B, N, H, D) if a row's numbers are not neighbours.
+    """x (B, H, N, D), or a copy with the memory (B, N, H, D) if a row's numbers are not neighbours,
+    or if rows are so far apart that offsets within a tile of 128 would pass 32 bits.
 
     Loads of 16 bytes need neighbours. Views of an NCHW image have them along N, but to turn such
     tiles takes registers that the plan has not got; one more pass over memory is the lesser cost.
     """
-    return x if x.stride(3) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
+    fits = x.stride(3) == 1 and x.stride(2) < 2**24
+    return x if fits else x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def constants(kernel, q, k, *others):

@@ -29,11 +29,17 @@ except ImportError:
     INTERPRET = False
 
 
+_runs_on = {}  # CUDA device: do kernels run there? To ask the driver takes longer than to launch
+
+
 @torch.compiler.assume_constant_result
 def _kernels_run_on(device):
-    if not hasattr(triton, "knobs") or torch.version.hip:
-        return False
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device not in _runs_on:
+        proved = hasattr(triton, "knobs") and not torch.version.hip
+        if proved and torch.cuda.is_available():
+            proved = torch.cuda.get_device_capability(device) >= (8, 0)
+        _runs_on[device] = proved
+    return _runs_on[device]
 
 
 def use_kernels(x):
@@ -41,3 +47,10 @@ def use_kernels(x):
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
     return _kernels_run_on(x.device) if x.is_cuda else INTERPRET and x.device.type == "cpu"
+
+
+def check_devices(x, **others):
+    """ValueError unless all tensors are on x's device: a kernel would read a foreign address."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name} must be on {x.device}, it is on {other.device}")

@@ -23,11 +23,13 @@ The middle line is the conditioning of Dhariwal & Nichol 2021 (AdaGN, eq. 1) wit
 their y_s, so that a zero-initialised projection starts as the identity.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import tl, triton, use_kernels
+from kernels.dispatch import check_devices, tl, triton, use_kernels
 from kernels.group_norm_split import (
     WIDEST,
     affine_of,
@@ -149,7 +151,7 @@ def group_norm_backward(
 
 def _cut(x, groups, backward):
     """The Plan for x, and what every kernel wants to know by name."""
-    channels, positions = x.shape[1], x[0, 0].numel()
+    channels, positions = x.shape[1], math.prod(x.shape[2:])
     innermost = positions == 1 or not x.is_contiguous()
     plan = plan_tiles(len(x), channels, positions, groups, x.element_size(), innermost, backward)
     constants = dict(
@@ -299,7 +301,9 @@ def group_norm_silu(x, groups, weight, bias, *, eps=1e-5, scale=None, shift=None
         for name, value in (("scale", scale), ("shift", shift)):
             if value.shape != (batch, channels):
                 raise ValueError(f"{name} must be ({batch}, {channels}), got {tuple(value.shape)}")
-    if not use_kernels(x) or channels // groups > WIDEST or x[:1].numel() >= 2**31:
+    check_devices(x, weight=weight, bias=bias, scale=scale, shift=shift)
+    too_large = channels // groups > WIDEST or math.prod(x.shape[1:]) >= 2**31
+    if too_large or not use_kernels(x):
         return _reference(x, groups, weight, bias, eps, scale, shift, silu)
     if not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
         x = x.contiguous()

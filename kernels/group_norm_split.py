@@ -6,6 +6,7 @@ reads them once and is done. Where they do not, the positions are cut into chunk
 this file leave one partial result for every chunk, which the programs of the next pass combine.
 """
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ class Plan(NamedTuple):
 WIDEST = 4096  # channels in a group: a tile of wider ones spills registers
 
 
+@functools.cache  # to make a plan takes longer than to launch, and a network needs only a few
 def plan_tiles(batch, channels, positions, groups, itemsize, innermost, backward):
     """The Plan for x (batch, channels, positions), with numbers of `itemsize` bytes.
 

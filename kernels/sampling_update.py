@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import tl, triton, use_kernels
+from kernels.dispatch import check_devices, tl, triton, use_kernels
 from kernels.philox import check_seeds, four_normals, gaussian, one_normal
 
 
@@ -272,12 +272,14 @@ def sampling_update(
 
     Arithmetic is fp32 (float64 for float64 x). Returns x_prev and x0_hat in x's shape, dtype and
     memory format. Raises ValueError for what does not fit or is missing. The kernel is for
-    sampling and has no gradient: where an input requires one, the PyTorch reference runs.
+    sampling and has no gradient: where an input requires one, the PyTorch reference runs. A CUDA
+    graph remembers the row: capture a whole walk, after one that was not captured.
     """
     _check_update(x, out, table, step, out_uncond, guidance, history)
     inputs = [t for t in (x, out, out_uncond, history) if t is not None]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    if needs_grad or not use_kernels(x):
+    too_large = math.prod(x.shape[1:]) >= 2**30  # offsets in a sample of out have 32 bits
+    if needs_grad or too_large or not use_kernels(x):
         x_prev, x0_hat = _reference(
             x, out, table, step, out_uncond, guidance, history, seeds, clip
         )
@@ -311,3 +313,4 @@ def _check_update(x, out, table, step, out_uncond, guidance, history):
         raise ValueError(
             f"history must have x's shape {tuple(x.shape)}, got {tuple(history.shape)}"
         )
+    check_devices(x, out=out, out_uncond=out_uncond, history=history)

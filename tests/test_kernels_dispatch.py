@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from kernels import dispatch
+from kernels import attention, dispatch, group_norm_silu, sampling_table, sampling_update
 from kernels.dispatch import INTERPRET, use_kernels
 
 WITHOUT_TRITON = """
@@ -54,4 +54,19 @@ def test_gpus(capability, hip, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert dispatch._kernels_run_on(torch.device("cuda", 0)) == expected
+    monkeypatch.setattr(dispatch, "_runs_on", {})
+    for _ in range(2):  # asked, and remembered
+        assert dispatch._kernels_run_on(torch.device("cuda", 0)) == expected
+
+
+def test_tensors_of_other_devices_are_refused():
+    x, elsewhere = torch.ones(2, 4, 3, 3), torch.ones(4, device="meta")
+    q, k = torch.ones(1, 1, 4, 16), torch.ones(1, 1, 4, 16, device="meta")
+    table = sampling_table(torch.tensor([0.9], dtype=torch.float64), [(0, -1)])
+    for call in (
+        lambda: group_norm_silu(x, 2, torch.ones(4), elsewhere),
+        lambda: attention(q, q, k),
+        lambda: sampling_update(x, x.to("meta"), table, 0),
+    ):
+        with pytest.raises(ValueError, match="must be on cpu, it is on meta"):
+            call()
