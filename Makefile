@@ -6,8 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
-INTERPRETED = tests/interpreter $(foreach name,dispatch attention group_norm_silu sampling_update,\
-	tests/test_kernels_$(name).py)
+INTERPRETED = tests/interpreter tests/test_kernels_attention.py tests/test_kernels_dispatch.py \
+	tests/test_kernels_group_norm_silu.py tests/test_kernels_sampling_update.py
 INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: demo test test-all bench clean
