@@ -12,6 +12,7 @@ from tests.interpreter.attention_math import (
     TOLERANCE,
     by_kernel,
     check,
+    check_sums,
     error,
     exact,
     inputs,
@@ -73,7 +74,7 @@ def test_a_scale_of_one(scale):  # which Triton would take for a constant, were 
 @pytest.mark.parametrize("dim", SLOW_DIMS)
 @pytest.mark.parametrize("n, m", SLOW_LENGTHS)
 def test_everything(n, m, dim, layout, dtype):
-    check(*inputs(layout, 1, 2, n, m, dim, dtype))
+    check_sums(*inputs(layout, 1, 2, n, m, dim, dtype))
 
 
 def upstream(case, b, h, n, d):
