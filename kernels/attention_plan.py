@@ -3,7 +3,8 @@
 One table for all NVIDIA GPUs from sm_80 on. Its entries are the largest tiles found that fit
 everywhere, which compiling for sm_80, sm_90 and sm_100 shows without a GPU:
 
-- No register is spilled to memory, for D divisible by 8 and any lengths.
+- No register is spilled to memory, for D divisible by 8 and any lengths. (On sm_86 two of them are,
+  by dkdv at D = 40 where lengths leave partial tiles.)
   Accumulators set the limit: dk and dv of 64 keys and D = 256 alone are half of all registers that
   a multiprocessor has, 128 of the 255 that a thread of 8 warps may have.
 - A program's shared memory is at most the 99 KiB of sm_86, sm_89 and sm_120. (On sm_100, which has
