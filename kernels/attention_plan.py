@@ -3,10 +3,9 @@
 One table for all NVIDIA GPUs from sm_80 on. Its entries are the largest tiles found that fit
 everywhere, which compiling for sm_80, sm_90 and sm_100 shows without a GPU:
 
-- No register is spilled to memory, for D divisible by 8 and any lengths. (On sm_86 two of them are,
-  by dkdv at D = 40 where lengths leave partial tiles.)
-  Accumulators set the limit: dk and dv of 64 keys and D = 256 alone are half of all registers that
-  a multiprocessor has, 128 of the 255 that a thread of 8 warps may have.
+- No register is spilled to memory, for D divisible by 8 and any lengths. Accumulators set the limit:
+  dk and dv of 64 keys and D = 256 alone are half of all registers that a multiprocessor has, 128 of
+  the 255 that a thread of 8 warps may have. (On sm_86 dkdv spills two, at D = 40 and partial tiles.)
 - A program's shared memory is at most the 99 KiB of sm_86, sm_89 and sm_120. (On sm_100, which has
   227, Triton keeps one more tile in flight: up to 113 KiB for D > 128.)
 - In 16 bits the tile that stays is at least 64 rows, the least for a warp-group product on sm_90,
@@ -24,6 +23,7 @@ from kernels.dispatch import triton
 
 # (bytes of a number, D up to): (BLOCK_N queries, BLOCK_M keys, warps, stages) of each kernel
 TILES = {
+    (2, 32): {"forward": (128, 64, 4, 3), "dq": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2)},
     (2, 64): {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2)},
     (2, 128): {"forward": (128, 64, 8, 2), "dq": (64, 32, 4, 2), "dkdv": (32, 64, 8, 2)},
     (2, 256): {"forward": (64, 32, 8, 2), "dq": (64, 16, 8, 2), "dkdv": (16, 64, 8, 2)},
