@@ -5,8 +5,8 @@ everywhere, which compiling for sm_80, sm_90 and sm_100 shows without a GPU:
 
 - No register is spilled to memory, for D divisible by 8 and any lengths. Accumulators set the
   limit: dk and dv of 64 keys and D = 256 alone are half of all registers that a multiprocessor has,
-  128 of the 255 that a thread of 8 warps may have. (On sm_86 dkdv spills two, at D = 40 and partial
-  tiles.)
+  128 of the 255 that a thread of 8 warps may have. (On sm_86 dkdv spills 8 bytes at
+  D = 40 and partial tiles, on sm_120 36 bytes at D = 32 in fp32.)
 - A program's shared memory is at most the 99 KiB of sm_86, sm_89 and sm_120. (On sm_100, which has
   227, Triton keeps one more tile in flight: up to 113 KiB for D > 128.)
 - In 16 bits the tile that stays is at least 64 rows, the least for a warp-group product on sm_90,

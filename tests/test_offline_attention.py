@@ -55,7 +55,7 @@ def launch(target, q, k, v):
 def check(target, dtype, dim, lengths, layout):
     launches = launch(target, *empty(layout, dtype, dim, lengths))
     reports = [inspect_kernel(launched.kernel) for launched in launches]
-    spills = 0 if target in ("sm_80", "sm_90", "sm_100") else 8  # two registers, once at D = 40
+    spills = 0 if target in ("sm_80", "sm_90", "sm_100") else 36  # as attention_plan.py says
     assert all(report.spill_bytes <= spills for report in reports), reports
     assert all(report.shared <= SHARED[target] * 1024 for report in reports), reports
     assert all(report.mma > 0 for report in reports), reports
