@@ -1,6 +1,8 @@
-"""What several tests use: where the project and real data are, and a tiny data set."""
+"""What several tests use: where the project and real data are, a tiny data set, a benchmark."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,16 @@ def shared_data(repo):
 def one_thread():
     """Tiny tensors are fastest on one thread, and sums then have one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def bench(repo, monkeypatch):
+    """The module bench/kernels.py; under its own name it would hide the package."""
+    spec = importlib.util.spec_from_file_location("bench_kernels", repo / "bench" / "kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

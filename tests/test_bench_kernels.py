@@ -25,16 +25,6 @@ from bench.offline import TARGETS
 SHAPES = ("128x256x4x4", "32x6x16x128", "32x4x16x16")  # one for each operation
 
 
-@pytest.fixture
-def bench(repo, monkeypatch):
-    """The module bench/kernels.py; under its own name it would hide the package."""
-    spec = importlib.util.spec_from_file_location("bench_kernels", repo / "bench" / "kernels.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    spec.loader.exec_module(module)
-    return module
-
-
 def run(repo, script, *arguments, **environment):
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(

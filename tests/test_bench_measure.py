@@ -5,7 +5,6 @@ It runs on CPU tensors, whose operations are the references, with a timer for th
 
 import importlib.util
 import re
-import sys
 from functools import partial
 
 import pytest
@@ -32,16 +31,6 @@ TINY = [
 PASSES = [(case, backward) for case in TINY for backward in case.directions]
 NAMES = [f"{case.operation} {case.name} {'backward' if b else 'forward'}" for case, b in PASSES]
 every_pass = pytest.mark.parametrize("case, backward", PASSES, ids=NAMES)
-
-
-@pytest.fixture
-def bench(repo, monkeypatch):
-    """The module bench/kernels.py; under its own name it would hide the package."""
-    spec = importlib.util.spec_from_file_location("bench_kernels", repo / "bench" / "kernels.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    spec.loader.exec_module(module)
-    return module
 
 
 def made(case, backward):

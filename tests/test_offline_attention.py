@@ -12,11 +12,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-
 from bench.offline import compiled_for, inspect_kernel  # noqa: E402
 from kernels.attention import _backward, _forward  # noqa: E402
 from tests.interpreter.attention_math import LAYOUTS, image, separate, tokens  # noqa: E402
+from tests.recording import Operators  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"
@@ -113,18 +112,6 @@ def test_a_grid_of_one_axis():
         assert launched.grid[0] == 140_000 and set(launched.grid[1:]) <= {1}
 
 
-class Operations(TorchDispatchMode):
-    """Notes the operations of PyTorch that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(function.name().split(".")[0].removeprefix("aten::"))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 def test_the_launches_copy_nothing(layout):
     """However the inputs lie, there is nothing but views and memory for the results.
@@ -133,7 +120,7 @@ def test_the_launches_copy_nothing(layout):
     """
     q, k, v = empty(layout, BF16, 16, (16, 32))
     do = torch.empty(2, 16, 2, 16, dtype=BF16).transpose(1, 2)
-    with compiled_for("sm_90") as launches, Operations() as operations:
+    with compiled_for("sm_90") as launches, Operators() as operators:
         o, lse = _forward(q, k, v, 0.5)
         _backward(do, q, k, v, o, lse, 0.5)
     assert len(launches) == 3
@@ -141,4 +128,4 @@ def test_the_launches_copy_nothing(layout):
     expected |= {"empty", "new_empty", "empty_like", "empty_strided"}
     if any(x.stride(3) != 1 for x in (q, k, v)):
         expected.add("clone")
-    assert operations.names <= expected
+    assert {name.removeprefix("aten::") for name in operators.names} <= expected

@@ -1,5 +1,6 @@
 """What the tests of attention's kernels share: the mathematics, inputs in many strides, errors."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -7,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels import attention
 
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 # Errors under which the ratio to PyTorch's error is chance. Of half precision, the last rounding of
 # a number near 1. Of float32, what backward pays for saving a log-sum-exp instead of P: it computes
 # the scores again, products of q and k up to 30 summed in another order, and each unit in the last

@@ -7,6 +7,7 @@ import torch
 from triton.runtime import interpreter
 
 from kernels.group_norm_silu import _reference, group_norm_silu
+from tests.recording import interpreted_launches
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest error / max(1, |exact|) of y and dx, by their dtype, and of the sums dweight, dbias, ...
@@ -118,9 +119,9 @@ def exact_outcome(case, values, dy, **settings):
 
 def kernel_outcome(case, values, dy, **settings):
     """The outcome of the public function, and that it came out of Triton kernels."""
-    with launches() as grids:
+    with interpreted_launches() as launches:
         found = outcome(group_norm_silu, case, values, dy, **settings)
-    assert len(grids) >= 2, "no kernel ran"
+    assert len(launches) >= 2, "no kernel ran"
     return found
 
 
@@ -153,22 +154,6 @@ def check(case, values, dy, *, target=None, **settings):
         granted = 2 * theirs + (4 if summed else 1) * torch.finfo(value.dtype).eps
         assert ours <= granted, f"{name}: error {ours:.2g}, PyTorch's {theirs:.2g}"
     return found
-
-
-@contextlib.contextmanager
-def launches(run=True):
-    """The grids of the kernels that are launched inside, in order; they do not run if not `run`."""
-    grids, call = [], interpreter.GridExecutor.__call__
-
-    def counted(self, *args, **kwargs):
-        grids.append(self.grid)
-        return call(self, *args, **kwargs) if run else None
-
-    interpreter.GridExecutor.__call__ = counted
-    try:
-        yield grids
-    finally:
-        interpreter.GridExecutor.__call__ = call
 
 
 @contextlib.contextmanager

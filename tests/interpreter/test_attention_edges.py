@@ -8,6 +8,7 @@ import torch
 from bench.traffic import count_traffic
 from kernels import attention
 from tests.interpreter.attention_math import (
+    DTYPES,
     NAMES,
     TOLERANCE,
     by_kernel,
@@ -21,7 +22,6 @@ from tests.interpreter.attention_math import (
 )
 from tests.interpreter.tf32 import tensor_cores
 
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 INF, NAN = torch.inf, torch.nan
 # numpy, which computes for the interpreter, warns of each inf - inf and 0 / 0
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

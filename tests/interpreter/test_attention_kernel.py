@@ -8,8 +8,8 @@ import torch
 from kernels import attention
 from kernels.attention import _forward
 from tests.interpreter.attention_math import (
+    DTYPES,
     LAYOUTS,
-    TOLERANCE,
     by_kernel,
     check,
     check_sums,
@@ -21,7 +21,6 @@ from tests.interpreter.attention_math import (
 )
 from tests.interpreter.tf32 import TF32, TF32X3, nearest, tensor_cores, truncated
 
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 LENGTHS = [(1, 1), (1, 16), (7, 1), (16, 7), (64, 64), (65, 65), (77, 130), (130, 77), (16, 257)]
 DIMS = [16, 24, 32, 40, 64, 80, 96, 128, 160, 256]
 SLOW_LENGTHS = [(n, m) for n in (1, 7, 65, 130) for m in (1, 7, 65, 130)]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.traffic import count_traffic
 from kernels import attention
 from kernels.attention import _backward, _forward
 from tests.interpreter.attention_math import LAYOUTS, inputs, separate
+from tests.recording import Operators
 
 # lengths of whole tiles and of partial ones, head dimensions that are powers of two and are not
 CASES = pytest.mark.parametrize(
@@ -76,20 +76,12 @@ def test_no_lane_leaves_its_tensor_and_no_two_programs_meet(layout):
     assert traffic.out_of_bounds == traffic.write_write == traffic.read_write == 0
 
 
-class Operations(TorchDispatchMode):
-    """Notes the operations of PyTorch that run inside and make a new tensor."""
+VIEWS = ("view", "_unsafe_view", "permute", "unbind", "transpose", "split", "detach", "alias")
 
-    VIEWS = ("view", "_unsafe_view", "permute", "unbind", "transpose", "split", "detach", "alias")
 
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().split(".")[0]
-        if name.removeprefix("aten::") not in self.VIEWS:
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
+def new_tensors(operators):
+    """Names of the operators, in order, that made more than a view."""
+    return [name for name in operators.names if name.removeprefix("aten::") not in VIEWS]
 
 
 def chunked(qkv, h, d):
@@ -105,13 +97,14 @@ def test_nothing_is_copied_between_two_projections(cut):
     """Heads are cut and merged by strides alone, and cut again in the gradient."""
     b, n, h, d = 2, 33, 3, 16
     qkv, upstream = torch.randn(b, n, 3 * h * d, requires_grad=True), torch.randn(b, n, h * d)
-    with Operations() as forward:
+    with Operators() as forward:
         merged = attention(*cut(qkv, h, d)).transpose(1, 2).reshape(b, n, h * d)
-    assert forward.names == ["diffusion_book::attention"]
-    with Operations() as backward:
+    assert new_tensors(forward) == ["diffusion_book::attention"]
+    with Operators() as backward:
         merged.backward(upstream)
-    assert backward.names[0] == "diffusion_book::attention_backward"
+    made = new_tensors(backward)
+    assert made[0] == "diffusion_book::attention_backward"
     # the gradients of q, k and v become one tensor; unbind's backward stacks them in an order of
     # its own, and another copy puts that right
     gathered = ["aten::cat"] if cut is chunked else ["aten::stack", "aten::clone"]
-    assert backward.names[1:] == gathered
+    assert made[1:] == gathered

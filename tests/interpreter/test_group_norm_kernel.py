@@ -22,13 +22,13 @@ from tests.interpreter.group_norm_math import (
     formula,
     inputs,
     kernel_outcome,
-    launches,
     outcome,
     permuted,
     pytorch,
     sliced,
     sums_in_pairs,
 )
+from tests.recording import interpreted_launches
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and inf
 every_dense_order = pytest.mark.parametrize("order", DENSE, ids=lambda order: order.__name__)
@@ -160,9 +160,9 @@ def test_statistics_and_sums(case, order):
 def test_a_group_that_fits_takes_one_launch_and_others_two(case, order):
     values, dy = inputs(case, order=order)
     values = {name: value.requires_grad_() for name, value in values.items()}
-    with launches(run=False) as forward:
+    with interpreted_launches(run=False) as forward:
         y = group_norm_silu(groups=CASES[case][1], **values)
-    with launches(run=False) as backward:
+    with interpreted_launches(run=False) as backward:
         y.backward(dy)
     assert len(forward) == len(backward) == (1 if case in SMALL else 2)
     assert set(LARGE) | set(SMALL) == set(CASES)
@@ -173,9 +173,9 @@ def test_an_empty_batch_launches_nothing(order):
     values, dy = inputs("28x28", order=order)
     for name in ("x", "scale", "shift"):
         values[name] = values[name][:0]
-    with launches() as grids:
+    with interpreted_launches() as launches:
         found = outcome(group_norm_silu, "28x28", values, dy[:0])
-    assert grids == []
+    assert launches == []
     assert found["y"].shape == found["dx"].shape == (0, 6, 28, 28)
     assert found["dscale"].shape == found["dshift"].shape == (0, 6)
     assert torch.equal(found["dweight"], torch.zeros(6))
