@@ -1,7 +1,7 @@
 """Chapter 1: denoising diffusion in pixel space.
 
 Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239): DDPM.
-Nichol, Dhariwal, "Improved DDPM", 2021 (arXiv:2102.09672), the cosine schedule: IDDPM.
+Nichol, Dhariwal, "Improved DDPM", 2021 (arXiv:2102.09672): IDDPM.
 
 A fixed Markov chain turns an image x_0 into noise x_T in T small steps (in code t is 1 less),
 
@@ -15,12 +15,13 @@ and with it the chain is walked backwards, from noise to an image (Algorithm 2).
 
     python ddpm_pixel.py --data mnist                     train; grids appear in runs/pixel-mnist
     python ddpm_pixel.py --sample runs/pixel-mnist/ckpt.pt --n 100 --classes 3,7
-    torchrun --nproc-per-node 8 ddpm_pixel.py --config configs/cifar10_pixel.yaml
+    python ddpm_pixel.py --nll runs/pixel-mnist/ckpt.pt   bits per dimension of held-out images
+    torchrun --nproc-per-node 8 ddpm_pixel.py --config configs/cifar10_ddpm.yaml
 
 The first takes about 15 minutes on two CPU cores (figures: README); `--smoke` takes seconds.
+Noise schedules are in schedules.py, the network in unet.py, the bound's terms in likelihood.py.
 """
 
-import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -28,13 +29,27 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import data
+import likelihood
 import runtime
-from kernels import attention, gaussian, group_norm_silu, sampling_table, sampling_update
+from eval_fid import Judge
+from kernels import gaussian, sampling_table, sampling_update
+from schedules import (
+    dynamic_threshold,
+    forward_film,
+    make_alpha_bar,
+    min_snr_weight,
+    plot_schedules,
+    q_sample,
+    target_of,
+    timestep_pairs,
+)
+from support.plots import plot_metrics
+from support.published import as_checkpoint, save_diffusers
+from support.published_files import is_published
+from unet import make_net
 
 
 @dataclass
@@ -53,15 +68,31 @@ class Config:
     """comma-separated names or numbers: train on these classes; with --sample, draw these"""
 
     timesteps: int = 1000  # T, the length of the chain
-    schedule: Literal["linear", "cosine"] = "cosine"
-    """noise schedule: linear in beta (DDPM), or cosine in alpha_bar (IDDPM eq. 17)"""
+    schedule: Literal["linear", "cosine", "sigmoid"] = "cosine"
+    """noise schedule: linear in beta (DDPM), cosine (IDDPM) or sigmoid (Jabri) in alpha_bar"""
+    alpha_min: float = 0.001
+    """smallest alpha_t = 1 - beta_t, so that no single step of cosine or sigmoid erases all"""
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    """what the network gives: the noise, the image, or v = sqrt(a) eps - sqrt(1-a) x0"""
+    loss: Literal["l2", "l1", "huber"] = "l2"  # distance of prediction and target
+    min_snr: float = 0.0  # gamma of the min-SNR weights (their paper: 5); 0 weighs all t alike
+    learned_variance: bool = False
+    """the network also gives the variance, trained by L_simple + 0.001 L_vlb (IDDPM)"""
+    timestep_sampling: Literal["uniform", "loss_second_moment"] = "uniform"
+    """how training draws t: alike, or as often as the loss there is large (IDDPM section 3.3)"""
 
+    style: Literal["ddpm", "adm"] = "ddpm"
+    """details of the U-Net: as in DDPM, or as in Improved and Guided Diffusion"""
     width: int = 32  # channels at full resolution
     mult: tuple[int, ...] = (1, 2, 4)
     """channels at each resolution, in units of width; each but the first halves the image"""
     blocks: int = 1  # residual blocks per resolution (DDPM: 2)
     attention: tuple[int, ...] = (7, 8)  # image heights at which blocks attend (DDPM: 16)
     heads: int = 1  # attention heads (DDPM: 1)
+    head_channels: int = 0  # channels of a head (ADM: 64), instead of --heads
+    scale_shift: bool = False  # the timestep scales and shifts the second norm (IDDPM)
+    updown: bool = False  # residual blocks resize the image (BigGAN), not convolutions
+    groups: int = 0  # of the norms; 0: 32, or fewer where the network is narrow
     dropout: float = 0.0  # dropout in residual blocks (DDPM: 0.1 on CIFAR-10)
     conditional: bool = True  # give the network the class label, where the data has classes
     label_dropout: float = 0.1
@@ -69,13 +100,16 @@ class Config:
 
     steps: int = 3000  # optimizer steps
     batch_size: int = 64  # images per step over all processes
+    accumulate: int = 1  # parts in which a process handles its share of the batch, to save memory
+    checkpointing: bool = False  # compute activations twice instead of keeping them
     lr: float = 1e-3  # peak learning rate
     lr_decay: Literal["cosine", "none"] = "cosine"
     """times half a cosine from 1 at step 0 to 0 at --steps, or constant after warm-up (DDPM)"""
     warmup: int = 200  # steps over which the learning rate rises from zero
     clip_grad: float = 1.0  # largest gradient norm
-    ema: float = 0.998
-    """decay of the running mean of the weights, which is what gets sampled (DDPM: 0.9999)"""
+    ema: tuple[float, ...] = (0.998,)
+    """decays of running means of the weights, all kept; the first is what gets sampled (DDPM:
+    0.9999). After n steps a decay is at most (1+n)/(10+n). With --sample: the one to use"""
     seed: int = 0  # everything random in training is a function of this and the step
 
     gpus: int = field(default_factory=runtime.default_gpus)
@@ -86,214 +120,68 @@ class Config:
     log_every: int = 50  # steps between two lines of log.jsonl
     save_every: int = 500  # steps between two checkpoints, a multiple of --log-every
     sample_every: int = 1000  # steps between two sample grids; 0 for none but the last
+    metric_every: int = 0  # steps between two scores of --metric-n samples by eval_fid.py; 0: never
+    metric_n: int = 500  # samples that are scored
 
-    sample: str = ""  # do not train: sample from this checkpoint, by its settings where not given
+    sample: str = ""
+    """do not train: sample from this checkpoint, by its settings where not given; published ones
+    too: a diffusers folder or .safetensors of a UNet2DModel, or OpenAI's .pt"""
+    nll: str = ""  # do not train: bits per dimension of --n held-out images under this checkpoint
+    export: str = ""  # do not train: write this checkpoint as a diffusers pipeline into --out
+    plot_schedule: bool = False  # do not train: draw alpha_bar and log-SNR of all schedules
     n: int = 100  # how many samples
     seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
     sampler: Literal["ddpm", "ddim"] = "ddpm"
     """ancestral sampling (DDPM Algorithm 2; of fewer than T steps, IDDPM eq. 19), or chapter 2's"""
-    variance: Literal["small", "large"] = "small"
-    """of an ancestral step: beta_tilde_t or beta_t (DDPM section 3.2)"""
+    variance: Literal["auto", "small", "large", "learned"] = "auto"
+    """of an ancestral step: beta_tilde_t or beta_t (DDPM section 3.2), or the network's; auto is
+    learned where it was, else small"""
+    threshold: Literal["clamp", "dynamic", "none"] = "clamp"
+    """x0_hat: clamp to [-1, 1], or divide by its 99.5th percentile (Imagen), or leave"""
     sample_steps: int = 100  # how many of the T timesteps the sampler visits, evenly spaced
+    visit: str = ""  # the timesteps that it visits, such as 0-9,49,99; overrides --sample-steps
     eta: float = 0.0  # noise of a ddim step: 0 deterministic, 1 like ddpm with small variance
     guidance: float = 0.0
     """w in (1+w) eps(x,y) - w eps(x): -1 unconditional, 0 conditional; others write s = 1+w"""
 
 
-# ----------------------------------------------------------------- schedule and forward process
-
-
-def make_alpha_bar(schedule, T):
-    """alpha_bar_t for t = 0..T-1, float64: the share of the image's variance left after step t.
-
-    linear  beta_t from 1e-4 to 0.02 for T = 1000, scaled by 1000/T for others (DDPM section 4)
-    cosine  alpha_bar_t = f(t+1) / f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), beta_t <= 0.999
-            (IDDPM eq. 17)
-    """
-    if schedule == "linear":
-        betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
-    else:
-        s, t = 0.008, torch.arange(T + 1, dtype=torch.float64)
-        f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
-        betas = 1 - f[1:] / f[:-1]
-    return (1 - betas.clamp(max=0.999)).cumprod(0)
-
-
-def q_sample(x0, t, eps, alpha_bar):
-    """x_t for images x0 (B,C,H,W), timesteps t (B,) and noise eps (B,C,H,W): DDPM eq. 4."""
-    a = alpha_bar[t].view(-1, 1, 1, 1)  # (B,1,1,1)
-    return a.sqrt().to(x0.dtype) * x0 + (1 - a).sqrt().to(x0.dtype) * eps
-
-
-# -------------------------------------------------------------------------------------- network
-
-
-def timestep_embedding(t, width):
-    """(B,) timesteps -> (B, width) sines and cosines, frequencies 1 ... 10000^(2/width - 1)."""
-    half = torch.arange(width // 2, device=t.device) / (width // 2)
-    angles = t[:, None].float() * torch.exp(-math.log(10000) * half)  # (B, width/2)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-class Norm(nn.GroupNorm):
-    """GroupNorm and, with silu, the SiLU after it, in one operation."""
-
-    def __init__(self, channels, silu=True):
-        # 32 groups, or fewer: a group of one channel would erase the embedding added to it.
-        super().__init__(max(1, math.gcd(128, channels) // 4), channels)
-        self.silu = silu
-
-    def forward(self, x):
-        return group_norm_silu(
-            x, self.num_groups, self.weight, self.bias, eps=self.eps, silu=self.silu
-        )
-
-
-def zero(layer):
-    """Start a layer at zero: the residual branch that it ends at first adds nothing."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class ResBlock(nn.Module):
-    def __init__(self, c_in, c_out, c_emb, dropout):
-        super().__init__()
-        self.norm1, self.conv1 = Norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.emb = nn.Linear(c_emb, c_out)
-        self.norm2, self.drop = Norm(c_out), nn.Dropout(dropout)
-        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x, emb):
-        h = self.conv1(self.norm1(x))  # (B,c_out,H,W)
-        h = h + self.emb(emb)[:, :, None, None]
-        return self.skip(x) + self.conv2(self.drop(self.norm2(h)))
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, channels, heads):
-        super().__init__()
-        self.heads, self.norm = heads, Norm(channels, silu=False)
-        self.qkv, self.proj = nn.Linear(channels, 3 * channels), zero(nn.Linear(channels, channels))
-
-    def forward(self, x):
-        h, w = x.shape[2:]
-        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")  # a view of channels_last memory
-        qkv = rearrange(self.qkv(tokens), "b n (k h d) -> k b h n d", k=3, h=self.heads)
-        out = rearrange(attention(*qkv), "b h n d -> b n (h d)")  # (B,HW,C)
-        return x + rearrange(self.proj(out), "b (h w) c -> b c h w", h=h, w=w)
-
-
-class UNet(nn.Module):
-    """The U-Net of DDPM appendix B: net(x, t, y) -> eps_hat, of the shape of x.
-
-    x (B,C,H,W) in [-1,1] plus noise, t (B,) int timesteps, y (B,) int labels or None;
-    the label num_classes means "no label". H and W must halve len(mult)-1 times.
-    """
-
-    def __init__(self, shape, num_classes, width, mult, blocks, attention_at, heads, dropout):
-        super().__init__()
-        channels, height, _ = shape
-        self.width, c_emb = width, 4 * width
-        self.time = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.label = nn.Embedding(num_classes + 1, c_emb) if num_classes else None
-
-        def layer(c_in, c_out, height):
-            parts = [ResBlock(c_in, c_out, c_emb, dropout)]
-            return nn.ModuleList(parts + [SelfAttention(c_out, heads)] * (height in attention_at))
-
-        c, skips = width, [width]
-        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
-        self.down = nn.ModuleList()
-        for level, m in enumerate(mult):
-            for _ in range(blocks):
-                self.down.append(layer(c, width * m, height))
-                c = width * m
-                skips.append(c)
-            if level < len(mult) - 1:
-                self.down.append(nn.ModuleList([nn.Conv2d(c, c, 3, stride=2, padding=1)]))
-                height //= 2
-                skips.append(c)
-        self.middle = nn.ModuleList(
-            [*layer(c, c, None), SelfAttention(c, heads), ResBlock(c, c, c_emb, dropout)]
-        )
-        self.up = nn.ModuleList()
-        for level, m in reversed(list(enumerate(mult))):
-            for _ in range(blocks + 1):
-                self.up.append(layer(c + skips.pop(), width * m, height))
-                c = width * m
-            if level > 0:
-                self.up.append(nn.ModuleList([nn.Conv2d(c, c, 3, padding=1)]))
-                height *= 2
-        self.norm_out, self.conv_out = Norm(c), zero(nn.Conv2d(c, channels, 3, padding=1))
-
-    def forward(self, x, t, y=None):
-        emb = self.time(timestep_embedding(t, self.width))  # (B,4*width)
-        if self.label is not None:
-            null = torch.full_like(t, self.label.num_embeddings - 1)
-            emb = emb + self.label(null if y is None else y)
-        emb = F.silu(emb)
-
-        def run(parts, h):
-            for part in parts:
-                h = part(h, emb) if isinstance(part, ResBlock) else part(h)
-            return h
-
-        h = self.conv_in(x)  # (B,width,H,W)
-        skips = [h]
-        for parts in self.down:
-            h = run(parts, h)
-            skips.append(h)
-        h = run(self.middle, h)  # (B,width*mult[-1],H/2^k,W/2^k)
-        for parts in self.up:
-            if isinstance(parts[0], ResBlock):
-                h = run(parts, torch.cat([h, skips.pop()], dim=1))
-            else:
-                h = run(parts, F.interpolate(h, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(self.norm_out(h))
-
-
-def make_net(cfg, shape, num_classes):
-    """The network for images of `shape` (C,H,W); BadInput for sizes that it cannot halve."""
-    factor = 2 ** (len(cfg.mult) - 1)
-    if shape[1] % factor or shape[2] % factor:
-        near = max(factor, round(min(shape[1:]) / factor) * factor)
-        raise runtime.BadInput(
-            f"images of {shape[1]}x{shape[2]} cannot be halved {len(cfg.mult) - 1} times; "
-            f"sizes must be multiples of {factor}: type --size {near}"
-        )
-    net = UNet(
-        shape, num_classes, cfg.width, cfg.mult, cfg.blocks,
-        cfg.attention, cfg.heads, cfg.dropout,
-    )  # fmt: skip
-    return net.to(memory_format=torch.channels_last)
-
-
 # ----------------------------------------------------------------------------------------- loss
 
 
-def simple_loss(net, x0, y, t, eps, alpha_bar):
-    """L_simple of each image, (B,): DDPM eq. 14, the mean over its pixels."""
-    eps_hat = net(q_sample(x0, t, eps, alpha_bar), t, y)
-    return (eps - eps_hat.float()).square().mean(dim=(1, 2, 3))
+def alpha_bar_of(cfg):
+    """alpha_bar_t for t = 0..T-1, float64."""
+    return make_alpha_bar(cfg.schedule, cfg.timesteps, cfg.alpha_min)
+
+
+def simple_loss(
+    net, x0, y, t, eps, alpha_bar, *, prediction="eps", loss="l2", min_snr=0.0, chain=None
+):
+    """L_simple of each image, (B,): DDPM eq. 14, the mean over its pixels.
+
+    chain: likelihood.make_chain(alpha_bar) for a network with learned variance, whose part of the
+    variational bound is added: L_hybrid = L_simple + 0.001 L_vlb (IDDPM eq. 16).
+    """
+    x_t = q_sample(x0, t, eps, alpha_bar)
+    out = net(x_t, t, y).float()  # (B,C,H,W), or (B,2C,H,W) with the variance
+    distance = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}[loss]
+    target = target_of(prediction, x0, eps, alpha_bar[t])
+    losses = distance(out[:, : x0.shape[1]], target, reduction="none").mean(dim=(1, 2, 3))
+    if min_snr:
+        losses = losses * min_snr_weight(prediction, alpha_bar[t], min_snr).float()
+    if chain is not None:
+        vlb = likelihood.hybrid(out, x0, x_t, t, chain, prediction=prediction)
+        losses = losses + 0.001 * vlb.float()
+    return losses
 
 
 # ------------------------------------------------------------------------------------- sampling
 
 
-def timestep_pairs(T, steps):
-    """[(t, t_prev), ...]: `steps` evenly spaced timesteps down from T-1, the last t_prev is -1."""
-    if steps > T:
-        raise runtime.BadInput(f"--sample-steps {steps} exceeds the chain's --timesteps {T}")
-    ts = torch.linspace(T - 1, 0, steps).round().long().unique().flip(0).tolist()
-    return list(zip(ts, [*ts[1:], -1], strict=True))
-
-
 @torch.inference_mode()
 def sampler(
-    net, alpha_bar, pairs, shape, seeds, y=None, *, eta=None, variance="small", guidance=0.0
-):
+    net, alpha_bar, pairs, shape, seeds, y=None, *, eta=None, variance="small", guidance=0.0,
+    prediction="eps", threshold="clamp",
+):  # fmt: skip
     """Walk from noise to images; yields (t_prev, x, x0_hat) after every step (DDPM Algorithm 2).
 
         x0_hat = clamp((x_t - sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_bar_t), -1, 1)      eq. 15
@@ -306,7 +194,8 @@ def sampler(
     With guidance w != 0 the conditional and unconditional passes are one batch of 2B.
     """
     device, null = seeds.device, getattr(net.label, "num_embeddings", 1) - 1
-    table = sampling_table(alpha_bar, pairs, eta=eta, variance=variance)
+    table = sampling_table(alpha_bar, pairs, eta=eta, variance=variance, prediction=prediction)
+    from_x0 = sampling_table(alpha_bar, pairs, eta=eta, variance=variance, prediction="x0")
     x = gaussian((len(seeds), *shape), seeds, -1, device).to(memory_format=torch.channels_last)
     for step, (t, t_prev) in enumerate(pairs):
         t = torch.full((len(seeds),), t, device=device)
@@ -315,10 +204,25 @@ def sampler(
         else:
             both = torch.cat([y, torch.full_like(y, null)])
             out, out_uncond = net(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-        x, x0_hat = sampling_update(
-            x, out, table, step, out_uncond=out_uncond, guidance=guidance, seeds=seeds
-        )
+        x_prev, x0_hat = sampling_update(
+            x, out, table, step, out_uncond=out_uncond, guidance=guidance, seeds=seeds,
+            clip=threshold == "clamp",
+        )  # fmt: skip
+        if threshold == "dynamic":  # the same step, from another guess
+            out = torch.cat([dynamic_threshold(x0_hat), out[:, shape[0] :]], dim=1)
+            x_prev, x0_hat = sampling_update(x, out, from_x0, step, seeds=seeds, clip=False)
+        x = x_prev
         yield t_prev, x, x0_hat
+
+
+def walk_options(cfg):
+    """How `sampler` is to walk by these settings: its keyword arguments."""
+    learned = "learned" if cfg.learned_variance else "small"
+    return dict(
+        eta=cfg.eta if cfg.sampler == "ddim" else None,
+        variance=learned if cfg.variance == "auto" else cfg.variance,
+        guidance=cfg.guidance, prediction=cfg.prediction, threshold=cfg.threshold,
+    )  # fmt: skip
 
 
 def draw(net, cfg, world, shape, labels, seeds, desc="sampling"):
@@ -326,29 +230,39 @@ def draw(net, cfg, world, shape, labels, seeds, desc="sampling"):
 
     seeds (N,) int64; labels (N,) int64 or None; shape (C,H,W).
     """
-    alpha_bar = make_alpha_bar(cfg.schedule, cfg.timesteps)
-    pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps)
+    alpha_bar, options = alpha_bar_of(cfg), walk_options(cfg)
+    pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
     parts = torch.arange(len(seeds))[world.share(len(seeds))].split(cfg.batch_size)
     images = [torch.empty(0, *shape[1:], shape[0], dtype=torch.uint8)]
     with world.progress(len(parts) * len(pairs), desc=desc) as bar, world.autocast():
         for part in parts:
             y = None if labels is None else labels[part].to(world.device)
-            for _, x, _ in sampler(  # noqa: B007
-                net, alpha_bar, pairs, shape, seeds[part].to(world.device), y,
-                eta=cfg.eta if cfg.sampler == "ddim" else None,
-                variance=cfg.variance, guidance=cfg.guidance,
-            ):  # fmt: skip
+            walk = sampler(
+                net, alpha_bar, pairs, shape, seeds[part].to(world.device), y, **options
+            )
+            for _, x, _ in walk:  # noqa: B007
                 bar.update()
             images.append(runtime.to_uint8(x))
     return world.collect(torch.cat(images).to(world.device), len(seeds)).cpu()
 
 
+def save_reverse(net, cfg, world, shape, labels, seeds, folder):
+    """reverse.gif and reverse.png: the first eight samples x_t, and below them their x0_hat."""
+    y = None if labels is None else labels[:8].to(world.device)
+    pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
+    walk = sampler(
+        net, alpha_bar_of(cfg), pairs, shape, seeds[:8].to(world.device), y, **walk_options(cfg)
+    )
+    frames = [runtime.to_uint8(torch.cat([x, x0_hat])) for _, x, x0_hat in walk]
+    runtime.save_film(frames, folder / "reverse", len(seeds[:8]))
+
+
 # ------------------------------------------------------------------------------------- training
 
 
-def load_data(cfg):
+def load_data(cfg, split="train"):
     classes = runtime.split_list(cfg.classes)
-    return data.load(cfg.data, cfg.data_root, size=cfg.size or None, classes=classes)
+    return data.load(cfg.data, cfg.data_root, split=split, size=cfg.size or None, classes=classes)
 
 
 def train(cfg, world):
@@ -356,8 +270,10 @@ def train(cfg, world):
     shape, k = (ds.channels, ds.height, ds.width), ds.num_classes * cfg.conditional
     torch.manual_seed(cfg.seed)
     net = make_net(cfg, shape, k).to(world.device)
-    ema = AveragedModel(net, multi_avg_fn=runtime.ema_update(cfg.ema))
+    emas = [AveragedModel(net, multi_avg_fn=runtime.ema_update(decay)) for decay in cfg.ema]
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
+    alpha_bar = alpha_bar_of(cfg).to(world.device)
+    picker = likelihood.LossSecondMoment(cfg.timesteps)
     run = runtime.Run(
         cfg.out, "ddpm_pixel", asdict(cfg), world, made_of={"data_key": ds.key},
         resume=cfg.resume, tensorboard=cfg.tensorboard,
@@ -365,24 +281,41 @@ def train(cfg, world):
     state, start = run.restore(), 0
     if state:
         net.load_state_dict(state["model"])
-        ema.module.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
+        picker.load_state_dict(state["picker"])
         start = state["step"]
-        ema.n_averaged.fill_(start)
+        for ema, saved in zip(emas, [state["ema"], *state["more_emas"]], strict=True):
+            ema.module.load_state_dict(saved)
+            ema.n_averaged.fill_(start)
+    sampled = emas[0].module
     model = world.wrap(torch.compile(net) if cfg.compile else net)
-    alpha_bar = make_alpha_bar(cfg.schedule, cfg.timesteps).to(world.device)
+    options = dict(
+        prediction=cfg.prediction, loss=cfg.loss, min_snr=cfg.min_snr,
+        chain=likelihood.make_chain(alpha_bar) if cfg.learned_variance else None,
+    )  # fmt: skip
     mine, meter = world.share(cfg.batch_size), runtime.LossMeter(world.device)
     seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
     labels = labels_for(seeds, range(k), cfg.guidance)
+    judge = cfg.metric_every and Judge(
+        cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes, device=world.device
+    )
     if world.is_main:
         size = sum(p.numel() for p in net.parameters()) / 1e6
         print(f"{ds.name}: {len(ds)} images {shape}, {k} classes; network {size:.2f} M parameters")
+        x0, _ = data.batch(ds, np.arange(min(8, len(ds))))
+        eps = gaussian(x0.shape, torch.arange(len(x0)), 0, "cpu")
+        runtime.save_film(forward_film(x0, eps, alpha_bar.cpu()), run.folder / "forward", len(x0))
 
     bar = world.progress(cfg.steps, start, "training")
     for step in range(start, cfg.steps):
         # All that is random is drawn for the global batch from (seed, step), then shared out.
         rng, batch = np.random.default_rng([cfg.seed, step]), cfg.batch_size
-        t = torch.from_numpy(rng.integers(cfg.timesteps, size=batch))[mine].to(world.device)
+        if cfg.timestep_sampling == "uniform":
+            t_all, weights = rng.integers(cfg.timesteps, size=batch), np.ones(batch)
+        else:
+            t_all, weights = picker.sample(rng, batch)
+        t = torch.from_numpy(t_all)[mine].to(world.device)
+        weights = torch.from_numpy(weights)[mine].to(world.device, torch.float32)
         hide = torch.from_numpy(rng.random(batch) < cfg.label_dropout)[mine]
         noise_seeds = torch.from_numpy(rng.integers(2**62, size=batch))[mine].to(world.device)
         torch.manual_seed(int(rng.integers(2**31)) + world.rank)  # what dropout draws from
@@ -397,37 +330,57 @@ def train(cfg, world):
         lr = runtime.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.lr_decay)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with world.autocast():
-            losses = simple_loss(model, x0, y, t, eps, alpha_bar)  # (B,)
-        losses.mean().backward()
+        parts, losses = torch.arange(len(x0)).chunk(cfg.accumulate), []
+        for part in parts:
+            with world.no_sync(model, part is not parts[-1]), world.autocast():
+                y_part = None if y is None else y[part]
+                loss = simple_loss(
+                    model, x0[part], y_part, t[part], eps[part], alpha_bar, **options
+                )  # (b,)
+                (loss * weights[part]).sum().div(len(x0)).backward()
+            losses.append(loss.detach())
+        losses = torch.cat(losses)  # (B,)
         torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.update_parameters(net)
+        for ema in emas:
+            ema.update_parameters(net)
+        if cfg.timestep_sampling != "uniform":
+            picker.update(t_all, world.collect(losses, batch).cpu())
 
         meter.add(step, losses, t * 4 // cfg.timesteps)
         step, last = step + 1, step + 1 == cfg.steps
         bar.update()
         if step % cfg.log_every == 0 or last:
             values = meter.read(world, run)
-            run.log(step, **values, lr=lr, images_per_s=run.rate((step - start) * batch))
+            rate, memory = run.rate((step - start) * batch), runtime.peak_memory(world.device)
+            run.log(step, **values, lr=lr, images_per_s=rate, peak_memory_mb=memory)
             bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if step % cfg.save_every == 0 or last:
+            averages = [ema.module.state_dict() for ema in emas]
             run.save(
-                step, model=net.state_dict(), ema=ema.module.state_dict(),
-                optimizer=optimizer.state_dict(), shape=list(shape),
+                step, model=net.state_dict(), ema=averages[0], more_emas=averages[1:],
+                optimizer=optimizer.state_dict(), picker=picker.state_dict(), shape=list(shape),
                 class_names=list(ds.class_names),
             )  # fmt: skip
+        if judge and (step % cfg.metric_every == 0 or last):
+            scored = torch.arange(cfg.metric_n)
+            asked = labels_for(scored, range(k))
+            images = draw(sampled, cfg, world, shape, asked, scored, "scoring")
+            run.log(step, **judge(images, asked, world))
+            if world.is_main:
+                plot_metrics(run)
         if cfg.sample_every and step % cfg.sample_every == 0 and not last:
-            images = draw(ema.module, cfg, world, shape, labels, seeds)
+            images = draw(sampled, cfg, world, shape, labels, seeds)
             if world.is_main:
                 runtime.save_grid(images[:100], run.folder / f"samples-{step:06d}.png", 10)
                 runtime.plot_loss(run)
     bar.close()
-    images = draw(ema.module, cfg, world, shape, labels, seeds)
+    images = draw(sampled, cfg, world, shape, labels, seeds)
     if world.is_main:
         runtime.plot_loss(run)
         runtime.save_samples(run.folder, images, labels, 10)
+        save_reverse(sampled, cfg, world, shape, labels, seeds, run.folder)
         print(f"samples: {run.folder / 'samples.png'}")
 
 
@@ -441,22 +394,45 @@ def labels_for(seeds, chosen, guidance=0.0):
     return torch.tensor(chosen)[seeds % len(chosen)] if chosen else None
 
 
-def load_net(path, device):
-    """(network with the EMA weights, its Config, image shape, class names) from a checkpoint."""
-    state = runtime.load_checkpoint(path, "ddpm_pixel")
+def load_net(path, device, decay=None):
+    """(network with the EMA weights, its Config, image shape, class names) from a checkpoint.
+
+    decay chooses among several running means; the first without it. BadInput if it is not there.
+    """
+    ours = not is_published(path)
+    state = runtime.load_checkpoint(path, "ddpm_pixel") if ours else as_checkpoint(path)
     known = {f.name for f in fields(Config)}
     cfg = Config(**{k: v for k, v in state["config"].items() if k in known})
+    averages = dict(zip(cfg.ema, [state["ema"], *state.get("more_emas", ())], strict=True))
+    if decay not in (None, *averages):
+        raise runtime.BadInput(f"--ema {decay:g}: {path} has {', '.join(map(str, averages))}")
     net = make_net(cfg, state["shape"], len(state["class_names"]) * cfg.conditional)
-    net.load_state_dict(state["ema"])
+    net.load_state_dict(averages[cfg.ema[0] if decay is None else decay])
     return net.to(device).eval(), cfg, state["shape"], state["class_names"]
 
 
-SAMPLING = ("sampler", "variance", "sample_steps", "eta", "guidance", "batch_size")
+# What a command over a checkpoint decides itself; where it is silent, as in training.
+SAMPLING = (
+    "sampler", "variance", "threshold", "sample_steps", "visit", "eta", "guidance", "batch_size",
+    "data", "data_root", "size",
+)  # fmt: skip
+FORWARD = ("timesteps", "schedule", "alpha_min", "prediction")  # and of a published network
+
+
+def open_checkpoint(cfg, path, world):
+    """(network, settings, shape, class names), the settings of SAMPLING being those of `cfg`."""
+    decay = None if runtime.not_given(cfg, ("ema",)) else cfg.ema[0]
+    net, trained, shape, classes = load_net(path, world.device, decay)
+    names = SAMPLING + FORWARD if is_published(path) else SAMPLING
+    given = set(names).difference(runtime.not_given(cfg, names))
+    trained = replace(trained, **{name: getattr(cfg, name) for name in given})
+    if trained.variance == "learned" and not trained.learned_variance:
+        raise runtime.BadInput(f"{path} has no learned variance; type --variance small or large")
+    return net, trained, shape, classes
 
 
 def sample(cfg, world):
-    net, trained, shape, names = load_net(cfg.sample, world.device)
-    trained = replace(trained, **{name: getattr(cfg, name) for name in SAMPLING})
+    net, trained, shape, names = open_checkpoint(cfg, cfg.sample, world)
     chosen = runtime.parse_classes(cfg.classes, names if trained.conditional else ())
     seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
     labels = labels_for(seeds, chosen, trained.guidance)
@@ -464,20 +440,50 @@ def sample(cfg, world):
     if world.is_main:
         folder = Path(cfg.out or Path(cfg.sample).parent)
         runtime.save_samples(folder, images, labels, 10)
-        print(f"samples: {folder / 'samples.png'}")
+        save_reverse(net, trained, world, shape, labels, seeds, folder)
+        print(f"samples: {folder / 'samples.png'}, {folder / 'reverse.gif'}")
+
+
+def nll(cfg, world):
+    """Bits per dimension of --n held-out images, over all T timesteps where no others are named."""
+    net, trained, shape, _ = open_checkpoint(cfg, cfg.nll, world)
+    if len(runtime.not_given(cfg, ("sample_steps", "visit"))) == 2:
+        trained.sample_steps = trained.timesteps
+    pairs = timestep_pairs(trained.timesteps, trained.sample_steps, trained.visit)
+    chain = likelihood.make_chain(alpha_bar_of(trained), [t for t, _ in pairs])
+    options = {name: walk_options(trained)[name] for name in ("prediction", "variance")}
+    likelihood.evaluate(
+        net, load_data(trained, "test"), chain, world, Path(cfg.out or Path(cfg.nll).parent),
+        n=cfg.n, batch_size=trained.batch_size, labels=trained.conditional, **options,
+    )  # fmt: skip
+
+
+def export(cfg, world):
+    net, trained, shape, names = open_checkpoint(cfg, cfg.export, world)
+    save_diffusers(
+        cfg.out, net.settings, net.state_dict(), shape, len(names) * trained.conditional,
+        dict(alpha_bar=alpha_bar_of(trained), schedule=trained.schedule, **walk_options(trained)),
+    )  # fmt: skip
+    print(f"{cfg.out}: open it with diffusers.DDPMPipeline.from_pretrained")
 
 
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
     runtime.check_run(cfg)
-    runtime.check_positive(cfg, "timesteps", "width", "mult", "blocks", "heads", "sample_steps")
-    runtime.check_fraction(cfg, "dropout", "label_dropout", "ema", "eta")
-    if cfg.width % 2 or any(cfg.width * m % cfg.heads for m in cfg.mult):
-        raise runtime.BadInput(
-            f"--width {cfg.width} must be even, and times --mult a multiple of --heads {cfg.heads}"
-        )
+    runtime.check_positive(
+        cfg, "timesteps", "width", "mult", "blocks", "heads", "sample_steps", "accumulate",
+        "metric_n", "ema",
+    )  # fmt: skip
+    runtime.check_not_negative(cfg, "min_snr", "head_channels", "groups", "metric_every")
+    runtime.check_fraction(cfg, "dropout", "label_dropout", "eta", "alpha_min", "ema")
+    if cfg.prediction == "eps" and cfg.alpha_min == 0:
+        raise runtime.BadInput("--alpha-min 0 leaves no image at T; type --prediction v or x0")
+    if cfg.variance == "learned" and not (cfg.learned_variance or cfg.sample or cfg.nll):
+        raise runtime.BadInput("--variance learned needs a network with --learned-variance")
+    if cfg.export and not cfg.out:
+        raise runtime.BadInput("--export needs --out, the folder to write")
     if not cfg.sample:  # else the checkpoint's own --timesteps decide
-        timestep_pairs(cfg.timesteps, cfg.sample_steps)
+        timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
 
 
 def main():
@@ -489,8 +495,12 @@ def main():
             save_every=2, sample_every=2, resume="never", out=cfg.out or "runs/smoke-pixel",
         )  # fmt: skip
     check(cfg)
-    if cfg.sample:
-        runtime.launch(sample, runtime.as_trained(cfg, SAMPLING, "ddpm_pixel"))
+    if cfg.plot_schedule:
+        path = Path(cfg.out or "runs") / "schedules.png"
+        plot_schedules(path, cfg.timesteps, cfg.alpha_min)
+        print(f"schedules: {path}")
+    elif cfg.sample or cfg.nll or cfg.export:
+        runtime.launch(sample if cfg.sample else nll if cfg.nll else export, cfg)
     else:
         load_data(cfg)  # prepared once, before there are several processes
         runtime.launch(train, replace(cfg, out=cfg.out or f"runs/pixel-{Path(cfg.data).stem}"))

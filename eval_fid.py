@@ -20,28 +20,23 @@ images (arr_0: uint8 N,H,W,C; arr_1: labels, if any), or an .npz of statistics (
 The last line printed is one JSON object that holds the same.
 """
 
-import hashlib
 import itertools
 import json
 import shlex
 import sys
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Annotated
 from zipfile import BadZipFile
 
 import numpy as np
 import scipy.linalg
 import torch
-import torch.nn.functional as F
 import tyro
-from einops import rearrange
-from torch import nn
 
 import data
 import runtime
+from features import accuracy, classifier, features, shape_text, warn
 from runtime import BadInput
 
 
@@ -62,144 +57,6 @@ class Config:
     gpus: int = runtime.default_gpus()  # 1: compute on the GPU, 0: on the CPU
     out: str = ""  # the .npz that `stats` writes
     json: str = ""  # also write the JSON object into this file
-
-
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
-
-
-# ----------------------------------------------------------------------------------- the features
-
-BATCH = 128  # images in a training step of the classifier
-
-
-class Classifier(nn.Module):
-    """A small convolutional network; its features are what the Fréchet distance compares.
-
-    Takes (B, C, H, W) in [-1, 1], H and W at least 8. Space-to-depth halves the image at once, then
-    each 3×3 convolution but the first halves it again until a side is at most 7 pixels.
-    """
-
-    dim = 128
-
-    def __init__(self, height, width, channels, num_classes):
-        super().__init__()
-        widths, side = [4 * channels, 32, 64, self.dim], min(height, width) / 8
-        while side > 7:
-            widths, side = [*widths, self.dim], side / 2
-        self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 3, 1 if layer == 0 else 2, 1, bias=False)
-            for layer, (i, o) in enumerate(itertools.pairwise(widths))
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in widths[1:])
-        self.head = nn.Linear(self.dim, num_classes)
-
-    def features(self, x):
-        """(B, C, H, W) -> (B, 128), none of them negative."""
-        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="replicate")
-        x = rearrange(x, "b c (h i) (w j) -> b (c i j) h w", i=2, j=2)  # (B, 4C, H/2, W/2)
-        x = x.contiguous(memory_format=torch.channels_last)
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(norm(conv(x)))  # (B, 32, H/2, W/2), (B, 64, H/4, W/4), (B, 128, H/8, W/8)
-        return x.mean((2, 3))  # (B, 128)
-
-    def forward(self, x):
-        return self.head(self.features(x))  # (B, num_classes)
-
-
-def shifted(x, most, generator):
-    """Each image of (B, C, H, W) moved by its own -most..most pixels; the edge is repeated."""
-    b, _, h, w = x.shape
-    dy, dx = torch.randint(-most, most + 1, (2, b, 1), generator=generator).to(x.device)
-    rows = (torch.arange(h, device=x.device) + dy).clamp(0, h - 1)  # (B, H)
-    cols = (torch.arange(w, device=x.device) + dx).clamp(0, w - 1)  # (B, W)
-    image = torch.arange(b, device=x.device)[:, None, None]
-    x = x.permute(0, 2, 3, 1)[image, rows[:, :, None], cols[:, None, :]]  # (B, H, W, C)
-    return x.permute(0, 3, 1, 2)
-
-
-def train_classifier(ds, steps, seed, device, lr=2e-2):
-    """A Classifier of `ds`, the same for the same seed: AdamW, one-cycle rate, shifts of ±2 px."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = Classifier(*ds.images.shape[1:], ds.num_classes)
-    net = net.to(device, memory_format=torch.channels_last).train()
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    for step in runtime.progress(steps, f"training the {ds.name} classifier", over=range(steps)):
-        x, y = data.batch(ds, data.indices(len(ds), BATCH, seed, step))
-        loss = F.cross_entropy(net(shifted(x.to(device), 2, generator)), y.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return net.eval()
-
-
-@torch.no_grad()
-def features(net, images, batch_size=256):
-    """Features of `images`, uint8 (N, H, W, C), as float32 (N, 128)."""
-    device = next(net.parameters()).device
-    rows = []
-    for start in runtime.progress(None, "features", over=range(0, len(images), batch_size)):
-        x = np.array(images[start : start + batch_size])
-        x = torch.from_numpy(x).to(device).permute(0, 3, 1, 2) / 127.5 - 1  # (B, C, H, W)
-        rows.append(net.features(x).cpu())
-    return torch.cat(rows).numpy()
-
-
-def accuracy(net, feats, labels):
-    """The share of rows of `feats` (N, 128) that the classifier reads as their label (N,)."""
-    with torch.no_grad():
-        read = net.head(torch.from_numpy(feats).to(net.head.weight.device)).argmax(1)
-    return float((read.cpu().numpy() == labels).mean())
-
-
-def weights_hash(net):
-    """Eight hex digits that differ when any weight does: features of two hashes do not compare."""
-    digest = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:8]
-
-
-def classifier(ds_train, ds_test, root, seed=0, *, steps=1500, device="cpu"):
-    """The feature network of a data set, and what is known of it: (net, facts).
-
-    Kept in root/classifier-<data set key>.pt; trained when that file is missing, made by other
-    settings, or broken (with a warning). facts: `protocol` (one line for people), `feature_hash`,
-    `test_accuracy` in 0..1. Raises BadInput for a data set without classes or below 8 pixels.
-    """
-    if ds_train.num_classes < 2:
-        why = "has no classes to train the feature classifier on; name a labelled data set"
-        raise BadInput(f"{ds_train.name} {why} of such images with --data")
-    if min(ds_train.height, ds_train.width) < 8:
-        raise BadInput(f"{ds_train.name}: images are {shape_text(ds_train.images)}, need 8 pixels")
-    path = Path(root) / f"classifier-{ds_train.key}.pt"
-    recipe = {"steps": steps, "seed": seed, "tested_on": ds_test.key}
-    if path.exists():
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            if saved["recipe"] == recipe:
-                net = Classifier(*ds_train.images.shape[1:], ds_train.num_classes)
-                net.load_state_dict(saved["net"])
-                return net.to(device, memory_format=torch.channels_last).eval(), saved["facts"]
-        except (OSError, EOFError, LookupError, RuntimeError, TypeError, UnpicklingError) as error:
-            reason = str(error).strip().split("\n")[0][:100]
-            warn(f"{path} is not a classifier this program saved ({reason}): training it again")
-    net = train_classifier(ds_train, steps, seed, device)
-    test_accuracy = accuracy(net, features(net, ds_test.images), ds_test.labels)
-    feature_hash = weights_hash(net)
-    protocol = (
-        f"classifier features: {len(net.convs) + 1}-layer CNN, {net.dim}-d, trained on "
-        f"{ds_train.name} train ({shape_text(ds_train.images)}), {steps} steps of {BATCH}, "
-        f"seed {seed}, test accuracy {100 * test_accuracy:.2f} %, feature hash {feature_hash}"
-    )
-    facts = dict(protocol=protocol, feature_hash=feature_hash, test_accuracy=test_accuracy)
-    with runtime.atomic_write(path) as temporary:
-        torch.save({"recipe": recipe, "facts": facts, "net": net.state_dict()}, temporary)
-    return net, facts
 
 
 # -------------------------------------------------------------- statistics and the Fréchet distance
@@ -358,10 +215,6 @@ def read_npz(name):
     return Images(name, images, labels)
 
 
-def shape_text(images):
-    return "x".join(map(str, images.shape[1:]))
-
-
 def check_same_size(sides):
     """Raise BadInput where two sides hold images of different (H, W, C): none is resized here."""
     for side, other in itertools.pairwise(sides):
@@ -414,6 +267,44 @@ def measure(cfg, names):
         steps=cfg.classifier_steps, device="cuda" if cfg.gpus else "cpu",
     )  # fmt: skip
     return [summarise(side, net, facts, cfg.batch_size) for side in sides], facts
+
+
+class Judge:
+    """Scores sets of samples against the test split of a data set, many in one process.
+
+    name: a labelled data set, folder or zip; root: where it and its classifier are kept; size and
+    classes as it was trained on. `protocol` is one line for people, `reference` and `n_reference`
+    say what is compared with. Raises BadInput as `classifier` does.
+    """
+
+    def __init__(self, name, root, *, size=0, classes="", device="cpu", batch_size=256):
+        def load(split, classes=()):
+            return data.load(name, root, split=split, size=size or None, classes=classes)
+
+        train, test = load("train"), load("test")
+        held_out = load("test", runtime.split_list(classes))
+        self.net, facts = classifier(train, test, root, device=device)  # of all its classes
+        self.protocol, self.batch_size = facts["protocol"], batch_size
+        self.classes = np.array([train.class_names.index(name) for name in held_out.class_names])
+        self.reference, self.n_reference = f"{name}:test", len(held_out)
+        self.moments = statistics(features(self.net, held_out.images, batch_size))
+
+    def __call__(self, images, labels=None, world=None):
+        """{'frechet', 'class_accuracy'} of uint8 images (N, H, W, C) asked for by labels (N,).
+
+        With a World of several processes, each of them holds all images and looks at its share.
+        The accuracy (0..1) is None without labels. Raises BadInput when N < 2.
+        """
+        world = world or runtime.World()
+        feats = features(self.net, images[world.share(len(images))], self.batch_size)
+        feats = world.collect(torch.from_numpy(feats).to(world.device), len(images)).cpu().numpy()
+        right = None
+        if labels is not None:
+            right = accuracy(self.net, feats, self.classes[np.asarray(labels)])
+        return {
+            "frechet": frechet_distance(*statistics(feats), *self.moments),
+            "class_accuracy": right,
+        }
 
 
 # -------------------------------------------------------------------------------------------- main

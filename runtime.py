@@ -9,6 +9,7 @@
 It imports no script and knows no model. Much of it is written in support/ and reached from here.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,6 +30,9 @@ from support.commandline import (
     check_fraction,
     check_not_negative,
     check_positive,
+    check_processes,
+    check_run,
+    default_gpus,
     entry,
     not_given,
     parse,
@@ -37,16 +41,31 @@ from support.commandline import (
     progress,
     split_list,
 )
-from support.pictures import atomic_write, save_gif, save_grid, save_samples, tile, to_uint8
-from support.training import LossMeter, ema_update, learning_rate, plot_loss, read_log
+from support.pictures import (
+    atomic_write,
+    save_film,
+    save_gif,
+    save_grid,
+    save_samples,
+    tile,
+    to_uint8,
+)
+from support.training import (
+    LossMeter,
+    ema_update,
+    learning_rate,
+    peak_memory,
+    plot_loss,
+    read_log,
+)
 
 __all__ = [
     "BadInput", "DamagedCheckpoint", "LossMeter", "Run", "World", "as_trained", "atomic_write",
     "check_fraction", "check_not_negative", "check_positive", "check_processes", "check_run",
     "default_gpus", "ema_update", "entry", "is_first_process", "launch", "learning_rate",
-    "load_checkpoint", "parse", "parse_classes", "parse_seeds", "plot_loss",
-    "progress", "read_log", "save_gif", "save_grid", "save_samples", "split_list", "tile",
-    "to_uint8",
+    "load_checkpoint", "not_given", "parse", "parse_classes", "parse_seeds", "peak_memory",
+    "plot_loss", "progress", "read_log", "save_film", "save_gif", "save_grid", "save_samples",
+    "split_list", "tile", "to_uint8",
 ]  # fmt: skip
 
 
@@ -73,6 +92,10 @@ class World:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
 
+    def no_sync(self, model, on):
+        """Leave the gradients of what `wrap` returned unshared, if `on`: more are to be added."""
+        return model.no_sync() if on and self.size > 1 else contextlib.nullcontext()
+
     def sum(self, tensor):
         """The sum of `tensor` over all processes, in place."""
         if self.size > 1:
@@ -97,40 +120,6 @@ class World:
     def progress(self, total, initial=0, desc=""):
         """A progress bar on rank 0, quiet elsewhere."""
         return progress(total, desc, initial=initial, quiet=not self.is_main)
-
-
-def default_gpus():
-    """One GPU where there is one, else the CPU."""
-    return min(torch.cuda.device_count(), 1)
-
-
-def check_processes(gpus, batch_size):
-    """Raise BadInput if this machine lacks `gpus` GPUs or the processes cannot share a batch."""
-    have = torch.cuda.device_count()
-    if gpus < 0 or gpus > have:
-        raise BadInput(
-            f"--gpus {gpus}: this machine has {have} GPU{'s' * (have != 1)}; "
-            f"type --gpus {have}" + (" to run on the CPU" if have == 0 else " or fewer")
-        )
-    size = int(os.environ.get("WORLD_SIZE", max(gpus, 1)))
-    if batch_size % size:
-        lower, upper = batch_size // size * size, -(-batch_size // size) * size
-        raise BadInput(
-            f"--batch-size {batch_size} cannot be divided among {size} processes; "
-            f"try {upper}" + (f" or {lower}" if lower else "")
-        )
-
-
-def check_run(cfg):
-    """Raise BadInput for a setting that all training scripts share and that is out of its range."""
-    check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "log_every", "save_every", "n")
-    check_not_negative(cfg, "seed", "warmup", "sample_every")
-    if cfg.save_every % cfg.log_every:
-        raise BadInput(
-            f"--save-every {cfg.save_every} must be a multiple of --log-every {cfg.log_every}"
-        )
-    parse_seeds(cfg.seeds, cfg.n)
-    check_processes(cfg.gpus, cfg.batch_size)
 
 
 def is_first_process():
@@ -230,7 +219,8 @@ class Run:
     FREE = frozenset({
         "config", "out", "stage", "resume", "gpus", "steps", "data_root", "compile", "tensorboard",
         "log_every", "save_every", "sample_every", "sample", "n", "sampler", "sample_steps",
-        "eta", "variance", "guidance", "seeds", "n_eval",
+        "eta", "variance", "guidance", "seeds", "n_eval", "accumulate", "checkpointing",
+        "threshold", "visit", "metric_every", "metric_n", "nll", "export", "plot_schedule",
     })  # fmt: skip
 
     def __init__(

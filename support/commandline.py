@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import sys
 from pathlib import Path
@@ -132,7 +133,7 @@ def split_list(text):
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def parse_seeds(text, n):
+def parse_seeds(text, n, flag="--seeds"):
     """int64 seeds from '17' or '0-63,100', below 10^18; for '' 0..n-1. Else BadInput."""
     if not text:
         return torch.arange(n)
@@ -146,8 +147,8 @@ def parse_seeds(text, n):
         seeds += range(first, last + 1)
     if not seeds:
         raise BadInput(
-            f"--seeds {text}: expected numbers and ranges such as 17 or 0-63,100, "
-            "of at most 18 digits and a million seeds"
+            f"{flag} {text}: expected numbers and ranges such as 17 or 0-63,100, "
+            "of at most 18 digits and a million in all"
         )
     return torch.tensor(seeds)
 
@@ -172,11 +173,12 @@ def parse_classes(classes, names, aliases=()):
 
 
 def check_fraction(cfg, *names):
-    """Raise BadInput unless every named field of `cfg` lies in 0..1."""
+    """Raise BadInput unless every named field of `cfg` (a number or a tuple) lies in 0..1."""
     for name in names:
-        if not 0 <= getattr(cfg, name) <= 1:
+        value = getattr(cfg, name)
+        if not all(0 <= v <= 1 for v in (value if isinstance(value, tuple) else (value,))):
             flag = "--" + name.replace("_", "-")
-            raise BadInput(f"{flag} must be from 0 to 1, got {getattr(cfg, name)}")
+            raise BadInput(f"{flag} must be from 0 to 1, got {value}")
 
 
 def check_not_negative(cfg, *names):
@@ -195,3 +197,37 @@ def check_positive(cfg, *names):
         if not values or not all(v > 0 for v in values):
             flag = "--" + name.replace("_", "-")
             raise BadInput(f"{flag} must be greater than 0, got {value}")
+
+
+def default_gpus():
+    """One GPU where there is one, else the CPU."""
+    return min(torch.cuda.device_count(), 1)
+
+
+def check_processes(gpus, batch_size):
+    """Raise BadInput if this machine lacks `gpus` GPUs or the processes cannot share a batch."""
+    have = torch.cuda.device_count()
+    if gpus < 0 or gpus > have:
+        raise BadInput(
+            f"--gpus {gpus}: this machine has {have} GPU{'s' * (have != 1)}; "
+            f"type --gpus {have}" + (" to run on the CPU" if have == 0 else " or fewer")
+        )
+    size = int(os.environ.get("WORLD_SIZE", max(gpus, 1)))
+    if batch_size % size:
+        lower, upper = batch_size // size * size, -(-batch_size // size) * size
+        raise BadInput(
+            f"--batch-size {batch_size} cannot be divided among {size} processes; "
+            f"try {upper}" + (f" or {lower}" if lower else "")
+        )
+
+
+def check_run(cfg):
+    """Raise BadInput for a setting that all training scripts share and that is out of its range."""
+    check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "log_every", "save_every", "n")
+    check_not_negative(cfg, "seed", "warmup", "sample_every")
+    if cfg.save_every % cfg.log_every:
+        raise BadInput(
+            f"--save-every {cfg.save_every} must be a multiple of --log-every {cfg.log_every}"
+        )
+    parse_seeds(cfg.seeds, cfg.n)
+    check_processes(cfg.gpus, cfg.batch_size)

@@ -65,6 +65,15 @@ def save_gif(frames, path, columns=None, seconds=4.0):
         )
 
 
+def save_film(frames, path, columns=None, most=50):
+    """PATH.gif of at most `most` frames (N, H, W, C) uint8, and PATH.png: those at 0, 25, 50, 75
+    and 99 % of the way, one below the other."""
+    strip = [frames[int(part * len(frames))] for part in (0, 0.25, 0.5, 0.75, 0.99)]
+    save_grid(np.concatenate(strip), f"{path}.png", columns)
+    kept = frames[::-1][:: -(-len(frames) // most)][::-1]  # the last is always among them
+    save_gif(kept, f"{path}.gif", columns)
+
+
 def save_samples(folder, images, labels, columns=None):
     """samples.png (a grid of the first 100) and samples.npz (arr_0 images, arr_1 labels if any)."""
     folder = Path(folder)

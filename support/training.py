@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -29,6 +31,14 @@ def ema_update(decay):
         torch._foreach_lerp_(averaged, current, 1 - d)
 
     return update
+
+
+def peak_memory(device):
+    """The most memory this process has held so far, in MB: on its GPU, or on the CPU in all."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def read_log(path):

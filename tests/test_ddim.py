@@ -195,14 +195,14 @@ def test_guidance_costs_one_forward_and_is_the_formula(w, batch):
     x, t, a = gaussian((4, *SHAPE), seeds, -1, "cpu"), torch.full((4,), 12), alpha_bar[12]
     with torch.no_grad():
         with_label, without = net(x, t, y), net(x, t, torch.full((4,), 3))
-    assert (with_label - without).abs().mean() > 0.03  # 30 times the tolerance below
+    assert (with_label - without).abs().mean() > 0.005  # 50 times the tolerance below
     eps_hat = (1 + w) * with_label - w * without
     guess = ((x - (1 - a).sqrt() * eps_hat) / a.sqrt()).float().clamp(-1, 1)
     assert (guess.abs() < 1).float().mean() > 0.2  # clipping does not hide all
-    torch.testing.assert_close(steps[0][2], guess, atol=1e-3, rtol=0)
+    torch.testing.assert_close(steps[0][2], guess, atol=1e-4, rtol=0)
     if w == -1:
         unconditional = walk(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds))
-        torch.testing.assert_close(steps[-1][1], unconditional[-1][1], atol=1e-3, rtol=0)
+        torch.testing.assert_close(steps[-1][1], unconditional[-1][1], atol=1e-4, rtol=0)
 
 
 def test_a_sample_does_not_depend_on_its_batch(net):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-SCRIPTS = {"ddpm_pixel", "ddim", "ldm_cfg", "autoencoder", "eval_fid"}
+SCRIPTS = {"ddpm_pixel", "unet", "ddim", "ldm_cfg", "autoencoder", "eval_fid", "features", "likelihood", "schedules"}
 ALL = sorted(
     path
     for folder in (".", "kernels", "support", "tests", "tests/interpreter", "bench")
@@ -22,11 +22,15 @@ OURS = {path.stem for path in REPO.glob("*.py")} | {"kernels", "support"}
 MAY = {
     "runtime": {"support"},
     "data": {"runtime", "support"},
-    "ddpm_pixel": {"kernels", "data", "runtime"},
-    "ddim": {"kernels", "runtime", "ddpm_pixel"},
+    "unet": {"kernels", "runtime"},
+    "schedules": {"support"},
+    "likelihood": {"kernels", "data", "runtime"},
+    "ddpm_pixel": {"kernels", "data", "runtime", "schedules", "unet", "likelihood", "eval_fid", "support"},
+    "ddim": {"kernels", "data", "runtime", "ddpm_pixel", "eval_fid", "support"},
     "autoencoder": {"kernels", "data", "runtime"},
     "ldm_cfg": {"kernels", "data", "runtime", "autoencoder"},
-    "eval_fid": {"kernels", "data", "runtime"},
+    "features": {"data", "runtime"},
+    "eval_fid": {"kernels", "data", "runtime", "features"},
 }
 
 

@@ -44,7 +44,7 @@ def waken(net):
 
 def pixel():
     net = ddpm_pixel.UNet(
-        (3, 12, 20), 4, width=16, mult=(1, 2), blocks=1, attention_at=(6,), heads=2, dropout=0.0
+        (3, 12, 20), 4, width=16, mult=(1, 2), blocks=1, attention=(6,), heads=2
     )
     return waken(net), torch.randn(2, 3, 12, 20)
 

@@ -1,0 +1,128 @@
+"""The files of published networks: weights, and the schedule in a scheduler_config.json."""
+
+import json
+import math
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from support.commandline import BadInput
+from support.pictures import atomic_write
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+VARIANCES = {
+    "fixed_small": "small", "fixed_large": "large", "learned_range": "learned",
+    "fixed_small_log": "small", "fixed_large_log": "large",
+}  # fmt: skip
+
+
+def find_files(path):
+    """(weights, config.json or None, scheduler_config.json or None) of what the user named."""
+    if path.is_file():
+        config = path.with_name("config.json")
+        return path, config if config.exists() else None, None
+    if not path.is_dir():
+        raise BadInput(f"{path}: no such file or folder")
+    net = path / "unet" if (path / "unet").is_dir() else path
+    weights = next((net / name for name in WEIGHTS if (net / name).is_file()), None)
+    if weights is None:
+        raise BadInput(f"{net} holds no weights: expected {' or '.join(WEIGHTS)} in it")
+    # Pipelines saved before 2023 keep the scheduler's settings beside the network's.
+    schedulers = [path / "scheduler" / "scheduler_config.json", path / "scheduler_config.json"]
+    scheduler = next((file for file in schedulers if file.is_file()), None)
+    return weights, net / "config.json" if (net / "config.json").exists() else None, scheduler
+
+
+def read_weights(path):
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise BadInput(f"{path} is no safetensors file, or a torn one: {error}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(f"{path} is no file of plain tensors, or a torn one: {reason}") from None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
+        raise BadInput(f"{path} is not a state_dict: expected names and tensors and nothing else")
+    return state
+
+
+def read_json(path):
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} must hold settings by name, got a {type(value).__name__}")
+    return value
+
+
+def write_json(path, value):
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def scheduler_config(facts, learned):
+    """DDPMScheduler's settings for a schedule of ours."""
+    alpha_bar = facts["alpha_bar"].double()
+    betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    variance = "learned" if learned else facts.get("variance", "small")
+    names = {ours: theirs for theirs, ours in reversed(VARIANCES.items())}
+    predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    return {
+        "_class_name": "DDPMScheduler", "num_train_timesteps": len(betas),
+        "trained_betas": betas.tolist(), "_schedule": facts.get("schedule", "other"),
+        "prediction_type": predictions[facts.get("prediction", "eps")],
+        "variance_type": names[variance], "clip_sample": True, "clip_sample_range": 1.0,
+    }  # fmt: skip
+
+
+def read_schedule(path):
+    """facts of load_published; BadInput for a schedule, prediction or variance unknown here."""
+    config = read_json(path)
+    T, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    prediction = config.get("prediction_type", "epsilon")
+    variance = config.get("variance_type", "fixed_small")
+    name = config.get("_schedule", "other")
+    if config.get("trained_betas") is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+    elif kind == "linear":
+        betas = torch.linspace(start, end, T, dtype=torch.float64)
+        ours = math.isclose(start * T, 0.1) and math.isclose(end * T, 20)
+        name = "linear" if ours else "other"
+    elif kind == "squaredcos_cap_v2":  # IDDPM eq. 17
+        t, name = torch.arange(T + 1, dtype=torch.float64) / T, "cosine"
+        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise BadInput(f"{path}: beta_schedule {kind!r} is not supported")
+    if config.get("rescale_betas_zero_snr"):
+        raise BadInput(f"{path}: rescale_betas_zero_snr is not supported")
+    if prediction not in PREDICTIONS:
+        raise BadInput(f"{path}: prediction_type {prediction!r} is not supported")
+    if variance not in VARIANCES:
+        raise BadInput(f"{path}: variance_type {variance!r} is not supported")
+    return dict(
+        alpha_bar=(1 - betas).cumprod(0), timesteps=len(betas), schedule=name,
+        prediction=PREDICTIONS[prediction], variance=VARIANCES[variance],
+    )  # fmt: skip
+
+
+def is_published(path):
+    """Whether `path` is for load_published: a folder, .safetensors, or .pt in OpenAI's names."""
+    path = Path(path)
+    if path.is_dir() or path.suffix in (".safetensors", ".bin"):
+        return True
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # missing or damaged: what reads our own checkpoints says so
+        return False
+    return isinstance(state, dict) and "input_blocks.0.0.weight" in state
