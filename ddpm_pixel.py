@@ -19,7 +19,7 @@ and with it the chain is walked backwards, from noise to an image (Algorithm 2).
     torchrun --nproc-per-node 8 ddpm_pixel.py --config configs/cifar10_ddpm.yaml
 
 The first takes about 15 minutes on two CPU cores (figures: README); `--smoke` takes seconds.
-Noise schedules are in schedules.py, the network in unet.py, the bound's terms in likelihood.py.
+Schedules are in schedules.py, the network in unet.py, the variational bound in likelihood.py.
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -61,8 +61,7 @@ class Config:
     data: str = "glyphs"
     """glyphs, mnist, fashion_mnist, cifar10, afhq, imagenet100, or a folder or zip of images"""
     data_root: str = "data"  # where data sets are looked for, downloaded to and prepared
-    size: int = 0
-    """resize the shorter side to this and crop the centre; 0 keeps the images' own size"""
+    size: int = 0  # resize the shorter side to this and crop the centre; 0 keeps the images' size
     flip: bool = False  # flip half of the training images left to right
     classes: str = ""
     """comma-separated names or numbers: train on these classes; with --sample, draw these"""
@@ -70,19 +69,14 @@ class Config:
     timesteps: int = 1000  # T, the length of the chain
     schedule: Literal["linear", "cosine", "sigmoid"] = "cosine"
     """noise schedule: linear in beta (DDPM), cosine (IDDPM) or sigmoid (Jabri) in alpha_bar"""
-    alpha_min: float = 0.001
-    """smallest alpha_t = 1 - beta_t, so that no single step of cosine or sigmoid erases all"""
-    prediction: Literal["eps", "x0", "v"] = "eps"
-    """what the network gives: the noise, the image, or v = sqrt(a) eps - sqrt(1-a) x0"""
+    alpha_min: float = 0.001  # smallest alpha_t, so that no step of cosine or sigmoid erases all
+    prediction: Literal["eps", "x0", "v"] = "eps"  # what the network gives: noise, image or v
     loss: Literal["l2", "l1", "huber"] = "l2"  # distance of prediction and target
     min_snr: float = 0.0  # gamma of the min-SNR weights (their paper: 5); 0 weighs all t alike
-    learned_variance: bool = False
-    """the network also gives the variance, trained by L_simple + 0.001 L_vlb (IDDPM)"""
-    timestep_sampling: Literal["uniform", "loss_second_moment"] = "uniform"
-    """how training draws t: alike, or as often as the loss there is large (IDDPM section 3.3)"""
+    learned_variance: bool = False  # the network also gives it, by L_simple + 0.001 L_vlb (IDDPM)
+    timestep_sampling: Literal["uniform", "loss_second_moment"] = "uniform"  # IDDPM section 3.3
 
-    style: Literal["ddpm", "adm"] = "ddpm"
-    """details of the U-Net: as in DDPM, or as in Improved and Guided Diffusion"""
+    style: Literal["ddpm", "adm"] = "ddpm"  # U-Net of DDPM, or of Improved and Guided Diffusion
     width: int = 32  # channels at full resolution
     mult: tuple[int, ...] = (1, 2, 4)
     """channels at each resolution, in units of width; each but the first halves the image"""
@@ -95,8 +89,7 @@ class Config:
     groups: int = 0  # of the norms; 0: 32, or fewer where the network is narrow
     dropout: float = 0.0  # dropout in residual blocks (DDPM: 0.1 on CIFAR-10)
     conditional: bool = True  # give the network the class label, where the data has classes
-    label_dropout: float = 0.1
-    """how often training hides the label, so that guidance has its unconditional half"""
+    label_dropout: float = 0.1  # how often training hides it, for guidance's unconditional half
 
     steps: int = 3000  # optimizer steps
     batch_size: int = 64  # images per step over all processes
@@ -134,8 +127,7 @@ class Config:
     sampler: Literal["ddpm", "ddim"] = "ddpm"
     """ancestral sampling (DDPM Algorithm 2; of fewer than T steps, IDDPM eq. 19), or chapter 2's"""
     variance: Literal["auto", "small", "large", "learned"] = "auto"
-    """of an ancestral step: beta_tilde_t or beta_t (DDPM section 3.2), or the network's; auto is
-    learned where it was, else small"""
+    """of an ancestral step: beta_tilde_t, beta_t (DDPM section 3.2), or learned; auto: if it was"""
     threshold: Literal["clamp", "dynamic", "none"] = "clamp"
     """x0_hat: clamp to [-1, 1], or divide by its 99.5th percentile (Imagen), or leave"""
     sample_steps: int = 100  # how many of the T timesteps the sampler visits, evenly spaced
@@ -148,18 +140,13 @@ class Config:
 # ----------------------------------------------------------------------------------------- loss
 
 
-def alpha_bar_of(cfg):
-    """alpha_bar_t for t = 0..T-1, float64."""
-    return make_alpha_bar(cfg.schedule, cfg.timesteps, cfg.alpha_min)
-
-
 def simple_loss(
     net, x0, y, t, eps, alpha_bar, *, prediction="eps", loss="l2", min_snr=0.0, chain=None
 ):
     """L_simple of each image, (B,): DDPM eq. 14, the mean over its pixels.
 
-    chain: likelihood.make_chain(alpha_bar) for a network with learned variance, whose part of the
-    variational bound is added: L_hybrid = L_simple + 0.001 L_vlb (IDDPM eq. 16).
+    chain: likelihood.make_chain(alpha_bar) for a network with learned variance, which learns from
+    L_hybrid = L_simple + 0.001 L_vlb (IDDPM eq. 16).
     """
     x_t = q_sample(x0, t, eps, alpha_bar)
     out = net(x_t, t, y).float()  # (B,C,H,W), or (B,2C,H,W) with the variance
@@ -215,12 +202,16 @@ def sampler(
         yield t_prev, x, x0_hat
 
 
+def alpha_bar_of(cfg):
+    return make_alpha_bar(cfg.schedule, cfg.timesteps, cfg.alpha_min)
+
+
 def walk_options(cfg):
     """How `sampler` is to walk by these settings: its keyword arguments."""
-    learned = "learned" if cfg.learned_variance else "small"
+    auto = "learned" if cfg.learned_variance else "small"
     return dict(
         eta=cfg.eta if cfg.sampler == "ddim" else None,
-        variance=learned if cfg.variance == "auto" else cfg.variance,
+        variance=auto if cfg.variance == "auto" else cfg.variance,
         guidance=cfg.guidance, prediction=cfg.prediction, threshold=cfg.threshold,
     )  # fmt: skip
 
@@ -237,9 +228,7 @@ def draw(net, cfg, world, shape, labels, seeds, desc="sampling"):
     with world.progress(len(parts) * len(pairs), desc=desc) as bar, world.autocast():
         for part in parts:
             y = None if labels is None else labels[part].to(world.device)
-            walk = sampler(
-                net, alpha_bar, pairs, shape, seeds[part].to(world.device), y, **options
-            )
+            walk = sampler(net, alpha_bar, pairs, shape, seeds[part].to(world.device), y, **options)
             for _, x, _ in walk:  # noqa: B007
                 bar.update()
             images.append(runtime.to_uint8(x))
@@ -248,13 +237,11 @@ def draw(net, cfg, world, shape, labels, seeds, desc="sampling"):
 
 def save_reverse(net, cfg, world, shape, labels, seeds, folder):
     """reverse.gif and reverse.png: the first eight samples x_t, and below them their x0_hat."""
-    y = None if labels is None else labels[:8].to(world.device)
+    y, seeds = labels if labels is None else labels[:8].to(world.device), seeds[:8].to(world.device)
     pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
-    walk = sampler(
-        net, alpha_bar_of(cfg), pairs, shape, seeds[:8].to(world.device), y, **walk_options(cfg)
-    )
+    walk = sampler(net, alpha_bar_of(cfg), pairs, shape, seeds, y, **walk_options(cfg))
     frames = [runtime.to_uint8(torch.cat([x, x0_hat])) for _, x, x0_hat in walk]
-    runtime.save_film(frames, folder / "reverse", len(seeds[:8]))
+    runtime.save_film(frames, folder / "reverse", len(seeds))
 
 
 # ------------------------------------------------------------------------------------- training
@@ -270,7 +257,7 @@ def train(cfg, world):
     shape, k = (ds.channels, ds.height, ds.width), ds.num_classes * cfg.conditional
     torch.manual_seed(cfg.seed)
     net = make_net(cfg, shape, k).to(world.device)
-    emas = [AveragedModel(net, multi_avg_fn=runtime.ema_update(decay)) for decay in cfg.ema]
+    emas = [AveragedModel(net, multi_avg_fn=runtime.ema_update(d)).eval() for d in cfg.ema]
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
     alpha_bar = alpha_bar_of(cfg).to(world.device)
     picker = likelihood.LossSecondMoment(cfg.timesteps)
@@ -287,8 +274,7 @@ def train(cfg, world):
         for ema, saved in zip(emas, [state["ema"], *state["more_emas"]], strict=True):
             ema.module.load_state_dict(saved)
             ema.n_averaged.fill_(start)
-    sampled = emas[0].module
-    model = world.wrap(torch.compile(net) if cfg.compile else net)
+    sampled, model = emas[0].module, world.wrap(torch.compile(net) if cfg.compile else net)
     options = dict(
         prediction=cfg.prediction, loss=cfg.loss, min_snr=cfg.min_snr,
         chain=likelihood.make_chain(alpha_bar) if cfg.learned_variance else None,
@@ -431,6 +417,11 @@ def open_checkpoint(cfg, path, world):
     return net, trained, shape, classes
 
 
+def folder_of(cfg, path):
+    """Where the results of a command over the checkpoint `path` go."""
+    return Path(cfg.out or (path if Path(path).is_dir() else Path(path).parent))
+
+
 def sample(cfg, world):
     net, trained, shape, names = open_checkpoint(cfg, cfg.sample, world)
     chosen = runtime.parse_classes(cfg.classes, names if trained.conditional else ())
@@ -438,10 +429,10 @@ def sample(cfg, world):
     labels = labels_for(seeds, chosen, trained.guidance)
     images = draw(net, trained, world, shape, labels, seeds)
     if world.is_main:
-        folder = Path(cfg.out or Path(cfg.sample).parent)
+        folder = folder_of(cfg, cfg.sample)
         runtime.save_samples(folder, images, labels, 10)
         save_reverse(net, trained, world, shape, labels, seeds, folder)
-        print(f"samples: {folder / 'samples.png'}, {folder / 'reverse.gif'}")
+        print(f"samples: {folder / 'samples.png'}, their way: {folder / 'reverse.gif'}")
 
 
 def nll(cfg, world):
@@ -453,7 +444,7 @@ def nll(cfg, world):
     chain = likelihood.make_chain(alpha_bar_of(trained), [t for t, _ in pairs])
     options = {name: walk_options(trained)[name] for name in ("prediction", "variance")}
     likelihood.evaluate(
-        net, load_data(trained, "test"), chain, world, Path(cfg.out or Path(cfg.nll).parent),
+        net, load_data(trained, "test"), chain, world, folder_of(cfg, cfg.nll),
         n=cfg.n, batch_size=trained.batch_size, labels=trained.conditional, **options,
     )  # fmt: skip
 

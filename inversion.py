@@ -57,18 +57,19 @@ def encoding_table(alpha_bar, pairs, prediction="eps"):
 
 
 @torch.inference_mode()
-def encode(net, alpha_bar, pairs, x0, y=None, *, guidance=0.0, prediction="eps"):
+def encode(net, alpha_bar, pairs, x0, y=None, *, guidance=0.0, prediction="eps", clip=True):
     """The ODE of DDIM section 4.3 upwards (eq. 14 reversed): yields (t, x) after every step.
 
-    x0 (B,C,H,W) in [-1,1]; `pairs` as for walk(). The last x is the code of x0: from it walk() with
-    clip=False returns to x0, the closer the more steps there are (section 5.4).
+    x0 (B,C,H,W) in [-1,1]; `pairs` as for walk(). The last x is the code of x0: from it walk()
+    returns to x0, the closer the more steps there are (section 5.4). `clip` must be the same there:
+    a clipped x0_hat makes another ODE.
     """
     table, x = encoding_table(alpha_bar, pairs, prediction), x0
     ts = [t for t, _ in reversed(pairs)]
     for step, t in enumerate(ts):
         out, out_uncond = evaluate(net, x, ts[max(step - 1, 0)], y, guidance)
         x, _ = sampling_update(
-            x, out, table, step, out_uncond=out_uncond, guidance=guidance, clip=False
+            x, out, table, step, out_uncond=out_uncond, guidance=guidance, clip=clip
         )
         yield t, x
 
@@ -78,7 +79,8 @@ def slerp(a, b, weights):
 
     sin((1-w) theta) / sin(theta) a + sin(w theta) / sin(theta) b for each weight w of (K,), theta
     being the angle between a and b. Between Gaussians this stays as far out as Gaussians lie; on
-    the straight line the middle would be too near the origin. Where theta is 0 the two are one.
+    the straight line the middle would be too near the origin. Parallel codes, where the formula is
+    0 / 0, take the straight line.
     """
     cosine = torch.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())  # (B,)
     theta = cosine.clamp(-1, 1).acos()[:, None]  # (B,1)
@@ -124,10 +126,10 @@ def reconstruct(cfg, world):
     for steps in sorted({min(k, T) for k in numbers_of(cfg.encode_steps, "--encode-steps")}):
         pairs = subsequence(T, steps, cfg.spacing)
 
-        def there_and_back(part, bar, pairs=pairs):
+        def there_and_back(part, bar, pairs=pairs):  # in fp32: bf16 would be the larger error
             x, label = (part_of(rows, part, world.device) for rows in (x0, y))
             _, code = finish(encode(net, alpha_bar, pairs, x, label, **up), bar)
-            return finish(walk(net, alpha_bar, pairs, code, label, clip=False, **how), bar)[1]
+            return finish(walk(net, alpha_bar, pairs, code, label, **how), bar)[1]
 
         desc = f"{steps} steps"
         back = in_parts(there_and_back, len(x0), 2 * steps, cfg.batch_size, world, desc)
@@ -170,7 +172,7 @@ def interpolate(cfg, world):
             _, codes = finish(encode(net, alpha_bar, pairs, x, label, **up), bar)
         x = slerp(codes[0::2], codes[1::2], torch.linspace(0, 1, 11)).flatten(0, 1)  # (11B,C,H,W)
         label = None if y is None else y.repeat_interleave(11)
-        way = walk(net, alpha_bar, pairs, x, label, clip=ends is None, **how)
+        way = walk(net, alpha_bar, pairs, x, label, **how)
         return runtime.to_uint8(finish(way, bar)[1]).unflatten(0, (len(part), 11))
 
     steps, rows_at_once = len(pairs) * (1 if ends is None else 2), cfg.batch_size // 11

@@ -13,7 +13,9 @@ linear attention at the others. Left out is the Trainer's mirroring of images: n
 """
 
 import argparse
+import bisect
 import contextlib
+import functools
 import importlib.metadata
 import json
 import sys
@@ -86,16 +88,21 @@ def matched_dim(wanted, mult, channels, tolerance=0.05):
 
     mult: its dim_mults, channels: of the images. Raises BadInput if none is within `tolerance`.
     """
-    peer = load()
-    with torch.device("meta"):  # shapes without memory
-        sizes = {d: parameters(peer.Unet(d, dim_mults=mult, channels=channels)) for d in DIMS}
-    dim = min(sizes, key=lambda d: abs(sizes[d] - wanted))
-    if abs(sizes[dim] / wanted - 1) > tolerance:
+    unet = load().Unet
+
+    @functools.cache
+    def size(dim):
+        with torch.device("meta"):  # shapes without memory
+            return parameters(unet(dim, dim_mults=mult, channels=channels))
+
+    above = bisect.bisect_left(DIMS, wanted, key=size)  # parameters grow with dim
+    dim = min(DIMS[max(0, above - 1) : above + 1], key=lambda d: abs(size(d) - wanted))
+    if abs(size(dim) / wanted - 1) > tolerance:
         raise runtime.BadInput(
             f"no Unet of the peer has {wanted:,} parameters within {tolerance:.0%} (dim {dim} has "
-            f"{sizes[dim]:,}); give chapter 1 another --width"
+            f"{size(dim):,}); give chapter 1 another --width"
         )
-    return dim, sizes[dim]
+    return dim, size(dim)
 
 
 def make(dim, mult, shape, **sampling):

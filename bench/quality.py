@@ -11,12 +11,13 @@ The budget is the CPU time of the whole process, its start and the saving includ
 learning rate ends with its steps, so how many fit is measured first. The peer's is constant: it
 stops on time, and if chapter 1 took longer than that, the peer goes on until it has had as much. So
 no peer gets less CPU time than chapter 1. Every process has glibc keep the memory that it frees,
-which saves the peer a quarter of its time and chapter 1 an eighth.
+which saves the peer about a quarter of its time and chapter 1 an eighth.
 
 Then each draws N images with as many evaluations of its network, by ancestral sampling and by DDIM,
 and eval_fid.py scores them all: the same features, the same N, the same reference. One table, one
 JSON line, and in --out the logs, the samples, and comparison.png: chapter 1's beside the peer's.
-With the defaults it takes about 40 minutes on two cores.
+With the defaults it takes about 40 minutes of two cores and 5 GB of memory. What was trained is
+kept: the same command again only samples and scores.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from bench import peers  # noqa: E402
 from support.sources import NAMES  # noqa: E402
 
 OURS, PEER = "chapter 1", "denoising-diffusion-pytorch"
+TRAINED = "trained.json"  # in --out: the settings, and what training came to
 SAMPLERS = {"ancestral": 1.0, "ddim": 0.0}  # name: eta
 CALIBRATION = (8, 60)  # steps of a short and a long run
 ENVIRONMENT = {
@@ -222,14 +224,14 @@ def parse(arguments=None):
         "--peer-lr", type=float, nargs="+", help="default: its own 1e-4, and chapter 1's peak"
     )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="runs/quality", help="a new folder")
+    p.add_argument("--out", default="runs/quality", help="new, or of a run that got past training")
     p.add_argument("ours", nargs="*", metavar="-- FLAG", help="more flags of chapter 1's training")
     args = p.parse_args(arguments)
     for name in ("minutes", "n", "sample_steps"):
         if getattr(args, name) <= 0:
             p.error(f"--{name.replace('_', '-')} must be greater than 0")
     args.out = Path(args.out).resolve()
-    if args.out.exists() and any(args.out.iterdir()):
+    if args.out.exists() and any(args.out.iterdir()) and not (args.out / TRAINED).exists():
         p.error(f"--out {args.out} is not empty; name a new folder")
     if args.data not in NAMES:
         args.data = str(Path(args.data).resolve())  # the processes run in the project's folder
@@ -309,16 +311,22 @@ def main(arguments=None):
     rates = sorted(set(args.peer_lr or (1e-4, cfg.lr)))
     about = {
         "data": ds.name, "data_key": ds.key, "minutes": args.minutes, "threads": 1,
-        "chapter_1": args.ours, "peer": {"dim": dim, "dim_mults": list(cfg.mult)},
-        "torch": torch.__version__, **peers.versions(),
+        "chapter_1": args.ours, "peer": {"dim": dim, "dim_mults": list(cfg.mult), "lr": rates},
+        "torch": str(torch.__version__), **peers.versions(),
     }  # fmt: skip
     print(f"{OURS}: {' '.join(args.ours)}\n{PEER}: dim {dim}, dim_mults {cfg.mult}", flush=True)
 
     runs = {"chapter-1": {"network": OURS, "lr": cfg.lr, "parameters": ours}}
     for lr in rates:
         runs[peer_name(lr)] = {"network": PEER, "lr": lr, "parameters": theirs}
-    for name, trained in train_all(args, cfg, dim, rates).items():
-        runs[name] |= trained
+    if not (args.out / TRAINED).exists():
+        trained = train_all(args, cfg, dim, rates)
+        (args.out / TRAINED).write_text(json.dumps([about, trained]))
+    settings, trained = json.loads((args.out / TRAINED).read_text())
+    if settings != about:
+        raise runtime.BadInput(f"{args.out} was trained with other settings; name another --out")
+    for name, figures in trained.items():
+        runs[name] |= figures
     rows, features = sample_all(args, cfg, runs)
     files = [args.out / best(rows, network)["samples"] / "samples.npz" for network in (OURS, PEER)]
     write_comparison(*files, args.out / "comparison.png")

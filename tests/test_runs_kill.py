@@ -93,6 +93,7 @@ def kill_while_training(start, folder, gap, delay):
 @pytest.mark.parametrize("size", [1, 2], ids=["one process", "two processes"])
 def test_pixel_killed_ten_times_equals_unbroken(size, toy, tiny, tmp_path):
     flags = [*tiny["ddpm_pixel"], *toy, "--mult", 1, "--width", 8, "--dropout", 0.1]
+    flags += ["--timesteps", 5, "--timestep-sampling", "loss_second_moment", "--ema", 0.9, 0.99]
     steps = 100 if size == 1 else 45
     flags += ["--steps", steps, "--save-every", 4, "--sample-every", 40]
     whole, broken = tmp_path / "whole", tmp_path / "broken"

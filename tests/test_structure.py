@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-SCRIPTS = {"ddpm_pixel", "unet", "ddim", "ldm_cfg", "autoencoder", "eval_fid", "features", "likelihood", "schedules"}
+SCRIPTS = {
+    "schedules", "unet", "likelihood", "ddpm_pixel", "ddim", "autoencoder", "ldm_cfg",
+    "features", "eval_fid",
+}  # fmt: skip
 ALL = sorted(
     path
     for folder in (".", "kernels", "support", "tests", "tests/interpreter", "bench")
@@ -25,7 +28,9 @@ MAY = {
     "unet": {"kernels", "runtime"},
     "schedules": {"support"},
     "likelihood": {"kernels", "data", "runtime"},
-    "ddpm_pixel": {"kernels", "data", "runtime", "schedules", "unet", "likelihood", "eval_fid", "support"},
+    "ddpm_pixel": {
+        "kernels", "data", "runtime", "support", "schedules", "unet", "likelihood", "eval_fid",
+    },  # fmt: skip
     "ddim": {"kernels", "data", "runtime", "ddpm_pixel", "eval_fid", "support"},
     "autoencoder": {"kernels", "data", "runtime"},
     "ldm_cfg": {"kernels", "data", "runtime", "autoencoder"},

@@ -10,6 +10,7 @@ import autoencoder
 import ddpm_pixel
 import ldm_cfg
 import runtime
+import unet
 from tests.recording import interpreted_launches
 
 OPERATIONS = ["attention", "group_norm_silu", "sampling_update"]
@@ -43,9 +44,15 @@ def waken(net):
 
 
 def pixel():
-    net = ddpm_pixel.UNet(
-        (3, 12, 20), 4, width=16, mult=(1, 2), blocks=1, attention=(6,), heads=2
-    )
+    net = unet.UNet((3, 12, 20), 4, width=16, mult=(1, 2), blocks=1, attention=(6,), heads=2)
+    return waken(net), torch.randn(2, 3, 12, 20)
+
+
+def adm():
+    net = unet.UNet(
+        (3, 12, 20), 4, width=16, mult=(1, 2), blocks=1, attention=(6,), head_channels=8,
+        style="adm", scale_shift=True, updown=True,
+    )  # fmt: skip
     return waken(net), torch.randn(2, 3, 12, 20)
 
 
@@ -65,7 +72,7 @@ def run(net, x):
     return {"output": out.detach(), "x": x.grad, **gradients}
 
 
-@pytest.mark.parametrize("build", [pixel, latent], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [pixel, adm, latent], ids=lambda build: build.__name__)
 def test_unet_through_the_kernels_equals_the_references(build, references, launched):
     net, x = build()
     ours = run(net, x)
