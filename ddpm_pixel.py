@@ -389,6 +389,9 @@ def load_net(path, device, decay=None):
     state = runtime.load_checkpoint(path, "ddpm_pixel") if ours else as_checkpoint(path)
     known = {f.name for f in fields(Config)}
     cfg = Config(**{k: v for k, v in state["config"].items() if k in known})
+    told = state.get("alpha_bar")  # by a published network's scheduler
+    if told is not None and not torch.allclose(told, alpha_bar_of(cfg), rtol=1e-3, atol=1e-9):
+        raise runtime.BadInput(f"{path}: its {cfg.schedule} schedule has other constants than ours")
     averages = dict(zip(cfg.ema, [state["ema"], *state.get("more_emas", ())], strict=True))
     if decay not in (None, *averages):
         raise runtime.BadInput(f"--ema {decay:g}: {path} has {', '.join(map(str, averages))}")

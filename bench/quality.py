@@ -196,7 +196,7 @@ def best(rows, network):
 def verdict(rows):
     """The least Fréchet distance of each side, and whether chapter 1's is no worse."""
     ours, peer = (best(rows, network)["frechet"] for network in (OURS, PEER))
-    return {"chapter_1": ours, "peer": peer, "no_worse": ours <= peer}
+    return {"best_chapter_1": ours, "best_peer": peer, "no_worse": ours <= peer}
 
 
 def write_comparison(left, right, path, columns=10):

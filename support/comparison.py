@@ -116,7 +116,8 @@ def table(rows, *keys):
         right = "-" if row["class_accuracy"] is None else f"{100 * row['class_accuracy']:.1f} %"
         lines.append(
             " | ".join([
-                *(str(row[key]) for key in keys), str(row["evaluations"]),
+                *(format(row[key], "s" if key == "sampler" else "g") for key in keys),
+                str(row["evaluations"]),
                 f"{row['seconds_per_image']:.4f}", f"{row['frechet']:.3f}", right,
             ])
         )  # fmt: skip

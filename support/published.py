@@ -7,6 +7,7 @@
 Weights are read as plain tensors only: nothing in such a file is ever executed.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -133,6 +134,11 @@ def as_checkpoint(path):
     found = load_published(path)
     facts = {"timesteps": 1000, "schedule": "linear", "prediction": "eps", **found["facts"]}
     alpha_bar, _ = facts.pop("alpha_bar", None), facts.pop("variance", None)
+    if facts["schedule"] == "other":
+        raise BadInput(f"{path}: its noise schedule is neither linear, cosine nor sigmoid")
+    if found["num_classes"] and not found["null_label"]:
+        never = "never learned to do without a label: guidance means nothing with it"
+        print(f"warning: {path} {never}", file=sys.stderr)
     return dict(
         config={**found["settings"], **facts, "conditional": found["num_classes"] > 0},
         shape=found["shape"], class_names=[str(i) for i in range(found["num_classes"])],

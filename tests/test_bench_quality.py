@@ -113,6 +113,44 @@ def test_a_peer_that_had_less_time_than_chapter_1_goes_on(quality, tmp_path, mon
     assert (told["peer-lr-0.0001"]["steps"], told["peer-lr-0.001"]["steps"]) == (64, 60)
 
 
+def test_what_was_trained_is_only_sampled_again(
+    quality, peers, toy, tmp_path, monkeypatch, capsys
+):
+    trainings, black = [], np.zeros((4, 8, 8, 1), np.uint8)
+
+    def trained(args, cfg, dim, rates):
+        trainings.append(rates)
+        names = ["chapter-1", *map(quality.peer_name, rates)]
+        return {name: {"cpu_minutes": 1.0, "steps": 7, "images": 56} for name in names}
+
+    def sampled(args, cfg, runs):
+        rows = []
+        for distance, (name, figures) in enumerate(runs.items()):
+            (args.out / name).mkdir(exist_ok=True)
+            np.savez(args.out / name / "samples.npz", black)
+            rows.append(figures | {"n": 4, "frechet": float(distance), "samples": name})
+        return rows, "some features"
+
+    monkeypatch.setattr(quality, "train_all", trained)
+    monkeypatch.setattr(quality, "sample_all", sampled)
+    monkeypatch.setattr(quality.peers, "matched_dim", lambda *_: (8, 100))
+    out = tmp_path / "new"
+    out.mkdir()
+    command = [*toy, "--out", str(out), "--peer-lr", "1e-3", "3e-4"]
+    chapter = ["--", "--width", "16", "--mult", "1", "2", "--attention", "8"]
+    for _ in range(2):
+        quality.main([*command, *chapter])
+        line = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert trainings == [[3e-4, 1e-3]] and (out / "comparison.png").exists()
+        assert (line["best_chapter_1"], line["best_peer"], line["no_worse"]) == (0.0, 1.0, True)
+        assert line["peer"]["dim"] == 8 and "--width" in line["chapter_1"]
+        assert [row["lr"] for row in line["rows"][1:]] == [3e-4, 1e-3]
+        assert line["rows"][1]["steps"] == 7 and line["features"] == "some features"
+        assert line == json.loads((out / "result.json").read_text())
+    with pytest.raises(runtime.BadInput, match="was trained with other settings"):
+        quality.main([*command, "--minutes", "5", *chapter])
+
+
 # ---------------------------------------------------------------------------------------- output
 
 
@@ -135,7 +173,9 @@ def test_the_table_aligns_and_leaves_out_what_a_row_lacks(quality):
 def test_the_best_of_each_side_decides(quality):
     ours, peer = quality.OURS, quality.PEER
     rows = [row(ours, 0.3), row(peer, 0.5), row(peer, 0.25), row(ours, 0.2), row("real", 0.01)]
-    assert quality.verdict(rows) == {"chapter_1": 0.2, "peer": 0.25, "no_worse": True}
+    assert quality.verdict(rows) == {
+        "best_chapter_1": 0.2, "best_peer": 0.25, "no_worse": True
+    }  # fmt: skip
     assert quality.best(rows, peer) is rows[2]
     assert quality.verdict([*rows, row(peer, 0.2)])["no_worse"]
     worse = quality.verdict([*rows, row(peer, 0.19)])

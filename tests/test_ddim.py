@@ -1,10 +1,12 @@
 """Chapter 2 against equation 12 written out, against Gaussian data, and against chapter 1."""
 
+import math
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from gaussian_data import COV, MEAN, Gaussian, flow
 
 import ddim
 import ddpm_pixel as ch1
@@ -39,6 +41,30 @@ def test_subsequence_is_the_one_that_chapter_1_walks():
     for T in (*range(1, 41), 1000):
         for steps in range(1, min(T, 60) + 1):
             assert ddim.subsequence(T, steps) == ch1.timestep_pairs(T, steps)
+
+
+def test_other_spacings_are_these_by_hand():
+    def tau(T, steps, spacing):
+        pairs = ddim.subsequence(T, steps, spacing)
+        assert [t_prev for _, t_prev in pairs] == [*[t for t, _ in pairs[1:]], -1]
+        return [t for t, _ in pairs]
+
+    assert tau(1000, 4, "quadratic") == [999, 444, 111, 0]  # 999 / 9 = 111 times 0, 1, 4, 9
+    assert tau(10, 7, "quadratic") == [9, 6, 4, 3, 2, 1, 0]  # i^2 / 4: 0.25 is moved up to 1
+    assert tau(1000, 4, "leading") == [750, 500, 250, 0]
+    assert tau(10, 3, "leading") == [6, 3, 0]
+    assert tau(1000, 4, "trailing") == [999, 749, 499, 249]
+    assert tau(10, 3, "trailing") == [9, 6, 2]  # 10, 6.67, 3.33 rounded, less 1
+    assert [tau(100, 1, s) for s in ("quadratic", "leading", "trailing")] == [[99], [0], [99]]
+
+
+@pytest.mark.parametrize("spacing", ["linear", "quadratic", "leading", "trailing"])
+def test_every_spacing_has_as_many_timesteps_as_asked_and_all_differ(spacing):
+    for T in (*range(1, 30), 1000):
+        for steps in {*range(1, min(T, 60) + 1), T}:
+            ts = [t for t, _ in ddim.subsequence(T, steps, spacing)]
+            assert len(ts) == steps and ts == sorted(set(ts), reverse=True)
+            assert ts[-1] >= 0 and ts[0] < T
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -82,26 +108,6 @@ def test_eta_0_starts_where_chapter_1_starts_and_ends_in_its_guess(net):
 
 
 # ------------------------------------------------------------------------------ Gaussian data
-# x0 ~ N(MEAN, COV) for the two channels of every pixel; the best eps_hat is known in closed form.
-
-MEAN = torch.tensor([0.2, -0.1], dtype=torch.float64)
-COV = torch.tensor([[0.04, 0.018], [0.018, 0.0225]], dtype=torch.float64)
-
-
-class Gaussian(torch.nn.Module):
-    """eps_hat = sqrt(1 - a) (a COV + (1 - a) I)^-1 (x - sqrt(a) MEAN); no labels."""
-
-    label = None
-
-    def __init__(self, alpha_bar):
-        super().__init__()
-        self.alpha_bar = alpha_bar
-
-    def forward(self, x, t, y=None):
-        a = self.alpha_bar[t[0]]
-        gain = (1 - a).sqrt() * torch.linalg.inv(a * COV + (1 - a) * torch.eye(2))
-        off = x.double() - (a.sqrt() * MEAN).view(1, 2, 1, 1)
-        return torch.einsum("ij,bjhw->bihw", gain, off).float()
 
 
 def law(alpha_bar, pairs, step_of):
@@ -174,7 +180,70 @@ def test_that_law_converges_to_the_data_at_first_order(step_of):
         assert after[1] / before[1] == pytest.approx(0.5, abs=0.05), errors
 
 
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpmpp", 2), ("heun", 2)])
+def test_global_error_falls_with_the_order(sampler, order):
+    """Against the ODE's solution, over a chain of even log SNR, before the last, denoising step."""
+    alpha_bar = torch.sigmoid(2 * torch.linspace(3, -3, 481, dtype=torch.float64))
+    generator, errors = torch.Generator().manual_seed(0), []
+    x = torch.randn(20, 2, 2, 2, dtype=torch.float64, generator=generator)
+    for steps in (61, 121, 241):
+        way = ddim.walk(
+            Gaussian(alpha_bar), alpha_bar, ddim.subsequence(481, steps), x, sampler=sampler,
+            clip=False,
+        )  # fmt: skip
+        *_, (t_prev, end, _), _ = way
+        assert t_prev == 0
+        errors.append((end - flow(x, alpha_bar[-1], alpha_bar[0])).abs().max().item())
+    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert orders == pytest.approx([order] * 2, abs=0.12), (orders, errors)
+
+
+def test_heun_is_the_textbook_step_for_u_over_s(net):
+    """u = x / sqrt(1 - a), du/ds = x0_hat, s = sqrt(a / (1 - a)): Heun's method, in float64."""
+    alpha_bar, seeds = ch1.make_alpha_bar("cosine", 100), torch.tensor([3, 9])
+    pairs, y = ddim.subsequence(100, 6), torch.tensor([0, 2])
+
+    def slope(x, t):
+        a = alpha_bar[t]
+        with torch.no_grad():
+            eps_hat = net(x.float(), torch.full((2,), t), y).double()
+        return ((x - (1 - a).sqrt() * eps_hat) / a.sqrt()).clamp(-1, 1)
+
+    x = gaussian((2, *SHAPE), seeds, -1, "cpu").double()
+    steps = walk(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, y, sampler="heun"))
+    for (t, t_prev), (_, x_prev, x0_hat) in zip(pairs[:-1], steps, strict=False):
+        a, a_prev = alpha_bar[t], alpha_bar[t_prev]
+        h = (a_prev / (1 - a_prev)).sqrt() - (a / (1 - a)).sqrt()
+        first, u = slope(x, t), x / (1 - a).sqrt()
+        second = slope((u + h * first) * (1 - a_prev).sqrt(), t_prev)
+        expected = (u + h * (first + second) / 2) * (1 - a_prev).sqrt()
+        torch.testing.assert_close(x_prev.double(), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(x0_hat.double(), (first + second) / 2, atol=1e-3, rtol=0)
+        x = x_prev.double()
+    torch.testing.assert_close(steps[-1][1].double(), slope(x, 0), atol=1e-4, rtol=0)
+
+
 # --------------------------------------------------------------- guidance, seeds, whole pictures
+
+
+@pytest.mark.parametrize("sampler", ddim.SAMPLERS)
+def test_all_samplers_start_at_the_same_noise_and_count_their_evaluations(net, sampler):
+    seen, shown = [], []
+
+    def look(module, inputs, output):
+        seen.append(inputs[0][:3].clone())
+        shown.append(len(inputs[0]))
+
+    alpha_bar, pairs = ch1.make_alpha_bar("linear", 50), ddim.subsequence(50, 4)
+    seeds, y = torch.tensor([7, 8, 10**12]), torch.tensor([0, 1, 2])
+    with net.register_forward_hook(look):
+        for w in (0.0, 1.5):
+            seen.clear(), shown.clear()
+            walk(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, y, sampler=sampler, guidance=w))
+            assert torch.equal(seen[0], gaussian((3, *SHAPE), seeds, -1, "cpu"))
+            assert sum(shown) == 3 * ddim.evaluations(sampler, 4, w != 0)
+    with pytest.raises(ValueError, match="must be one of ddim, dpmpp, heun, ddpm"):
+        next(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, sampler="euler"))
 
 
 @pytest.mark.parametrize("w, batch", [(0.0, 4), (1.5, 8), (-1.0, 8)])
@@ -246,14 +315,11 @@ def test_files_are_those_of_chapter_1_and_the_film_ends_in_them(net, tmp_path):
     common = {"n": 10, "sample_steps": 7, "eta": 0.3, "guidance": 0.5, "batch_size": 4, "gpus": 0}
     ours = ddim.Config(sample=path, out=str(tmp_path / "2"), classes="b,c", gif=True, **common)
     ddim.sample(ours, runtime.World())
-    chapter1 = ch1.Config(
-        sample=path, out=str(tmp_path / "1"), classes="b,c", sampler="ddim", **common
-    )
-    ch1.sample(chapter1, runtime.World())
-    one, two = (np.load(tmp_path / name / "samples.npz") for name in "12")
-    assert two["arr_1"].tolist() == [1, 2] * 5
-    np.testing.assert_array_equal(one["arr_1"], two["arr_1"])
-    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+    two, labels = np.load(tmp_path / "2" / "samples.npz"), torch.tensor([1, 2] * 5)
+    assert two["arr_1"].tolist() == labels.tolist()
+    chapter1 = ch1.Config(timesteps=50, sampler="ddim", **common)
+    one = ch1.draw(net, chapter1, runtime.World(), SHAPE, labels, torch.arange(10))
+    assert np.abs(one.numpy().astype(int) - two["arr_0"]).max() <= 1
     assert (tmp_path / "2" / "reverse.gif").exists() and (tmp_path / "2" / "reverse.png").exists()
 
     pairs, seeds, y = ddim.subsequence(50, 7), torch.arange(8), torch.tensor([1, 2] * 4)

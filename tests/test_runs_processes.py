@@ -89,7 +89,7 @@ def test_shares_cover():
 
 def test_ema_moves_and_the_ranks_agree(toy, tiny, tmp_path):
     """Each rank reports what it has at the end; the checkpoint is rank 0's."""
-    flags = [*tiny["ddpm_pixel"], *toy, "--steps", 12, "--sample-every", 0]
+    flags = [*tiny["ddpm_pixel"], *toy, "--steps", 12, "--sample-every", 0, "--accumulate", 2]
     for process in start_ranks("rank_report", *flags, "--out", tmp_path):
         done = process.wait()
         assert done.code == 0, done.err

@@ -20,6 +20,7 @@ import ldm_cfg
 import runtime
 
 CONFIGS = {"ddpm_pixel": ddpm_pixel.Config, "ldm_cfg": ldm_cfg.Config}
+PICTURES = {"ddpm_pixel": ["forward.png", "reverse.png"], "ldm_cfg": []}  # beside loss and samples
 
 
 def pngs(folder):
@@ -72,7 +73,7 @@ def test_smoke(script, kind, tmp_path):
     succeed(script, "--smoke", *flags, "--out", tmp_path / "out")
     out, shape = tmp_path / "out", (height, width, channels)
     check_samples(out, shape, 8, len(classes))
-    assert {"loss.png", "samples-000002.png", "samples.png"} == set(pngs(out))
+    assert {"loss.png", "samples-000002.png", "samples.png", *PICTURES[script]} == set(pngs(out))
     if script == "ddpm_pixel":
         succeed("ddpm_pixel", "--smoke", *flags, "--out", tmp_path / "b", "--no-conditional")
         check_samples(tmp_path / "b", shape, 8, 0)
@@ -158,7 +159,7 @@ def test_run_directory(script, toy, tiny, tmp_path):
 
     check_samples(out, (16, 16, 1), 4, 2)
     expected = ["loss.png", "samples-000003.png", "samples-000006.png", "samples.png"]
-    assert pngs(out) == expected
+    assert pngs(out) == sorted(expected + PICTURES[script])
     assert Image.open(out / "loss.png").size == (700, 400)
     assert not [p for p in out.rglob("*") if p.name.startswith(".") or p.suffix == ".link"]
     if script == "ldm_cfg":

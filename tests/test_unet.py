@@ -209,7 +209,8 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(settings):
 
 
 def test_the_network_compiles_as_one_graph():
-    net, graphs = opened(build(**SMALL, scale_shift=True, checkpointing=True)), []
+    settings = dict(SMALL, attention=(), scale_shift=True, checkpointing=True)
+    net, graphs = opened(build(**settings)), []
 
     def as_it_is(graph, inputs):
         graphs.append(graph)
