@@ -246,6 +246,8 @@ def save_reverse(net, cfg, world, shape, labels, seeds, folder):
 
 # ------------------------------------------------------------------------------------- training
 
+PICKERS = {"uniform": likelihood.Uniform, "loss_second_moment": likelihood.LossSecondMoment}
+
 
 def load_data(cfg, split="train"):
     classes = runtime.split_list(cfg.classes)
@@ -260,7 +262,7 @@ def train(cfg, world):
     emas = [AveragedModel(net, multi_avg_fn=runtime.ema_update(d)).eval() for d in cfg.ema]
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
     alpha_bar = alpha_bar_of(cfg).to(world.device)
-    picker = likelihood.LossSecondMoment(cfg.timesteps)
+    picker = PICKERS[cfg.timestep_sampling](cfg.timesteps)
     run = runtime.Run(
         cfg.out, "ddpm_pixel", asdict(cfg), world, made_of={"data_key": ds.key},
         resume=cfg.resume, tensorboard=cfg.tensorboard,
@@ -296,10 +298,7 @@ def train(cfg, world):
     for step in range(start, cfg.steps):
         # All that is random is drawn for the global batch from (seed, step), then shared out.
         rng, batch = np.random.default_rng([cfg.seed, step]), cfg.batch_size
-        if cfg.timestep_sampling == "uniform":
-            t_all, weights = rng.integers(cfg.timesteps, size=batch), np.ones(batch)
-        else:
-            t_all, weights = picker.sample(rng, batch)
+        t_all, weights = picker.sample(rng, batch)
         t = torch.from_numpy(t_all)[mine].to(world.device)
         weights = torch.from_numpy(weights)[mine].to(world.device, torch.float32)
         hide = torch.from_numpy(rng.random(batch) < cfg.label_dropout)[mine]
@@ -401,10 +400,8 @@ def load_net(path, device, decay=None):
 
 
 # What a command over a checkpoint decides itself; where it is silent, as in training.
-SAMPLING = (
-    "sampler", "variance", "threshold", "sample_steps", "visit", "eta", "guidance", "batch_size",
-    "data", "data_root", "size",
-)  # fmt: skip
+SAMPLING = ("sampler", "variance", "threshold", "sample_steps", "visit", "eta", "guidance")
+SAMPLING += ("batch_size", "data", "data_root", "size")
 FORWARD = ("timesteps", "schedule", "alpha_min", "prediction")  # and of a published network
 
 
@@ -464,10 +461,8 @@ def export(cfg, world):
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
     runtime.check_run(cfg)
-    runtime.check_positive(
-        cfg, "timesteps", "width", "mult", "blocks", "heads", "sample_steps", "accumulate",
-        "metric_n", "ema",
-    )  # fmt: skip
+    sizes = ("timesteps", "width", "mult", "blocks", "heads", "accumulate", "sample_steps")
+    runtime.check_positive(cfg, *sizes, "metric_n", "ema")
     runtime.check_not_negative(cfg, "min_snr", "head_channels", "groups", "metric_every")
     runtime.check_fraction(cfg, "dropout", "label_dropout", "eta", "alpha_min", "ema")
     if cfg.prediction == "eps" and cfg.alpha_min == 0:

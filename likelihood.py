@@ -359,6 +359,23 @@ def plot_terms(path, terms, timesteps):
 # ----------------------------------------------------------------------------- importance sampling
 
 
+class Uniform:
+    """Draws all timesteps alike."""
+
+    def __init__(self, T):
+        self.T = T
+
+    def sample(self, rng, n):
+        """n timesteps, int64 (n,), and weights of 1, float64 (n,)."""
+        return rng.integers(self.T, size=n), np.ones(n)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
 class LossSecondMoment:
     """Draws the timesteps whose term is large more often: IDDPM section 3.3, for L_vlb.
 

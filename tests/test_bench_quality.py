@@ -113,9 +113,7 @@ def test_a_peer_that_had_less_time_than_chapter_1_goes_on(quality, tmp_path, mon
     assert (told["peer-lr-0.0001"]["steps"], told["peer-lr-0.001"]["steps"]) == (64, 60)
 
 
-def test_what_was_trained_is_only_sampled_again(
-    quality, peers, toy, tmp_path, monkeypatch, capsys
-):
+def test_what_was_trained_is_only_sampled_again(quality, peers, toy, tmp_path, monkeypatch, capsys):
     trainings, black = [], np.zeros((4, 8, 8, 1), np.uint8)
 
     def trained(args, cfg, dim, rates):
