@@ -273,17 +273,20 @@ class Judge:
     """Scores sets of samples against the test split of a data set, many in one process.
 
     name: a labelled data set, folder or zip; root: where it and its classifier are kept; size and
-    classes as it was trained on. `protocol` is one line for people, `reference` and `n_reference`
-    say what is compared with. Raises BadInput as `classifier` does.
+    classes as it was trained on; steps: of the classifier. `protocol` is one line for people,
+    `reference` and `n_reference` say what is compared with. Raises BadInput as `classifier` does.
     """
 
-    def __init__(self, name, root, *, size=0, classes="", device="cpu", batch_size=256):
+    def __init__(
+        self, name, root, *, size=0, classes="", device="cpu", batch_size=256, steps=1500
+    ):
         def load(split, classes=()):
             return data.load(name, root, split=split, size=size or None, classes=classes)
 
         train, test = load("train"), load("test")
         held_out = load("test", runtime.split_list(classes))
-        self.net, facts = classifier(train, test, root, device=device)  # of all its classes
+        # Of all classes, also where samples are of a single one: it could tell nothing apart.
+        self.net, facts = classifier(train, test, root, steps=steps, device=device)
         self.protocol, self.batch_size = facts["protocol"], batch_size
         self.classes = np.array([train.class_names.index(name) for name in held_out.class_names])
         self.reference, self.n_reference = f"{name}:test", len(held_out)

@@ -132,6 +132,15 @@ class ResBlock(nn.Module):
         return self.conv2(self.drop(h)).add_(self.skip(x))
 
 
+def pointwise(linear, x):
+    """A linear layer at every position: (B,C_in,H,W) -> (B,C_out,H,W).
+
+    As a convolution of size 1, because on CPUs its library is up to twice as fast as that of
+    matrix products.
+    """
+    return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
+
+
 class SelfAttention(nn.Module):
     """Every position (B,C,H,W) attends to all of its image; the heads split the channels."""
 
@@ -141,11 +150,11 @@ class SelfAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(channels, 3 * channels), zero(nn.Linear(channels, channels))
 
     def forward(self, x):
-        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")  # a view of channels_last memory
-        qkv = rearrange(self.qkv(tokens), "b n (k h d) -> k b h n d", k=3, h=self.heads)
-        out = rearrange(attention(*qkv), "b h n d -> b n (h d)")  # (B,HW,C)
-        out = self.proj(out).add_(rearrange(x, "b c h w -> b (h w) c"))
-        return rearrange(out, "b (h w) c -> b c h w", h=x.shape[2])
+        qkv = pointwise(self.qkv, self.norm(x))  # (B,3C,H,W)
+        # Views of channels_last memory: three times (B,heads,HW,C/heads).
+        q, k, v = rearrange(qkv, "b (k n d) h w -> k b n (h w) d", k=3, n=self.heads)
+        out = rearrange(attention(q, k, v), "b n (h w) d -> b (n d) h w", h=x.shape[2])  # (B,C,H,W)
+        return pointwise(self.proj, out).add_(x)
 
 
 class Layer(nn.ModuleList):

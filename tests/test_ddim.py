@@ -146,7 +146,7 @@ def implicit(eta):
     return step
 
 
-@pytest.mark.parametrize("steps", [400, 20])
+@pytest.mark.parametrize("steps", [150, 20])
 @pytest.mark.parametrize(
     "walker, step_of",
     [

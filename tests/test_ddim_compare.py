@@ -13,7 +13,7 @@ import ddim
 import ddpm_pixel as ch1
 import runtime
 
-SHAPE, T = (1, 8, 12), 30
+SHAPE, T = (1, 4, 6), 6
 
 
 class Judge:
@@ -63,8 +63,8 @@ def drawn(monkeypatch):
 
 
 def settings(path, **changes):
-    common = {"n": 5, "compare_steps": "2,99", "compare_guidance": "1,-1", "gpus": 0}
-    return ddim.Config(**({"compare": path, "sample_steps": 3, "batch_size": 4} | common | changes))
+    common = {"n": 3, "compare_steps": "2,99", "compare_guidance": "1,-1", "gpus": 0}
+    return ddim.Config(**({"compare": path, "sample_steps": 3, "batch_size": 2} | common | changes))
 
 
 def test_every_cell_is_what_its_sampler_draws(drawn, tmp_path):
@@ -77,7 +77,7 @@ def test_every_cell_is_what_its_sampler_draws(drawn, tmp_path):
     assert drawn == expected + [("dpmpp", 3, -1.0), ("dpmpp", 3, 1.0)]
 
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
-    alpha_bar, seeds, labels = ch1.make_alpha_bar("cosine", T), torch.arange(5), torch.arange(5) % 3
+    alpha_bar, seeds, labels = ch1.make_alpha_bar("cosine", T), torch.arange(3), torch.arange(3)
     for row in found["samplers"] + found["guidance"]:
         own = replace(cfg, sampler=row["sampler"], guidance=row["guidance"], variance="small")
         pairs = ddim.subsequence(T, row["steps"], "quadratic")
@@ -95,7 +95,7 @@ def test_every_cell_is_what_its_sampler_draws(drawn, tmp_path):
     brightness = [row["frechet"] for row in found["samplers"]]
     assert len({round(b, 3) for b in brightness}) == 8  # no two cells are the same
 
-    lines = [json.loads(line) for line in open(tmp_path / "out" / "compare.jsonl")]
+    lines = runtime.read_log(tmp_path / "out" / "compare.jsonl")
     cell = np.asarray(Image.open(tmp_path / "out" / "compare-cells" / lines[0]["cell"]))
     own = replace(cfg, sampler="ddim", variance="small")
     images = ddim.draw(
@@ -107,24 +107,26 @@ def test_every_cell_is_what_its_sampler_draws(drawn, tmp_path):
 
 def test_the_report_says_what_made_it_and_the_figures_are_there(drawn, tmp_path, monkeypatch):
     path, _ = checkpoint(tmp_path / "run")
-    flags = ["--compare", path, "--n", "4", "--compare-steps", "2", "--compare-guidance", "0,2"]
+    flags = ["--compare", path, "--n", "3", "--compare-steps", "2", "--compare-guidance", "0,2"]
     monkeypatch.setattr("sys.argv", ["/some/where/ddim.py", *flags, "--gpus", "0"])
     ddim.main()
     text = (tmp_path / "run" / "compare.md").read_text()
     assert f"python ddim.py {' '.join(flags)} --gpus 0" in text
-    assert "N = 4 samples, seeds 0-3, classes all" in text
+    assert "N = 3 samples, seeds 0-2, classes all" in text
     assert "7 images of nothing:test; brightness" in text
     found = json.loads((tmp_path / "run" / "compare.json").read_text())
     for row in found["samplers"]:
         assert f"| {row['sampler']} | 2 | {row['evaluations']} |" in text
         assert f"| {row['frechet']:.3f} | {100 * row['class_accuracy']:.1f} % |" in text
-    assert "ddim, 30 steps." in text and "| 2 | 60 |" in text  # --sample-steps 50, but T is 30
+    assert "ddim, 6 steps." in text and "| 2 | 12 |" in text  # --sample-steps 50, but T is 6
     for name in ("compare.png", "compare-grids.png", "guidance.png"):
         picture = np.asarray(Image.open(tmp_path / "run" / name).convert("L"))
         assert min(picture.shape) > 100 and picture.std() > 5
 
 
-def test_a_second_call_computes_only_what_is_missing(drawn, tmp_path):
+def test_a_second_call_computes_only_what_is_missing(drawn, tmp_path, monkeypatch):
+    for figure in ("plot_lines", "draw_cells"):
+        monkeypatch.setattr(compare.comparison, figure, lambda *args, **kwargs: None)
     path, _ = checkpoint(tmp_path / "run")
     rows = tmp_path / "run" / "compare.jsonl"
 
@@ -141,12 +143,12 @@ def test_a_second_call_computes_only_what_is_missing(drawn, tmp_path):
     # A kill in the middle of a line loses that row alone, and what is added later is whole.
     lines = rows.read_text().splitlines()
     rows.write_text("\n".join([*lines[:7], lines[7][:40]]))
-    assert call()[:1] == [("ddpm", 30, 0.0)] and call() == []
+    assert call()[:1] == [("ddpm", 6, 0.0)] and call() == []
     # Without its picture a row is not finished.
     (tmp_path / "run" / "compare-cells" / json.loads(lines[2])["cell"]).unlink()
     assert call() == [("dpmpp", 2, 0.0)]
     # Other seeds, eta or weights make other rows; eta only those of ddim.
-    assert len(call(n=4)) == 10
+    assert len(call(n=2)) == 10
     assert {name for name, _, _ in call(eta=0.5)} == {"ddim"}
     checkpoint(tmp_path / "run", seed=1)
     assert len(call()) == 10

@@ -27,14 +27,14 @@ MAY = {
     "data": {"runtime", "support"},
     "unet": {"kernels", "runtime"},
     "schedules": {"support"},
-    "likelihood": {"kernels", "data", "runtime"},
+    "likelihood": {"kernels", "runtime"},
     "ddpm_pixel": {
         "kernels", "data", "runtime", "support", "schedules", "unet", "likelihood", "eval_fid",
     },  # fmt: skip
     "ddim": {"kernels", "data", "runtime", "ddpm_pixel", "eval_fid", "support"},
     "autoencoder": {"kernels", "data", "runtime"},
     "ldm_cfg": {"kernels", "data", "runtime", "autoencoder"},
-    "features": {"data", "runtime"},
+    "features": {"data", "runtime", "support"},
     "eval_fid": {"kernels", "data", "runtime", "features"},
 }
 

@@ -1,0 +1,41 @@
+"""eval_fid.Judge gives in a process what the program prints, and knows a part of the classes."""
+
+import json
+
+import numpy as np
+import pytest
+from launching import succeed
+
+import data
+import eval_fid
+
+
+@pytest.fixture(scope="module")
+def judged(toy, tmp_path_factory):
+    """The toy data set's images and labels, its path, and a root for classifiers."""
+    ds = data.load(toy[1], toy[3], split="train")
+    return np.array(ds.images), np.array(ds.labels), toy[1], tmp_path_factory.mktemp("judge")
+
+
+def test_a_judge_says_what_the_program_says(judged, tmp_path):
+    images, labels, folder, root = judged
+    samples = np.clip(images.astype(int) + 40, 0, 255).astype(np.uint8)
+    judge = eval_fid.Judge(folder, root, steps=40)
+    found = judge(samples, labels)
+    np.savez(tmp_path / "samples.npz", samples, labels)
+    command = [tmp_path / "samples.npz", folder, "--data-root", root, "--classifier-steps", 40]
+    printed = json.loads(succeed("eval_fid", *command).out.splitlines()[-1])
+    assert printed["features"] == judge.protocol and printed["n_reference"] == judge.n_reference
+    assert found["frechet"] == pytest.approx(printed["frechet"], rel=1e-6) and found["frechet"] > 0
+    assert found["class_accuracy"] == printed["class_accuracy"] > 0.9
+    assert judge(samples)["class_accuracy"] is None
+
+
+def test_samples_of_one_class_are_compared_with_that_class(judged):
+    images, labels, folder, root = judged
+    judge = eval_fid.Judge(folder, root, classes="dots", steps=40)
+    dots = images[labels == 1]  # label 0 of a network that was trained on dots alone
+    assert judge.n_reference == len(dots)
+    found = judge(dots, np.zeros(len(dots), dtype=np.int64))
+    assert found["frechet"] == pytest.approx(0, abs=1e-6) and found["class_accuracy"] > 0.9
+    assert judge(images[labels == 0])["frechet"] > 1
