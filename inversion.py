@@ -75,7 +75,7 @@ def encode(net, alpha_bar, pairs, x0, y=None, *, guidance=0.0, prediction="eps",
 
 
 def slerp(a, b, weights):
-    """Spherical interpolation (DDIM section 5.3, eq. 67) of codes a, b (B,C,H,W): (B,K,C,H,W).
+    """Spherical interpolation (DDIM appendix D.5) of codes a, b (B,C,H,W): (B,K,C,H,W).
 
     sin((1-w) theta) / sin(theta) a + sin(w theta) / sin(theta) b for each weight w of (K,), theta
     being the angle between a and b. Between Gaussians this stays as far out as Gaussians lie; on
