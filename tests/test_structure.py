@@ -11,8 +11,8 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = {
-    "schedules", "unet", "likelihood", "ddpm_pixel", "ddim", "autoencoder", "ldm_cfg",
-    "features", "eval_fid",
+    "schedules", "unet", "likelihood", "ddpm_pixel", "ddim", "inversion", "compare",
+    "autoencoder", "ldm_cfg", "features", "eval_fid",
 }  # fmt: skip
 ALL = sorted(
     path
@@ -31,7 +31,9 @@ MAY = {
     "ddpm_pixel": {
         "kernels", "data", "runtime", "support", "schedules", "unet", "likelihood", "eval_fid",
     },  # fmt: skip
-    "ddim": {"kernels", "data", "runtime", "ddpm_pixel", "eval_fid", "support"},
+    "ddim": {"kernels", "runtime", "ddpm_pixel", "inversion", "compare"},
+    "inversion": {"kernels", "data", "runtime", "ddim", "support"},
+    "compare": {"ddim", "eval_fid", "runtime", "support"},
     "autoencoder": {"kernels", "data", "runtime"},
     "ldm_cfg": {"kernels", "data", "runtime", "autoencoder"},
     "features": {"data", "runtime", "support"},
