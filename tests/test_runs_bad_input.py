@@ -39,7 +39,7 @@ SETTINGS = [  # flags, what the one line must name
     (["--mult", "1", "0"], ["--mult", "(1, 0)"]),
     (["--ema", "1.5"], ["--ema", "1.5"]),
     (["--label-dropout", "-0.1"], ["--label-dropout", "-0.1"]),
-    (["--heads", 3], ["--heads 3", "--width"]),
+    (["--heads", 3], ["--heads 3"]),
     (["--width", 33, "--heads", 1], ["--width 33 must be even"]),
     (["--seed", "-1"], ["--seed", "-1"]),
     (["--warmup", "-1"], ["--warmup", "-1"]),

@@ -20,10 +20,13 @@ from launching import Started, start_ranks, succeed
 import runtime
 
 
+NOISY = {"images_per_s", "peak_memory_mb"}  # tell of the machine and not of the run
+
+
 def rows(folder):
-    """The log without the one field that tells of the machine and not of the run."""
+    """The log without what is NOISY."""
     found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in found]
+    return [{k: v for k, v in row.items() if k not in NOISY} for row in found]
 
 
 def assert_same(a, b, where=""):
