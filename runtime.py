@@ -53,6 +53,7 @@ from support.pictures import (
 from support.training import (
     LossMeter,
     ema_update,
+    keep_memory,
     learning_rate,
     peak_memory,
     plot_loss,
@@ -133,6 +134,7 @@ def launch(fn, cfg):
     Under torchrun this process joins the others (RANK, WORLD_SIZE, LOCAL_RANK in the environment);
     otherwise cfg.gpus > 1 starts that many processes here; otherwise fn runs in this one.
     """
+    keep_memory()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         _run_rank(int(os.environ.get("LOCAL_RANK", rank)), fn, cfg, rank, size)
@@ -152,6 +154,7 @@ def launch(fn, cfg):
 
 
 def _run_rank(local_rank, fn, cfg, rank, size):
+    keep_memory()
     rank = local_rank if rank is None else rank
     on_gpu = cfg.gpus > 0
     device = torch.device(f"cuda:{local_rank}" if on_gpu else "cpu")

@@ -1,6 +1,7 @@
 """What every training loop here uses: learning rate, running mean of weights, log of the loss."""
 
 import contextlib
+import ctypes
 import json
 import math
 import resource
@@ -31,6 +32,18 @@ def ema_update(decay):
         torch._foreach_lerp_(averaged, current, 1 - d)
 
     return update
+
+
+def keep_memory():
+    """Have glibc keep the memory that tensors leave, instead of fetching it anew at every step.
+
+    On a CPU the kernel otherwise zeroes those pages again and again: 17 % of a training step of
+    chapter 1 on MNIST. Where there is no glibc, nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below it come from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
 def peak_memory(device):
