@@ -19,7 +19,6 @@ from launching import Started, start_ranks, succeed
 
 import runtime
 
-
 NOISY = {"images_per_s", "peak_memory_mb"}  # tell of the machine and not of the run
 
 
