@@ -25,8 +25,16 @@ from pathlib import Path
 import torch
 
 import eval_fid
-from ddim import SAMPLERS, draw, evaluations, labels_of, numbers_of, open_net, subsequence
-from runtime import parse_seeds
+import runtime
+from ddim import (
+    SAMPLERS,
+    draw,
+    evaluations,
+    labels_of,
+    numbers_of,
+    open_net,
+    subsequence,
+)
 from support import comparison
 
 SHOWN = 16  # images in a cell of the grids
@@ -39,13 +47,15 @@ def device_name(device):
 def compare(cfg, world):
     """--compare: both tables, their figures, and the lines they are made from."""
     net, trained, shape, names, alpha_bar, cfg = open_net(cfg.compare, cfg, world)
+    drawn = runtime.parse_classes(cfg.classes, names) if cfg.classes else range(len(names))
     judge = eval_fid.Judge(
-        cfg.data or trained.data, cfg.data_root or trained.data_root,
-        size=trained.size, classes=trained.classes, device=world.device,
+        cfg.data or trained.data, cfg.data_root or trained.data_root, shape=shape,
+        size=trained.size, class_names=names, device=world.device,
+        classes=",".join(names[i] for i in drawn) if cfg.classes else trained.classes,
     )  # fmt: skip
-    seeds, T = parse_seeds(cfg.seeds, cfg.n), trained.timesteps
+    seeds, T = runtime.parse_seeds(cfg.seeds, cfg.n), trained.timesteps
     labels = labels_of(net, cfg, names, seeds)
-    folder = Path(cfg.out or Path(cfg.compare).parent)
+    folder = runtime.folder_of(cfg, cfg.compare)
     store = comparison.Store(folder / "compare.jsonl", folder / "compare-cells")
     world.barrier()  # every rank has read the store before one adds to it
     common = {
@@ -85,7 +95,7 @@ def compare(cfg, world):
     wanted = sorted({min(k, T) for k in numbers_of(cfg.compare_steps, "--compare-steps")})
     by_steps = [row(sampler, k, cfg.guidance) for sampler in SAMPLERS for k in wanted]
     by_guidance, steps = [], min(cfg.sample_steps, T)
-    if labels is not None:
+    if labels is not None and net.without_label:
         values = numbers_of(cfg.compare_guidance, "--compare-guidance", float)
         by_guidance = [row(cfg.sampler, steps, w) for w in sorted(set(values))]
     if world.is_main:

@@ -141,6 +141,24 @@ def batch(ds, idx, *, flip=None):
     return x, torch.from_numpy(ds.labels[idx])
 
 
+def held_out(name, root, shape, class_names, *, size=0, classes=""):
+    """The test split of a data set, for a network of images `shape` (C,H,W): (Dataset, known).
+
+    known: whether its classes are the network's `class_names`, so that its labels mean something
+    there. Raises BadInput where no data set is named or its images are of another shape.
+    """
+    if not name:
+        raise runtime.BadInput("this network does not say what it was trained on; type --data NAME")
+    ds = load(name, root, split="test", size=size or None, classes=runtime.split_list(classes))
+    found = (ds.channels, ds.height, ds.width)
+    if found != tuple(shape):
+        raise runtime.BadInput(
+            f"--data {ds.name}: images {found}, but the network takes {tuple(shape)}; "
+            "choose the data it was trained on"
+        )
+    return ds, list(ds.class_names) == list(class_names)
+
+
 # ------------------------------------------------------------------------------------------ main
 
 

@@ -38,7 +38,6 @@ configs/mnist_pixel.yaml one CPU core draws 100 images in 50 steps in 30 seconds
 
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -46,6 +45,7 @@ import torch
 import runtime
 from ddpm_pixel import alpha_bar_of, labels_for, load_net
 from kernels import gaussian, sampling_table, sampling_update
+from support.published import check_guidance
 
 SAMPLERS = ("ddim", "dpmpp", "heun", "ddpm")
 
@@ -277,6 +277,7 @@ def open_net(path, cfg, world):
     cannot do.
     """
     net, trained, shape, names = load_net(path, world.device)
+    check_guidance(net, cfg.guidance, path)
     if net.label is None and (cfg.classes or cfg.guidance):
         raise runtime.BadInput(
             f"{path} was trained without labels; leave out --classes and --guidance"
@@ -324,7 +325,7 @@ def sample(cfg, world):
     seconds = time.perf_counter() - start
     if not world.is_main:
         return
-    folder = Path(cfg.out or Path(cfg.sample).parent)
+    folder = runtime.folder_of(cfg, cfg.sample)
     runtime.save_samples(folder, images, labels, 10)
     guided = labels is not None and cfg.guidance != 0
     print(
@@ -336,7 +337,8 @@ def sample(cfg, world):
     if cfg.gif:
         y = None if labels is None else labels[:8].to(world.device)
         first = seeds[:8].to(world.device)
-        way = film(net, alpha_bar, pairs, cfg, shape, y, first, prediction=given)
+        with world.autocast():
+            way = film(net, alpha_bar, pairs, cfg, shape, y, first, prediction=given)
         runtime.save_film(way, folder / "reverse", len(first))
         print(f"their way: {folder / 'reverse.gif'}, {folder / 'reverse.png'}")
 
@@ -366,6 +368,10 @@ def check(cfg):
             else f"--{asked[0]} and --{asked[1]}: one at a time"
         )
     runtime.check_positive(cfg, "n", "sample_steps", "batch_size")
+    if cfg.compare and cfg.n < 2:
+        raise runtime.BadInput("--compare needs --n of at least 2: a covariance is compared")
+    if cfg.encode and cfg.classes:
+        raise runtime.BadInput("--encode takes the test images in order: choose them by --seeds")
     runtime.check_fraction(cfg, "eta")
     if cfg.eta and cfg.sampler != "ddim" and asked != ["compare"]:
         raise runtime.BadInput(f"--eta {cfg.eta:g} is for --sampler ddim, not {cfg.sampler}")

@@ -37,6 +37,7 @@ import runtime
 from eval_fid import Judge
 from kernels import gaussian, sampling_table, sampling_update
 from schedules import (
+    check_schedule,
     dynamic_threshold,
     forward_film,
     make_alpha_bar,
@@ -46,8 +47,9 @@ from schedules import (
     target_of,
     timestep_pairs,
 )
+from support.commandline import labels_for
 from support.plots import plot_metrics
-from support.published import as_checkpoint, save_diffusers
+from support.published import as_checkpoint, check_guidance, save_diffusers
 from support.published_files import is_published
 from unet import make_net
 
@@ -207,7 +209,9 @@ def alpha_bar_of(cfg):
 
 
 def walk_options(cfg):
-    """How `sampler` is to walk by these settings: its keyword arguments."""
+    """The keyword arguments of `sampler`, from the settings."""
+    if cfg.eta and cfg.sampler != "ddim":
+        raise runtime.BadInput(f"--eta {cfg.eta:g} is for --sampler ddim, not {cfg.sampler}")
     auto = "learned" if cfg.learned_variance else "small"
     return dict(
         eta=cfg.eta if cfg.sampler == "ddim" else None,
@@ -223,7 +227,8 @@ def draw(net, cfg, world, shape, labels, seeds, desc="sampling"):
     """
     alpha_bar, options = alpha_bar_of(cfg), walk_options(cfg)
     pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
-    parts = torch.arange(len(seeds))[world.share(len(seeds))].split(cfg.batch_size)
+    part = -(-cfg.batch_size // world.size)
+    parts = torch.arange(len(seeds))[world.share(len(seeds))].split(part)
     images = [torch.empty(0, *shape[1:], shape[0], dtype=torch.uint8)]
     with world.progress(len(parts) * len(pairs), desc=desc) as bar, world.autocast():
         for part in parts:
@@ -237,10 +242,11 @@ def draw(net, cfg, world, shape, labels, seeds, desc="sampling"):
 
 def save_reverse(net, cfg, world, shape, labels, seeds, folder):
     """reverse.gif and reverse.png: the first eight samples x_t, and below them their x0_hat."""
-    y, seeds = labels if labels is None else labels[:8].to(world.device), seeds[:8].to(world.device)
+    y, seeds = None if labels is None else labels[:8].to(world.device), seeds[:8].to(world.device)
     pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
     walk = sampler(net, alpha_bar_of(cfg), pairs, shape, seeds, y, **walk_options(cfg))
-    frames = [runtime.to_uint8(torch.cat([x, x0_hat])) for _, x, x0_hat in walk]
+    with world.autocast():
+        frames = [runtime.to_uint8(torch.cat([x, x0_hat])) for _, x, x0_hat in walk]
     runtime.save_film(frames, folder / "reverse", len(seeds))
 
 
@@ -249,9 +255,9 @@ def save_reverse(net, cfg, world, shape, labels, seeds, folder):
 PICKERS = {"uniform": likelihood.Uniform, "loss_second_moment": likelihood.LossSecondMoment}
 
 
-def load_data(cfg, split="train"):
+def load_data(cfg):
     classes = runtime.split_list(cfg.classes)
-    return data.load(cfg.data, cfg.data_root, split=split, size=cfg.size or None, classes=classes)
+    return data.load(cfg.data, cfg.data_root, size=cfg.size or None, classes=classes)
 
 
 def train(cfg, world):
@@ -263,6 +269,10 @@ def train(cfg, world):
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
     alpha_bar = alpha_bar_of(cfg).to(world.device)
     picker = PICKERS[cfg.timestep_sampling](cfg.timesteps)
+    judge = cfg.metric_every and Judge(
+        cfg.data, cfg.data_root, shape=shape, class_names=ds.class_names, size=cfg.size,
+        classes=cfg.classes, device=world.device,
+    )  # fmt: skip
     run = runtime.Run(
         cfg.out, "ddpm_pixel", asdict(cfg), world, made_of={"data_key": ds.key},
         resume=cfg.resume, tensorboard=cfg.tensorboard,
@@ -284,15 +294,11 @@ def train(cfg, world):
     mine, meter = world.share(cfg.batch_size), runtime.LossMeter(world.device)
     seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
     labels = labels_for(seeds, range(k), cfg.guidance)
-    judge = cfg.metric_every and Judge(
-        cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes, device=world.device
-    )
     if world.is_main:
         size = sum(p.numel() for p in net.parameters()) / 1e6
         print(f"{ds.name}: {len(ds)} images {shape}, {k} classes; network {size:.2f} M parameters")
         x0, _ = data.batch(ds, np.arange(min(8, len(ds))))
-        eps = gaussian(x0.shape, torch.arange(len(x0)), 0, "cpu")
-        runtime.save_film(forward_film(x0, eps, alpha_bar.cpu()), run.folder / "forward", len(x0))
+        runtime.save_film(forward_film(x0, alpha_bar.cpu()), run.folder / "forward", len(x0))
 
     bar = world.progress(cfg.steps, start, "training")
     for step in range(start, cfg.steps):
@@ -341,13 +347,6 @@ def train(cfg, world):
             rate, memory = run.rate((step - start) * batch), runtime.peak_memory(world.device)
             run.log(step, **values, lr=lr, images_per_s=rate, peak_memory_mb=memory)
             bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-        if step % cfg.save_every == 0 or last:
-            averages = [ema.module.state_dict() for ema in emas]
-            run.save(
-                step, model=net.state_dict(), ema=averages[0], more_emas=averages[1:],
-                optimizer=optimizer.state_dict(), picker=picker.state_dict(), shape=list(shape),
-                class_names=list(ds.class_names),
-            )  # fmt: skip
         if judge and (step % cfg.metric_every == 0 or last):
             scored = torch.arange(cfg.metric_n)
             asked = labels_for(scored, range(k))
@@ -355,6 +354,13 @@ def train(cfg, world):
             run.log(step, **judge(images, asked, world))
             if world.is_main:
                 plot_metrics(run)
+        if step % cfg.save_every == 0 or last:
+            averages = [ema.module.state_dict() for ema in emas]
+            run.save(
+                step, model=net.state_dict(), ema=averages[0], more_emas=averages[1:],
+                optimizer=optimizer.state_dict(), picker=picker.state_dict(), shape=list(shape),
+                class_names=list(ds.class_names),
+            )  # fmt: skip
         if cfg.sample_every and step % cfg.sample_every == 0 and not last:
             images = draw(sampled, cfg, world, shape, labels, seeds)
             if world.is_main:
@@ -370,13 +376,6 @@ def train(cfg, world):
 
 
 # ----------------------------------------------------------------------------------------- main
-
-
-def labels_for(seeds, chosen, guidance=0.0):
-    """The label of each sample, a function of its seed: chosen[seed mod len(chosen)], or None."""
-    if guidance and not chosen:
-        raise runtime.BadInput("this network knows no labels; leave out --guidance")
-    return torch.tensor(chosen)[seeds % len(chosen)] if chosen else None
 
 
 def load_net(path, device, decay=None):
@@ -396,6 +395,7 @@ def load_net(path, device, decay=None):
         raise runtime.BadInput(f"--ema {decay:g}: {path} has {', '.join(map(str, averages))}")
     net = make_net(cfg, state["shape"], len(state["class_names"]) * cfg.conditional)
     net.load_state_dict(averages[cfg.ema[0] if decay is None else decay])
+    net.without_label = state.get("null_label", True)  # whether it has learned to do without one
     return net.to(device).eval(), cfg, state["shape"], state["class_names"]
 
 
@@ -411,15 +411,16 @@ def open_checkpoint(cfg, path, world):
     net, trained, shape, classes = load_net(path, world.device, decay)
     names = SAMPLING + FORWARD if is_published(path) else SAMPLING
     given = set(names).difference(runtime.not_given(cfg, names))
+    given |= {"sample_steps", "batch_size"} if cfg.smoke else set()
     trained = replace(trained, **{name: getattr(cfg, name) for name in given})
+    if cfg.nll and not given & {"sample_steps", "visit"}:  # the whole bound
+        trained.sample_steps, trained.visit = trained.timesteps, ""
+    elif "visit" not in given and "sample_steps" in given:
+        trained.visit = ""
+    check_guidance(net, trained.guidance, path)
     if trained.variance == "learned" and not trained.learned_variance:
         raise runtime.BadInput(f"{path} has no learned variance; type --variance small or large")
     return net, trained, shape, classes
-
-
-def folder_of(cfg, path):
-    """Where the results of a command over the checkpoint `path` go."""
-    return Path(cfg.out or (path if Path(path).is_dir() else Path(path).parent))
 
 
 def sample(cfg, world):
@@ -429,7 +430,7 @@ def sample(cfg, world):
     labels = labels_for(seeds, chosen, trained.guidance)
     images = draw(net, trained, world, shape, labels, seeds)
     if world.is_main:
-        folder = folder_of(cfg, cfg.sample)
+        folder = runtime.folder_of(cfg, cfg.sample)
         runtime.save_samples(folder, images, labels, 10)
         save_reverse(net, trained, world, shape, labels, seeds, folder)
         print(f"samples: {folder / 'samples.png'}, their way: {folder / 'reverse.gif'}")
@@ -437,23 +438,19 @@ def sample(cfg, world):
 
 def nll(cfg, world):
     """Bits per dimension of --n held-out images, over all T timesteps where no others are named."""
-    net, trained, shape, _ = open_checkpoint(cfg, cfg.nll, world)
-    if len(runtime.not_given(cfg, ("sample_steps", "visit"))) == 2:
-        trained.sample_steps = trained.timesteps
+    net, trained, shape, names = open_checkpoint(cfg, cfg.nll, world)
     pairs = timestep_pairs(trained.timesteps, trained.sample_steps, trained.visit)
     chain = likelihood.make_chain(alpha_bar_of(trained), [t for t, _ in pairs])
     options = {name: walk_options(trained)[name] for name in ("prediction", "variance")}
-    likelihood.evaluate(
-        net, load_data(trained, "test"), chain, world, folder_of(cfg, cfg.nll),
-        n=cfg.n, batch_size=trained.batch_size, labels=trained.conditional, **options,
-    )  # fmt: skip
+    where = (chain, world, runtime.folder_of(cfg, cfg.nll))
+    likelihood.evaluate_held_out(net, trained, shape, names, *where, n=cfg.n, **options)
 
 
 def export(cfg, world):
     net, trained, shape, names = open_checkpoint(cfg, cfg.export, world)
     save_diffusers(
         cfg.out, net.settings, net.state_dict(), shape, len(names) * trained.conditional,
-        dict(alpha_bar=alpha_bar_of(trained), schedule=trained.schedule, **walk_options(trained)),
+        asdict(trained) | walk_options(trained) | {"alpha_bar": alpha_bar_of(trained)},
     )  # fmt: skip
     print(f"{cfg.out}: open it with diffusers.DDPMPipeline.from_pretrained")
 
@@ -465,14 +462,16 @@ def check(cfg):
     runtime.check_positive(cfg, *sizes, "metric_n", "ema")
     runtime.check_not_negative(cfg, "min_snr", "head_channels", "groups", "metric_every")
     runtime.check_fraction(cfg, "dropout", "label_dropout", "eta", "alpha_min", "ema")
-    if cfg.prediction == "eps" and cfg.alpha_min == 0:
-        raise runtime.BadInput("--alpha-min 0 leaves no image at T; type --prediction v or x0")
-    if cfg.variance == "learned" and not (cfg.learned_variance or cfg.sample or cfg.nll):
-        raise runtime.BadInput("--variance learned needs a network with --learned-variance")
     if cfg.export and not cfg.out:
         raise runtime.BadInput("--export needs --out, the folder to write")
-    if not cfg.sample:  # else the checkpoint's own --timesteps decide
-        timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
+    if cfg.plot_schedule or cfg.sample or cfg.nll or cfg.export:
+        return  # what follows is of training; those go by what the checkpoint was trained with
+    check_schedule(alpha_bar_of(cfg), cfg.prediction)
+    if cfg.variance == "learned" and not cfg.learned_variance:
+        raise runtime.BadInput("--variance learned needs a network with --learned-variance")
+    if cfg.metric_every and cfg.metric_n < 2:
+        raise runtime.BadInput("--metric-n must be at least 2: a covariance is compared")
+    walk_options(cfg), timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
 
 
 def main():
@@ -481,7 +480,8 @@ def main():
     if cfg.smoke:
         cfg = replace(
             cfg, steps=4, batch_size=8, width=16, n=8, sample_steps=4, warmup=1, log_every=1,
-            save_every=2, sample_every=2, resume="never", out=cfg.out or "runs/smoke-pixel",
+            save_every=2, sample_every=2, metric_every=0, heads=1, head_channels=0, groups=0,
+            resume="never", out=cfg.out or "runs/smoke-pixel",
         )  # fmt: skip
     check(cfg)
     if cfg.plot_schedule:

@@ -272,23 +272,31 @@ def measure(cfg, names):
 class Judge:
     """Scores sets of samples against the test split of a data set, many in one process.
 
-    name: a labelled data set, folder or zip; root: where it and its classifier are kept; size and
-    classes as it was trained on; steps: of the classifier. `protocol` is one line for people,
-    `reference` and `n_reference` say what is compared with. Raises BadInput as `classifier` does.
+    name: a labelled data set, folder or zip; root: where it and its classifier are kept. shape
+    (C,H,W) and class_names (in the order of its labels): of the network that makes the samples;
+    size and classes: as it was trained; steps: of the classifier. `protocol` is one line for
+    people, `reference` and `n_reference` say what is compared with.
+    Raises BadInput for data without classes, or of another shape.
     """
 
     def __init__(
-        self, name, root, *, size=0, classes="", device="cpu", batch_size=256, steps=1500
-    ):
-        def load(split, classes=()):
-            return data.load(name, root, split=split, size=size or None, classes=classes)
+        self, name, root, *, shape, class_names=(), size=0, classes="", device="cpu",
+        batch_size=256, steps=1500,
+    ):  # fmt: skip
+        def load(split, chosen=()):
+            return data.load(name, root, split=split, size=size or None, classes=chosen)
 
-        train, test = load("train"), load("test")
-        held_out = load("test", runtime.split_list(classes))
+        held_out, _ = data.held_out(name, root, shape, (), size=size, classes=classes)
+        train = load("train")
+        if train.num_classes < 2:
+            why = "has no classes to train the network on whose features are compared"
+            raise BadInput(f"{train.name} {why}; leave out --metric-every, or name labelled --data")
         # Of all classes, also where samples are of a single one: it could tell nothing apart.
-        self.net, facts = classifier(train, test, root, steps=steps, device=device)
+        self.net, facts = classifier(train, load("test"), root, steps=steps, device=device)
         self.protocol, self.batch_size = facts["protocol"], batch_size
-        self.classes = np.array([train.class_names.index(name) for name in held_out.class_names])
+        known = [n for n in class_names if n in train.class_names]
+        self.classes = np.array([train.class_names.index(n) for n in known], np.int64)
+        self.labelled = len(known) == len(class_names) > 0
         self.reference, self.n_reference = f"{name}:test", len(held_out)
         self.moments = statistics(features(self.net, held_out.images, batch_size))
 
@@ -296,13 +304,14 @@ class Judge:
         """{'frechet', 'class_accuracy'} of uint8 images (N, H, W, C) asked for by labels (N,).
 
         With a World of several processes, each of them holds all images and looks at its share.
-        The accuracy (0..1) is None without labels. Raises BadInput when N < 2.
+        The accuracy (0..1) is None without labels, or where they are of other classes. Raises
+        BadInput when N < 2.
         """
         world = world or runtime.World()
         feats = features(self.net, images[world.share(len(images))], self.batch_size)
         feats = world.collect(torch.from_numpy(feats).to(world.device), len(images)).cpu().numpy()
         right = None
-        if labels is not None:
+        if labels is not None and self.labelled:
             right = accuracy(self.net, feats, self.classes[np.asarray(labels)])
         return {
             "frechet": frechet_distance(*statistics(feats), *self.moments),
@@ -373,7 +382,6 @@ def main():
         raise BadInput(f"--n must be 0 (all images) or a number of images, got {cfg.n}")
     if cfg.out[-4:] != (".npz" if cfg.a == "stats" else ""):
         raise BadInput("only `stats` takes --out, and needs it: eval_fid.py stats B --out F.npz")
-    torch.backends.cudnn.allow_tf32 = False  # the same features on the GPU as on the CPU
     result = save_statistics(cfg) if cfg.a == "stats" else compare(cfg)
     print(f"command            {shlex.join(['python', *sys.argv])}, seed {cfg.seed}")
     line = json.dumps(result)

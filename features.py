@@ -5,6 +5,7 @@ here, once, with a fixed recipe and seed, kept beside the data, and named by a h
 It reads classes as well: how many samples look like what was asked for.
 """
 
+import contextlib
 import hashlib
 import itertools
 import sys
@@ -78,6 +79,17 @@ def shifted(x, most, generator):
     return x.permute(0, 3, 1, 2)
 
 
+@contextlib.contextmanager
+def exact_convolutions():
+    """On a GPU too, fp32 without TF32's short products: features are the same as on the CPU."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@exact_convolutions()
 def train_classifier(ds, steps, seed, device, lr=2e-2):
     """A Classifier of `ds`, the same for the same seed: AdamW, one-cycle rate, shifts of ±2 px."""
     with torch.random.fork_rng(devices=[]):
@@ -98,11 +110,12 @@ def train_classifier(ds, steps, seed, device, lr=2e-2):
 
 
 @torch.no_grad()
+@exact_convolutions()
 def features(net, images, batch_size=256):
     """Features of `images`, uint8 (N, H, W, C), as float32 (N, 128)."""
     device = next(net.parameters()).device
-    rows = []
-    for start in runtime.progress(None, "features", over=range(0, len(images), batch_size)):
+    rows, parts = [torch.empty(0, net.dim)], range(0, len(images), batch_size)
+    for start in runtime.progress(None, "features", over=parts, quiet=len(parts) < 9):
         x = np.array(images[start : start + batch_size])
         x = torch.from_numpy(x).to(device).permute(0, 3, 1, 2) / 127.5 - 1  # (B, C, H, W)
         rows.append(net.features(x).cpu())

@@ -12,7 +12,6 @@ two of them lie the codes of images that change smoothly from the one into the o
     python ddim.py --interpolate runs/pixel-mnist/ckpt.pt --seeds 0,1 --data mnist   two test images
 """
 
-from pathlib import Path
 
 import torch
 
@@ -98,21 +97,16 @@ def slerp(a, b, weights):
 
 def held_out(cfg, trained, shape, names, numbers):
     """Test images `numbers` (N,): x (N,C,H,W), and y (N,) if their classes are the network's."""
-    ds = data.load(
-        cfg.data or trained.data, cfg.data_root or trained.data_root, split="test",
-        size=trained.size or None, classes=trained.classes,
+    ds, known = data.held_out(
+        cfg.data or trained.data, cfg.data_root or trained.data_root, shape, names,
+        size=trained.size, classes=trained.classes,
     )  # fmt: skip
-    if (ds.channels, ds.height, ds.width) != tuple(shape):
-        raise runtime.BadInput(
-            f"--data {ds.name}: images {(ds.channels, ds.height, ds.width)}, but the network takes "
-            f"{tuple(shape)}; choose the data it was trained on"
-        )
     if numbers.max() >= len(ds):
         raise runtime.BadInput(
             f"--seeds {int(numbers.max())}: {ds.name} has test images 0 to {len(ds) - 1}"
         )
     x, y = data.batch(ds, numbers.numpy())
-    return x, y if list(ds.class_names) == list(names) else None
+    return x, y if known else None
 
 
 def reconstruct(cfg, world):
@@ -122,6 +116,8 @@ def reconstruct(cfg, world):
     how, T = settings(cfg, trained.prediction), trained.timesteps
     up = {name: how[name] for name in ("guidance", "prediction")}
     y = None if net.label is None else y
+    if cfg.guidance and y is None:
+        raise runtime.BadInput("--guidance needs images of the network's own classes")
     rows, errors = [runtime.to_uint8(x0)], {}
     for steps in sorted({min(k, T) for k in numbers_of(cfg.encode_steps, "--encode-steps")}):
         pairs = subsequence(T, steps, cfg.spacing)
@@ -136,7 +132,7 @@ def reconstruct(cfg, world):
         errors[steps] = ((back - x0) / 2).square().mean().item()
         rows.append(runtime.to_uint8(back))
     if world.is_main:
-        folder = Path(cfg.out or Path(cfg.encode).parent)
+        folder = runtime.folder_of(cfg, cfg.encode)
         picture, curve = folder / "reconstruction.png", folder / "reconstruction-error.png"
         runtime.save_grid(torch.cat([row[:16] for row in rows]), picture, min(len(x0), 16))
         panel = {"mean squared error": {"": (list(errors), list(errors.values()))}}
@@ -178,6 +174,6 @@ def interpolate(cfg, world):
     steps, rows_at_once = len(pairs) * (1 if ends is None else 2), cfg.batch_size // 11
     images = in_parts(between, n, steps, rows_at_once, world, "interpolating")  # (n,11,H,W,C)
     if world.is_main:
-        path = Path(cfg.out or Path(cfg.interpolate).parent) / "interpolation.png"
+        path = runtime.folder_of(cfg, cfg.interpolate) / "interpolation.png"
         runtime.save_grid(images.flatten(0, 1), path, 11)
         print(f"{n} rows of eleven: {path}")

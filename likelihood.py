@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import data
 import runtime
 from kernels import gaussian
 
@@ -354,6 +355,19 @@ def plot_terms(path, terms, timesteps):
     with runtime.atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100)
     plt.close(figure)
+
+
+def evaluate_held_out(net, trained, shape, names, chain, world, folder, **options):
+    """evaluate() on the test split of the data that the settings `trained` name.
+
+    shape (C,H,W) and class names: the network's. Raises BadInput for images of another shape.
+    """
+    ds, known = data.held_out(
+        trained.data, trained.data_root, shape, names, size=trained.size, classes=trained.classes
+    )
+    labels = known and trained.conditional
+    size = trained.batch_size
+    return evaluate(net, ds, chain, world, folder, batch_size=size, labels=labels, **options)
 
 
 # ----------------------------------------------------------------------------- importance sampling

@@ -34,6 +34,7 @@ from support.commandline import (
     check_run,
     default_gpus,
     entry,
+    folder_of,
     not_given,
     parse,
     parse_classes,
@@ -63,10 +64,10 @@ from support.training import (
 __all__ = [
     "BadInput", "DamagedCheckpoint", "LossMeter", "Run", "World", "as_trained", "atomic_write",
     "check_fraction", "check_not_negative", "check_positive", "check_processes", "check_run",
-    "default_gpus", "ema_update", "entry", "is_first_process", "launch", "learning_rate",
-    "load_checkpoint", "not_given", "parse", "parse_classes", "parse_seeds", "peak_memory",
-    "plot_loss", "progress", "read_log", "save_film", "save_gif", "save_grid", "save_samples",
-    "split_list", "tile", "to_uint8",
+    "default_gpus", "ema_update", "entry", "folder_of", "is_first_process", "launch",
+    "learning_rate", "load_checkpoint", "not_given", "parse", "parse_classes", "parse_seeds",
+    "peak_memory", "plot_loss", "progress", "read_log", "save_film", "save_gif", "save_grid",
+    "save_samples", "split_list", "tile", "to_uint8",
 ]  # fmt: skip
 
 
@@ -325,7 +326,7 @@ class Run:
         with open(self.log_path, "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
         if self.board:
-            for name, value in values.items():
+            for name, value in ((n, v) for n, v in values.items() if v is not None):
                 self.board.add_scalar(name, value, step)
 
     def rate(self, images):

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from kernels import gaussian
 from support.commandline import BadInput, parse_seeds
 from support.pictures import to_uint8
 from support.plots import plot_lines
@@ -102,9 +103,17 @@ def dynamic_threshold(x0_hat, percentile=0.995):
     return x0_hat.clamp(-s, s) / s
 
 
-def forward_film(x0, eps, alpha_bar, frames=50):
+def check_schedule(alpha_bar, prediction):
+    """Raise BadInput for a schedule that does not fall, or leaves an eps prediction no image."""
+    if not (alpha_bar.diff() < 0).all() or not 0 <= alpha_bar[-1] <= alpha_bar[0] < 1:
+        raise BadInput("--alpha-min, --timesteps: alpha_bar must fall from one step to the next")
+    if prediction == "eps" and alpha_bar[-1] < 1e-12:
+        raise BadInput("--alpha-min leaves nothing of the image at T; type --prediction v or x0")
+
+
+def forward_film(x0, alpha_bar, frames=50):
     """x0 and then `frames` of its x_t, evenly spaced: a list of uint8 (B,H,W,C)."""
-    T = len(alpha_bar)
+    T, eps = len(alpha_bar), gaussian(x0.shape, torch.arange(len(x0)), 0, "cpu")
     ts = torch.linspace(0, T - 1, min(frames, T)).round().long()
     way = [q_sample(x0, t.repeat(len(x0)), eps, alpha_bar) for t in ts]
     return [to_uint8(x) for x in (x0, *way)]

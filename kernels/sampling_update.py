@@ -65,18 +65,19 @@ def _reference(x, out, table, step, out_uncond, guidance, history, seeds, clip):
     x_t, m = x.to(dtype), out[:, :channels].to(dtype)
     if out_uncond is not None:
         m = (1 + guidance) * m - guidance * out_uncond[:, :channels].to(dtype)
-    x0_hat = row.p * x_t - row.q * m
+    # In place where it may be: a batch of images is small, and every operator costs its call.
+    x0_hat = (row.p * x_t).sub_(m, alpha=row.q)
     if clip:
-        x0_hat = x0_hat.clamp(-1, 1)
-    x_prev = row.A * x0_hat + row.B * x_t
+        x0_hat.clamp_(-1, 1)
+    x_prev = (row.A * x0_hat).add_(x_t, alpha=row.B)
     if row.H != 0:
-        x_prev = x_prev + row.H * history.to(dtype)
+        x_prev.add_(history.to(dtype), alpha=row.H)
     if row.S != 0:
         std = row.std
         if row.half_range != 0:
             f = (out[:, channels:].to(dtype) + 1) / 2
             std = std * torch.exp(row.half_range * f)
-        x_prev = x_prev + std * gaussian(x.shape, seeds, step, x.device)
+        x_prev.add_(std * gaussian(x.shape, seeds, step, x.device))
     return x_prev.to(x.dtype), x0_hat.to(x.dtype)
 
 

@@ -172,6 +172,18 @@ def parse_classes(classes, names, aliases=()):
     return chosen or list(range(len(names)))
 
 
+def labels_for(seeds, chosen, guidance=0.0):
+    """The label of each sample, a function of its seed: chosen[seed mod len(chosen)], or None."""
+    if guidance and not chosen:
+        raise BadInput("this network knows no labels; leave out --guidance")
+    return torch.tensor(chosen)[seeds % len(chosen)] if chosen else None
+
+
+def folder_of(cfg, path):
+    """Where the results of a command over the checkpoint `path` go: --out, or beside it."""
+    return Path(cfg.out or (path if Path(path).is_dir() else Path(path).parent))
+
+
 def check_fraction(cfg, *names):
     """Raise BadInput unless every named field of `cfg` (a number or a tuple) lies in 0..1."""
     for name in names:

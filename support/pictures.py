@@ -8,12 +8,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+from support.commandline import BadInput
+
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary Path beside `path`; on success it is flushed to disk and takes its name."""
+    """Yield a temporary Path beside `path`; on success it is flushed to disk and takes its name.
+
+    Raises BadInput where the folder cannot be made.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot make the folder {path.parent} ({error.strerror})") from None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary

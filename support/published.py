@@ -125,6 +125,12 @@ def load_published(
     )  # fmt: skip
 
 
+def check_guidance(net, guidance, path):
+    """Raise BadInput for guidance with a network that never learned to do without a label."""
+    if guidance and net.label is not None and not net.without_label:
+        raise BadInput(f"{path} never learned to do without a label; leave out --guidance")
+
+
 def as_checkpoint(path):
     """A published network in the form of our checkpoints: dict(config, shape, class_names, ema).
 
@@ -132,17 +138,22 @@ def as_checkpoint(path):
     Ho et al.'s: linear, T = 1000, eps. "alpha_bar" is the scheduler's own table, or None.
     """
     found = load_published(path)
-    facts = {"timesteps": 1000, "schedule": "linear", "prediction": "eps", **found["facts"]}
-    alpha_bar, _ = facts.pop("alpha_bar", None), facts.pop("variance", None)
-    if facts["schedule"] == "other":
+    facts, learned = found["facts"], found["settings"]["learned_variance"]
+    if facts.get("schedule") == "other":
         raise BadInput(f"{path}: its noise schedule is neither linear, cosine nor sigmoid")
-    if found["num_classes"] and not found["null_label"]:
-        never = "never learned to do without a label: guidance means nothing with it"
-        print(f"warning: {path} {never}", file=sys.stderr)
+    if not facts:
+        facts = dict(timesteps=1000, schedule="linear", prediction="eps", variance="auto")
+        print(
+            f"{path} has no scheduler: taken as linear, T = 1000, predicting eps. For another type "
+            "python ddpm_pixel.py --export it with --schedule, --timesteps, --prediction, --out",
+            file=sys.stderr,
+        )
+    facts = facts | ({"variance": "auto"} if learned else {})
+    alpha_bar = facts.pop("alpha_bar", None)
     return dict(
-        config={**found["settings"], **facts, "conditional": found["num_classes"] > 0},
+        config={"data": "", **found["settings"], **facts, "conditional": found["num_classes"] > 0},
         shape=found["shape"], class_names=[str(i) for i in range(found["num_classes"])],
-        ema=found["state"], alpha_bar=alpha_bar,
+        ema=found["state"], alpha_bar=alpha_bar, null_label=found["null_label"],
     )  # fmt: skip
 
 

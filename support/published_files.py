@@ -44,7 +44,7 @@ def read_weights(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise BadInput(f"{path} is no safetensors file, or a torn one: {error}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, LookupError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{path} is no file of plain tensors, or a torn one: {reason}") from None
     if not isinstance(state, dict) or not all(
@@ -76,22 +76,20 @@ def scheduler_config(facts, learned):
     variance = "learned" if learned else facts.get("variance", "small")
     names = {ours: theirs for theirs, ours in reversed(VARIANCES.items())}
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    threshold = facts.get("threshold", "clamp")
     return {
         "_class_name": "DDPMScheduler", "num_train_timesteps": len(betas),
         "trained_betas": betas.tolist(), "_schedule": facts.get("schedule", "other"),
+        "_alpha_min": facts.get("alpha_min", 0.001),
         "prediction_type": predictions[facts.get("prediction", "eps")],
-        "variance_type": names[variance], "clip_sample": True, "clip_sample_range": 1.0,
+        "variance_type": names[variance], "clip_sample": threshold == "clamp",
+        "clip_sample_range": 1.0, "thresholding": threshold == "dynamic",
+        "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1e4,
     }  # fmt: skip
 
 
-def read_schedule(path):
-    """facts of load_published; BadInput for a schedule, prediction or variance unknown here."""
-    config = read_json(path)
-    T, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    prediction = config.get("prediction_type", "epsilon")
-    variance = config.get("variance_type", "fixed_small")
-    name = config.get("_schedule", "other")
+def _betas(config, kind, T, start, end, name, path):
+    """beta_t float64 (T,) of a scheduler's settings, and our name of the schedule."""
     if config.get("trained_betas") is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
     elif kind == "linear":
@@ -104,6 +102,21 @@ def read_schedule(path):
         betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     else:
         raise BadInput(f"{path}: beta_schedule {kind!r} is not supported")
+    return betas, name
+
+
+def read_schedule(path):
+    """facts of load_published; BadInput for a schedule, prediction or variance unknown here."""
+    config = read_json(path)
+    T, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    prediction = config.get("prediction_type", "epsilon")
+    variance = config.get("variance_type", "fixed_small")
+    name = config.get("_schedule", "other")
+    try:
+        betas, name = _betas(config, kind, T, start, end, name, path)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{path} holds no schedule that can be read: {error}") from None
     if config.get("rescale_betas_zero_snr"):
         raise BadInput(f"{path}: rescale_betas_zero_snr is not supported")
     if prediction not in PREDICTIONS:
@@ -112,6 +125,7 @@ def read_schedule(path):
         raise BadInput(f"{path}: variance_type {variance!r} is not supported")
     return dict(
         alpha_bar=(1 - betas).cumprod(0), timesteps=len(betas), schedule=name,
+        alpha_min=config.get("_alpha_min", 0.001),
         prediction=PREDICTIONS[prediction], variance=VARIANCES[variance],
     )  # fmt: skip
 
@@ -121,8 +135,10 @@ def is_published(path):
     path = Path(path)
     if path.is_dir() or path.suffix in (".safetensors", ".bin"):
         return True
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # missing or damaged: what reads our own checkpoints says so
-        return False
+    for mmap in (True, False):  # the old form of .pt cannot be mapped
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            break
+        except Exception:  # missing or damaged: what reads our own checkpoints says so
+            state = None
     return isinstance(state, dict) and "input_blocks.0.0.weight" in state

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from data_files import write_images
 from launching import run, succeed
 from PIL import Image
 
@@ -152,6 +153,38 @@ def test_bits_per_dimension_of_a_checkpoint(trained, toy, tmp_path):
     assert "variance learned" in done.out and (tmp_path / "nll.png").exists()
 
 
+def test_the_data_of_a_likelihood_must_be_the_network_s(trained, tmp_path):
+    folder = write_images(tmp_path / "large", 8, height=24, width=24)
+    flags = ["--data", folder, "--data-root", tmp_path / "root", "--n", 2]
+    done = run("ddpm_pixel", "--nll", trained / "ckpt.pt", *flags)
+    assert done.code == 2 and "(1, 24, 24)" in done.err and "Traceback" not in done.err
+
+
+def test_schedules_of_a_short_chain_can_be_drawn(tmp_path):
+    succeed("ddpm_pixel", "--plot-schedule", "--timesteps", 50, "--out", tmp_path)
+    assert (tmp_path / "schedules.png").exists()
+
+
+@pytest.mark.parametrize("asked", ["clamp", "none", "dynamic"])
+def test_an_export_is_sampled_alike_after_it_is_read_back(toy, tiny, tmp_path, asked):
+    """Through the command line, with settings that the exported scheduler must carry."""
+    flags = ["--steps", 2, "--sample-every", 0, "--variance", "large", "--alpha-min", 0.01]
+    flags += ["--threshold", asked, "--out", tmp_path / "run"]
+    succeed("ddpm_pixel", *tiny["ddpm_pixel"], *toy, *flags)
+    succeed("ddpm_pixel", "--export", tmp_path / "run" / "ckpt.pt", "--out", tmp_path / "theirs")
+    scheduler = json.loads((tmp_path / "theirs/scheduler/scheduler_config.json").read_text())
+    assert scheduler["clip_sample"] == (asked == "clamp")
+    assert scheduler["thresholding"] == (asked == "dynamic")
+    walk = ["--sample-steps", 5, "--seeds", "0-3", "--threshold", asked]
+    images = []
+    for i, path in enumerate((tmp_path / "run" / "ckpt.pt", tmp_path / "theirs")):
+        succeed("ddpm_pixel", "--sample", path, *walk, "--out", tmp_path / str(i))
+        images.append(np.load(tmp_path / str(i) / "samples.npz")["arr_0"])
+    assert np.array_equal(*images) and images[0].std() > 1
+    done = run("ddpm_pixel", "--nll", tmp_path / "theirs")
+    assert done.code == 2 and "type --data NAME" in done.err
+
+
 def test_export_opens_in_diffusers(trained, tmp_path):
     from diffusers import UNet2DModel
 
@@ -184,6 +217,9 @@ def test_scores_on_the_way_are_logged_and_drawn(toy, tiny, tmp_path, monkeypatch
     ch1.train(replace(cfg, out=str(tmp_path)), runtime.World())
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["step"], r["frechet"]) for r in rows if "frechet" in r] == [(2, 10.0), (4, 5.0)]
+    for at in ("ckpt.pt", "ckpt-previous.pt"):  # what was saved had been scored: a kill loses none
+        step = torch.load(tmp_path / at, weights_only=True)["step"]
+        assert step == 4 or [r["step"] for r in rows if "frechet" in r and r["step"] <= step]
     with Image.open(tmp_path / "metric.png") as picture:
         assert picture.width == 1200  # two panels
 
@@ -195,6 +231,10 @@ def test_scores_on_the_way_are_logged_and_drawn(toy, tiny, tmp_path, monkeypatch
     (["--visit", "0-1000"], "0 to 999"),
     (["--ema", "0.9", "1.5"], "--ema"),
     (["--accumulate", "0"], "--accumulate"),
+    (["--alpha-min", "1"], "must fall"),
+    (["--eta", "0.5"], "--sampler ddim"),
+    (["--metric-every", "5", "--metric-n", "1"], "--metric-n"),
+    (["--plot-schedule", "--out", __file__], "cannot make the folder"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_named(flags, told, tmp_path):
     done = run("ddpm_pixel", *flags)

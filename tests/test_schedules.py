@@ -171,10 +171,24 @@ def test_dynamic_thresholding_brings_each_image_back_by_its_own_percentile():
 
 
 def test_the_forward_film_goes_from_the_images_to_noise():
-    x0, eps = torch.full((3, 1, 4, 4), 0.5), torch.full((3, 1, 4, 4), -1.0)
-    way = schedules.forward_film(x0, eps, schedules.make_alpha_bar("linear", 1000), frames=10)
+    x0, alpha_bar = torch.full((3, 1, 4, 4), 0.5), schedules.make_alpha_bar("linear", 1000)
+    way = schedules.forward_film(x0, alpha_bar, frames=10)
     assert len(way) == 11 and way[0].shape == (3, 4, 4, 1)
-    assert way[0].unique().tolist() == [191] and way[-1].unique().tolist() == [0]
+    assert way[0].unique().tolist() == [191]
+    eps = gaussian(x0.shape, torch.arange(3), 0, "cpu")
+    last = schedules.q_sample(x0, torch.full((3,), 999), eps, alpha_bar)
+    assert torch.equal(way[-1], runtime.to_uint8(last)) and len(way[-1].unique()) > 20
+
+
+@pytest.mark.parametrize("schedule, T, alpha_min, prediction, told", [
+    ("cosine", 100, 1.0, "v", "must fall"), ("linear", 10, 0.0, "v", "must fall"),
+    ("cosine", 100, 0.0, "eps", "type --prediction v"),
+])  # fmt: skip
+def test_a_schedule_that_makes_no_chain_is_refused(schedule, T, alpha_min, prediction, told):
+    alpha_bar = schedules.make_alpha_bar(schedule, T, alpha_min)
+    with pytest.raises(runtime.BadInput, match=told):
+        schedules.check_schedule(alpha_bar, prediction)
+    schedules.check_schedule(schedules.make_alpha_bar(schedule, 100), prediction)
 
 
 def test_schedules_are_drawn(tmp_path):

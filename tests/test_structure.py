@@ -26,12 +26,12 @@ MAY = {
     "runtime": {"support"},
     "data": {"runtime", "support"},
     "unet": {"kernels", "runtime"},
-    "schedules": {"support"},
-    "likelihood": {"kernels", "runtime"},
+    "schedules": {"kernels", "support"},
+    "likelihood": {"kernels", "data", "runtime"},
     "ddpm_pixel": {
         "kernels", "data", "runtime", "support", "schedules", "unet", "likelihood", "eval_fid",
     },  # fmt: skip
-    "ddim": {"kernels", "runtime", "ddpm_pixel", "inversion", "compare"},
+    "ddim": {"kernels", "runtime", "support", "ddpm_pixel", "inversion", "compare"},
     "inversion": {"kernels", "data", "runtime", "ddim", "support"},
     "compare": {"ddim", "eval_fid", "runtime", "support"},
     "autoencoder": {"kernels", "data", "runtime"},
