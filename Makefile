@@ -29,6 +29,7 @@ test-all: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PY) bench/data.py
 	$(PY) bench/kernels.py
+	$(PY) bench/unet.py
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

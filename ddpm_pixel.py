@@ -126,8 +126,7 @@ class Config:
     plot_schedule: bool = False  # do not train: draw alpha_bar and log-SNR of all schedules
     n: int = 100  # how many samples
     seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """ancestral sampling (DDPM Algorithm 2; of fewer than T steps, IDDPM eq. 19), or chapter 2's"""
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ancestral (DDPM Algorithm 2), or chapter 2's
     variance: Literal["auto", "small", "large", "learned"] = "auto"
     """of an ancestral step: beta_tilde_t, beta_t (DDPM section 3.2), or learned; auto: if it was"""
     threshold: Literal["clamp", "dynamic", "none"] = "clamp"
@@ -464,7 +463,10 @@ def check(cfg):
     runtime.check_fraction(cfg, "dropout", "label_dropout", "eta", "alpha_min", "ema")
     if cfg.export and not cfg.out:
         raise runtime.BadInput("--export needs --out, the folder to write")
-    if cfg.plot_schedule or cfg.sample or cfg.nll or cfg.export:
+    tasks = [task for task in ("sample", "nll", "export", "plot_schedule") if getattr(cfg, task)]
+    if len(tasks) > 1:
+        raise runtime.BadInput(f"--{tasks[0]} and --{tasks[1]}: one at a time")
+    if tasks:
         return  # what follows is of training; those go by what the checkpoint was trained with
     check_schedule(alpha_bar_of(cfg), cfg.prediction)
     if cfg.variance == "learned" and not cfg.learned_variance:
