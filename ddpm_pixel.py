@@ -50,7 +50,6 @@ from schedules import (
 from support.commandline import labels_for
 from support.plots import plot_metrics
 from support.published import as_checkpoint, check_guidance, save_diffusers
-from support.published_files import is_published
 from unet import make_net
 
 
@@ -382,8 +381,7 @@ def load_net(path, device, decay=None):
 
     decay chooses among several running means; the first without it. BadInput if it is not there.
     """
-    ours = not is_published(path)
-    state = runtime.load_checkpoint(path, "ddpm_pixel") if ours else as_checkpoint(path)
+    state = as_checkpoint(path) or runtime.load_checkpoint(path, "ddpm_pixel")
     known = {f.name for f in fields(Config)}
     cfg = Config(**{k: v for k, v in state["config"].items() if k in known})
     told = state.get("alpha_bar")  # by a published network's scheduler
@@ -408,7 +406,7 @@ def open_checkpoint(cfg, path, world):
     """(network, settings, shape, class names), the settings of SAMPLING being those of `cfg`."""
     decay = None if runtime.not_given(cfg, ("ema",)) else cfg.ema[0]
     net, trained, shape, classes = load_net(path, world.device, decay)
-    names = SAMPLING + FORWARD if is_published(path) else SAMPLING
+    names = SAMPLING if trained.data else SAMPLING + FORWARD  # published ones name no data
     given = set(names).difference(runtime.not_given(cfg, names))
     given |= {"sample_steps", "batch_size"} if cfg.smoke else set()
     trained = replace(trained, **{name: getattr(cfg, name) for name in given})

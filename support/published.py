@@ -18,6 +18,7 @@ from support.pictures import atomic_write
 from support.published_files import (
     WEIGHTS,
     find_files,
+    is_published,
     read_json,
     read_schedule,
     read_weights,
@@ -134,9 +135,12 @@ def check_guidance(net, guidance, path):
 def as_checkpoint(path):
     """A published network in the form of our checkpoints: dict(config, shape, class_names, ema).
 
-    config holds what the files tell of the network and its schedule; where there is no scheduler,
-    Ho et al.'s: linear, T = 1000, eps. "alpha_bar" is the scheduler's own table, or None.
+    None where `path` is no published network. config holds what the files tell of the network and
+    its schedule; where there is no scheduler, Ho et al.'s: linear, T = 1000, eps. "alpha_bar" is
+    the scheduler's own table, or None.
     """
+    if not is_published(path):
+        return None
     found = load_published(path)
     facts, learned = found["facts"], found["settings"]["learned_variance"]
     if facts.get("schedule") == "other":

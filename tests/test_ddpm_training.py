@@ -201,6 +201,24 @@ def test_export_opens_in_diffusers(trained, tmp_path):
         assert torch.equal(again(x, t, y), ours(x, t, y))
 
 
+def test_a_published_network_of_classes_is_sampled_but_not_guided(tmp_path):
+    """Its table of labels has no row that means "no label"."""
+    from diffusers import UNet2DModel
+
+    UNet2DModel(
+        sample_size=16, in_channels=1, out_channels=1, block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1, norm_num_groups=8, num_class_embeds=3,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    flags = ["--sample", tmp_path, "--seeds", "0-1", "--sample-steps", 2]
+    for script in ("ddpm_pixel", "ddim"):
+        done = run(script, *flags, "--guidance", 1)
+        assert done.code == 2 and "leave out --guidance" in done.err
+        done = succeed(script, *flags, "--classes", "2")
+        assert "no scheduler: taken as linear, T = 1000" in done.err
+        assert np.load(tmp_path / "samples.npz")["arr_1"].tolist() == [2, 2]
+
+
 def test_scores_on_the_way_are_logged_and_drawn(toy, tiny, tmp_path, monkeypatch):
     class Judge:
         def __init__(self, *args, **options):
