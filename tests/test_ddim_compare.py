@@ -22,7 +22,8 @@ class Judge:
     protocol, reference, n_reference = "brightness", "nothing:test", 7
     made = []
 
-    def __init__(self, name, root, *, size=0, classes="", device="cpu"):
+    def __init__(self, name, root, *, shape, class_names, size=0, classes="", device="cpu"):
+        assert tuple(shape) == SHAPE and class_names == ["a", "b", "c"]
         self.made.append((name, root, size, classes, str(device)))
 
     def __call__(self, images, labels=None, world=None):
@@ -65,6 +66,14 @@ def drawn(monkeypatch):
 def settings(path, **changes):
     common = {"n": 3, "compare_steps": "2,99", "compare_guidance": "1,-1", "gpus": 0}
     return ddim.Config(**({"compare": path, "sample_steps": 3, "batch_size": 2} | common | changes))
+
+
+def test_samples_of_some_classes_are_compared_with_those_classes(drawn, tmp_path):
+    path, _ = checkpoint(tmp_path / "run")
+    cfg = settings(path, classes="2,a", compare_steps="2", compare_guidance="0")
+    Judge.made.clear()
+    compare.compare(cfg, runtime.World())
+    assert [classes for *_, classes, _ in Judge.made] == ["c,a"]
 
 
 def test_every_cell_is_what_its_sampler_draws(drawn, tmp_path):
