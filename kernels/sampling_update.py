@@ -62,9 +62,11 @@ def _read_row(x, out, table, step, history, seeds):
 def _reference(x, out, table, step, out_uncond, guidance, history, seeds, clip):
     row, channels = _read_row(x, out, table, step, history, seeds), x.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    x_t, m = x.to(dtype), out[:, :channels].to(dtype)
+    x_t, m = x.to(dtype), out.to(dtype)
     if out_uncond is not None:
-        m = (1 + guidance) * m - guidance * out_uncond[:, :channels].to(dtype)
+        m = (1 + guidance) * m - guidance * out_uncond.to(dtype)
+    if m.shape[1] != channels:
+        m = m[:, :channels]  # v is the other half
     # In place where it may be: a batch of images is small, and every operator costs its call.
     x0_hat = (row.p * x_t).sub_(m, alpha=row.q)
     if clip:
