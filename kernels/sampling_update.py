@@ -59,10 +59,15 @@ def _read_row(x, out, table, step, history, seeds):
     return _Row(p, q, A, B, H, S, S * math.exp(0.5 * log_var_min), half_range)
 
 
+def _to(t, dtype):
+    """t.to(dtype), but for the cost of the call where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def _reference(x, out, table, step, out_uncond, guidance, history, seeds, clip):
     row, channels = _read_row(x, out, table, step, history, seeds), x.shape[1]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x_t, m = x.to(dtype), out.to(dtype)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x_t, m = _to(x, dtype), _to(out, dtype)
     if out_uncond is not None:
         m = (1 + guidance) * m - guidance * out_uncond.to(dtype)
     if m.shape[1] != channels:
@@ -80,7 +85,7 @@ def _reference(x, out, table, step, out_uncond, guidance, history, seeds, clip):
             f = (out[:, channels:].to(dtype) + 1) / 2
             std = std * torch.exp(row.half_range * f)
         x_prev.add_(std * gaussian(x.shape, seeds, step, x.device))
-    return x_prev.to(x.dtype), x0_hat.to(x.dtype)
+    return _to(x_prev, x.dtype), _to(x0_hat, x.dtype)
 
 
 # One sample is a matrix of POSITIONS x CHANNELS, in memory row after row. That is what
