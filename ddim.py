@@ -189,7 +189,8 @@ def walk(
     else:
         own = eta if sampler == "ddim" else 0.0
         table = sampling_table(alpha_bar, pairs, eta=own, prediction=prediction)
-    from_x0 = sampling_table(alpha_bar, pairs, eta=0.0, prediction="x0")  # DDIM's step, for Heun
+    if sampler == "heun":  # DDIM's step from a given x0_hat
+        from_x0 = sampling_table(alpha_bar, pairs, eta=0.0, prediction="x0")
 
     def update(x, t, step, history):
         out, out_uncond = evaluate(net, x, t, y, guidance)

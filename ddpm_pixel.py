@@ -182,7 +182,8 @@ def sampler(
     """
     device, null = seeds.device, getattr(net.label, "num_embeddings", 1) - 1
     table = sampling_table(alpha_bar, pairs, eta=eta, variance=variance, prediction=prediction)
-    from_x0 = sampling_table(alpha_bar, pairs, eta=eta, variance=variance, prediction="x0")
+    if threshold == "dynamic":
+        from_x0 = sampling_table(alpha_bar, pairs, eta=eta, variance=variance, prediction="x0")
     x = gaussian((len(seeds), *shape), seeds, -1, device).to(memory_format=torch.channels_last)
     for step, (t, t_prev) in enumerate(pairs):
         t = torch.full((len(seeds),), t, device=device)

@@ -28,6 +28,7 @@ import torch
 import data
 import runtime
 from kernels import gaussian
+from support.plots import plot_lines
 
 # ------------------------------------------------------------------------------------- the chain
 
@@ -342,19 +343,12 @@ def evaluate(
 
 def plot_terms(path, terms, timesteps):
     """Draw the terms (S,) in bits per dimension over the steps timesteps + 1 (IDDPM figure 2)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot([t + 1 for t in timesteps], terms, marker="." if len(terms) < 50 else "")
-    axes.set(xscale="log", yscale="log", xlabel="diffusion step t + 1", ylabel="term, bits/dim")
-    axes.set_title(f"{sum(terms):.3f} bits/dim in {len(terms)} terms")
-    figure.tight_layout()
-    with runtime.atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=100)
-    plt.close(figure)
+    ylabel, steps = "term, bits/dim", [t + 1 for t in timesteps]
+    title = f"{sum(terms):.3f} bits/dim in {len(terms)} terms"
+    plot_lines(
+        path, {ylabel: {"": (steps, terms)}}, xlabel="diffusion step t + 1", title=title,
+        logx=True, logy=(ylabel,),
+    )  # fmt: skip
 
 
 def evaluate_held_out(net, trained, shape, names, chain, world, folder, **options):

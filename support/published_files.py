@@ -88,33 +88,31 @@ def scheduler_config(facts, learned):
     }  # fmt: skip
 
 
-def _betas(config, kind, T, start, end, name, path):
+def _betas(config, path):
     """beta_t float64 (T,) of a scheduler's settings, and our name of the schedule."""
+    T, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     if config.get("trained_betas") is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
-    elif kind == "linear":
-        betas = torch.linspace(start, end, T, dtype=torch.float64)
+        return betas, config.get("_schedule", "other")
+    if kind == "linear":
         ours = math.isclose(start * T, 0.1) and math.isclose(end * T, 20)
-        name = "linear" if ours else "other"
-    elif kind == "squaredcos_cap_v2":  # IDDPM eq. 17
-        t, name = torch.arange(T + 1, dtype=torch.float64) / T, "cosine"
+        betas = torch.linspace(start, end, T, dtype=torch.float64)
+        return betas, "linear" if ours else "other"
+    if kind == "squaredcos_cap_v2":  # IDDPM eq. 17
+        t = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    else:
-        raise BadInput(f"{path}: beta_schedule {kind!r} is not supported")
-    return betas, name
+        return (1 - f[1:] / f[:-1]).clamp(max=0.999), "cosine"
+    raise BadInput(f"{path}: beta_schedule {kind!r} is not supported")
 
 
 def read_schedule(path):
     """facts of load_published; BadInput for a schedule, prediction or variance unknown here."""
     config = read_json(path)
-    T, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     prediction = config.get("prediction_type", "epsilon")
     variance = config.get("variance_type", "fixed_small")
-    name = config.get("_schedule", "other")
     try:
-        betas, name = _betas(config, kind, T, start, end, name, path)
+        betas, name = _betas(config, path)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{path} holds no schedule that can be read: {error}") from None
     if config.get("rescale_betas_zero_snr"):

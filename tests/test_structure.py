@@ -27,7 +27,7 @@ MAY = {
     "data": {"runtime", "support"},
     "unet": {"kernels", "runtime"},
     "schedules": {"kernels", "support"},
-    "likelihood": {"kernels", "data", "runtime"},
+    "likelihood": {"kernels", "data", "runtime", "support"},
     "ddpm_pixel": {
         "kernels", "data", "runtime", "support", "schedules", "unet", "likelihood", "eval_fid",
     },  # fmt: skip
