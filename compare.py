@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-import eval_fid
+import evaluation
 import runtime
 from ddim import (
     SAMPLERS,
@@ -48,7 +48,7 @@ def compare(cfg, world):
     """--compare: both tables, their figures, and the lines they are made from."""
     net, trained, shape, names, alpha_bar, cfg = open_net(cfg.compare, cfg, world)
     drawn = runtime.parse_classes(cfg.classes, names) if cfg.classes else range(len(names))
-    judge = eval_fid.Judge(
+    judge = evaluation.Judge(
         cfg.data or trained.data, cfg.data_root or trained.data_root, shape=shape,
         size=trained.size, class_names=names, device=world.device,
         classes=",".join(names[i] for i in drawn) if cfg.classes else trained.classes,

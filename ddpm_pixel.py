@@ -34,7 +34,7 @@ from torch.optim.swa_utils import AveragedModel
 import data
 import likelihood
 import runtime
-from eval_fid import Judge
+from evaluation import Judge
 from kernels import gaussian, sampling_table, sampling_update
 from schedules import (
     check_schedule,
@@ -106,13 +106,13 @@ class Config:
     0.9999). After n steps a decay is at most (1+n)/(10+n). With --sample: the one to use"""
     seed: int = 0  # everything random in training is a function of this and the step
 
-    gpus: int = field(default_factory=runtime.default_gpus)
-    """number of GPUs; 0 is the CPU; more than one starts that many processes"""
+    gpus: int = field(default_factory=runtime.default_gpus)  # 0: CPU; N > 1 starts N processes
     resume: str = "auto"  # auto (go on where the run stopped), never, or a checkpoint
     compile: bool = False  # torch.compile the network
     tensorboard: bool = False  # write TensorBoard files too
     log_every: int = 50  # steps between two lines of log.jsonl
     save_every: int = 500  # steps between two checkpoints, a multiple of --log-every
+    keep_every: int = 0  # steps between checkpoints kept as ckpt-STEP.pt, for eval_fid.py --curve
     sample_every: int = 1000  # steps between two sample grids; 0 for none but the last
     metric_every: int = 0  # steps between two scores of --metric-n samples by eval_fid.py; 0: never
     metric_n: int = 500  # samples that are scored

@@ -1,226 +1,110 @@
 """Numbers people can trust: how far are samples from real images, and are they what was asked for?
 
-Two sets of images are compared by the distributions of their features under one fixed network. Each
-set is summarised by the mean m and covariance C of its features, and two Gaussians with these
-moments lie apart by the Fréchet distance (Heusel et al. 2017, eq. 6; Dowson and Landau 1982)
+Two sets of images are compared by the distributions of their features under one fixed network
+(`metrics.py` has the mathematics): the Fréchet distance, which with the Inception network is the
+FID; the inception score; the kernel distance (KID); precision and recall, density and coverage; how
+many samples are read as the class they were asked for; and whether they are copies.
 
-    d²((m, C), (m_w, C_w)) = ‖m − m_w‖² + tr(C + C_w − 2 (C C_w)^½).
-
-The features come from a small classifier trained here, once, on the data set itself (a network made
-for photographs of objects has little to say about gray digits). The same classifier tells how many
-samples it reads as the class they were asked for. Such a figure can be compared only with figures
-of the same features, the same N and the same reference, so all three are printed with it.
+Such a figure can be compared only with figures of the same features, the same N and the same
+reference, so all three are printed with it, and with an estimate of its error where there is one.
 
     python eval_fid.py runs/ldm-glyphs/samples.npz glyphs:test     # a minute at first, then seconds
     python eval_fid.py mnist:train mnist:test --n 10000      # real against real: 0.03, the floor
+    python eval_fid.py photos/ cifar10:train --features inception --resize clean
+    python eval_fid.py runs/pixel-mnist/ckpt.pt --metrics all      # draws 1,000 samples itself
+    python eval_fid.py runs/pixel-mnist mnist:test --curve   # its checkpoints, one after the other
     python eval_fid.py stats glyphs:test --out glyphs.npz    # keep the statistics of a reference
 
-A and B are each a data set (NAME, NAME:train or NAME:test), a folder or zip of images, an .npz of
-images (arr_0: uint8 N,H,W,C; arr_1: labels, if any), or an .npz of statistics (mu, sigma).
+What A and B may be is told in `image_sets.py`. Features are those of the Inception network
+(`inception.py`), or of a small classifier of the data set itself (`features.py`): a network made
+for photographs has little to say about gray digits. `evaluation.evaluate` takes any function.
 The last line printed is one JSON object that holds the same.
 """
 
-import itertools
 import json
 import shlex
 import sys
-import warnings
-from dataclasses import dataclass
-from typing import Annotated
-from zipfile import BadZipFile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
 
-import numpy as np
-import scipy.linalg
-import torch
 import tyro
 
-import data
+import image_sets
+import inception
 import runtime
-from features import accuracy, classifier, features, shape_text, warn
+from evaluation import METRICS, Asked, Side, check_same_features, look, scores, scratch
+from features import ClassifierFeatures, classifier, share_right, warn
+from image_sets import Images, Statistics, check_same_size
+from metrics import statistics
 from runtime import BadInput
+from support.plots import plot_lines
 
 
 @dataclass
 class Config:
     a: Annotated[str, tyro.conf.Positional]
-    """generated images; or the word `stats`, to write the statistics of B to --out"""
-    b: Annotated[str, tyro.conf.Positional]
-    """reference images; of a data set the test split, unless its name ends in :train"""
+    """generated images or a checkpoint; or the word `stats`, to write B's statistics to --out"""
+    b: Annotated[str, tyro.conf.Positional] = ""
+    """reference images; of a data set the test split, unless its name ends in :train; of a
+    checkpoint that is A, by default, what it was trained on"""
+    metrics: str = "frechet,is,kid,prdc"  # of frechet is kid prdc classes memorisation; or all
+    features: Literal["classifier", "inception"] = "classifier"  # whose features are compared
+    weights: str = ""  # file of Inception's weights; empty: downloaded to --data-root once
+    resize: Literal["pytorch-fid", "tf1", "clean"] = "pytorch-fid"  # how images become 299x299
     data: str = ""  # labelled data set that the classifier is trained on; empty: B
-    data_root: str = "data"  # where data sets and trained classifiers are kept
+    data_root: str = "data"  # where data sets, trained classifiers and features are kept
     size: int = 0  # resize data sets and folders as in training; 0 keeps their size
     classes: str = ""  # comma-separated: keep these classes of the data sets, as in training
-    n: int = 0  # images of each side, drawn without replacement; 0: all
-    seed: int = 0  # of the classifier's training, and of the draw of --n images
+    n: int = 0
+    """images of each side, drawn without replacement; 0: all. Of a checkpoint: how many samples
+    (0: 1,000), scored against all of B"""
+    seed: int = 0  # of the classifier's training, of the draw of --n images, of KID's subsets
     classifier_steps: int = 1500  # its training steps, of 128 images each
+    nearest_in: Literal["pixels", "features"] = "pixels"  # where memorisation measures distances
+    sqrtm: bool = False  # the distance through scipy's sqrtm, slow: a check of the eigenvalue form
+    curve: bool = False  # A is a run: score each of its checkpoints; draws curve.png there
+    sample_args: str = ""  # flags for sampling a checkpoint: --sample-args="--sampler ddim"
     batch_size: int = 256  # images at a time when features are computed
-    gpus: int = runtime.default_gpus()  # 1: compute on the GPU, 0: on the CPU
+    gpus: int = runtime.default_gpus()  # 0: compute on the CPU
+    layout: Literal["pytorch-fid", "adm"] = "pytorch-fid"  # of the file that `stats` writes
     out: str = ""  # the .npz that `stats` writes
     json: str = ""  # also write the JSON object into this file
 
 
-# -------------------------------------------------------------- statistics and the Fréchet distance
+# ------------------------------------------------------------------------ what A and B are
 
 
-class Moments:
-    """Count, mean and scatter matrix Σ (f − m)(f − m)ᵀ of rows that arrive in parts, in float64.
-
-    Parts are joined exactly (Chan, Golub and LeVeque 1979), so their sizes and order do not matter.
-    """
-
-    def __init__(self, dim):
-        self.n, self.mean, self.scatter = 0, np.zeros(dim), np.zeros((dim, dim))
-
-    def update(self, rows):
-        """Add rows (N, dim), N ≥ 1."""
-        part = Moments(len(self.mean))
-        rows = np.asarray(rows, np.float64)
-        part.n, part.mean = len(rows), rows.mean(0)
-        part.scatter = (rows - part.mean).T @ (rows - part.mean)
-        self.merge(part)
-
-    def merge(self, other):
-        """Add what another Moments has seen."""
-        share, delta = other.n / max(1, self.n + other.n), other.mean - self.mean
-        self.scatter = self.scatter + other.scatter + np.outer(delta, delta) * (self.n * share)
-        self.mean = self.mean + delta * share
-        self.n += other.n
-
-    def mu_sigma(self):
-        """The mean (dim,) and the unbiased covariance (dim, dim), divided by n − 1."""
-        if self.n < 2:
-            raise BadInput(f"a covariance needs at least 2 images, got {self.n}")
-        return self.mean, self.scatter / (self.n - 1)
+def is_checkpoint(name):
+    return name.endswith(".pt")
 
 
-def statistics(feats, chunk=4096):
-    """mu (d,) and sigma (d, d), float64, of features (N, d). Raises BadInput when N < 2."""
-    moments = Moments(feats.shape[1])
-    for start in range(0, len(feats), chunk):
-        moments.update(feats[start : start + chunk])
-    return moments.mu_sigma()
+def generated(cfg, name):
+    """Images or Statistics of A; of a checkpoint its samples, drawn here if need be."""
+    if not is_checkpoint(name):
+        return image_sets.read(name, cfg, cfg.n)
+    script, _ = image_sets.checkpoint_settings(name)
+    found = image_sets.sampled(name, script, cfg.n or 1000, cfg.gpus, cfg.sample_args)
+    return replace(image_sets.read_file(str(found)), name=name)
 
 
-def sqrt_covariance(sigma):
-    """The symmetric square root of a positive semi-definite matrix (d, d), singular ones too.
-
-    scipy's sqrtm may leave a small imaginary part where an eigenvalue was rounded below zero, and
-    may fail at exactly zero; a large one means that `sigma` is no covariance: BadInput.
-    """
-    sigma = (sigma + sigma.T) / 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # singular matrices are expected, and checked below
-        root = scipy.linalg.sqrtm(sigma)
-        if not np.isfinite(root).all():
-            tiny = 1e-14 * np.trace(sigma) / len(sigma)
-            root = scipy.linalg.sqrtm(sigma + tiny * np.eye(len(sigma)))
-    if not np.isfinite(root).all() or abs(root.imag).max() > 1e-3 * abs(root.real).max():
-        raise BadInput("sigma has no real square root: it is not the covariance of any features")
-    return (root.real + root.real.T) / 2
+def reference(cfg):
+    """Images or Statistics of B."""
+    drawn = is_checkpoint(cfg.a) or cfg.curve
+    return image_sets.read(cfg.b, cfg, 0 if drawn else cfg.n)
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """The d² of Heusel et al. 2017, eq. 6, in float64; 0 for equal statistics.
-
-    mu (d,), sigma (d, d). tr (C C_w)^½ is taken as tr (C^½ C_w C^½)^½: the same eigenvalues, but of
-    a symmetric matrix, whose root is real also where C or C_w is singular. Raises BadInput for
-    shapes that differ, values that are not finite, and matrices that are no covariance.
-    """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(v, np.float64) for v in (mu1, sigma1, mu2, sigma2))
-    shapes = [v.shape for v in (mu1, sigma1, mu2, sigma2)]
-    if shapes != [(mu1.size,), (mu1.size, mu1.size)] * 2:
-        raise BadInput(f"mu and sigma must be (d,) and (d, d) on both sides, got {shapes}")
-    if not all(np.isfinite(v).all() for v in (mu1, sigma1, mu2, sigma2)):
-        raise BadInput("mu and sigma must be finite numbers")
-    root1 = sqrt_covariance(sigma1)
-    cross = sqrt_covariance(root1 @ sigma2 @ root1)
-    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(cross)
-    return max(0.0, float(distance))  # rounding can leave -1e-12 where the truth is 0
+def as_trained(cfg, checkpoint):
+    """cfg, but what is not typed is as the checkpoint was trained: B, its size and classes."""
+    _, trained = image_sets.checkpoint_settings(checkpoint)
+    names = runtime.not_given(cfg, ("size", "classes", "data_root"))
+    names = [name for name in names if name in trained]
+    b = cfg.b or f"{trained['data']}:test"
+    return replace(cfg, b=b, **{name: trained[name] for name in names})
 
 
-# --------------------------------------------------------------------------- what A and B may be
-
-
-@dataclass
-class Images:
-    """Images uint8 (N, H, W, C) read from `name`; labels (N,) and class names, or None."""
-
-    name: str
-    images: np.ndarray
-    labels: np.ndarray | None = None
-    class_names: tuple[str, ...] | None = None
-
-
-@dataclass
-class Statistics:
-    """What the distance needs of a set: mu (d,), sigma (d, d), of n images; accuracy in 0..1."""
-
-    name: str
-    mu: np.ndarray
-    sigma: np.ndarray
-    n: int | None = None
-    protocol: str | None = None
-    feature_hash: str | None = None
-    accuracy: float | None = None
-
-
-def split_name(name):
-    """'mnist:train' -> ('mnist', 'train'); the test split where none is named."""
-    source, _, split = name.rpartition(":")
-    return (source, split) if split in ("train", "test") and source else (name, "test")
-
-
-def load(name, split, cfg):
-    classes = runtime.split_list(cfg.classes)
-    return data.load(name, cfg.data_root, split=split, size=cfg.size or None, classes=classes)
-
-
-def read(name, cfg):
-    """Images or Statistics from a data set, a folder, a zip or an .npz file; BadInput if none."""
-    if not name.endswith(".npz"):
-        source, split = split_name(name)
-        ds = load(source, split, cfg)
-        found = Images(name, ds.images, *((ds.labels, ds.class_names) if ds.class_names else ()))
-    else:
-        found = read_npz(name)
-    if cfg.n and isinstance(found, Images):
-        if cfg.n > len(found.images):
-            raise BadInput(f"--n {cfg.n}: {name} has only {len(found.images)} images")
-        drawn = np.random.default_rng(cfg.seed).permutation(len(found.images))[: cfg.n]
-        found.images = found.images[np.sort(drawn)]  # read in the order of the file
-        found.labels = None if found.labels is None else found.labels[np.sort(drawn)]
-    return found
-
-
-def read_npz(name):
-    """Images (arr_0, arr_1) or Statistics (mu, sigma) from an .npz file; BadInput if neither."""
-    try:
-        with np.load(name, allow_pickle=False) as archive:
-            arrays = dict(archive)
-        meta = {k: arrays[k].item() for k in ("n", "protocol", "feature_hash") if k in arrays}
-    except FileNotFoundError:
-        raise BadInput(f"{name}: no such file") from None
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile) as error:
-        raise BadInput(f"{name} is not a readable .npz file ({error})") from None
-    if "mu" in arrays and "sigma" in arrays:
-        return Statistics(name, arrays["mu"], arrays["sigma"], **meta)
-    images, labels = arrays.get("arr_0", np.empty(0)), arrays.get("arr_1")
-    good = images.dtype == np.uint8 and images.ndim == 4 and len(images)
-    if labels is not None:
-        good = good and labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
-    if not good:
-        held = ", ".join(f"{key} {v.dtype} {v.shape}" for key, v in arrays.items()) or "nothing"
-        wanted = "expected arr_0 uint8 (N, H, W, C), arr_1 integers (N,) if any; or mu and sigma"
-        raise BadInput(f"{name} holds {held}; {wanted}")
-    return Images(name, images, labels)
-
-
-def check_same_size(sides):
-    """Raise BadInput where two sides hold images of different (H, W, C): none is resized here."""
-    for side, other in itertools.pairwise(sides):
-        if side.images.shape[1:] != other.images.shape[1:]:
-            first, second = (f"{s.name} has {shape_text(s.images)}" for s in (side, other))
-            raise BadInput(f"{first}, {second} (HxWxC); make them alike: --size resizes data sets")
+# ---------------------------------------------------------------------------- which features
 
 
 def asked_labels(side, class_names):
@@ -230,96 +114,114 @@ def asked_labels(side, class_names):
         return None
     if labels.min() < 0 or labels.max() > last:
         found = f"labels from {labels.min()} to {labels.max()}"
-        raise BadInput(f"{side.name} has {found}; the classifier knows classes 0 to {last}")
+        raise BadInput(f"{side.name} has {found}; there are classes 0 to {last}")
     return labels
 
 
-def summarise(side, net, facts, batch_size):
-    """Images -> Statistics, and the accuracy where they have labels; Statistics stay."""
-    if isinstance(side, Statistics):
-        return side
-    feats = features(net, side.images, batch_size)
-    found = None if side.labels is None else accuracy(net, feats, side.labels)
-    origin = (len(feats), facts["protocol"], facts["feature_hash"])
-    return Statistics(side.name, *statistics(feats), *origin, found)
+def choose(cfg, pictures, reference):
+    """(extractor, class names, what else is known) for the Images `pictures`.
 
-
-def measure(cfg, names):
-    """Read and summarise each of `names`, the reference last: ([Statistics], classifier's facts).
-
-    The classifier is loaded or trained only if some side is images. Raises BadInput where sizes
-    differ or nothing labelled is there to train on.
+    `reference` names B. Raises BadInput where sizes differ or nothing labelled is there to train
+    the classifier on.
     """
-    sides = [read(name, cfg) for name in names]
-    pictures = [side for side in sides if isinstance(side, Images)]
-    if not pictures:
-        return sides, {}
-    source = cfg.data or split_name(names[-1])[0]
-    if source.endswith(".npz"):
+    device = "cuda" if cfg.gpus else "cpu"
+    if cfg.features == "inception":
+        check_same_size(pictures)
+        names = [side.class_names for side in pictures if side.class_names]
+        return inception.load(cfg.weights, cfg.data_root, cfg.resize, device), next(iter(names), ()), {}
+    source = cfg.data or image_sets.split_name(reference)[0]
+    if source.endswith((".npz", ".npy")):
         why = "is no data set to train the feature classifier on"
         raise BadInput(f"{source} {why}; name a labelled data set of such images with --data")
-    train, test = (load(source, split, cfg) for split in ("train", "test"))
+    train, test = (image_sets.load(source, split, cfg) for split in ("train", "test"))
     check_same_size([*pictures, Images(source, train.images), Images(source, test.images)])
-    for side in pictures:
-        side.labels = asked_labels(side, train.class_names)
     net, facts = classifier(
-        train, test, cfg.data_root, cfg.seed,
-        steps=cfg.classifier_steps, device="cuda" if cfg.gpus else "cpu",
-    )  # fmt: skip
-    return [summarise(side, net, facts, cfg.batch_size) for side in sides], facts
+        train, test, cfg.data_root, cfg.seed, steps=cfg.classifier_steps, device=device
+    )
+    known = {"classifier_test_accuracy": facts["test_accuracy"]}
+    return ClassifierFeatures(net, facts), train.class_names, known
 
 
-class Judge:
-    """Scores sets of samples against the test split of a data set, many in one process.
+# ------------------------------------------------------------------------------- comparing
 
-    name: a labelled data set, folder or zip; root: where it and its classifier are kept. shape
-    (C,H,W) and class_names (in the order of its labels): of the network that makes the samples;
-    size and classes: as it was trained; steps: of the classifier. `protocol` is one line for
-    people, `reference` and `n_reference` say what is compared with.
-    Raises BadInput for data without classes, or of another shape.
+
+def figures(cfg, world, names):
+    """The figures of each A of `names` against B, in turn, as dictionaries that become JSON.
+
+    All processes compute features, the first one alone the figures: to the others none are given.
     """
-
-    def __init__(
-        self, name, root, *, shape, class_names=(), size=0, classes="", device="cpu",
-        batch_size=256, steps=1500,
-    ):  # fmt: skip
-        def load(split, chosen=()):
-            return data.load(name, root, split=split, size=size or None, classes=chosen)
-
-        held_out, _ = data.held_out(name, root, shape, (), size=size, classes=classes)
-        train = load("train")
-        if train.num_classes < 2:
-            why = "has no classes to train the network on whose features are compared"
-            raise BadInput(f"{train.name} {why}; leave out --metric-every, or name labelled --data")
-        # Of all classes, also where samples are of a single one: it could tell nothing apart.
-        self.net, facts = classifier(train, load("test"), root, steps=steps, device=device)
-        self.protocol, self.batch_size = facts["protocol"], batch_size
-        known = [n for n in class_names if n in train.class_names]
-        self.classes = np.array([train.class_names.index(n) for n in known], np.int64)
-        self.labelled = len(known) == len(class_names) > 0
-        self.reference, self.n_reference = f"{name}:test", len(held_out)
-        self.moments = statistics(features(self.net, held_out.images, batch_size))
-
-    def __call__(self, images, labels=None, world=None):
-        """{'frechet', 'class_accuracy'} of uint8 images (N, H, W, C) asked for by labels (N,).
-
-        With a World of several processes, each of them holds all images and looks at its share.
-        The accuracy (0..1) is None without labels, or where they are of other classes. Raises
-        BadInput when N < 2.
-        """
-        world = world or runtime.World()
-        feats = features(self.net, images[world.share(len(images))], self.batch_size)
-        feats = world.collect(torch.from_numpy(feats).to(world.device), len(images)).cpu().numpy()
-        right = None
-        if labels is not None and self.labelled:
-            right = accuracy(self.net, feats, self.classes[np.asarray(labels)])
-        return {
-            "frechet": frechet_distance(*statistics(feats), *self.moments),
-            "class_accuracy": right,
-        }
+    b = seen = None
+    for name in names:
+        a = generated(cfg, name)
+        b = b or reference(cfg)
+        pictures = [side for side in (a, b) if isinstance(side, Images)]
+        if seen is None:  # the features, and those of B, are the same for all
+            extractor, class_names, known = choose(cfg, pictures, cfg.b) if pictures else NOTHING
+            see = partial(
+                look, extractor=extractor, batch_size=cfg.batch_size, world=world,
+                store=partial(scratch, cfg.data_root),
+            )  # fmt: skip
+            seen = see(labelled(b, class_names), keep=cfg.data_root)
+            train = training_images(cfg, b, see)
+        check_same_size(pictures)
+        side = see(labelled(a, class_names))
+        check_same_features(side, seen, extractor)
+        if not world.is_main:
+            continue
+        asked = Asked(
+            metrics=chosen_metrics(cfg), method="sqrtm" if cfg.sqrtm else "eigen", seed=cfg.seed,
+            device="cuda" if cfg.gpus else "cpu", class_names=class_names, train=train,
+            nearest_in=cfg.nearest_in, figure=pairs_path(name),
+        )  # fmt: skip
+        warn_of(side)
+        warn_of(seen)
+        has_accuracy = cfg.features == "classifier" and side.logits is not None
+        has_accuracy = has_accuracy and side.labels is not None
+        origin = [s.known for s in (side, seen) if s.known and s.known.protocol]
+        origin = extractor or next(iter(origin), side.known or seen.known)
+        yield scores(side, seen, asked) | {
+            "class_accuracy": share_right(side.logits, side.labels) if has_accuracy else None,
+            "n_generated": side.n, "n_reference": seen.n,
+            "features": getattr(origin, "protocol", None),
+            "feature_hash": getattr(origin, "feature_hash", None),
+            **known, "a": name, "b": cfg.b, "seed": cfg.seed,
+        }  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------- main
+NOTHING = None, (), {}  # the extractor, class names and facts where both sides are statistics
+
+
+def labelled(source, class_names):
+    """`source` without labels that do not mean `class_names`."""
+    if not isinstance(source, Images):
+        return source
+    return replace(source, labels=asked_labels(source, class_names))
+
+
+def training_images(cfg, b, see):
+    """The Side of the images that A may be copies of; None where nobody asks or it is unknown."""
+    source = cfg.data or image_sets.split_name(cfg.b)[0]
+    if "memorisation" not in chosen_metrics(cfg) or source.endswith((".npz", ".npy")):
+        return None
+    train = image_sets.read(f"{source}:train", cfg)
+    if train.key == getattr(b, "key", None):
+        warn(f"{source} has no held-out images that could tell copies from good samples")
+        return None
+    return see(train, keep=cfg.data_root) if cfg.nearest_in == "features" else Side(train)
+
+
+def pairs_path(name):
+    """Where the closest pairs of A are drawn: beside its file, else here."""
+    path = Path(name)
+    return str(path.with_name(f"{path.stem}-nearest.png")) if path.is_file() else "nearest.png"
+
+
+def chosen_metrics(cfg):
+    """The names in --metrics, the distance first. Raises BadInput for others."""
+    names = METRICS if cfg.metrics == "all" else runtime.split_list(cfg.metrics)
+    if wrong := [name for name in names if name not in METRICS]:
+        raise BadInput(f"--metrics {wrong[0]}: there are {', '.join(METRICS)}, or all")
+    return tuple(dict.fromkeys(["frechet", *names]))
 
 
 def warn_of(side):
@@ -328,67 +230,150 @@ def warn_of(side):
     if side.n and side.n < least:
         why = "the Fréchet distance is biased upward with few samples"
         warn(f"{side.name} has N = {side.n:,} images, fewer than {least:,}: {why}")
-    if side.n and side.n <= len(side.mu):
-        warn(f"{side.name}: N = {side.n} does not exceed the {len(side.mu)} features")
-    if side.feature_hash is None:
-        warn(f"{side.name} does not say which features it was made with")
+    dim = len(side.moments()[0])
+    if side.n and side.n <= dim:
+        warn(f"{side.name}: N = {side.n} does not exceed the {dim} features")
+    if side.known.protocol is None and (side.feats is None or side.known.n is None):
+        warn(f"{side.name} does not say which features its statistics were made with")
 
 
-def compare(cfg):
-    """Fréchet distance of A to B and class accuracy of A, as the dictionary that becomes JSON."""
-    (a, b), facts = measure(cfg, [cfg.a, cfg.b])
-    if a.feature_hash and b.feature_hash and a.feature_hash != b.feature_hash:
-        why = f"are of different features ({a.feature_hash}, {b.feature_hash}); make both with"
-        raise BadInput(f"{cfg.a} and {cfg.b} {why} the same --data, --seed and --classifier-steps")
-    result = dict(
-        frechet=frechet_distance(a.mu, a.sigma, b.mu, b.sigma),
-        class_accuracy=a.accuracy,
-        n_generated=a.n,
-        n_reference=b.n,
-        features=a.protocol or b.protocol,
-        feature_hash=a.feature_hash or b.feature_hash,
-        classifier_test_accuracy=facts.get("test_accuracy"),
-        a=cfg.a, b=cfg.b, seed=cfg.seed,
-    )  # fmt: skip
-    warn_of(a)
-    warn_of(b)
-    percent = "-" if a.accuracy is None else f"{100 * a.accuracy:.2f} %"
-    print(f"Fréchet distance   {result['frechet']:.4f}")
-    print(f"class accuracy     {percent}")
-    print(f"generated  A       {a.name}, N = {a.n or '-'}")
-    print(f"reference  B       {b.name}, N = {b.n or '-'}")
-    print(f"features           {result['features'] or '-'}")
-    return result
+# -------------------------------------------------------------------------------- the output
+
+# Label, format of a line for people; it is left out where one of its figures is missing.
+LINES = (
+    ("Fréchet distance", "{frechet:.4f}"),
+    ("  95 % interval", "{frechet_interval[0]:.4f} to {frechet_interval[1]:.4f} at this N"),
+    ("  endless samples", "{frechet_infinity:.4f} ± {frechet_infinity_error:.4f}, extrapolated"),
+    ("Fréchet per class", "{class_frechet:.4f} in the mean"),
+    ("inception score", "{inception_score:.3f} ± {inception_score_std:.3f} over 10 parts"),
+    ("kernel distance", "{kid:.5f} ± {kid_error:.5f}, standard error"),
+    ("precision, recall", "{precision:.3f}, {recall:.3f}"),
+    ("density, coverage", "{density:.3f}, {coverage:.3f}"),
+    ("class accuracy", "{class_accuracy:.2%}"),
+    ("memorisation", "{memorisation_share:.1%} of A nearer to training images than B is (new: 50 %)"),
+    ("", "p = {memorisation_p:.2g}, {memorisation_copies} exact copies"),
+    ("generated  A", "{a}, N = {n_generated}"),
+    ("reference  B", "{b}, N = {n_reference}"),
+    ("features", "{features}"),
+)
 
 
-def save_statistics(cfg):
-    """Write mu, sigma and what they are of to cfg.out; the dictionary that becomes JSON."""
-    (b,), found = measure(cfg, [cfg.b])
-    if not found:
+def show(found):
+    """The figures `found` as a table for people."""
+    for label, form in LINES:
+        try:
+            print(f"{label:<18} {form.format(**found)}")
+        except (KeyError, TypeError):
+            continue
+
+
+def compare(cfg, world):
+    """A against B: (figures as JSON wants them), [] on other processes than the first."""
+    for found in figures(cfg, world, [cfg.a]):
+        show(found)
+        finish(cfg, found)
+
+
+def curve(cfg, world):
+    """Every kept checkpoint of the run A against B: curve.png and curve.json in the run's folder."""
+    folder, rows = Path(cfg.a), []
+    names = [str(path) for path in checkpoints(folder)]
+    for found in figures(cfg, world, names):
+        rows.append({"step": runtime.load_checkpoint(found["a"])["step"], **found})
+        print(f"step {rows[-1]['step']}")
+        show(found)
+        panels = {}
+        for label, key in CURVES.items():
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                panels[label] = {label: tuple(zip(*points, strict=True))}
+        title = f"{folder}, N = {found['n_generated']}"
+        plot_lines(folder / "curve.png", panels, xlabel="step", title=title)
+        with runtime.atomic_write(folder / "curve.json") as temporary:
+            temporary.write_text(json.dumps(rows) + "\n")
+    if rows:
+        finish(cfg, {"curve": rows, "figure": str(folder / "curve.png")})
+
+
+CURVES = {"Fréchet distance": "frechet", "precision": "precision", "recall": "recall",
+          "class accuracy": "class_accuracy"}  # fmt: skip
+
+
+def checkpoints(folder):
+    """The checkpoints that a run kept, and its last one, in the order of their steps."""
+    kept = sorted(folder.glob("ckpt-[0-9]*.pt"))
+    last = folder / "ckpt.pt"
+    if last.is_file() and not (kept and last.samefile(kept[-1])):
+        kept.append(last)
+    if not kept:
+        raise BadInput(f"--curve: {folder} holds no ckpt.pt; expected the folder of a run")
+    return kept
+
+
+class WithSpatial:
+    """The Inception extractor, with its spatial features in the place of the logits."""
+
+    def __init__(self, extractor):
+        self.extractor, self.device = extractor, extractor.device
+
+    def __call__(self, images):
+        feats, _, spatial = self.extractor(images, spatial=True)
+        return feats, spatial
+
+
+def save_statistics(cfg, world):
+    """Write mu, sigma and what they are of to cfg.out, in the layout that is asked for."""
+    b = reference(cfg)
+    if not isinstance(b, Images):
         raise BadInput(f"{cfg.b} already holds statistics; expected images")
-    warn_of(b)
-    facts = dict(n=b.n, protocol=b.protocol, feature_hash=b.feature_hash)
-    with runtime.atomic_write(cfg.out) as temporary:
-        np.savez(temporary, mu=b.mu, sigma=b.sigma, **facts)
-    print(f"statistics of      {b.name}, N = {b.n}, in {cfg.out}\nfeatures           {b.protocol}")
-    return {"out": cfg.out, "b": cfg.b, "seed": cfg.seed, **facts}
+    extractor, _, _ = choose(cfg, [b], cfg.b)
+    see = partial(look, batch_size=cfg.batch_size, world=world)
+    more = {}
+    if cfg.layout == "adm":
+        if cfg.features != "inception":
+            raise BadInput("--layout adm holds Inception's features: add --features inception")
+        side = see(b, WithSpatial(extractor))
+        mu_s, sigma_s = statistics(side.logits)
+        more = {"arr_0": b.images, "mu_s": mu_s, "sigma_s": sigma_s}
+        more |= {} if b.labels is None else {"arr_1": b.labels}
+    else:
+        side = see(b, extractor, keep=cfg.data_root)
+    if not world.is_main:
+        return
+    warn_of(side)
+    facts = dict(n=side.n, protocol=extractor.protocol, feature_hash=extractor.feature_hash)
+    image_sets.save_statistics(cfg.out, Statistics(b.name, *side.moments(), **facts), **more)
+    print(f"statistics of      {b.name}, N = {side.n}, in {cfg.out}")
+    print(f"features           {extractor.protocol}")
+    finish(cfg, {"out": cfg.out, "b": cfg.b, "seed": cfg.seed, **facts})
+
+
+def finish(cfg, found):
+    """The last lines: the command, and one JSON object, which goes into cfg.json too."""
+    print(f"command            {shlex.join(['python', *sys.argv])}, seed {cfg.seed}")
+    line = json.dumps(found)
+    if cfg.json:
+        with runtime.atomic_write(cfg.json) as temporary:
+            temporary.write_text(line + "\n")
+    print(line)
 
 
 def main():
     cfg = runtime.parse(Config, __doc__)
     runtime.check_positive(cfg, "batch_size", "classifier_steps")
-    runtime.check_processes(cfg.gpus, cfg.batch_size)
+    runtime.check_processes(cfg.gpus, 0)
+    chosen_metrics(cfg)
     if cfg.n < 0:
         raise BadInput(f"--n must be 0 (all images) or a number of images, got {cfg.n}")
     if cfg.out[-4:] != (".npz" if cfg.a == "stats" else ""):
         raise BadInput("only `stats` takes --out, and needs it: eval_fid.py stats B --out F.npz")
-    result = save_statistics(cfg) if cfg.a == "stats" else compare(cfg)
-    print(f"command            {shlex.join(['python', *sys.argv])}, seed {cfg.seed}")
-    line = json.dumps(result)
-    if cfg.json:
-        with runtime.atomic_write(cfg.json) as temporary:
-            temporary.write_text(line + "\n")
-    print(line)
+    if cfg.curve:
+        cfg = as_trained(cfg, str(checkpoints(Path(cfg.a))[-1]))
+    elif is_checkpoint(cfg.a):
+        cfg = as_trained(cfg, cfg.a)
+    if not cfg.b:
+        raise BadInput(f"nothing to compare {cfg.a} with: eval_fid.py A B")
+    runtime.launch(save_statistics if cfg.a == "stats" else curve if cfg.curve else compare, cfg)
 
 
 if __name__ == "__main__":

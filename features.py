@@ -3,6 +3,10 @@
 A network made for photographs of objects has little to say about gray digits. This one is trained
 here, once, with a fixed recipe and seed, kept beside the data, and named by a hash of its weights.
 It reads classes as well: how many samples look like what was asked for.
+
+`extract` runs this or any other extractor over a set of images, on one process or several. An
+extractor is a callable: uint8 tensor (B, H, W, C) -> features (B, d) and logits (B, K), or None for
+these; with a `protocol` (one line for people), a `feature_hash`, `dim` and `device`.
 """
 
 import contextlib
@@ -109,24 +113,62 @@ def train_classifier(ds, steps, seed, device, lr=2e-2):
     return net.eval()
 
 
-@torch.no_grad()
+class ClassifierFeatures:
+    """A Classifier as an extractor; `facts` as `classifier` returns them."""
+
+    def __init__(self, net, facts):
+        self.net, self.facts, self.dim = net, facts, net.dim
+        self.protocol, self.feature_hash = facts.get("protocol"), facts.get("feature_hash")
+        self.device = net.head.weight.device
+
+    def __call__(self, images):
+        """uint8 (B, H, W, C) -> features (B, 128), logits (B, num_classes)."""
+        x = images.to(self.device).permute(0, 3, 1, 2) / 127.5 - 1  # (B, C, H, W)
+        feats = self.net.features(x)
+        return feats, self.net.head(feats)
+
+
+@torch.inference_mode()
 @exact_convolutions()
-def features(net, images, batch_size=256):
-    """Features of `images`, uint8 (N, H, W, C), as float32 (N, 128)."""
-    device = next(net.parameters()).device
-    rows, parts = [torch.empty(0, net.dim)], range(0, len(images), batch_size)
-    for start in runtime.progress(None, "features", over=parts, quiet=len(parts) < 9):
-        x = np.array(images[start : start + batch_size])
-        x = torch.from_numpy(x).to(device).permute(0, 3, 1, 2) / 127.5 - 1  # (B, C, H, W)
-        rows.append(net.features(x).cpu())
-    return torch.cat(rows).numpy()
+def extract(extractor, images, batch_size=256, world=None, store=np.empty, name="images"):
+    """Features (N, d) and logits (N, K) or None, float32, of `images` uint8 (N, H, W, C).
+
+    images may be a memory map. In every round each process of `world` takes `batch_size` images and
+    all exchange their rows, so that memory does not grow with N. store(shape, np.float32) makes the
+    arrays that keep the rows. Raises BadInput without images and for features that are not finite.
+    """
+    world, device = world or runtime.World(), getattr(extractor, "device", torch.device("cpu"))
+    if not len(images):
+        raise BadInput(f"{name} holds no images")
+    kept, together = None, batch_size * world.size
+    rounds = range(0, len(images), together)
+    quiet = not world.is_main or len(rounds) < 9
+    for start in runtime.progress(None, f"features of {name}", over=rounds, quiet=quiet):
+        count = min(together, len(images) - start)
+        share = world.share(count)
+        # A process without a share in the last round computes a row that nobody keeps.
+        first, own = start + min(share.start, count - 1), share.stop - share.start
+        part = torch.from_numpy(np.array(images[first : first + max(own, 1)])).to(device)
+        rows = [r if r is None else r[:own] for r in _pair(extractor(part))]
+        rows = [r if r is None else world.collect(r.float(), count).cpu().numpy() for r in rows]
+        if not np.isfinite(rows[0]).all():
+            raise BadInput(f"{name}: features of images {start} to {start + count - 1} are not finite")
+        if kept is None:
+            kept = [r if r is None else store((len(images), r.shape[1]), np.float32) for r in rows]
+        for whole, part in zip(kept, rows, strict=True):
+            if part is not None:
+                whole[start : start + count] = part
+    return kept
 
 
-def accuracy(net, feats, labels):
-    """The share of rows of `feats` (N, 128) that the classifier reads as their label (N,)."""
-    with torch.no_grad():
-        read = net.head(torch.from_numpy(feats).to(net.head.weight.device)).argmax(1)
-    return float((read.cpu().numpy() == labels).mean())
+def _pair(found):
+    """(features, logits) of what an extractor returns: both, or features alone."""
+    return found if isinstance(found, tuple) else (found, None)
+
+
+def share_right(logits, labels):
+    """The share (0..1) of rows of `logits` (N, K) that are largest at their label (N,)."""
+    return float((np.asarray(logits).argmax(1) == labels).mean())
 
 
 def weights_hash(net):
@@ -176,8 +218,8 @@ def _read(path, recipe, ds):
 def _make(path, recipe, ds_train, ds_test, device):
     steps, seed = recipe["steps"], recipe["seed"]
     net = train_classifier(ds_train, steps, seed, device)
-    test_accuracy = accuracy(net, features(net, ds_test.images), ds_test.labels)
-    feature_hash = weights_hash(net)
+    _, logits = extract(ClassifierFeatures(net, {}), ds_test.images, name=ds_test.name)
+    test_accuracy, feature_hash = share_right(logits, ds_test.labels), weights_hash(net)
     protocol = (
         f"classifier features: {len(net.convs) + 1}-layer CNN, {net.dim}-d, trained on "
         f"{ds_train.name} train ({shape_text(ds_train.images)}), {steps} steps of {BATCH}, "

@@ -93,13 +93,13 @@ class Config:
     ema: float = 0.995  # decay of the running mean of the weights, which is what gets sampled
     seed: int = 0  # everything random in training is a function of this and the step
 
-    gpus: int = field(default_factory=runtime.default_gpus)
-    """number of GPUs; 0 is the CPU; more than one starts that many processes"""
+    gpus: int = field(default_factory=runtime.default_gpus)  # 0: CPU; N > 1 starts N processes
     resume: str = "auto"  # auto (go on where the run stopped), never, or a checkpoint
     compile: bool = False  # torch.compile the networks
     tensorboard: bool = False  # write TensorBoard files too
     log_every: int = 50  # steps between two lines of log.jsonl
     save_every: int = 250  # steps between two checkpoints, a multiple of --log-every
+    keep_every: int = 0  # steps between checkpoints kept as ckpt-STEP.pt, for eval_fid.py --curve
     sample_every: int = 500  # steps between two grids; 0 for none but the last
 
     sample: str = ""  # do not train: sample from this checkpoint, by its settings where not given

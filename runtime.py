@@ -43,6 +43,7 @@ from support.commandline import (
     split_list,
 )
 from support.pictures import (
+    also_named,
     atomic_write,
     save_film,
     save_gif,
@@ -222,9 +223,10 @@ class Run:
     # they are; where the learning rate falls, other "steps" bend it from there on.
     FREE = frozenset({
         "config", "out", "stage", "resume", "gpus", "steps", "data_root", "compile", "tensorboard",
-        "log_every", "save_every", "sample_every", "sample", "n", "sampler", "sample_steps",
-        "eta", "variance", "guidance", "seeds", "n_eval", "accumulate", "checkpointing",
-        "threshold", "visit", "metric_every", "metric_n", "nll", "export", "plot_schedule",
+        "log_every", "save_every", "keep_every", "sample_every", "sample", "n", "sampler",
+        "sample_steps", "eta", "variance", "guidance", "seeds", "n_eval", "accumulate",
+        "checkpointing", "threshold", "visit", "metric_every", "metric_n", "nll", "export",
+        "plot_schedule",
     })  # fmt: skip
 
     def __init__(
@@ -266,8 +268,9 @@ class Run:
         step = state["step"] if state else 0
         if self.world.is_main:
             rows = [row for row in read_log(self.log_path) if row["step"] <= step] if state else []
-            for left_by_a_kill in self.folder.glob(".*.tmp*"):
-                left_by_a_kill.unlink()
+            kept_before = [] if state else self.folder.glob("ckpt-[0-9]*.pt")
+            for left_over in [*self.folder.glob(".*.tmp*"), *kept_before]:
+                left_over.unlink()
             with atomic_write(self.log_path) as path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             self._write_config()
@@ -305,7 +308,10 @@ class Run:
             path.write_text(header + yaml.safe_dump(settings, sort_keys=False))
 
     def save(self, step, **state):
-        """Write ckpt.pt whole or not at all; the one it replaces stays as ckpt-previous.pt."""
+        """Write ckpt.pt whole or not at all; the one it replaces stays as ckpt-previous.pt.
+
+        At multiples of the setting keep_every it also stays as ckpt-STEP.pt.
+        """
         if not self.world.is_main:
             return
         path, previous = self.folder / "ckpt.pt", self.folder / "ckpt-previous.pt"
@@ -314,10 +320,10 @@ class Run:
                 {"script": self.script, "config": self.config, "step": step, **state}, temporary
             )
             if path.exists():  # a second name for the old file, so that ckpt.pt never is missing
-                link = previous.with_suffix(".link")
-                link.unlink(missing_ok=True)
-                os.link(path, link)
-                os.replace(link, previous)
+                also_named(path, previous)
+        every = self.settings.get("keep_every")
+        if every and step % every == 0:
+            also_named(path, self.folder / f"ckpt-{step:06d}.pt")
 
     def log(self, step, **values):
         """Append one object to log.jsonl, and to TensorBoard if asked for."""

@@ -236,10 +236,12 @@ def check_processes(gpus, batch_size):
 def check_run(cfg):
     """Raise BadInput for a setting that all training scripts share and that is out of its range."""
     check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "log_every", "save_every", "n")
-    check_not_negative(cfg, "seed", "warmup", "sample_every")
-    if cfg.save_every % cfg.log_every:
-        raise BadInput(
-            f"--save-every {cfg.save_every} must be a multiple of --log-every {cfg.log_every}"
-        )
+    check_not_negative(cfg, "seed", "warmup", "sample_every", "keep_every")
+    for often, base in (("save", "log"), ("keep", "save")):
+        first, second = (getattr(cfg, f"{name}_every") for name in (often, base))
+        if first % second:
+            raise BadInput(
+                f"--{often}-every {first} must be a multiple of --{base}-every {second}"
+            )
     parse_seeds(cfg.seeds, cfg.n)
     check_processes(cfg.gpus, cfg.batch_size)

@@ -23,26 +23,28 @@ def file_hash(path, algorithm="sha256"):
     return digest.hexdigest()
 
 
-def fetch(name, mirrors, folder, md5=None):
+def fetch(name, mirrors, folder, md5=None, sha256=None):
     """folder/name, downloaded from the first of `mirrors` that works; several processes may ask.
 
     A mirror is an address that the name is put behind, or in place of '{}'. What has arrived is
-    kept in folder/name.part, and a later call asks for the rest only. With `md5` a file of another
-    content is thrown away. The environment variable DIFFUSION_MIRROR, an address, replaces all
-    mirrors. Raises BadInput, telling what to put where by hand.
+    kept in folder/name.part, and a later call asks for the rest only. With `md5` or `sha256`, hex
+    digits with which the checksum begins, a file of another content is thrown away. The environment
+    variable DIFFUSION_MIRROR, an address, replaces all mirrors. Raises BadInput, telling what to
+    put where by hand.
     """
     path = Path(folder) / name
+    checksums = {"md5": md5, "sha256": sha256}
     if path.exists():
         return path
     if "DIFFUSION_MIRROR" in os.environ:
         mirrors = [os.environ["DIFFUSION_MIRROR"]]
     with locked(path.with_name(f".{name}.lock")):
         if not path.exists():  # another process may have been faster
-            _fetch(path, path.with_name(f"{name}.part"), mirrors, md5)
+            _fetch(path, path.with_name(f"{name}.part"), mirrors, checksums)
     return path
 
 
-def _fetch(path, part, mirrors, md5):
+def _fetch(path, part, mirrors, checksums):
     failures = []
     for mirror in mirrors:
         mirror = mirror if "{}" in mirror else mirror.rstrip("/") + "/{}"
@@ -50,10 +52,10 @@ def _fetch(path, part, mirrors, md5):
         try:
             resumed = part.exists()
             _append(address, part)
-            if (fault := _fault(part, md5)) and resumed:
+            if (fault := _fault(part, checksums)) and resumed:
                 part.unlink()  # perhaps the part of another file: once more from the start
                 _append(address, part)
-                fault = _fault(part, md5)
+                fault = _fault(part, checksums)
             if fault:
                 part.unlink()
                 raise OSError(fault)
@@ -67,11 +69,13 @@ def _fetch(path, part, mirrors, md5):
     )
 
 
-def _fault(part, md5):
+def _fault(part, checksums):
     """What is wrong with a file that arrived whole, '' if nothing is."""
-    if md5:
-        found = file_hash(part, "md5")
-        return "" if found == md5 else f"md5 {found}, expected {md5}"
+    for algorithm, expected in checksums.items():
+        if expected and not (found := file_hash(part, algorithm)).startswith(expected):
+            return f"{algorithm} {found}, expected {expected}"
+    if any(checksums.values()):
+        return ""
     whole = not part.name.endswith(".zip.part") or zipfile.is_zipfile(part)
     return "" if whole else "what arrived is not a zip"
 

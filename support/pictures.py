@@ -32,6 +32,14 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+def also_named(path, name):
+    """Give the file `path` a second name in its folder, at once, whatever had that name before."""
+    link = name.with_suffix(".link")
+    link.unlink(missing_ok=True)
+    os.link(path, link)
+    os.replace(link, name)
+
+
 def to_uint8(x):
     """(B, C, H, W) floats in [-1, 1] -> (B, H, W, C) uint8 on the CPU."""
     x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

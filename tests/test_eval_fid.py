@@ -1,4 +1,4 @@
-"""eval_fid.py against closed forms, numpy, and a small folder of drawn digits."""
+"""eval_fid.py as a program, on a small folder of drawn digits."""
 
 import json
 import subprocess
@@ -13,142 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import eval_fid
 import runtime
-from eval_fid import Moments, frechet_distance, statistics
-from runtime import BadInput
 
 ROOT = Path(__file__).parents[1]
 STEPS = "60"
-
-# ------------------------------------------------------------------------- the Fréchet distance
-
-
-def random_covariance(rng, d, rank=None):
-    a = rng.normal(size=(d, rank or 2 * d))
-    return a @ a.T / a.shape[1]
-
-
-def distance_by_svd(mu1, sigma1, mu2, sigma2):
-    """tr (C C_w)^½ as the sum of the singular values of C^½ C_w^½, from eigh: no sqrtm."""
-
-    def half(sigma):
-        values, vectors = np.linalg.eigh(sigma)
-        return np.sqrt(values.clip(0))[:, None] * vectors.T
-
-    nuclear = np.linalg.svd(half(sigma1) @ half(sigma2).T, compute_uv=False).sum()
-    return ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * nuclear
-
-
-def test_equal_statistics_are_at_distance_zero():
-    rng = np.random.default_rng(0)
-    mu, sigma = rng.normal(size=128), random_covariance(rng, 128)
-    assert frechet_distance(mu, sigma, mu, sigma) == pytest.approx(0, abs=1e-9 * np.trace(sigma))
-
-
-def test_a_shifted_mean_costs_its_squared_length():
-    rng = np.random.default_rng(1)
-    sigma, shift = random_covariance(rng, 20), rng.normal(size=20)
-    got = frechet_distance(np.zeros(20), sigma, shift, sigma)
-    assert got == pytest.approx((shift**2).sum(), rel=1e-9)
-
-
-def test_one_dimension():
-    # Two normal distributions on a line: (m1 - m2)² + (s1 - s2)².
-    got = frechet_distance([1.0], [[4.0]], [-2.0], [[0.25]])
-    assert got == pytest.approx(3.0**2 + (2.0 - 0.5) ** 2, rel=1e-12)
-
-
-def test_diagonal_covariances():
-    rng = np.random.default_rng(2)
-    s1, s2 = rng.uniform(0.1, 3, (2, 50))
-    got = frechet_distance(np.zeros(50), np.diag(s1**2), np.zeros(50), np.diag(s2**2))
-    assert got == pytest.approx(((s1 - s2) ** 2).sum(), rel=1e-9)
-
-
-@pytest.mark.parametrize("d", [2, 17, 128])
-def test_random_covariances_against_the_eigenvalue_form(d):
-    rng = np.random.default_rng(d)
-    sides = (
-        [rng.normal(size=d), random_covariance(rng, d)],
-        [np.zeros(d), random_covariance(rng, d)],
-    )
-    got, back = frechet_distance(*sides[0], *sides[1]), frechet_distance(*sides[1], *sides[0])
-    assert got == pytest.approx(distance_by_svd(*sides[0], *sides[1]), rel=1e-6)
-    assert got == pytest.approx(back, rel=1e-6)
-
-
-@pytest.mark.parametrize("ranks", [(3, 64), (64, 3), (3, 5), (1, 1)])
-def test_singular_covariances_against_the_eigenvalue_form(ranks):
-    rng = np.random.default_rng(3)
-    sigma1, sigma2 = (random_covariance(rng, 32, rank) for rank in ranks)
-    zero = np.zeros(32)
-    got = frechet_distance(zero, sigma1, zero, sigma2)
-    assert got == pytest.approx(distance_by_svd(zero, sigma1, zero, sigma2), rel=1e-6)
-
-
-def test_a_covariance_of_zeros():
-    rng = np.random.default_rng(4)
-    zero, sigma = np.zeros(8), random_covariance(rng, 8)
-    got = frechet_distance(zero, np.zeros((8, 8)), zero, sigma)
-    assert got == pytest.approx(np.trace(sigma), rel=1e-9)
-
-
-def test_a_failed_square_root_is_tried_again_beside_the_singular_point(monkeypatch):
-    """Some versions of sqrtm answer an exactly singular matrix with NaN."""
-    plain = eval_fid.scipy.linalg.sqrtm
-
-    def fragile(a):
-        return (
-            plain(a) if np.linalg.matrix_rank(a, tol=1e-20) == len(a) else np.full_like(a, np.nan)
-        )
-
-    monkeypatch.setattr(eval_fid.scipy.linalg, "sqrtm", fragile)
-    sigma = np.diag([4.0, 1.0, 0.0])
-    got = frechet_distance(np.zeros(3), sigma, np.zeros(3), np.eye(3))
-    assert got == pytest.approx((2 - 1) ** 2 + 0 + 1, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("mu", "sigma", "word"),
-    [
-        (np.zeros(2), np.diag([1.0, -1.0]), "covariance"),
-        (np.zeros(2), np.diag([1.0, np.nan]), "finite"),
-        (np.zeros(3), np.eye(3), "\\(d,\\)"),
-        (np.zeros((1, 2)), np.eye(2), "\\(d,\\)"),
-    ],
-    ids=["negative", "nan", "other-d", "mu-2d"],
-)
-def test_what_is_no_statistics_is_refused(mu, sigma, word):
-    with pytest.raises(BadInput, match=word):
-        frechet_distance(mu, sigma, np.zeros(2), np.eye(2))
-
-
-# ---------------------------------------------------------------------------------- the moments
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_streamed_moments_equal_numpy(chunk):
-    rng = np.random.default_rng(5)
-    rows = (100 + rng.normal(size=(501, 9)) @ rng.normal(size=(9, 9))).astype(np.float32)
-    mu, sigma = statistics(rows, chunk)
-    exact = rows.astype(np.float64)
-    np.testing.assert_allclose(mu, exact.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(sigma, np.cov(exact, rowvar=False), rtol=1e-9, atol=1e-10)
-
-
-def test_merged_parts_equal_the_whole_in_any_order():
-    rng = np.random.default_rng(6)
-    rows = rng.normal(5, 2, size=(300, 4))
-    parts = [Moments(4) for _ in range(4)]  # the last one stays empty
-    for part, piece in zip(parts, np.split(rows, [11, 200]), strict=False):
-        part.update(piece)
-    for order in ([0, 1, 2, 3], [3, 2, 0, 1]):
-        whole = Moments(4)
-        for i in order:
-            whole.merge(parts[i])
-        assert whole.n == 300
-        np.testing.assert_allclose(whole.mu_sigma()[0], rows.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(whole.mu_sigma()[1], np.cov(rows, rowvar=False), rtol=1e-10)
-
 
 # -------------------------------------------------------------- a small data set, and the program
 

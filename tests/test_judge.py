@@ -1,4 +1,4 @@
-"""eval_fid.Judge gives in a process what the program prints, and knows a part of the classes."""
+"""evaluation.Judge gives in a process what the program prints, and knows a part of the classes."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from launching import succeed
 
 import data
-import eval_fid
+import evaluation
 import runtime
 
 NETWORK = {"shape": (1, 16, 16), "class_names": ["bars", "dots"]}  # that makes the samples
@@ -23,7 +23,7 @@ def judged(toy, tmp_path_factory):
 def test_a_judge_says_what_the_program_says(judged, tmp_path):
     images, labels, folder, root = judged
     samples = np.clip(images.astype(int) + 40, 0, 255).astype(np.uint8)
-    judge = eval_fid.Judge(folder, root, steps=40, **NETWORK)
+    judge = evaluation.Judge(folder, root, steps=40, **NETWORK)
     found = judge(samples, labels)
     np.savez(tmp_path / "samples.npz", samples, labels)
     command = [tmp_path / "samples.npz", folder, "--data-root", root, "--classifier-steps", 40]
@@ -37,7 +37,7 @@ def test_a_judge_says_what_the_program_says(judged, tmp_path):
 def test_samples_of_one_class_are_compared_with_that_class(judged):
     images, labels, folder, root = judged
     network = NETWORK | {"class_names": ["dots"]}
-    judge = eval_fid.Judge(folder, root, classes="dots", steps=40, **network)
+    judge = evaluation.Judge(folder, root, classes="dots", steps=40, **network)
     dots = images[labels == 1]  # label 0 of a network that was trained on dots alone
     assert judge.n_reference == len(dots)
     found = judge(dots, np.zeros(len(dots), dtype=np.int64))
@@ -47,9 +47,9 @@ def test_samples_of_one_class_are_compared_with_that_class(judged):
 
 def test_a_network_of_other_classes_gets_no_accuracy_and_of_other_images_no_judge(judged):
     images, labels, folder, root = judged
-    other = eval_fid.Judge(folder, root, shape=(1, 16, 16), class_names=["0", "1"], steps=40)
+    other = evaluation.Judge(folder, root, shape=(1, 16, 16), class_names=["0", "1"], steps=40)
     assert other(images, labels)["class_accuracy"] is None
     with pytest.raises(runtime.BadInput, match=r"images \(1, 16, 16\).*takes \(3, 16, 16\)"):
-        eval_fid.Judge(folder, root, shape=(3, 16, 16), steps=40)
+        evaluation.Judge(folder, root, shape=(3, 16, 16), steps=40)
     with pytest.raises(runtime.BadInput, match="type --data NAME"):
-        eval_fid.Judge("", root, shape=(1, 16, 16), steps=40)
+        evaluation.Judge("", root, shape=(1, 16, 16), steps=40)

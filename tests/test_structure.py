@@ -12,7 +12,8 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "schedules", "unet", "likelihood", "ddpm_pixel", "ddim", "inversion", "compare",
-    "autoencoder", "ldm_cfg", "features", "eval_fid",
+    "autoencoder", "ldm_cfg", "features", "inception", "metrics", "evaluation", "image_sets",
+    "eval_fid",
 }  # fmt: skip
 ALL = sorted(
     path
@@ -29,15 +30,21 @@ MAY = {
     "schedules": {"kernels", "support"},
     "likelihood": {"kernels", "data", "runtime", "support"},
     "ddpm_pixel": {
-        "kernels", "data", "runtime", "support", "schedules", "unet", "likelihood", "eval_fid",
+        "kernels", "data", "runtime", "support", "schedules", "unet", "likelihood", "evaluation",
     },  # fmt: skip
     "ddim": {"kernels", "runtime", "support", "ddpm_pixel", "inversion", "compare"},
     "inversion": {"kernels", "data", "runtime", "ddim", "support"},
-    "compare": {"ddim", "eval_fid", "runtime", "support"},
+    "compare": {"ddim", "evaluation", "runtime", "support"},
     "autoencoder": {"kernels", "data", "runtime"},
     "ldm_cfg": {"kernels", "data", "runtime", "autoencoder"},
     "features": {"data", "runtime", "support"},
-    "eval_fid": {"kernels", "data", "runtime", "features"},
+    "inception": {"runtime", "support"},
+    "metrics": {"runtime"},
+    "image_sets": {"data", "runtime", "support"},
+    "evaluation": {"data", "runtime", "support", "features", "metrics", "image_sets"},
+    "eval_fid": {
+        "runtime", "support", "features", "inception", "metrics", "evaluation", "image_sets",
+    },  # fmt: skip
 }
 
 

@@ -1,0 +1,300 @@
+"""Two sets of images and a feature extractor in, all figures out: `scores`, `evaluate`, `Judge`.
+
+The figures are those of `metrics.py`. This chapter says what each of them needs, computes features
+once on one process or several, keeps those of data sets, and never holds all images in memory.
+
+    found = evaluate(samples, held_out, extractor, metrics=("frechet", "kid"))    from Python
+    judge = Judge("mnist", root, shape=(1, 28, 28)); judge(samples, labels)       within training
+    python eval_fid.py A B                                                        by command
+"""
+
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import metrics
+import runtime
+from features import ClassifierFeatures, classifier, extract, share_right, warn
+from image_sets import Images, Statistics, as_images, check_same_size
+from metrics import frechet_distance, statistics
+from runtime import BadInput
+from support.memory_figure import save_pairs
+
+METRICS = ("frechet", "is", "kid", "prdc", "classes", "memorisation")
+ENOUGH = 200  # images, for an interval of the distance
+PIXELS = 32  # images are averaged down to at most this side where pixels are compared
+
+
+# ------------------------------------------------------------------------------------ a side
+
+
+@dataclass
+class Side:
+    """What is known of A or B: features (N, d), logits (N, K), labels; and (mu, sigma), or None."""
+
+    source: Images | Statistics
+    feats: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    known: Statistics | None = None
+
+    name = property(lambda self: self.source.name)
+    labels = property(lambda self: getattr(self.source, "labels", None))
+    n = property(lambda self: self.known.n if self.feats is None else len(self.feats))
+
+    def moments(self):
+        """mu (d,) and sigma (d, d)."""
+        if self.known is None:
+            self.known = Statistics(self.name, *statistics(self.feats), n=len(self.feats))
+        return self.known.mu, self.known.sigma
+
+
+def scratch(folder, shape, dtype):
+    """An array in a file without a name: gone with the process, however that ends."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the map keeps it open)
+    return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def look(source, extractor, *, batch_size=256, world=None, store=np.empty, keep=""):
+    """A Side of Images or Statistics. The features of a data set are kept in the folder `keep`."""
+    world = world or runtime.World()
+    if isinstance(source, Statistics):
+        return Side(source, known=source)
+    name = f"features-{source.key}-{getattr(extractor, 'feature_hash', None)}.npy"
+    path = Path(keep) / name if keep and source.key and "None" not in name else None
+    # Every process takes the same way, whatever appears in the folder meanwhile.
+    if path and world.sum(torch.tensor(int(path.is_file()), device=world.device)) == world.size:
+        try:
+            feats = np.load(path, mmap_mode="r")
+            if feats.shape == (len(source.images), extractor.dim):
+                return Side(source, feats)
+        except (OSError, EOFError, ValueError):
+            warn(f"{path} is damaged; its features are computed again")
+    feats, logits = extract(
+        extractor, source.images, batch_size, world, store=store, name=source.name
+    )
+    if path and world.is_main:
+        with runtime.atomic_write(path) as temporary:
+            np.save(temporary, feats)
+    told = source.statistics  # of the set that these images are a part of, if of such features
+    return Side(source, feats, logits, told if told and len(told.mu) == feats.shape[1] else None)
+
+
+class Pixels:
+    """Images (N, H, W, C) as rows (N, d) in 0..1, computed where they are looked at.
+
+    They are averaged down to at most 32x32 pixels, so that d stays bounded.
+    """
+
+    def __init__(self, images):
+        self.images, (h, w, c) = images, images.shape[1:]
+        self.size = (min(PIXELS, h), min(PIXELS, w))
+        self.shape = (len(images), self.size[0] * self.size[1] * c)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, which):
+        x = torch.from_numpy(np.array(self.images[which])).permute(0, 3, 1, 2) / 255  # (n, C, H, W)
+        return torch.nn.functional.interpolate(x, size=self.size, mode="area").flatten(1).numpy()
+
+
+# ------------------------------------------------------------------------- what is asked of two
+
+
+@dataclass
+class Asked:
+    """How the metrics of `scores` are computed; train: the Side that samples may be copies of."""
+
+    metrics: tuple[str, ...] = METRICS[:4]
+    method: str = "eigen"
+    seed: int = 0
+    device: str | torch.device = "cpu"
+    class_names: tuple[str, ...] = ()
+    train: Side | None = None
+    nearest_in: str = "pixels"
+    figure: str = ""  # of the closest pairs
+
+
+def frechet(a, b, asked):
+    """The distance; of images A also how sure it is, and what it would be with endless images."""
+    reference = b.moments()
+    found = {"frechet": frechet_distance(*a.moments(), *reference, method=asked.method)}
+    if a.feats is not None and len(a.feats) >= ENOUGH:
+        sure = metrics.frechet_interval(a.feats, *reference, seed=asked.seed)
+        endless = metrics.frechet_infinity(a.feats, *reference, seed=asked.seed)
+        found |= {
+            "frechet_error": sure["standard_error"], "frechet_interval": sure["interval"],
+            "frechet_infinity": endless["frechet_infinity"],
+            "frechet_infinity_error": endless["standard_error"],
+        }  # fmt: skip
+    return found
+
+
+def inception_score(a, b, asked):
+    mean, std = metrics.inception_score(a.logits)
+    return {"inception_score": mean, "inception_score_std": std}
+
+
+def kernel_distance(a, b, asked):
+    mean, error = metrics.kernel_distance(a.feats, b.feats, seed=asked.seed)
+    return {"kid": mean, "kid_error": error}
+
+
+def manifold(a, b, asked):
+    return metrics.manifold(b.feats, a.feats, device=asked.device)
+
+
+def per_class(a, b, asked):
+    """Fréchet distances within each class, by its name, and their mean."""
+    names = asked.class_names
+    each, mean = metrics.intra_class(a.feats, a.labels, b.feats, b.labels, len(names))
+    each = {name: float(d) for name, d in zip(names, each, strict=True) if np.isfinite(d)}
+    return {"class_frechet": mean, "class_frechet_each": each}
+
+
+def memorisation(a, b, asked):
+    """Are samples nearer to training images than held-out images are? Draws the closest pairs."""
+    pixels = asked.nearest_in == "pixels"
+    rows = [Pixels(s.source.images) if pixels else s.feats for s in (a, asked.train, b)]
+    found = metrics.memorisation(*rows, device=asked.device)
+    if asked.figure:
+        save_pairs(
+            asked.figure, a.source.images, asked.train.source.images, found["distance"],
+            found["index"], found["held_out_distance"], unit=f"{asked.nearest_in} distance",
+        )  # fmt: skip
+    return {f"memorisation_{key}": v for key, v in found.items() if np.isscalar(v)}
+
+
+# Of each metric: what computes it, and what it needs besides the features of A.
+NEEDS = {
+    "frechet": (frechet, ()),
+    "is": (inception_score, ("logits",)),
+    "kid": (kernel_distance, ("reference",)),
+    "prdc": (manifold, ("reference",)),
+    "classes": (per_class, ("reference", "labels")),
+    "memorisation": (memorisation, ("reference", "train")),
+}
+WORDS = {
+    "logits": "logits",
+    "reference": "images on both sides",
+    "labels": "labels of the same classes on both sides",
+    "train": "training images that are not the reference",
+}
+
+
+def scores(a, b, asked):
+    """All that `asked.metrics` name of the Sides a (generated) and b (reference), as a dictionary.
+
+    A metric that these sides do not allow is left out with a warning; the distance never is.
+    """
+    have = {
+        "logits": a.logits is not None,
+        "reference": a.feats is not None and b.feats is not None,
+        "labels": a.labels is not None and b.labels is not None and len(asked.class_names) > 1,
+        "train": asked.train is not None,
+    }
+    found = {}
+    for name in asked.metrics:
+        compute, needs = NEEDS[name]
+        missing = [WORDS[what] for what in needs if not have[what]]
+        try:
+            if missing:
+                raise BadInput(f"there are no {' and no '.join(missing)}")
+            found |= compute(a, b, asked)
+        except BadInput as error:
+            if name == "frechet":
+                raise
+            warn(f"{name} is left out: {error}")
+    return found
+
+
+def evaluate(generated, reference, extractor, *, batch_size=256, world=None, train=None, **asked):
+    """All figures of two sets of images, as a dictionary.
+
+    generated, reference   arrays uint8 (N, H, W, C), `Images` (with labels), or `Statistics`
+    extractor              any callable: see `features.py`; a plain function from a uint8 tensor
+                           (B, H, W, C) to features (B, d), or features and logits, will do
+    train                  the images that the generator was trained on, for "memorisation"
+    asked                  fields of `Asked`, such as metrics=("frechet", "kid")
+
+    Raises BadInput for images of another form, for fewer than two, and for statistics of other
+    features.
+    """
+    held = zip((generated, reference), ("generated", "reference"), strict=True)
+    sources = [as_images(source, name) for source, name in held]
+    check_same_size([source for source in sources if isinstance(source, Images)])
+    see = partial(look, extractor=extractor, batch_size=batch_size, world=world)
+    a, b = map(see, sources)
+    check_same_features(a, b, extractor)
+    asked = Asked(train=None if train is None else see(as_images(train, "train")), **asked)
+    return scores(a, b, asked) | {"n_generated": a.n, "n_reference": b.n}
+
+
+def check_same_features(a, b, extractor=None):
+    """Raise BadInput where the statistics of a side are known to be of other features."""
+    ours = getattr(extractor, "feature_hash", None)
+    hashes = [side.known.feature_hash if side.known else ours for side in (a, b)]
+    hashes = [found for found in [*hashes, ours] if found]
+    if len(set(hashes)) > 1:
+        why = f"are of different features ({', '.join(sorted(set(hashes)))}); make both with"
+        raise BadInput(f"{a.name} and {b.name} {why} the same --features and their settings")
+
+
+# --------------------------------------------------------------------------- within training
+
+
+class Judge:
+    """Scores sets of samples against the test split of a data set, many in one process.
+
+    name: a labelled data set, folder or zip; root: where it and its classifier are kept. shape
+    (C,H,W) and class_names (in the order of its labels): of the network that makes the samples;
+    size and classes: as it was trained; steps: of the classifier. `protocol` is one line for
+    people, `reference` and `n_reference` say what is compared with.
+    Raises BadInput for data without classes, or of another shape.
+    """
+
+    def __init__(
+        self, name, root, *, shape, class_names=(), size=0, classes="", device="cpu",
+        batch_size=256, steps=1500,
+    ):  # fmt: skip
+        def load(split, chosen=()):
+            return data.load(name, root, split=split, size=size or None, classes=chosen)
+
+        held_out, _ = data.held_out(name, root, shape, (), size=size, classes=classes)
+        train = load("train")
+        if train.num_classes < 2:
+            why = "has no classes to train the network on whose features are compared"
+            raise BadInput(f"{train.name} {why}; leave out --metric-every, or name labelled --data")
+        # Of all classes, also where samples are of a single one: it could tell nothing apart.
+        self.extractor = ClassifierFeatures(
+            *classifier(train, load("test"), root, steps=steps, device=device)
+        )
+        self.protocol, self.batch_size = self.extractor.protocol, batch_size
+        known = [n for n in class_names if n in train.class_names]
+        self.classes = np.array([train.class_names.index(n) for n in known], np.int64)
+        self.labelled = len(known) == len(class_names) > 0
+        self.reference, self.n_reference = f"{name}:test", len(held_out)
+        feats, _ = extract(self.extractor, held_out.images, batch_size, name=self.reference)
+        self.moments = statistics(feats)
+
+    def __call__(self, images, labels=None, world=None):
+        """{'frechet', 'class_accuracy'} of uint8 images (N, H, W, C) asked for by labels (N,).
+
+        With a World of several processes, each of them holds all images and looks at its share.
+        The accuracy (0..1) is None without labels, or where they are of other classes. Raises
+        BadInput when N < 2.
+        """
+        feats, logits = extract(self.extractor, images, self.batch_size, world, name="samples")
+        right = None
+        if labels is not None and self.labelled:
+            right = share_right(logits, self.classes[np.asarray(labels)])
+        return {
+            "frechet": frechet_distance(*statistics(feats), *self.moments),
+            "class_accuracy": right,
+        }
