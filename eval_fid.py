@@ -128,7 +128,8 @@ def choose(cfg, pictures, reference):
     if cfg.features == "inception":
         check_same_size(pictures)
         names = [side.class_names for side in pictures if side.class_names]
-        return inception.load(cfg.weights, cfg.data_root, cfg.resize, device), next(iter(names), ()), {}
+        extractor = inception.load(cfg.weights, cfg.data_root, cfg.resize, device)
+        return extractor, next(iter(names), ()), {}
     source = cfg.data or image_sets.split_name(reference)[0]
     if source.endswith((".npz", ".npy")):
         why = "is no data set to train the feature classifier on"
@@ -173,6 +174,7 @@ def figures(cfg, world, names):
             device="cuda" if cfg.gpus else "cpu", class_names=class_names, train=train,
             nearest_in=cfg.nearest_in, figure=pairs_path(name),
         )  # fmt: skip
+        side.moments()  # a single image is an error rather than a warning
         warn_of(side)
         warn_of(seen)
         has_accuracy = cfg.features == "classifier" and side.logits is not None
@@ -250,8 +252,8 @@ LINES = (
     ("precision, recall", "{precision:.3f}, {recall:.3f}"),
     ("density, coverage", "{density:.3f}, {coverage:.3f}"),
     ("class accuracy", "{class_accuracy:.2%}"),
-    ("memorisation", "{memorisation_share:.1%} of A nearer to training images than B is (new: 50 %)"),
-    ("", "p = {memorisation_p:.2g}, {memorisation_copies} exact copies"),
+    ("nearer than B", "{memorisation_share:.1%} to a training image, p = {memorisation_p:.2g}"),
+    ("copies", "{memorisation_copies} exact; very near {memorisation_near_share:.1%} (new: 1 %)"),
     ("generated  A", "{a}, N = {n_generated}"),
     ("reference  B", "{b}, N = {n_reference}"),
     ("features", "{features}"),
@@ -275,7 +277,7 @@ def compare(cfg, world):
 
 
 def curve(cfg, world):
-    """Every kept checkpoint of the run A against B: curve.png and curve.json in the run's folder."""
+    """Every kept checkpoint of the run A against B: curve.png and curve.json in its folder."""
     folder, rows = Path(cfg.a), []
     names = [str(path) for path in checkpoints(folder)]
     for found in figures(cfg, world, names):

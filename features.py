@@ -152,7 +152,8 @@ def extract(extractor, images, batch_size=256, world=None, store=np.empty, name=
         rows = [r if r is None else r[:own] for r in _pair(extractor(part))]
         rows = [r if r is None else world.collect(r.float(), count).cpu().numpy() for r in rows]
         if not np.isfinite(rows[0]).all():
-            raise BadInput(f"{name}: features of images {start} to {start + count - 1} are not finite")
+            which = f"{start} to {start + count - 1}"
+            raise BadInput(f"{name}: features of images {which} are not finite")
         if kept is None:
             kept = [r if r is None else store((len(images), r.shape[1]), np.float32) for r in rows]
         for whole, part in zip(kept, rows, strict=True):

@@ -123,7 +123,7 @@ def load(name, split, cfg):
 
 
 def read(name, cfg, n=0):
-    """Images or Statistics of `name`; with n > 0, n of its images, drawn by cfg.seed. Or BadInput."""
+    """Images or Statistics of `name`; with n > 0, n of its images, drawn by cfg.seed."""
     if name.endswith((".npz", ".npy")):
         found = read_file(name)
     else:

@@ -50,7 +50,7 @@ PUBLISHED = {
 # ------------------------------------------------------------------------------------- resizing
 #
 # Each protocol is linear and separable: an image X becomes A X Bᵀ, with one matrix for its rows and
-# one for its columns. Two matrix products do on any device exactly what each reference does.
+# one for its columns. Two matrix products do on any device what each reference does.
 
 
 def resize_matrix(n_in, n_out, protocol):
@@ -381,7 +381,7 @@ class Extractor:
         check_protocol(resize)
         digest = hashlib.sha256(f"{variant} {resize}".encode())
         for key in sorted(key for key in state if not _unused(key)):
-            digest.update(key.encode() + state[key].contiguous().numpy().tobytes())
+            digest.update(key.encode() + state[key].cpu().contiguous().numpy().tobytes())
         self.feature_hash, self.resize = digest.hexdigest()[:8], resize
         self.device = torch.device(device)
         graph = {"fid": "Inception 2015-12-05", "torchvision": "Inception v3 of torchvision"}

@@ -4,13 +4,13 @@ A network turns each image into a feature vector, a row of an array (N, d). What
 sets of rows, the generated and the real ones:
 
     frechet_distance    how far apart, as two Gaussians        Heusel et al. 2017, eq. 6
+    frechet_interval    how sure that is, with N images        the jackknife: Efron 1982, chapter 3
+    frechet_infinity    what endless images would give         Chong and Forsyth 2020
     inception_score     sure of each, and varied over all      Salimans et al. 2016, section 4
-    kernel_distance     how far apart, with any moments        Bińkowski et al. 2018, section 4
+    kernel_distance     how far apart, in any respect          Bińkowski et al. 2018, section 4
     manifold            are they likely, are all kinds there   Kynkäänniemi et al. 2019, eq. 1-2;
-                                                               Naeem et al. 2020, eq. 2-5
-    frechet_interval    how sure is the distance               delete-a-group jackknife
-    frechet_infinity    what would it be with endless images   Chong and Forsyth 2020, section 4
-    memorisation        are they copies of training images     Meehan et al. 2020, section 3
+                                                               Naeem et al. 2020, eq. 4-5
+    memorisation        are they copies of training images     Meehan et al. 2020
 
 Rows may be an np.memmap, or anything that slices to arrays: no function copies all of them. Sums
 are kept in float64. A distance between rows is searched for in float32, and made exact in float64
@@ -44,8 +44,7 @@ class Moments:
 
     def update(self, rows):
         """Add rows (N, dim), N ≥ 1."""
-        part = Moments(0)
-        rows = np.asarray(rows, np.float64)
+        part, rows = Moments(0), np.asarray(rows, np.float64)
         part.n, part.mean = len(rows), rows.mean(0)
         rows = rows - part.mean
         part.scatter = rows.T @ rows
@@ -106,14 +105,12 @@ def frechet_distance(mu, sigma, mu_w, sigma_w, *, method="eigen"):
     mu (d,), sigma (d, d); in float64. With factors C = F Fᵀ and C_w = F_w F_wᵀ, the eigenvalues of
     (C C_w)^½ are the singular values of Fᵀ F_w, and only their sum is needed: method "eigen".
     "sqrtm" is the reference: scipy's square root of a matrix, the same figure ten times as slowly.
-    Raises BadInput for shapes that differ, values that are not finite, and matrices with negative
-    eigenvalues, which are no covariances.
+    Raises BadInput for other shapes, values not finite, and negative eigenvalues: no covariance.
     """
     mu, sigma, mu_w, sigma_w = (np.asarray(v, np.float64) for v in (mu, sigma, mu_w, sigma_w))
-    shapes = [v.shape for v in (mu, sigma, mu_w, sigma_w)]
-    if shapes != [(mu.size,), (mu.size, mu.size)] * 2:
-        raise BadInput(f"mu and sigma must be (d,) and (d, d) on both sides, got {shapes}")
     factor, factor_w = covariance_factor(mu, sigma), covariance_factor(mu_w, sigma_w)
+    if mu.shape != mu_w.shape:
+        raise BadInput(f"mu must be (d,) with one d on both sides, got {mu.shape}, {mu_w.shape}")
     if method == "eigen":
         return factored_distance(mu - mu_w, factor, factor_w)
     if method != "sqrtm":
@@ -129,9 +126,10 @@ def covariance_factor(mu, sigma):
     """F (d, r) with F Fᵀ = sigma (d, d) of rank r; BadInput where mu, sigma cannot be statistics.
 
     Cholesky's factor, or where sigma is singular V Λ^½ from its eigenvalues, without those that
-    rounding made of zeros. Statistics kept in float32 have negative ones down to some 1e-7 of the
-    largest: these are passed over too.
+    rounding made of zeros (where float32 kept it: down to −1e-6 of the largest).
     """
+    if (mu.shape, sigma.shape) != ((mu.size,), (mu.size, mu.size)):
+        raise BadInput(f"mu and sigma must be (d,) and (d, d), got {mu.shape} and {sigma.shape}")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise BadInput("mu and sigma must be finite numbers")
     sigma = (sigma + sigma.T) / 2
@@ -167,16 +165,14 @@ def sqrt_covariance(sigma):
     It may leave a small imaginary part where an eigenvalue was rounded below zero, and some
     versions answer an exactly singular matrix with NaN: then once more beside it.
     """
-    sigma = (sigma + sigma.T) / 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the matrix is singular
-        root = scipy.linalg.sqrtm(sigma)
-        if not np.isfinite(root).all():
-            tiny = 1e-14 * np.trace(sigma) / len(sigma)
-            root = scipy.linalg.sqrtm(sigma + tiny * np.eye(len(sigma)))
-    if not np.isfinite(root).all():
-        raise BadInput('scipy found no square root of this sigma; method "eigen" needs none')
-    return (root.real + root.real.T) / 2
+    sigma, beside = (sigma + sigma.T) / 2, 1e-14 * np.trace(sigma) / len(sigma)
+    for shift in (0.0, beside):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the matrix is singular
+            root = scipy.linalg.sqrtm(sigma + shift * np.eye(len(sigma)))
+        if np.isfinite(root).all():
+            return (root.real + root.real.T) / 2
+    raise BadInput('scipy found no square root of this sigma; method "eigen" needs none')
 
 
 def intra_class(feats, labels, feats_w, labels_w, num_classes):
@@ -195,8 +191,8 @@ def intra_class(feats, labels, feats_w, labels_w, num_classes):
     for c in range(num_classes):
         own, real = np.flatnonzero(labels == c), np.flatnonzero(labels_w == c)
         if min(len(own), len(real)) >= 2:
-            sides = moments(feats, which=own).mu_sigma(), moments(feats_w, which=real).mu_sigma()
-            distances[c] = frechet_distance(*sides[0], *sides[1])
+            pair = moments(feats, which=own).mu_sigma(), moments(feats_w, which=real).mu_sigma()
+            distances[c] = frechet_distance(*pair[0], *pair[1])
     if np.isnan(distances).all():
         raise BadInput("no class has 2 images on both sides, as the distance within classes needs")
     return distances, float(np.nanmean(distances))
@@ -208,12 +204,12 @@ def intra_class(feats, labels, feats_w, labels_w, num_classes):
 def frechet_interval(feats, mu_w, sigma_w, *, groups=20, seed=0):
     """How far the distance of features (N, d) to mu_w (d,), sigma_w (d, d) may be off by chance.
 
-    A delete-a-group jackknife: the spread of the distances of all images but one group of them. It
-    takes the reference as given, and tells of chance only, not of the bias that few images bring
-    (frechet_infinity does). A dictionary: frechet, standard_error, interval (95 %, [low, high]).
+    From the spread of the distances of all images but one of the groups: a jackknife. It takes the
+    reference as given, and tells of chance only, not of the bias that few images bring (see
+    frechet_infinity). A dictionary: frechet, standard_error, interval (95 %, [low, high]).
     Raises BadInput for fewer than 4 images a group, and as frechet_distance does.
     """
-    parts, distance = grouped_moments(feats, groups, seed), distance_to(mu_w, sigma_w)
+    parts, distance = grouped(feats, mu_w, sigma_w, groups, seed)
     whole = joined(parts)
     value, bar = distance(whole), progress(None, "interval", over=parts, quiet=len(mu_w) < 1024)
     left_out = [distance(whole.without(part)) for part in bar]
@@ -231,7 +227,7 @@ def frechet_infinity(feats, mu_w, sigma_w, *, groups=12, seed=0):
     """
     if groups % 4:
         raise ValueError(f"groups must be a multiple of 4, got {groups}")
-    parts, distance = grouped_moments(feats, groups, seed), distance_to(mu_w, sigma_w)
+    parts, distance = grouped(feats, mu_w, sigma_w, groups, seed)
     sets = [parts[i : i + groups // k] for k in (1, 2, 4) for i in range(0, groups, groups // k)]
     wholes = [joined(chosen) for chosen in sets]  # 1 of all, 2 halves, 4 quarters
 
@@ -252,30 +248,24 @@ def frechet_infinity(feats, mu_w, sigma_w, *, groups=12, seed=0):
     return {"frechet_infinity": intercept(points)} | interval(intercept(points), left_out)
 
 
-def grouped_moments(feats, groups, seed):
-    """The Moments of `groups` parts of equal size, drawn at random: a list."""
-    check_rows(feats, least=4 * groups)
-    order = np.random.default_rng(seed).permutation(len(feats))
-    return [moments(feats, which=np.sort(part)) for part in np.array_split(order, groups)]
-
-
-def distance_to(mu_w, sigma_w):
-    """A function from Moments to their distance to mu_w, sigma_w, which are factored once."""
+def grouped(feats, mu_w, sigma_w, groups, seed):
+    """The Moments of `groups` random parts of feats, and a function: Moments -> their distance."""
     mu_w, sigma_w = np.asarray(mu_w, np.float64), np.asarray(sigma_w, np.float64)
     factor_w = covariance_factor(mu_w, sigma_w)
+    check_rows(feats, mu_w[None])
+    if len(feats) < 4 * groups:
+        raise BadInput(f"the interval needs at least {4 * groups} images, got {len(feats)}")
 
     def distance(part):
         mu, sigma = part.mu_sigma()
         return factored_distance(mu - mu_w, covariance_factor(mu, sigma), factor_w, rtol=1e-4)
 
-    return distance
+    parts = np.array_split(np.random.default_rng(seed).permutation(len(feats)), groups)
+    return [moments(feats, which=np.sort(part)) for part in parts], distance
 
 
 def interval(value, left_out):
-    """The standard error from values (G,) that each leave out a group, and the 95 % interval.
-
-    Efron 1982, eq. 3.2 with groups for rows; Student's t for so few of them.
-    """
+    """The standard error by the jackknife, from values (G,) without a group each, and 95 % of t."""
     groups = len(left_out)
     error = float(np.sqrt((groups - 1) * np.var(left_out)))
     reach = float(scipy.stats.t.ppf(0.975, groups - 1)) * error
@@ -317,10 +307,10 @@ def kernel_distance(feats, feats_w, *, subsets=100, subset_size=1000, seed=0):
     m, d = min(subset_size, len(feats), len(feats_w)), feats.shape[1]
     rng, found, spread = np.random.default_rng(seed), [], []
     for _ in progress(None, "kernel distance", over=range(subsets), quiet=m * d < 10**6):
-        x, y = (np.asarray(f[np.sort(rng.choice(len(f), m, replace=False))], np.float64)
-                for f in (feats, feats_w))  # (m, d)  # fmt: skip
-        both = np.concatenate([x, y])
-        kernel = (both @ both.T / d + 1) ** 3  # (2m, 2m)
+        drawn = [f[np.sort(rng.choice(len(f), m, replace=False))] for f in (feats, feats_w)]
+        both = np.concatenate(drawn).astype(np.float64)  # (2m, d)
+        kernel = both @ both.T / d + 1  # (2m, 2m)
+        kernel *= kernel * kernel
         kernel[np.diag_indices(2 * m)] = 0  # a row is not compared with itself
         to_x, to_y = kernel[:, :m].sum(1), kernel[:, m:].sum(1)  # (2m,)
         # What each row adds to Gretton et al. 2012, eq. 3: (m,) of either side.
@@ -366,29 +356,27 @@ def squared_distances(x, y, i, j, most=2**22):
 
 
 def block(side, start, centre, device):
-    """CHUNK rows less the centre, float32 (n, d), and their squared lengths (n,)."""
+    """CHUNK rows less the centre, float32 (n, d), and their squared lengths (n,).
+
+    Differences of long rows would lose the digits that the lengths have more than they.
+    """
     rows = np.asarray(side[start : start + CHUNK]) - centre
     rows = torch.from_numpy(rows.astype(np.float32, copy=False)).to(device)
     return rows, rows.square().sum(1)
 
 
 def squares_between(x, y, lower=0.0):
-    """‖x_i‖² + ‖y_j‖² − 2 x_i·y_j in float32 (n, m) for two blocks, less lower (‖x‖² + ‖y‖²).
-
-    The sum loses as many digits as the lengths have more than the distance: the blocks are centred
-    to leave few to lose.
-    """
-    (x, x_square), (y, y_square) = x, y
-    lengths = (x_square[:, None] + y_square) * (1 - lower)  # (n, m)
-    return lengths.addmm_(x, y.T, alpha=-2)
+    """‖x_i‖² + ‖y_j‖² − 2 x_i·y_j of two blocks, less lower (‖x_i‖² + ‖y_j‖²): float32 (n, m)."""
+    lengths = (x[1] * (1 - lower))[:, None] + y[1] * (1 - lower)  # (n, m)
+    return lengths.addmm_(x[0], y[0].T, alpha=-2)
 
 
 def neighbours(queries, points=None, k=1, *, device="cpu"):
     """The k points (M, d) nearest to each query (Q, d): squared distances and numbers, (Q, k).
 
     Without points, among the queries, and none is its own neighbour; a duplicate is. float32 finds
-    k + 4 candidates; their distances are computed again in float64, nearest first. Memory grows
-    with Q and M, but not with Q × M. Raises BadInput as check_rows does.
+    k + 4 candidates, float64 measures and sorts them; of many more that are as near to 7 digits,
+    another may be the k-th. Memory does not grow with Q × M. Raises BadInput as check_rows does.
     """
     alone = points is None
     points = queries if alone else points
@@ -431,8 +419,8 @@ def manifold(real, fake, *, k=3, k_dense=5, device="cpu"):
     some fake ball. Naeem et al. 2020, eq. 4-5: density is in how many real balls of k_dense a fake
     lies, over k_dense (1 for equal distributions, and it may exceed 1), coverage the share of such
     balls with a fake in them. As in the published code, a ball holds its surface for the first
-    two, and does not for the last two. Equal to float64 throughout: what float32 leaves in doubt
-    is computed again. Raises BadInput for N or M ≤ k, and as check_rows does.
+    two, and does not for the last two: where float32 leaves that in doubt, float64 decides. Raises
+    BadInput for N or M ≤ k, and as check_rows does.
     """
     centre, n, m = check_rows(real, fake), len(real), len(fake)
     # What rounding does to squares_between is at most this times the lengths: Higham 2002, 3.1.
@@ -456,8 +444,7 @@ def manifold(real, fake, *, k=3, k_dense=5, device="cpu"):
         return i[sure], j[sure]
 
     likely, found, dense = np.zeros(m, bool), np.zeros(n, bool), np.zeros(n)
-    blocks = progress(None, "manifold", over=range(0, n, CHUNK), quiet=n < 3 * CHUNK)
-    for a in blocks:
+    for a in progress(None, "manifold", over=range(0, n, CHUNK), quiet=n < 3 * CHUNK):
         x, rows = block(real, a, centre, device), slice(a, a + CHUNK)
         for b in range(0, m, CHUNK):
             y, columns = block(fake, b, centre, device), slice(b, b + CHUNK)
@@ -491,10 +478,9 @@ def memorisation(generated, train, held_out, *, device="cpu"):
     0.5; copies lie nearer, the share of 1. A generator of another kind of images is not calibrated:
     blurred ones lie nearer too, outliers farther, so read it beside the distance. A dictionary:
 
-    share        P(d(generated) < d(held-out)) + half of P(=): Meehan et al. 2020, section 3.1, in
-                 one cell
-    z, p         the share as Mann and Whitney's normal deviate (ties corrected), above 0 for
-                 copies, and the chance of as high a one without copying
+    share        P(d(generated) < d(held-out)) + half of P(=), over all pairs
+    z, p         the same as Mann and Whitney's normal deviate, above 0 for copies, and the chance
+                 of as high a one without copying: the test of Meehan et al. 2020, with one cell
     near_share   how many are nearer than the nearest 1 % of held-out ones: 0.01 expected
     copies       how many are at distance 0
     distance, index, held_out_distance, held_out_index    of the nearest training rows
@@ -502,12 +488,9 @@ def memorisation(generated, train, held_out, *, device="cpu"):
     distance, index = nearest(generated, train, device=device)
     reference, reference_index = nearest(held_out, train, device=device)
     g, h = len(distance), len(reference)
-    both = np.concatenate([distance, reference])
-    ranks = scipy.stats.rankdata(both)
+    ranks = scipy.stats.rankdata(np.concatenate([distance, reference]))
     won = g * h + g * (g + 1) / 2 - ranks[:g].sum()  # pairs in which the generated one is nearer
-    _, ties = np.unique(both, return_counts=True)
-    ties = (ties.astype(np.float64) ** 3 - ties).sum() / ((g + h) * (g + h - 1.0))
-    deviation = np.sqrt(g * h / 12 * (g + h + 1 - ties))
+    deviation = np.sqrt(g * h / 12 * (g + h + 1) * scipy.stats.tiecorrect(ranks))
     z = (won - g * h / 2) / deviation if deviation > 0 else 0.0
     return dict(
         share=float(won / (g * h)), z=float(z), p=float(scipy.stats.norm.sf(z)),

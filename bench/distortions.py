@@ -19,7 +19,7 @@ the kernel distance (KID) beside the Fréchet distance, and the JSON line. The e
 the curve is named, if a level is not farther away than the level before it.
 
 With the default features, those of a classifier trained on the data set itself, this takes about
-four minutes of one core. `--features inception --weights F` takes the FID Inception network: some
+two minutes of one core. `--features inception --weights F` takes the FID Inception network: some
 0.1 s an image and level on one core, so choose --n and --n-reference by that, or a GPU.
 """
 

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from support import glyphs
@@ -36,17 +37,17 @@ def distort(bench):
     return distort
 
 
-class Pixels:
-    """An extractor that tells no more than mean, deviation and local contrast of each channel."""
+class Filters:
+    """An extractor: eight random filters of 5×5 pixels, rectified, and the mean of each quarter."""
 
-    device, protocol, feature_hash = torch.device("cpu"), "pixel moments", "00000000"
+    device, protocol, feature_hash = torch.device("cpu"), "random filters", "00000000"
 
     def __call__(self, images):
-        x = images.float() / 255  # (B, H, W, C)
-        vertical = (x[:, 1:] - x[:, :-1]).abs()
-        horizontal = (x[:, :, 1:] - x[:, :, :-1]).abs()
-        found = [x.mean((1, 2)), x.std((1, 2)), vertical.mean((1, 2)), horizontal.mean((1, 2))]
-        return torch.cat(found, 1), None  # (B, 4 C)
+        x = images.permute(0, 3, 1, 2) / 127.5 - 1  # (B, C, H, W)
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(8, x.shape[1], 5, 5, generator=generator) / (25 * x.shape[1]) ** 0.5
+        x = F.relu(F.conv2d(x, weights, padding=2))  # (B, 8, H, W)
+        return F.adaptive_avg_pool2d(x, 2).flatten(1), None  # (B, 32)
 
 
 # ------------------------------------------------------------------------- what all have in common
@@ -110,14 +111,12 @@ def test_noise_has_the_mean_and_variance_of_the_mixture(distort, alpha):
 def test_blur_equals_a_sum_with_gaussian_weights_in_double_precision(distort, sigma):
     image = IMAGES[:1].astype(np.float64)
     reach = int(4 * sigma + 0.5)
-    weights = np.exp(-np.arange(-reach, reach + 1) ** 2 / (2 * sigma**2))
+    weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
     weights /= weights.sum()
     for axis in (1, 2):  # "symmetric": d c b a | a b c d, the edge pixel itself is repeated
         pads = [(reach, reach) if axis == a else (0, 0) for a in range(4)]
         padded, size = np.pad(image, pads, mode="symmetric"), image.shape[axis]
-        image = sum(
-            w * padded.take(range(i, i + size), axis) for i, w in enumerate(weights)
-        )
+        image = sum(w * padded.take(range(i, i + size), axis) for i, w in enumerate(weights))
     got = distort("blur", IMAGES[:1], sigma).astype(np.float64)
     assert abs(got - image).max() <= 0.5 + 1e-3  # half a gray level is what rounding may change
 
@@ -175,7 +174,7 @@ def test_a_swirl_back_undoes_a_swirl(distort):
     turned = distort("swirl", picture, 2.0)
     back = distort("swirl", turned, -2.0)
     inner = (slice(None), slice(4, -4), slice(4, -4))  # outside, the edge was repeated
-    assert abs(turned[inner] - 1.0 * picture[inner]).max() > 30
+    assert abs(turned[inner] - 1.0 * picture[inner]).max() > 20
     assert abs(back[inner] - 1.0 * picture[inner]).max() <= 4
 
 
@@ -200,30 +199,30 @@ def test_contamination_replaces_whole_images_in_number_exact(distort):
 # --------------------------------------------------------------------------------------- study
 
 
-def test_the_distance_of_glyphs_rises_with_each_distortion(bench):
-    images = glyphs.draw("test", range(150))
-    reference = glyphs.draw("train", range(1000))
-    others = 255 - images
-    pixels = Pixels()
-    feats = bench.features.extract(pixels, reference)[0]
-    curves = bench.measure(images, others, pixels, feats)
+def test_the_distance_of_glyphs_rises_at_every_level(bench):
+    images, reference = glyphs.draw("test", range(300)), glyphs.draw("train", range(1000))
+    feats = bench.features.extract(Filters(), reference)[0]
+    curves = bench.measure(images, 255 - images, Filters(), feats)
     assert list(curves) == list(NAMES)
     assert bench.falls(curves) == []
-    undisturbed = {curve["frechet"][0] for curve in curves.values()}
-    assert len(undisturbed) == 1 and undisturbed.pop() < 1e-3
+    undisturbed = np.array([curve["frechet"][0] for curve in curves.values()])
+    assert np.ptp(undisturbed) < 1e-6 * undisturbed[0]  # it is the same set
     assert all(curve["kid"][-1] > curve["kid"][0] for curve in curves.values())
 
 
-def test_real_photographs_rise_with_each_distortion(bench, shared_data, tmp_path):
-    """The first images of two classes alone: few are enough for features as plain as these."""
+def test_real_photographs_go_farther_from_themselves_at_every_level(bench, shared_data, tmp_path):
+    """Without other images as the reference few are enough: nothing but the distortion counts."""
     source = shared_data / "cifar10" / "cifar10-jpeg.zip"
     if not source.is_file():
         pytest.skip(f"no {source}")
-    ds = bench.data.load(source, tmp_path, split="test", classes="3,8")  # cats and ships
-    others = np.repeat(glyphs.draw("test", range(300)), 3, axis=3)
-    feats = bench.features.extract(Pixels(), ds.images[1::2])[0]
-    curves = bench.measure(ds.images[::2][:300], others, Pixels(), feats)
+    images = bench.data.load(source, tmp_path, split="test", classes="3,8").images[::7]
+    others = np.repeat(glyphs.draw("test", range(len(images))), 3, axis=3)
+    reference = bench.features.extract(Filters(), images)[0]
+    curves = bench.measure(images, others, Filters(), reference)
     assert bench.falls(curves) == []
+    assert all(
+        curve["frechet"][0] < 1e-9 * np.trace(np.cov(reference.T)) for curve in curves.values()
+    )
 
 
 def test_a_level_that_does_not_rise_is_named(bench):
@@ -240,8 +239,8 @@ def test_a_level_that_does_not_rise_is_named(bench):
 
 @pytest.fixture
 def study(bench, monkeypatch, tmp_path, capsys):
-    """study(*flags) runs the program on glyphs with Pixels in place of a network: (rc, JSON)."""
-    monkeypatch.setattr(bench, "extractor", lambda args, train, test: Pixels())
+    """study(*flags) runs the program on glyphs, by random filters: exit status, JSON, stderr."""
+    monkeypatch.setattr(bench, "extractor", lambda args, train, test: Filters())
     sets = {
         split: bench.data.Dataset("glyphs", glyphs.draw(split, range(60)), None, (), {})
         for split in ("train", "test")

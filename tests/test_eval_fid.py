@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from reference_metrics import random_weights
 
 import data
 import eval_fid
+import inception
 import runtime
+from metrics import statistics
 
 ROOT = Path(__file__).parents[1]
 STEPS = "60"
@@ -128,6 +131,57 @@ def test_foreign_statistics_are_used_with_a_warning(evaluate, home):
     assert result["n_generated"] is None and "does not say which features" in err
 
 
+def test_every_figure_by_command_and_the_closest_pairs_drawn(evaluate, home):
+    result, _ = evaluate("samples.npz", "digits", "--metrics", "all")
+    low, high = result["frechet_interval"]
+    assert low < result["frechet"] < high and 0 < result["frechet_error"] < result["frechet"]
+    assert 3 < result["inception_score"] < 4 and result["kid_error"] > 0
+    assert min(result[key] for key in ("precision", "recall", "density", "coverage")) > 0.2
+    assert result["class_frechet_each"].keys() == set("0123")
+    assert result["memorisation_copies"] == 0 and 0.3 < result["memorisation_share"] < 0.7
+    assert (home / "samples-nearest.png").stat().st_size > 5000
+    np.savez(home / "copies.npz", np.asarray(data.load(str(home / "digits"), home / "root").images))
+    caught, _ = evaluate("copies.npz", "digits", "--metrics", "all")
+    assert caught["memorisation_copies"] == 400 and caught["memorisation_p"] < 1e-9
+
+
+def test_the_slow_square_root_gives_the_same_distance(evaluate):
+    fast, _ = evaluate("samples.npz", "digits", "--metrics", "frechet")
+    slow, _ = evaluate("samples.npz", "digits", "--metrics", "frechet", "--sqrtm")
+    assert slow["frechet"] == pytest.approx(fast["frechet"], rel=1e-6)
+    assert "kid" not in fast
+
+
+@pytest.fixture(scope="module")
+def weights(home):
+    """A file of Inception weights in the published layout."""
+    torch.save(random_weights(0), home / "weights.pth")
+    return home / "weights.pth"
+
+
+def test_inception_by_command_and_the_adm_layout(evaluate, home, weights):
+    np.savez(home / "five.npz", drawn_digits(3, 7)[0])
+    np.savez(home / "real.npz", *drawn_digits(3, 8))
+    flags = ["--features", "inception", "--weights", weights, "--metrics", "frechet", "--resize"]
+    result, err = evaluate("five.npz", "real.npz", *flags, "tf1")
+    assert "resize tf1" in result["features"] and result["class_accuracy"] is None
+    assert "N = 3 does not exceed the 2048 features" in err
+    evaluate("stats", "real.npz", *flags, "tf1", "--layout", "adm", "--out", "adm.npz")
+    extractor = inception.load(str(weights), resize="tf1")
+    with np.load(home / "adm.npz") as saved:
+        feats, _, spatial = extractor(torch.from_numpy(saved["arr_0"]), spatial=True)
+        for suffix, rows in (("", feats.numpy()), ("_s", spatial.numpy())):
+            mu, sigma = statistics(rows)
+            np.testing.assert_allclose(saved[f"mu{suffix}"], mu, atol=1e-5)
+            np.testing.assert_allclose(saved[f"sigma{suffix}"], sigma, atol=1e-5)
+        assert list(saved["arr_1"]) == [0, 1, 2]
+    again, _ = evaluate("five.npz", "adm.npz", *flags, "tf1")
+    assert again["frechet"] == pytest.approx(result["frechet"], rel=1e-6)
+    with pytest.raises(SystemExit) as stop:  # statistics of another protocol
+        evaluate("five.npz", "adm.npz", *flags, "clean")
+    assert stop.value.code == 2
+
+
 def test_n_draws_the_same_images_for_the_same_seed(evaluate):
     one, again, other = (
         evaluate("samples.npz", "digits", "--n", "150", "--batch-size", size)[0]
@@ -184,17 +238,23 @@ def test_other_settings_train_another_classifier(evaluate):
         (["samples.npz", "digits", "--batch-size", "0"], ["--batch-size"]),
         (["samples.npz", "digits", "--gpus", "99"], ["--gpus 99"]),
         (["samples.npz", "digits", "--out", "x.npz"], ["--out", "stats"]),
+        (["samples.npz"], ["samples.npz", "A B"]),
+        (["samples.npz", "digits", "--metrics", "fid"], ["--metrics fid", "frechet, is"]),
+        (["samples.npz", "digits", "--features", "inception", "--weights", "w"], ["w: no such"]),
+        (["stats", "digits", "--out", "x.npz", "--layout", "adm"], ["--features inception"]),
+        (["samples.npz", "digits", "--resize", "nearest"], ["--resize", "tf1"]),
         (["stats", "digits"], ["--out"]),
         (["samples.npz", "digits", "--sise", "16"], ["--sise", "--size"]),
     ],
 )
 def test_bad_input_is_one_line(args, words, evaluate, home, capsys):
-    data.load(str(home / "flat"), home / "root")  # prepared before, so that nothing else is said
-    evaluate("samples.npz", "digits")
+    for split in ("train", "test"):  # prepared before, so that nothing else is said
+        data.load(str(home / "flat"), home / "root", split=split)
+    evaluate("samples.npz", "digits", "--metrics", "frechet")
     with pytest.raises(SystemExit) as stop:
         evaluate(*args)
     err = capsys.readouterr().err
-    lines = [line for line in err.splitlines() if line and "features:" not in line]
+    lines = [line for line in err.splitlines() if line]
     assert stop.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     for word in words:

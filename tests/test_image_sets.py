@@ -80,14 +80,14 @@ def test_one_wrong_bit_is_noticed_and_the_file_named(pictures, tmp_path, save):
 @pytest.mark.parametrize(
     ("save", "words"),
     [
-        (lambda path: path.write_bytes(b"not a zip"), "not a readable"),
-        (lambda path: path.write_bytes(b""), "not a readable"),
-        (lambda path: np.savez(path, np.zeros((0, 4, 4, 3), np.uint8)), r"\(0, 4, 4, 3\); expected"),
-        (lambda path: np.savez(path, np.zeros((4, 4, 3), np.uint8)), r"uint8 \(4, 4, 3\); expected"),
-        (lambda path: np.savez(path, np.full((3, 4, 4, 1), np.nan)), "float64 .*expected arr_0 uint8"),
-        (lambda path: np.savez(path, np.zeros((3, 4, 4, 1), np.uint8), np.zeros(2, int)), "expected"),
-        (lambda path: np.savez(path, np.array([{}], object)), "not a readable"),
-        (lambda path: zipfile.ZipFile(path, "w").close(), "holds nothing; expected"),
+        (lambda f: f.write_bytes(b"not a zip"), "not a readable"),
+        (lambda f: f.write_bytes(b""), "not a readable"),
+        (lambda f: np.savez(f, np.zeros((0, 4, 4, 3), np.uint8)), r"\(0, 4, 4, 3\); expected"),
+        (lambda f: np.savez(f, np.zeros((4, 4, 3), np.uint8)), r"uint8 \(4, 4, 3\); expected"),
+        (lambda f: np.savez(f, np.full((3, 4, 4, 1), np.nan)), "float64 .*expected arr_0 uint8"),
+        (lambda f: np.savez(f, np.zeros((3, 4, 4, 1), np.uint8), np.zeros(2, int)), "expected"),
+        (lambda f: np.savez(f, np.array([{}], object)), "not a readable"),
+        (lambda f: zipfile.ZipFile(f, "w").close(), "holds nothing; expected"),
     ],
     ids=["text", "empty", "no-images", "one-image", "nan", "labels", "objects", "empty-zip"],
 )
