@@ -30,6 +30,7 @@ bench: $(VENV)/.installed
 	$(PY) bench/data.py
 	$(PY) bench/kernels.py
 	$(PY) bench/unet.py
+	$(PY) bench/inception.py
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

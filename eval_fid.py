@@ -169,25 +169,28 @@ def figures(cfg, world, names):
         check_same_features(side, seen, extractor)
         if not world.is_main:
             continue
+        side.moments()  # a single image is an error rather than a warning
+        warn_of(side)
+        warn_of(seen)
         asked = Asked(
             metrics=chosen_metrics(cfg), method="sqrtm" if cfg.sqrtm else "eigen", seed=cfg.seed,
             device="cuda" if cfg.gpus else "cpu", class_names=class_names, train=train,
             nearest_in=cfg.nearest_in, figure=pairs_path(name),
         )  # fmt: skip
-        side.moments()  # a single image is an error rather than a warning
-        warn_of(side)
-        warn_of(seen)
-        has_accuracy = cfg.features == "classifier" and side.logits is not None
-        has_accuracy = has_accuracy and side.labels is not None
-        origin = [s.known for s in (side, seen) if s.known and s.known.protocol]
-        origin = extractor or next(iter(origin), side.known or seen.known)
+        origin = extractor or next((s.known for s in (side, seen) if s.known.protocol), side.known)
         yield scores(side, seen, asked) | {
-            "class_accuracy": share_right(side.logits, side.labels) if has_accuracy else None,
+            "class_accuracy": class_accuracy(side, extractor),
             "n_generated": side.n, "n_reference": seen.n,
-            "features": getattr(origin, "protocol", None),
-            "feature_hash": getattr(origin, "feature_hash", None),
+            "features": origin.protocol, "feature_hash": origin.feature_hash,
             **known, "a": name, "b": cfg.b, "seed": cfg.seed,
         }  # fmt: skip
+
+
+def class_accuracy(side, extractor):
+    """The share of A (0..1) that the data set's classifier reads as labelled, or None."""
+    if not isinstance(extractor, ClassifierFeatures) or side.labels is None:
+        return None
+    return share_right(side.logits, side.labels)
 
 
 NOTHING = None, (), {}  # the extractor, class names and facts where both sides are statistics

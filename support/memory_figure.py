@@ -40,17 +40,19 @@ def save_pairs(path, generated, train, distances, indices, held_out, *, count=24
     axes = left.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axis, i in zip(axes, nearest, strict=False):
         axis.imshow(side_by_side(generated[i], train[indices[i]]))
-        axis.set_title(f"{distances[i]:.3g}", fontsize=9, pad=2)
+        axis.set_title(f"{distances[i]:#.3g}", fontsize=9, pad=2)
     for axis in axes:
         axis.axis("off")
     left.suptitle("sample | nearest training image, the closest pairs", fontsize=10)
 
     axis = right.subplots()
-    edges = np.histogram_bin_edges(np.concatenate([distances, held_out]), bins=50)
-    sides = {f"{len(distances):,} samples": distances, f"{len(held_out):,} held-out": held_out}
-    for (name, values), colour in zip(sides.items(), ("C3", "C0"), strict=True):
+    edges = np.histogram_bin_edges(np.concatenate([distances, held_out]), bins=40)
+    for values, name, look in (
+        (held_out, "held-out", dict(fill=True, color="C0", alpha=0.4)),
+        (distances, "samples", dict(color="C3", linewidth=1.5)),
+    ):
         shares = np.histogram(values, edges)[0] / len(values)
-        axis.stairs(shares, edges, label=name, color=colour, fill=colour == "C0", alpha=0.8)
+        axis.stairs(shares, edges, label=f"{len(values):,} {name}", **look)
     axis.set_xlabel(f"{unit} to the nearest")
     axis.set_ylabel("share of images")
     axis.set(ylim=(0, None))

@@ -89,6 +89,19 @@ def test_far_from_the_origin_float32_alone_would_be_wrong(small_blocks):
     np.testing.assert_allclose(distance, expected, rtol=1e-12)
 
 
+def test_float64_sorts_what_float32_cannot_tell_apart():
+    """Around each query 3 points, 10⁻⁶ of their distance apart, 100 from the centre of all."""
+    rng = np.random.default_rng(14)
+    queries = 100 * rng.choice([-1.0, 1.0], (50, 4)) + rng.normal(size=(50, 4))
+    directions = rng.normal(size=(3, 50, 4))
+    directions /= np.linalg.norm(directions, axis=2, keepdims=True)
+    points = np.concatenate([queries + (1 + 1e-6 * i) * directions[i] for i in range(3)])
+    expected, which = scipy.spatial.cKDTree(points).query(queries)
+    distance, index = nearest(queries, points)
+    np.testing.assert_array_equal(index, which)
+    np.testing.assert_allclose(distance, expected, rtol=1e-12)
+
+
 def test_the_bound_on_rounding_holds():
     rng = np.random.default_rng(3)
     x, y = (rng.normal(size=(60, 300)) * 10.0 ** rng.integers(-2, 3, 60)[:, None] for _ in "xy")
