@@ -2,6 +2,7 @@
 
 Kingma, Welling, "Auto-Encoding Variational Bayes", 2014 (arXiv:1312.6114).
 Rombach et al., "Latent Diffusion Models", 2022 (arXiv:2112.10752), section 3.1: LDM.
+Esser et al., "Taming Transformers", 2021 (arXiv:2012.09841): the loss of sharp images.
 
 The encoder gives the mean and variance of a Gaussian q(z|x), the decoder an image for any z drawn
 from it. A weak pull of q towards N(0, I) keeps latents near each other without blurring the images;
@@ -10,8 +11,12 @@ deviation), because diffusion expects data of unit variance.
 
     python ldm_cfg.py --stage autoencoder       trains only this; look at
     runs/ldm-glyphs/autoencoder/reconstructions.png
+    python eval_fid.py runs/ldm-glyphs/autoencoder/reconstructions.npz glyphs:test
 
-`ldm_cfg.py` holds the settings and calls train() and cache_latents().
+`--ae` chooses which: kl (this), vq (this with the codebook of `vq.py`), ldm (the network of
+`vae.py`), or a published one by its path, which is not trained. `perceptual.py` has the further
+terms of the loss and the figures. `ldm_cfg.py` holds the settings and calls train() and
+cache_latents().
 """
 
 import hashlib
@@ -27,6 +32,9 @@ from torch import nn
 import data
 import runtime
 from kernels import gaussian, group_norm_silu
+from perceptual import Adversary, load_perceptual, psnr, ssim
+from vae import KLVAE, load_pretrained
+from vq import Codebook, VQAutoencoder
 
 
 class Norm(nn.GroupNorm):
@@ -77,13 +85,15 @@ class Autoencoder(nn.Module):
     """KL-regularised autoencoder (LDM section 3.1): images (B,C,H,W) <-> latents (B,z,H/f,W/f).
 
     f = patch * 2^(len(mult)-1). The image is folded by `patch` at once (space to depth), because
-    convolutions at full resolution would cost most and see least.
+    convolutions at full resolution would cost most and see least. Without `variance` the latents
+    are no distribution: encode gives log-variances of -30.
     """
 
-    def __init__(self, channels, patch, width, mult, blocks, z_channels):
+    def __init__(self, channels, patch, width, mult, blocks, z_channels, variance=True):
         super().__init__()
         widths = [width * m for m in mult]
-        self.factor = patch * 2 ** (len(mult) - 1)
+        self.factor, self.z_channels = patch * 2 ** (len(mult) - 1), z_channels
+        self.variance = variance
         encoder = [nn.PixelUnshuffle(patch), conv(channels * patch**2, widths[0])]
         decoder = [conv(z_channels, widths[-1])]
         for level, c in enumerate(widths):
@@ -94,13 +104,17 @@ class Autoencoder(nn.Module):
             decoder += [ResBlock(c, c) for _ in range(blocks)]
             if level:
                 decoder += [nn.Upsample(scale_factor=2.0), conv(c, widths[level - 1])]
-        self.encoder = nn.Sequential(*encoder, Norm(widths[-1]), conv(widths[-1], 2 * z_channels))
+        numbers = 2 * z_channels if variance else z_channels
+        self.encoder = nn.Sequential(*encoder, Norm(widths[-1]), conv(widths[-1], numbers))
         self.decoder = nn.Sequential(
             *decoder, Norm(widths[0]), conv(widths[0], channels * patch**2), nn.PixelShuffle(patch)
         )
 
     def encode(self, x):
         """(mean, log-variance) of q(z|x), both (B,z,H/f,W/f)."""
+        if not self.variance:
+            mean = self.encoder(x)
+            return mean, torch.full_like(mean, -30.0)
         mean, log_var = self.encoder(x).chunk(2, dim=1)
         return mean, log_var.clamp(-30, 20)
 
@@ -113,16 +127,40 @@ class Autoencoder(nn.Module):
         return self.decode(mean + (0.5 * log_var).exp() * noise), mean, log_var
 
 
-def autoencoder_loss(ae, x, noise, kl_weight):
-    """Of each image, (B,): mean |x - x_hat| + kl_weight * mean over z of KL(q(z|x) || N(0, 1))."""
-    x_hat, mean, log_var = ae(x, noise)
-    kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean(dim=(1, 2, 3))
-    return (x - x_hat.float()).abs().mean(dim=(1, 2, 3)) + kl_weight * kl
+def kl_divergence(mean, log_var):
+    """Of each image, (B,): KL(q(z|x) || N(0, 1)), a mean over the numbers of z."""
+    return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean(dim=(1, 2, 3))
+
+
+TRAINED = ("kl", "vq", "ldm")  # kinds of autoencoders; other names are paths
 
 
 def make_autoencoder(cfg, shape):
-    """The autoencoder for images of `shape` (C,H,W); BadInput for sizes that it cannot halve."""
-    ae = Autoencoder(shape[0], cfg.patch, cfg.ae_width, cfg.ae_mult, cfg.ae_blocks, cfg.z_channels)
+    """The autoencoder `cfg.ae` for images of `shape` (C,H,W).
+
+    Raises BadInput for sizes that it cannot halve, for channels that are not those of a published
+    one, and for a name that is neither a kind nor a file or folder.
+    """
+    sizes = (cfg.ae_width, cfg.ae_mult, cfg.ae_blocks, cfg.z_channels)
+    if cfg.ae == "kl":
+        ae = Autoencoder(shape[0], cfg.patch, *sizes)
+    elif cfg.ae == "vq":
+        ae = Autoencoder(shape[0], cfg.patch, *sizes, variance=False)
+        ae = VQAutoencoder(ae, Codebook(cfg.codebook, cfg.z_channels))
+    elif cfg.ae == "ldm":
+        ae = KLVAE(shape[0], *sizes)
+    elif Path(cfg.ae).exists():
+        ae, _ = load_pretrained(cfg.ae)
+        if ae.channels != shape[0]:
+            raise runtime.BadInput(
+                f"--ae {cfg.ae} takes images of {ae.channels} channels, these have {shape[0]}; "
+                "leave it out to train one"
+            )
+    else:
+        raise runtime.BadInput(
+            f"--ae {cfg.ae}: expected {', '.join(TRAINED)}, or the file or folder of a published "
+            "autoencoder, which is not there"
+        )
     if shape[1] % ae.factor or shape[2] % ae.factor:
         near = -(-min(shape[1:]) // ae.factor) * ae.factor
         raise runtime.BadInput(
@@ -134,45 +172,102 @@ def make_autoencoder(cfg, shape):
 
 # ------------------------------------------------------------------------------------- training
 
+LATER = {  # settings that came later, and what they were before: see settings()
+    "ae": "kl", "codebook": 512, "commitment": 0.25, "perceptual_weight": 1.0,
+    "discriminator": 0.0, "disc_start": 1000,
+}  # fmt: skip
+
 
 def settings(cfg):
-    """The part of the configuration that decides what the autoencoder's weights are."""
+    """The part of the configuration that decides what the autoencoder's weights are.
+
+    Those of LATER stand in it only where they are not as before, so that older runs go on.
+    """
     names = (
         "data", "size", "classes", "flip", "patch", "ae_width", "ae_mult", "ae_blocks",
         "z_channels", "kl_weight", "ae_steps", "ae_lr", "batch_size", "warmup", "clip_grad", "seed",
     )  # fmt: skip
-    return {name: getattr(cfg, name) for name in names}
+    later = {name: getattr(cfg, name) for name in LATER}
+    return {name: getattr(cfg, name) for name in names} | {
+        name: value for name, value in later.items() if value != LATER[name]
+    }
+
+
+def loss_terms(cfg, ae, model, x, noise, perceptual):
+    """(losses by name, the reconstruction loss, what the network gave); losses of each image, (B,).
+
+    The reconstruction loss is mean |x - x_hat|, by name "l1", and the perceptual distance, if any.
+    "loss" is that and the pull on the latents: KL for a Gaussian q(z|x), commitment for a codebook.
+    model is ae, or what wraps it for training; it gives x_hat (B,C,H,W), the latents' means
+    (B,z,h,w), and their log-variances, or the codes (B,h,w).
+    """
+    x_hat, z, rest = model(x, noise)
+    terms = {"l1": (x - x_hat.float()).abs().mean(dim=(1, 2, 3))}
+    reconstruction = terms["l1"]
+    if perceptual is not None:
+        terms["perceptual"] = perceptual(x, x_hat)
+        reconstruction = reconstruction + cfg.perceptual_weight * terms["perceptual"]
+    if isinstance(ae, VQAutoencoder):
+        terms["commitment"] = ae.codebook.commitment(z, rest)
+        pull = cfg.commitment * terms["commitment"]
+    else:
+        terms["kl"] = kl_divergence(z, rest)
+        pull = cfg.kl_weight * terms["kl"]
+    return {"loss": reconstruction + pull, **terms}, reconstruction, (x_hat, z, rest)
 
 
 def train(cfg, world, ds):
-    """The trained autoencoder, on every rank: resumed where it stopped, at once if it is done."""
+    """The autoencoder, on every rank, frozen: trained, or going on where it stopped, or read.
+
+    Beside its checkpoints lie pictures and figures of images that it has not seen: see report().
+    """
     torch.manual_seed(cfg.seed)
-    ae = make_autoencoder(cfg, (ds.channels, ds.height, ds.width)).to(world.device)
+    shape, folder = (ds.channels, ds.height, ds.width), Path(cfg.out) / "autoencoder"
+    ae = make_autoencoder(cfg, shape).to(world.device)
+    count = sum(p.numel() for p in ae.parameters()) / 1e6
+    if cfg.ae not in TRAINED:
+        if world.is_main:
+            print(f"autoencoder: {count:.2f} M parameters, read from {cfg.ae}")
+        report(cfg, world, ae, ds, folder)
+        return ae
     optimizer = torch.optim.Adam(ae.parameters(), lr=cfg.ae_lr)
+    made_of, perceptual, adversary = {"data_key": ds.key}, None, None
+    if cfg.perceptual:
+        perceptual = load_perceptual(cfg.perceptual, shape).to(world.device)
+        made_of["perceptual"] = weights_hash(perceptual)
+    if cfg.discriminator:
+        width = min(64, cfg.ae_width)
+        adversary = Adversary(shape, cfg.discriminator, width, cfg.ae_lr, world)
     run = runtime.Run(
-        Path(cfg.out) / "autoencoder", "autoencoder", settings(cfg), world,
-        made_of={"data_key": ds.key}, tensorboard=cfg.tensorboard,
+        folder, "autoencoder", settings(cfg), world, made_of=made_of, tensorboard=cfg.tensorboard,
         resume=cfg.resume if cfg.resume == "never" else "auto",
     )  # fmt: skip
     state, start = run.restore(), 0
     if state:
         ae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if adversary:
+            adversary.load_state_dict(state["adversary"])
         start = state["step"]
     if world.is_main:
-        count = sum(p.numel() for p in ae.parameters()) / 1e6
         done = ", done before" if start == cfg.ae_steps else ""
         print(f"autoencoder: {count:.2f} M parameters, {cfg.ae_steps} steps{done}")
-    picture = run.folder / "reconstructions.png"
-    if start == cfg.ae_steps:
-        ae.eval().requires_grad_(False)
-        if world.is_main and not picture.exists():  # killed just before it was drawn
-            show_reconstructions(ae, ds, world.device, picture)
-        return ae
+    if start < cfg.ae_steps:
+        fit(cfg, world, ds, run, start, ae, optimizer, perceptual, adversary)
+    ae.eval().requires_grad_(False)
+    report(cfg, world, ae, ds, folder)
+    return ae
 
+
+def fit(cfg, world, ds, run, start, ae, optimizer, perceptual, adversary):
+    """Train `ae` in place from step `start` to cfg.ae_steps, with log and checkpoints in `run`."""
+    if adversary and cfg.compile:  # its weight needs two more passes backwards through one graph
+        torch._functorch.config.donated_buffer = False
     model = world.wrap(torch.compile(ae) if cfg.compile else ae)
-    mine, meter = world.share(cfg.batch_size), runtime.LossMeter(world.device)
-    z_shape = (cfg.z_channels, ds.height // ae.factor, ds.width // ae.factor)
+    last_layer = [p for p in ae.decoder.parameters() if p.ndim > 1][-1]  # its weight
+    codebook = ae.codebook if isinstance(ae, VQAutoencoder) else None
+    mine, meters = world.share(cfg.batch_size), {}
+    z_shape = (ae.z_channels, ds.height // ae.factor, ds.width // ae.factor)
     bar = world.progress(cfg.ae_steps, start, "autoencoder")
     for step in range(start, cfg.ae_steps):
         rng, batch = np.random.default_rng([cfg.seed, step, 1]), cfg.batch_size
@@ -180,44 +275,106 @@ def train(cfg, world, ds):
         noise = gaussian((len(noise_seeds), *z_shape), noise_seeds, step, world.device)
         idx = data.indices(len(ds), batch, cfg.seed, step, world.rank, world.size)
         flips = data.flips(batch, cfg.seed, step, world.rank, world.size) if cfg.flip else None
-        x, _ = data.batch(ds, idx, flip=flips)  # (B,C,H,W)
+        x = data.batch(ds, idx, flip=flips)[0].to(world.device)  # (B,C,H,W)
 
         lr = runtime.learning_rate(step, cfg.ae_steps, cfg.ae_lr, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with world.autocast():
-            losses = autoencoder_loss(model, x.to(world.device), noise, cfg.kl_weight)  # (B,)
-        losses.mean().backward()
+            terms, reconstruction, given = loss_terms(cfg, ae, model, x, noise, perceptual)
+            loss, (x_hat, z, rest) = terms["loss"].mean(), given
+            if adversary and step >= cfg.disc_start:
+                loss = loss + adversary.generator_loss(x_hat, reconstruction.mean(), last_layer)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(ae.parameters(), cfg.clip_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if codebook:
+            codebook.update(z.detach(), rest, world, [cfg.seed, step, 3])
+        if adversary and step >= cfg.disc_start:
+            terms["disc"] = adversary.learn(x, x_hat.float(), lr)
 
-        meter.add(step, losses)
+        for name, losses in terms.items():
+            meters.setdefault(name, runtime.LossMeter(world.device)).add(step, losses)
         step, last = step + 1, step + 1 == cfg.ae_steps
         bar.update()
         if step % cfg.log_every == 0 or last:
-            values = meter.read(world, run)
+            values = {name: meter.read(world, run)["loss"] for name, meter in meters.items()}
+            values |= codebook.report() if codebook else {}
             run.log(step, **values, lr=lr, images_per_s=run.rate((step - start) * batch))
             bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if step % cfg.save_every == 0 or last:
-            run.save(step, model=ae.state_dict(), optimizer=optimizer.state_dict())
+            more = {"adversary": adversary.state_dict()} if adversary else {}
+            run.save(step, model=ae.state_dict(), optimizer=optimizer.state_dict(), **more)
     bar.close()
-    ae.eval().requires_grad_(False)
-    if world.is_main:
-        runtime.plot_loss(run)
-        show_reconstructions(ae, ds, world.device, picture)
-    return ae
+    runtime.plot_loss(run)
+
+
+# ------------------------------------------------------------------------------ reconstructions
+
+
+def held_out(cfg, ds):
+    """(images not trained on, ""); without such images (training images, why)."""
+    classes = runtime.split_list(cfg.classes)
+    try:
+        size = cfg.size or None
+        test = data.load(cfg.data, cfg.data_root, split="test", size=size, classes=classes)
+    except runtime.BadInput as error:
+        return ds, f"no test images ({error})"
+    if (test.channels, test.height, test.width) != (ds.channels, ds.height, ds.width):
+        return ds, "the test images are of another size"
+    return test, "" if test.key != ds.key else "there are no others"
 
 
 @torch.inference_mode()
-def show_reconstructions(ae, ds, device, path, n=50):
-    """A grid of images, each row of ten above the row of their reconstructions; prints the PSNR."""
-    x, _ = data.batch(ds, np.arange(min(n, len(ds))))
-    x_hat = ae.decode(ae.encode(x.to(device))[0]).clamp(-1, 1).cpu()
-    psnr = 10 * torch.log10(4 / (x - x_hat).square().mean(dim=(1, 2, 3))).mean()
-    rows = zip(runtime.to_uint8(x).split(10), runtime.to_uint8(x_hat).split(10), strict=True)
-    runtime.save_grid(torch.cat([half for row in rows for half in row]), path, columns=10)
-    print(f"reconstructions: PSNR {psnr:.1f} dB over {len(x)} training images, {path}")
+def report(cfg, world, ae, ds, folder, batch=64):
+    """Encode and decode held-out images, at least 50 and at most cfg.n_eval, without noise.
+
+    reconstructions.png   fifty images, each row of ten above the row of their reconstructions
+    reconstructions.npz   with cfg.n_eval, all reconstructions: eval_fid.py tells their distance
+    reconstructions.json  mean PSNR (dB) and SSIM, of what, and by which weights; one line is
+                          printed. Nothing is done where these weights have been reported before.
+    """
+    path = folder / "reconstructions.json"
+    made_by, told = weights_hash(ae), None
+    if world.is_main and path.exists():
+        told = json.loads(path.read_text())
+    known = torch.tensor(float(told is not None and told["autoencoder"] == made_by))
+    if world.sum(known.to(world.device)) > 0:
+        return
+    images, why = held_out(cfg, ds)
+    count = min(len(images), max(50, cfg.n_eval))
+    chosen = np.linspace(0, len(images) - 1, count).astype(np.int64)  # of all classes
+    found, figures = [], []
+    for part in np.split(chosen[world.share(count)], range(batch, count, batch)):
+        if len(part):
+            x = data.batch(images, part)[0].to(world.device)  # (B,C,H,W)
+            x_hat = ae.decode(ae.encode(x)[0]).clamp(-1, 1)
+            found.append(runtime.to_uint8(x_hat))
+            figures.append(torch.stack([psnr(x, x_hat), ssim(x, x_hat)], dim=1))  # (B,2)
+    empty = torch.empty(0, ds.height, ds.width, ds.channels, dtype=torch.uint8)
+    found = world.collect(torch.cat([empty.to(world.device), *found]), count).cpu()
+    figures = torch.cat([torch.zeros(0, 2, dtype=torch.float64, device=world.device), *figures])
+    decibels, similar = world.collect(figures, count).mean(0).tolist()
+    if not world.is_main:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = np.linspace(0, count - 1, min(50, count)).astype(np.int64)
+    x = torch.from_numpy(images.images[chosen[shown]])
+    rows = zip(x.split(10), found[shown].split(10), strict=True)
+    picture = folder / "reconstructions.png"
+    runtime.save_grid(torch.cat([half for row in rows for half in row]), picture, columns=10)
+    if cfg.n_eval:
+        with runtime.atomic_write(folder / "reconstructions.npz") as temporary:
+            np.savez(temporary, found.numpy(), images.labels[chosen])
+    told = {
+        "autoencoder": made_by, "n": count, "images": "training" if why else "held-out",
+        "psnr": decibels, "ssim": similar,
+    }  # fmt: skip
+    with runtime.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(told, indent=2) + "\n")
+    whose = f"training images: {why}" if why else "held-out images"
+    print(f"reconstructions: PSNR {decibels:.1f} dB, SSIM {similar:.3f} over {count} {whose}")
 
 
 # -------------------------------------------------------------------------------------- latents
@@ -231,6 +388,11 @@ def weights_hash(net):
     return digest.hexdigest()[:12]
 
 
+MADE_OF = {
+    "data_key": "other images", "autoencoder": "another autoencoder", "flip": "another --flip",
+}  # fmt: skip
+
+
 @torch.inference_mode()
 def cache_latents(cfg, world, ds, ae, batch=256):
     """(moments, scale): what the encoder says of every image, and what makes latents unit variance.
@@ -240,8 +402,8 @@ def cache_latents(cfg, world, ds, ae, batch=256):
     scale    1 / the standard deviation of all numbers of all latents, about their mean
              (LDM appendix G)
 
-    Kept in out/latents with a manifest of the data and weights that it came from; made anew when
-    either is another.
+    Kept in out/latents with a manifest of the data (whose key names the pixels, so their size too)
+    and the weights that it came from; made anew, with one line that says why, when they are others.
     """
     folder = Path(cfg.out) / "latents"
     made_of = {"data_key": ds.key, "autoencoder": weights_hash(ae), "flip": cfg.flip}
@@ -250,10 +412,13 @@ def cache_latents(cfg, world, ds, ae, batch=256):
         kept = json.loads(manifest.read_text())
         if kept["made_of"] == made_of:
             return np.load(path, mmap_mode="r"), kept["scale"]
+        others = [told for name, told in MADE_OF.items() if kept["made_of"][name] != made_of[name]]
+        if world.is_main:
+            print(f"latents: made anew, those in {folder} are of {' and of '.join(others)}")
     world.barrier()  # every rank has read the old manifest before it goes
 
     n, views = len(ds), 2 if cfg.flip else 1
-    shape = (n * views, ds.height // ae.factor, ds.width // ae.factor, 2 * cfg.z_channels)
+    shape = (n * views, ds.height // ae.factor, ds.width // ae.factor, 2 * ae.z_channels)
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         manifest.unlink(missing_ok=True)
@@ -288,13 +453,29 @@ def cache_latents(cfg, world, ds, ae, batch=256):
     if world.is_main:
         with runtime.atomic_write(manifest) as temporary:
             temporary.write_text(json.dumps({"made_of": made_of, "scale": scale}))
-        print(f"latents: {shape[0]} of {shape[1]}x{shape[2]}x{cfg.z_channels}, scale {scale:.4f}")
+        print(f"latents: {shape[0]} of {shape[1]}x{shape[2]}x{ae.z_channels}, scale {scale:.4f}")
     world.barrier()
     return np.load(path, mmap_mode="r"), scale
 
 
+def moments_on(moments, device, share=1 / 3):
+    """The cache as a tensor on a GPU, if it takes at most `share` of the free memory there.
+
+    Else, and on the CPU, the memory map as it is: the operating system keeps what is read often.
+    """
+    if device.type != "cuda" or moments.nbytes > share * torch.cuda.mem_get_info(device)[0]:
+        return moments
+    return torch.from_numpy(np.array(moments)).to(device)
+
+
 def latent_batch(moments, rows, noise):
-    """Latents z ~ q(z|x), (B,z,h,w) float32 channels_last, for rows of the cache and noise."""
-    part = torch.from_numpy(moments[rows]).permute(0, 3, 1, 2)  # (B,2z,h,w), channels_last memory
-    mean, log_var = part.chunk(2, dim=1)
+    """Latents z ~ q(z|x), (B,z,h,w) float32 channels_last, for rows of the cache and noise.
+
+    moments: of cache_latents or moments_on; noise (B,z,h,w) is where the latents are wanted.
+    """
+    if isinstance(moments, torch.Tensor):
+        part = moments[torch.from_numpy(rows).to(moments.device)]  # (B,h,w,2z)
+    else:
+        part = torch.from_numpy(moments[rows]).to(noise.device)
+    mean, log_var = part.permute(0, 3, 1, 2).chunk(2, dim=1)  # (B,z,h,w), channels_last memory
     return mean + (0.5 * log_var).exp() * noise

@@ -34,7 +34,7 @@ import tyro
 import image_sets
 import inception
 import runtime
-from evaluation import METRICS, Asked, Side, check_same_features, look, scores, scratch
+from evaluation import METRICS, Asked, check_same_features, look, scores, scratch
 from features import ClassifierFeatures, classifier, share_right, warn
 from image_sets import Images, Statistics, check_same_size
 from metrics import statistics
@@ -62,7 +62,6 @@ class Config:
     (0: 1,000), scored against all of B"""
     seed: int = 0  # of the classifier's training, of the draw of --n images, of KID's subsets
     classifier_steps: int = 1500  # its training steps, of 128 images each
-    nearest_in: Literal["pixels", "features"] = "pixels"  # where memorisation measures distances
     sqrtm: bool = False  # the distance through scipy's sqrtm, slow: a check of the eigenvalue form
     curve: bool = False  # A is a run: score each of its checkpoints; draws curve.png there
     sample_args: str = ""  # flags for sampling a checkpoint: --sample-args="--sampler ddim"
@@ -163,7 +162,7 @@ def figures(cfg, world, names):
                 store=partial(scratch, cfg.data_root),
             )  # fmt: skip
             seen = see(labelled(b, class_names), keep=cfg.data_root)
-            train = training_images(cfg, b, see)
+            train = training_images(cfg, b)
         check_same_size(pictures)
         side = see(labelled(a, class_names))
         check_same_features(side, seen, extractor)
@@ -175,7 +174,7 @@ def figures(cfg, world, names):
         asked = Asked(
             metrics=chosen_metrics(cfg), method="sqrtm" if cfg.sqrtm else "eigen", seed=cfg.seed,
             device="cuda" if cfg.gpus else "cpu", class_names=class_names, train=train,
-            nearest_in=cfg.nearest_in, figure=pairs_path(name),
+            figure=pairs_path(name),
         )  # fmt: skip
         origin = extractor or next((s.known for s in (side, seen) if s.known.protocol), side.known)
         yield scores(side, seen, asked) | {
@@ -203,8 +202,8 @@ def labelled(source, class_names):
     return replace(source, labels=asked_labels(source, class_names))
 
 
-def training_images(cfg, b, see):
-    """The Side of the images that A may be copies of; None where nobody asks or it is unknown."""
+def training_images(cfg, b):
+    """The Images that A may be copies of; None where nobody asks or they are unknown."""
     source = cfg.data or image_sets.split_name(cfg.b)[0]
     if "memorisation" not in chosen_metrics(cfg) or source.endswith((".npz", ".npy")):
         return None
@@ -212,7 +211,7 @@ def training_images(cfg, b, see):
     if train.key == getattr(b, "key", None):
         warn(f"{source} has no held-out images that could tell copies from good samples")
         return None
-    return see(train, keep=cfg.data_root) if cfg.nearest_in == "features" else Side(train)
+    return train
 
 
 def pairs_path(name):
@@ -248,15 +247,16 @@ def warn_of(side):
 LINES = (
     ("Fréchet distance", "{frechet:.4f}"),
     ("  95 % interval", "{frechet_interval[0]:.4f} to {frechet_interval[1]:.4f} at this N"),
-    ("  endless samples", "{frechet_infinity:.4f} ± {frechet_infinity_error:.4f}, extrapolated"),
+    ("  endless samples", "{frechet_infinity:.4f}, extrapolated"),
     ("Fréchet per class", "{class_frechet:.4f} in the mean"),
     ("inception score", "{inception_score:.3f} ± {inception_score_std:.3f} over 10 parts"),
     ("kernel distance", "{kid:.5f} ± {kid_error:.5f}, standard error"),
     ("precision, recall", "{precision:.3f}, {recall:.3f}"),
     ("density, coverage", "{density:.3f}, {coverage:.3f}"),
     ("class accuracy", "{class_accuracy:.2%}"),
-    ("nearer than B", "{memorisation_share:.1%} to a training image, p = {memorisation_p:.2g}"),
-    ("copies", "{memorisation_copies} exact; very near {memorisation_near_share:.1%} (new: 1 %)"),
+    ("copies of training", "{memorisation_copies}"),
+    ("  very near", "{memorisation_near_share:.1%}, by chance 1 % (p = {memorisation_near_p:.2g})"),
+    ("  nearer than B", "{memorisation_share:.1%}, by chance 50 % (p = {memorisation_p:.2g})"),
     ("generated  A", "{a}, N = {n_generated}"),
     ("reference  B", "{b}, N = {n_reference}"),
     ("features", "{features}"),

@@ -21,13 +21,13 @@ import metrics
 import runtime
 from features import ClassifierFeatures, classifier, extract, share_right, warn
 from image_sets import Images, Statistics, as_images, check_same_size
+from memorisation import Pixels, memorisation
 from metrics import frechet_distance, statistics
 from runtime import BadInput
 from support.memory_figure import save_pairs
 
 METRICS = ("frechet", "is", "kid", "prdc", "classes", "memorisation")
 ENOUGH = 200  # images, for an interval of the distance
-PIXELS = 32  # images are averaged down to at most this side where pixels are compared
 
 
 # ------------------------------------------------------------------------------------ a side
@@ -85,39 +85,19 @@ def look(source, extractor, *, batch_size=256, world=None, store=np.empty, keep=
     return Side(source, feats, logits, told if told and len(told.mu) == feats.shape[1] else None)
 
 
-class Pixels:
-    """Images (N, H, W, C) as rows (N, d) in 0..1, computed where they are looked at.
-
-    They are averaged down to at most 32x32 pixels, so that d stays bounded.
-    """
-
-    def __init__(self, images):
-        self.images, (h, w, c) = images, images.shape[1:]
-        self.size = (min(PIXELS, h), min(PIXELS, w))
-        self.shape = (len(images), self.size[0] * self.size[1] * c)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, which):
-        x = torch.from_numpy(np.array(self.images[which])).permute(0, 3, 1, 2) / 255  # (n, C, H, W)
-        return torch.nn.functional.interpolate(x, size=self.size, mode="area").flatten(1).numpy()
-
-
 # ------------------------------------------------------------------------- what is asked of two
 
 
 @dataclass
 class Asked:
-    """How the metrics of `scores` are computed; train: the Side that samples may be copies of."""
+    """How the metrics of `scores` are computed; train: what samples may be copies of."""
 
     metrics: tuple[str, ...] = METRICS[:4]
     method: str = "eigen"
     seed: int = 0
     device: str | torch.device = "cpu"
     class_names: tuple[str, ...] = ()
-    train: Side | None = None
-    nearest_in: str = "pixels"
+    train: Images | None = None
     figure: str = ""  # of the closest pairs
 
 
@@ -127,11 +107,9 @@ def frechet(a, b, asked):
     found = {"frechet": frechet_distance(*a.moments(), *reference, method=asked.method)}
     if a.feats is not None and len(a.feats) >= ENOUGH:
         sure = metrics.frechet_interval(a.feats, *reference, seed=asked.seed)
-        endless = metrics.frechet_infinity(a.feats, *reference, seed=asked.seed)
         found |= {
             "frechet_error": sure["standard_error"], "frechet_interval": sure["interval"],
-            "frechet_infinity": endless["frechet_infinity"],
-            "frechet_infinity_error": endless["standard_error"],
+            "frechet_infinity": sure["frechet_infinity"],
         }  # fmt: skip
     return found
 
@@ -158,15 +136,14 @@ def per_class(a, b, asked):
     return {"class_frechet": mean, "class_frechet_each": each}
 
 
-def memorisation(a, b, asked):
-    """Are samples nearer to training images than held-out images are? Draws the closest pairs."""
-    pixels = asked.nearest_in == "pixels"
-    rows = [Pixels(s.source.images) if pixels else s.feats for s in (a, asked.train, b)]
-    found = metrics.memorisation(*rows, device=asked.device)
+def copies(a, b, asked):
+    """Are samples copies of training images? Draws the closest pairs."""
+    rows = [Pixels(source.images) for source in (a.source, asked.train, b.source)]
+    found = memorisation(*rows, device=asked.device)
     if asked.figure:
         save_pairs(
-            asked.figure, a.source.images, asked.train.source.images, found["distance"],
-            found["index"], found["held_out_distance"], unit=f"{asked.nearest_in} distance",
+            asked.figure, a.source.images, asked.train.images, found["ratio"], found["index"],
+            found["held_out"], unit="distance to the nearest / second nearest",
         )  # fmt: skip
     return {f"memorisation_{key}": v for key, v in found.items() if np.isscalar(v)}
 
@@ -178,7 +155,7 @@ NEEDS = {
     "kid": (kernel_distance, ("reference",)),
     "prdc": (manifold, ("reference",)),
     "classes": (per_class, ("reference", "labels")),
-    "memorisation": (memorisation, ("reference", "train")),
+    "memorisation": (copies, ("reference", "train")),
 }
 WORDS = {
     "logits": "logits",
@@ -232,7 +209,7 @@ def evaluate(generated, reference, extractor, *, batch_size=256, world=None, tra
     see = partial(look, extractor=extractor, batch_size=batch_size, world=world)
     a, b = map(see, sources)
     check_same_features(a, b, extractor)
-    asked = Asked(train=None if train is None else see(as_images(train, "train")), **asked)
+    asked = Asked(train=None if train is None else as_images(train, "train"), **asked)
     return scores(a, b, asked) | {"n_generated": a.n, "n_reference": b.n}
 
 

@@ -33,16 +33,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import autoencoder
 import data
 import runtime
-from autoencoder import Norm, ResBlock, conv, zero
-from kernels import attention, gaussian, sampling_table, sampling_update
+from dit import DiT, parse_size
+from kernels import gaussian, sampling_table, sampling_update
+from latent_unet import LatentUNet
+from support import plan
 
 HERE = Path(__file__).parent
 
@@ -63,13 +62,22 @@ class Config:
     classes: str = ""
     """comma-separated names or numbers: train on these classes; with --sample, draw these"""
 
-    patch: int = 4  # the autoencoder first folds patches of this side into channels
+    ae: str = "kl"
+    """autoencoder: kl or vq, small ones trained here; ldm, the network of Stable Diffusion, trained
+    here (--ae-width 128 --ae-mult 1 2 4 4); or the file or folder of a published one"""
+    patch: int = 4  # kl and vq first fold patches of this side into channels
     ae_width: int = 64  # its channels after that
     ae_mult: tuple[int, ...] = (1,)
     """its channels at each resolution, in units of ae_width; each but the first halves the image"""
     ae_blocks: int = 2  # residual blocks per resolution
     z_channels: int = 4  # channels of the latent
     kl_weight: float = 3e-3  # weight of the KL term beside the reconstruction error
+    codebook: int = 512  # vq: how many vectors latents are rounded to
+    commitment: float = 0.25  # vq: weight of the pull of latents towards their vectors
+    perceptual: str = ""  # file of VGG16 or LPIPS weights: compare their features of images, too
+    perceptual_weight: float = 1.0  # weight of that beside |x - x_hat|
+    discriminator: float = 0.0  # weight of a patch discriminator; 0 for none
+    disc_start: int = 1000  # step of the autoencoder at which it starts
     ae_steps: int = 1000  # optimizer steps of the autoencoder
     ae_lr: float = 2e-3  # its peak learning rate
 
@@ -78,11 +86,18 @@ class Config:
     """noise schedule: of DDPM, of Stable Diffusion, or of IDDPM"""
     prediction: Literal["eps", "v"] = "v"
     """what the network tells: the noise, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0"""
+    model: str = "unet"
+    """unet, in Stable Diffusion's structure, or a diffusion transformer: dit-s/2, dit-b/4, dit-l/2,
+    dit-xl/2 (size/patch), which is not told by the next seven settings"""
     width: int = 64  # channels of the latent U-Net at full latent resolution
     mult: tuple[int, ...] = (1, 2)
     """channels at each resolution, in units of width; each but the first halves the latent"""
     blocks: int = 1  # residual blocks per resolution
-    heads: int = 4  # attention heads, at every resolution
+    attention: tuple[int, ...] = (0, 1)  # levels of mult, from 0, that have transformers
+    heads: int = 4  # their attention heads
+    context_width: int = 64  # channels of the class token that they look at
+    add_label: bool = True  # add the class token to the timestep embedding, too
+    checkpointing: bool = False  # compute activations twice instead of keeping them
     label_dropout: float = 0.1  # how often training replaces the label by "none"
 
     steps: int = 1250  # optimizer steps of the diffusion
@@ -101,104 +116,38 @@ class Config:
     save_every: int = 250  # steps between two checkpoints, a multiple of --log-every
     keep_every: int = 0  # steps between checkpoints kept as ckpt-STEP.pt, for eval_fid.py --curve
     sample_every: int = 500  # steps between two grids; 0 for none but the last
+    dry_run: bool = False  # prepare the data, say what would be done, and how much that needs
 
     sample: str = ""  # do not train: sample from this checkpoint, by its settings where not given
     n: int = 100  # how many samples
     n_eval: int = 1000  # after training, so many samples (at least n) are scored; 0: none are
     seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
-    sampler: Literal["ddim", "ddpm"] = "ddim"  # chapter 2's step, or chapter 1's ancestral one
+    sampler: Literal["ddim", "ddpm", "dpmpp"] = "ddim"
+    """chapter 2's DDIM or DPM-Solver++(2M), or chapter 1's ancestral steps"""
     sample_steps: int = 25  # how many of the T timesteps the sampler visits, evenly spaced
     eta: float = 0.0  # noise of a ddim step: 0 deterministic, 1 like ddpm
     guidance: float = 1.0
     """w in (1+w) eps(z,y) - w eps(z): -1 unconditional, 0 conditional; others write s = 1+w"""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """guide only while t/T lies in it (Kynkäänniemi et al. 2024); elsewhere w = 0"""
+    guidance_rescale: float = 0.0
+    """0..1: how far the guided estimate gets back the conditional one's spread (Lin et al. 2023)"""
 
 
 # ----------------------------------------------------------------------------- denoising network
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, channels, heads):
-        super().__init__()
-        self.heads, self.norm = heads, Norm(channels, silu=False)
-        self.qkv, self.proj = nn.Linear(channels, 3 * channels), zero(nn.Linear(channels, channels))
-
-    def forward(self, x):
-        h, w = x.shape[2:]
-        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")  # a view of channels_last memory
-        qkv = rearrange(self.qkv(tokens), "b n (k h d) -> k b h n d", k=3, h=self.heads)
-        out = rearrange(attention(*qkv), "b h n d -> b n (h d)")  # (B,HW,C)
-        return x + rearrange(self.proj(out), "b (h w) c -> b c h w", h=h, w=w)
-
-
-def timestep_embedding(t, width):
-    """(B,) timesteps -> (B, width) sines and cosines, frequencies 1 ... 10000^(2/width - 1)."""
-    half = torch.arange(width // 2, device=t.device) / (width // 2)
-    angles = t[:, None].float() * torch.exp(-math.log(10000) * half)  # (B,width/2)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-class Layer(nn.Module):
-    """A residual block and self-attention."""
-
-    def __init__(self, c_in, c_out, c_emb, heads):
-        super().__init__()
-        self.res, self.attend = ResBlock(c_in, c_out, c_emb), SelfAttention(c_out, heads)
-
-    def forward(self, x, emb):
-        return self.attend(self.res(x, emb))
-
-
-class UNet(nn.Module):
-    """net(z, t, y) -> eps or v, of z's shape: z (B,C,h,w), t (B,) int, y (B,) labels or None.
-
-    The label num_classes, or None for all, means "no label". Every resolution attends. An odd side
-    rounds up when it halves (7 -> 4), and grows back to the size of its skip connection.
-    """
-
-    def __init__(self, channels, num_classes, width, mult, blocks, heads):
-        super().__init__()
-        self.width, self.null, c_emb = width, num_classes, 4 * width
-        self.time = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.label = nn.Embedding(num_classes + 1, c_emb)
-        self.conv_in, self.down, self.up = conv(channels, width), nn.ModuleList(), nn.ModuleList()
-        c, skips = width, [width]
-        for level, m in enumerate(mult):
-            if level:
-                self.down.append(conv(c, c, stride=2))
-                skips.append(c)
-            for _ in range(blocks):
-                self.down.append(Layer(c, width * m, c_emb, heads))
-                c = width * m
-                skips.append(c)
-        self.middle = nn.ModuleList([Layer(c, c, c_emb, heads), ResBlock(c, c, c_emb)])
-        for level, m in reversed(list(enumerate(mult))):
-            for _ in range(blocks + 1):
-                self.up.append(Layer(c + skips.pop(), width * m, c_emb, heads))
-                c = width * m
-            if level:
-                self.up.append(conv(c, c))
-        self.norm_out, self.conv_out = Norm(c), zero(conv(c, channels))
-
-    def forward(self, z, t, y=None):
-        y = torch.full_like(t, self.null) if y is None else y
-        emb = F.silu(self.time(timestep_embedding(t, self.width)) + self.label(y))  # (B,4*width)
-        h = self.conv_in(z)  # (B,width,h,w)
-        skips = [h]
-        for block in self.down:
-            h = block(h, emb) if isinstance(block, Layer) else block(h)
-            skips.append(h)
-        for block in self.middle:
-            h = block(h, emb)  # (B,width*mult[-1],h/2^k,w/2^k)
-        for block in self.up:
-            if isinstance(block, Layer):
-                h = block(torch.cat([h, skips.pop()], dim=1), emb)
-            else:
-                h = block(F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
-        return self.conv_out(self.norm_out(h))
-
-
-def make_net(cfg, num_classes):
-    net = UNet(cfg.z_channels, num_classes, cfg.width, cfg.mult, cfg.blocks, cfg.heads)
+def make_net(cfg, z_shape, num_classes):
+    """The denoiser cfg.model for latents z_shape (C,h,w): net(z, t, y) -> eps or v, like z."""
+    if cfg.model == "unet":
+        net = LatentUNet(
+            z_shape[0], num_classes, width=cfg.width, mult=cfg.mult, blocks=cfg.blocks,
+            attention=cfg.attention, heads=cfg.heads, context_width=cfg.context_width,
+            add_label=cfg.add_label, checkpointing=cfg.checkpointing,
+        )  # fmt: skip
+    else:
+        size = parse_size(cfg.model)
+        net = DiT(z_shape, num_classes, checkpointing=cfg.checkpointing, **size)
     return net.to(memory_format=torch.channels_last)
 
 
@@ -236,28 +185,57 @@ def simple_loss(net, z0, y, t, eps, alpha_bar, prediction="eps"):
     return (target - net(signal * z0 + noise * eps, t, y).float()).square().mean(dim=(1, 2, 3))
 
 
+def estimate(net, z, t, y, guidance):
+    """(out, out_uncond) of what guidance w needs: one pass for w = 0 and -1, else one batch of 2B.
+
+    At w = -1 only the pass without labels counts: it is given as `out`, to be used as it is.
+    """
+    none = torch.full_like(y, net.null)
+    if guidance in (0, -1):
+        return net(z, t, none if guidance else y), None
+    out = net(z.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, none]))  # (2B,C,h,w)
+    return out.chunk(2)
+
+
+def rescaled(out, out_uncond, w, share):
+    """The guided estimate, `share` of it with the standard deviation of the conditional one.
+
+    Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", 2024, eq. 14-16:
+    much guidance enlarges all numbers of a sample, which makes overexposed images.
+    """
+    guided = (1 + w) * out - w * out_uncond  # (B,C,h,w)
+    spread = [x.flatten(1).std(1).view(-1, 1, 1, 1) for x in (out, guided)]  # (B,1,1,1)
+    return guided * (share * spread[0] / spread[1] + 1 - share)
+
+
 @torch.inference_mode()
-def sampler(net, alpha_bar, pairs, shape, seeds, y, *, eta, guidance, prediction="eps"):
+def sampler(
+    net, alpha_bar, pairs, shape, seeds, y, *, kind="ddim", eta=0.0, guidance=0.0,
+    interval=(0.0, 1.0), rescale=0.0, prediction="eps",
+):  # fmt: skip
     """Walk from noise to latents; yields (t_prev, z, z0_hat) after every step.
 
     pairs [(t, t_prev), ...] downwards, the last t_prev is -1. seeds (B,) int64: a sample is a
-    function of its seed and label alone. y (B,) labels. eta None is DDPM's step, a number DDIM's.
-    With guidance w != 0 the conditional and unconditional passes are one batch of 2B.
+    function of its seed and label alone. y (B,) labels. kind: "ddpm", "ddim" with eta, or "dpmpp",
+    whose second order needs the step before. guidance, interval and rescale: see Config.
     """
-    table = sampling_table(alpha_bar, pairs, eta=eta, prediction=prediction)
+    multistep, history = kind == "dpmpp", None
+    table = sampling_table(
+        alpha_bar, pairs, eta=eta if kind == "ddim" else None, prediction=prediction,
+        multistep=multistep,
+    )  # fmt: skip
     z = gaussian((len(seeds), *shape), seeds, -1, seeds.device)
     z = z.to(memory_format=torch.channels_last)
     for step, (t, t_prev) in enumerate(pairs):
-        t = torch.full_like(seeds, t)
-        if guidance == 0:
-            out, out_uncond = net(z, t, y), None
-        else:
-            both = torch.cat([y, torch.full_like(y, net.null)])
-            out, out_uncond = net(z.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-        z, z0_hat = sampling_update(
-            z, out, table, step, out_uncond=out_uncond, guidance=guidance, seeds=seeds, clip=False
-        )
-        yield t_prev, z, z0_hat
+        w = guidance if interval[0] <= t / len(alpha_bar) <= interval[1] else 0.0
+        out, out_uncond = estimate(net, z, torch.full_like(seeds, t), y, w)
+        if rescale and out_uncond is not None:
+            out, out_uncond = rescaled(out, out_uncond, w, rescale), None
+        z, history = sampling_update(
+            z, out, table, step, out_uncond=out_uncond, history=history if multistep else None,
+            guidance=0.0 if out_uncond is None else w, seeds=seeds, clip=False,
+        )  # fmt: skip
+        yield t_prev, z, history
 
 
 def draw(net, ae, scale, cfg, world, shape, labels, seeds, desc="sampling"):
@@ -268,7 +246,7 @@ def draw(net, ae, scale, cfg, world, shape, labels, seeds, desc="sampling"):
     alpha_bar = make_alpha_bar(cfg.schedule, cfg.timesteps)
     ts = torch.linspace(cfg.timesteps - 1, 0, cfg.sample_steps).round().long().unique().flip(0)
     pairs = list(zip(ts.tolist(), [*ts[1:].tolist(), -1], strict=True))
-    z_shape = (cfg.z_channels, shape[1] // ae.factor, shape[2] // ae.factor)
+    z_shape = latent_shape(ae, shape)
     parts = torch.arange(len(seeds))[world.share(len(seeds))].split(cfg.batch_size)
     images = [torch.empty(0, *shape[1:], shape[0], dtype=torch.uint8)]
     with world.progress(len(parts) * len(pairs), desc=desc) as bar:
@@ -276,13 +254,19 @@ def draw(net, ae, scale, cfg, world, shape, labels, seeds, desc="sampling"):
             with world.autocast():
                 for _, z, _ in sampler(  # noqa: B007
                     net, alpha_bar, pairs, z_shape, seeds[part].to(world.device),
-                    labels[part].to(world.device), guidance=cfg.guidance, prediction=cfg.prediction,
-                    eta=cfg.eta if cfg.sampler == "ddim" else None,
+                    labels[part].to(world.device), kind=cfg.sampler, eta=cfg.eta,
+                    guidance=cfg.guidance, interval=cfg.guidance_interval,
+                    rescale=cfg.guidance_rescale, prediction=cfg.prediction,
                 ):  # fmt: skip
                     bar.update()
             with torch.inference_mode():
                 images.append(runtime.to_uint8(ae.decode(z.float() / scale)))
     return world.collect(torch.cat(images).to(world.device), len(seeds)).cpu()
+
+
+def latent_shape(ae, shape):
+    """(C,h,w) of the latents of images of `shape` (C,H,W)."""
+    return ae.z_channels, shape[1] // ae.factor, shape[2] // ae.factor
 
 
 # ------------------------------------------------------------------------------------- training
@@ -305,9 +289,11 @@ def train(cfg, world):
     moments, scale = autoencoder.cache_latents(cfg, world, ds, ae)
     if cfg.stage == "latents":
         return
+    moments = autoencoder.moments_on(moments, world.device)
 
     torch.manual_seed(cfg.seed)
-    net = make_net(cfg, k).to(world.device)
+    z_shape = latent_shape(ae, shape)
+    net = make_net(cfg, z_shape, k).to(world.device)
     ema = AveragedModel(net, multi_avg_fn=runtime.ema_update(cfg.ema))
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
     identity = {"data_key": ds.key, "autoencoder": autoencoder.weights_hash(ae)}
@@ -343,10 +329,11 @@ def train(cfg, world):
         y = torch.where(hide, k, torch.from_numpy(ds.labels[idx])).to(world.device)  # (B,)
         if cfg.flip:
             idx = idx + len(ds) * data.flips(batch, cfg.seed, step, world.rank, world.size)
-        z_shape = (len(idx), cfg.z_channels, *moments.shape[1:3])
-        noise = gaussian(z_shape, noise_seeds[0], step, "cpu")
-        z0 = scale * autoencoder.latent_batch(moments, idx, noise).to(world.device)  # (B,z,h,w)
-        eps = gaussian(z_shape, noise_seeds[1], step, world.device)
+        noise, eps = (
+            gaussian((len(idx), *z_shape), which, step, world.device)
+            for which in noise_seeds.to(world.device)
+        )
+        z0 = scale * autoencoder.latent_batch(moments, idx, noise)  # (B,C,h,w)
 
         lr = runtime.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         for group in optimizer.param_groups:
@@ -399,14 +386,17 @@ def load_net(path, device):
     state = runtime.load_checkpoint(path, "ldm_cfg")
     known = {f.name for f in fields(Config)}
     cfg = Config(**{key: v for key, v in state["config"].items() if key in known})
-    net = make_net(cfg, len(state["class_names"]))
     ae = autoencoder.make_autoencoder(cfg, state["shape"])
+    net = make_net(cfg, latent_shape(ae, state["shape"]), len(state["class_names"]))
     net.load_state_dict(state["ema"])
     ae.load_state_dict(state["autoencoder"])
     return net.to(device).eval(), ae.to(device).eval(), state, cfg
 
 
-SAMPLING = ("sampler", "sample_steps", "eta", "guidance", "batch_size")
+SAMPLING = (
+    "sampler", "sample_steps", "eta", "guidance", "guidance_interval", "guidance_rescale",
+    "batch_size",
+)  # fmt: skip
 
 
 def sample(cfg, world, n):
@@ -462,14 +452,24 @@ def check(cfg):
     runtime.check_run(cfg)
     runtime.check_positive(
         cfg, "patch", "ae_width", "ae_mult", "ae_blocks", "z_channels", "ae_steps", "ae_lr",
-        "timesteps", "width", "mult", "blocks", "heads", "sample_steps",
+        "timesteps", "width", "mult", "blocks", "heads", "context_width", "sample_steps",
+        "codebook", "commitment", "perceptual_weight",
     )  # fmt: skip
-    runtime.check_not_negative(cfg, "n_eval")
-    runtime.check_fraction(cfg, "label_dropout", "ema", "eta", "kl_weight")
-    if cfg.width % 2 or any(cfg.width * m % cfg.heads for m in cfg.mult):
-        raise runtime.BadInput(
-            f"--width {cfg.width} must be even, and times --mult a multiple of --heads {cfg.heads}"
-        )
+    runtime.check_not_negative(cfg, "n_eval", "discriminator", "disc_start")
+    runtime.check_fraction(
+        cfg, "label_dropout", "ema", "eta", "kl_weight", "guidance_interval", "guidance_rescale"
+    )
+    with torch.device("meta"):
+        make_net(cfg, (4, 16, 16), 1)  # settings that make no network say so before all else
+
+
+def dry_run(cfg, ds):
+    """--dry-run: print what the command would do and need, and what of it is there already."""
+    shape = (ds.channels, ds.height, ds.width)
+    ae = autoencoder.make_autoencoder(cfg, shape)
+    z_shape = latent_shape(ae, shape)
+    net = make_net(cfg, z_shape, ds.num_classes)
+    plan.show(cfg, ds, ae, net, z_shape, cfg.ae in autoencoder.TRAINED)
 
 
 def main():
@@ -488,6 +488,9 @@ def main():
     check_sampling(cfg)
     cfg = replace(cfg, out=cfg.out or f"runs/ldm-{Path(cfg.data).stem}")
     ds = load_data(cfg)  # prepared once, before there are several processes
+    if cfg.dry_run:
+        dry_run(cfg, ds)
+        return
     runtime.launch(train, cfg)
     if cfg.stage == "all" and cfg.n_eval and runtime.is_first_process():
         if ds.num_classes > 1:

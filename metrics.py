@@ -4,13 +4,12 @@ A network turns each image into a feature vector, a row of an array (N, d). What
 sets of rows, the generated and the real ones:
 
     frechet_distance    how far apart, as two Gaussians        Heusel et al. 2017, eq. 6
-    frechet_interval    how sure that is, with N images        the jackknife: Efron 1982, chapter 3
-    frechet_infinity    what endless images would give         Chong and Forsyth 2020
+    frechet_interval    how sure that is, with N images        the jackknife, Efron 1982;
+                        what endless images would give         Chong and Forsyth 2020
     inception_score     sure of each, and varied over all      Salimans et al. 2016, section 4
     kernel_distance     how far apart, in any respect          Bińkowski et al. 2018, section 4
     manifold            are they likely, are all kinds there   Kynkäänniemi et al. 2019, eq. 1-2;
                                                                Naeem et al. 2020, eq. 4-5
-    memorisation        are they copies of training images     Meehan et al. 2020
 
 Rows may be an np.memmap, or anything that slices to arrays: no function copies all of them. Sums
 are kept in float64. A distance between rows is searched for in float32, and made exact in float64
@@ -18,6 +17,7 @@ wherever something depends on its last digits.
 """
 
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -102,61 +102,77 @@ def statistics(feats, chunk=4096):
 def frechet_distance(mu, sigma, mu_w, sigma_w, *, method="eigen"):
     """d² = ‖m − m_w‖² + tr(C + C_w − 2 (C C_w)^½), Heusel et al. 2017, eq. 6; 0 for equal ones.
 
-    mu (d,), sigma (d, d); in float64. With factors C = F Fᵀ and C_w = F_w F_wᵀ, the eigenvalues of
-    (C C_w)^½ are the singular values of Fᵀ F_w, and only their sum is needed: method "eigen".
-    "sqrtm" is the reference: scipy's square root of a matrix, the same figure ten times as slowly.
-    Raises BadInput for other shapes, values not finite, and negative eigenvalues: no covariance.
+    mu (d,), sigma (d, d); in float64. The trace of a root is the sum of the roots of the
+    eigenvalues, and no root of a matrix is needed: method "eigen". "sqrtm" is the reference:
+    scipy's square root of a matrix, the same figure ten times as slowly. Raises BadInput for other
+    shapes, values that are not finite, and negative eigenvalues, which no covariance has.
     """
-    mu, sigma, mu_w, sigma_w = (np.asarray(v, np.float64) for v in (mu, sigma, mu_w, sigma_w))
-    factor, factor_w = covariance_factor(mu, sigma), covariance_factor(mu_w, sigma_w)
-    if mu.shape != mu_w.shape:
-        raise BadInput(f"mu must be (d,) with one d on both sides, got {mu.shape}, {mu_w.shape}")
+    own, real = gaussian(mu, sigma), gaussian(mu_w, sigma_w)
     if method == "eigen":
-        return factored_distance(mu - mu_w, factor, factor_w)
+        return gaussian_distance(own, real)
     if method != "sqrtm":
         raise ValueError(f'method must be "eigen" or "sqrtm", got {method!r}')
     # tr (C^½ C_w C^½)^½: the eigenvalues of (C C_w)^½, but of a symmetric matrix.
-    root = sqrt_covariance(sigma)
-    cross = np.trace(sqrt_covariance(root @ sigma_w @ root))
-    distance = ((mu - mu_w) ** 2).sum() + np.trace(sigma) + np.trace(sigma_w) - 2 * cross
-    return max(0.0, float(distance))  # rounding can leave -1e-12 where the truth is 0
+    apart, root = apart_without_cross(own, real), sqrt_covariance(own.sigma)
+    cross = np.trace(sqrt_covariance(root @ real.sigma @ root))
+    return max(0.0, float(apart - 2 * cross))  # rounding can leave -1e-12 where the truth is 0
 
 
-def covariance_factor(mu, sigma):
-    """F (d, r) with F Fᵀ = sigma (d, d) of rank r; BadInput where mu, sigma cannot be statistics.
+class Gaussian(NamedTuple):
+    """A mean (d,), a covariance (d, d), and its factor F (d, r): F Fᵀ = sigma, of rank r."""
 
-    Cholesky's factor, or where sigma is singular V Λ^½ from its eigenvalues, without those that
-    rounding made of zeros (where float32 kept it: down to −1e-6 of the largest).
+    mu: np.ndarray
+    sigma: np.ndarray
+    factor: np.ndarray
+
+
+def gaussian(mu, sigma):
+    """The Gaussian of these statistics; BadInput where they cannot be of any features.
+
+    F is Cholesky's lower triangle, or where sigma is singular V Λ^½ from its eigenvalues, without
+    those that rounding made of zeros (where float32 kept sigma: down to −1e-6 of the largest).
     """
+    mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
     if (mu.shape, sigma.shape) != ((mu.size,), (mu.size, mu.size)):
         raise BadInput(f"mu and sigma must be (d,) and (d, d), got {mu.shape} and {sigma.shape}")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise BadInput("mu and sigma must be finite numbers")
-    sigma = (sigma + sigma.T) / 2
-    try:
-        return np.linalg.cholesky(sigma)
-    except np.linalg.LinAlgError:
+    try:  # what LAPACK reads by columns is sigma.T: no copies
+        return Gaussian(mu, sigma, scipy.linalg.cholesky(sigma.T, check_finite=False).T)
+    except scipy.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(sigma)  # ascending
     if values[0] < -1e-6 * abs(values[-1]):
         found = f"eigenvalues from {values[0]:.3g} to {values[-1]:.3g}"
         raise BadInput(f"sigma has {found}: it is not the covariance of any features")
-    keep = values > len(mu) * EPS * values[-1]
-    return vectors[:, keep] * np.sqrt(values[keep])
+    keep = values > max(values[0], len(mu) * EPS * values[-1])
+    return Gaussian(mu, sigma, vectors[:, keep] * np.sqrt(values[keep]))
 
 
-def factored_distance(shift, factor, factor_w, rtol=1e-6):
-    """The distance, to a relative rtol, from shift = m − m_w (d,), factors (d, r) and (d, r_w)."""
-    cross = factor.T @ factor_w  # (r, r_w)
-    cross = cross if cross.shape[0] <= cross.shape[1] else cross.T
-    apart = shift @ shift + (factor**2).sum() + (factor_w**2).sum()
-    squares = np.linalg.eigvalsh(cross @ cross.T).clip(0)  # the singular values, squared
-    distance = apart - 2 * np.sqrt(squares).sum()
-    # Rounding moves each square by about `noise`, twice its root by noise / root. Where that could
-    # be seen in the sum, singular values without squaring, at four times the cost.
-    noise = EPS * squares.max(initial=0)
-    if noise and np.linalg.norm(noise / np.sqrt(squares + noise)) > rtol * abs(distance):
-        distance = apart - 2 * np.linalg.svd(cross, compute_uv=False).sum()
-    return max(0.0, float(distance))
+def apart_without_cross(own, real):
+    """‖m − m_w‖² + tr C + tr C_w of two Gaussians; BadInput where their d differ."""
+    if own.mu.shape != real.mu.shape:
+        raise BadInput(f"mu must be (d,) with one d, got {own.mu.shape} and {real.mu.shape}")
+    traces = (np.vdot(side.factor, side.factor) for side in (own, real))
+    return ((own.mu - real.mu) ** 2).sum() + sum(traces)
+
+
+def gaussian_distance(own, real, rtol=1e-7):
+    """d² of two Gaussians, to a relative rtol or much better."""
+    apart = apart_without_cross(own, real)
+    if own.factor.shape == real.factor.shape == own.sigma.shape:
+        # C C_w = L (Lᵀ C_w) has the eigenvalues of Lᵀ C_w L, which LAPACK makes from triangles.
+        product = scipy.linalg.lapack.dsygst(real.sigma.T, own.factor.T, itype=2, lower=0)[0]
+        values = scipy.linalg.eigvalsh(
+            product, lower=False, overwrite_a=True, check_finite=False, driver="evd"
+        )
+        roots = np.sqrt(values.clip(0))
+        # Rounding moves a value by about `noise`, its root doubled by noise / root.
+        noise, distance = EPS * values[-1], apart - 2 * roots.sum()
+        if np.linalg.norm(noise / np.sqrt(roots**2 + noise)) <= rtol * distance:
+            return float(distance)
+    # The roots without squares, at up to four times the cost: the singular values of Fᵀ F_w.
+    roots = np.linalg.svd(own.factor.T @ real.factor, compute_uv=False)
+    return max(0.0, float(apart - 2 * roots.sum()))
 
 
 def sqrt_covariance(sigma):
@@ -202,74 +218,43 @@ def intra_class(feats, labels, feats_w, labels_w, num_classes):
 
 
 def frechet_interval(feats, mu_w, sigma_w, *, groups=20, seed=0):
-    """How far the distance of features (N, d) to mu_w (d,), sigma_w (d, d) may be off by chance.
+    """How sure the distance of features (N, d) to mu_w (d,), sigma_w (d, d) is. A dictionary:
 
-    From the spread of the distances of all images but one of the groups: a jackknife. It takes the
-    reference as given, and tells of chance only, not of the bias that few images bring (see
-    frechet_infinity). A dictionary: frechet, standard_error, interval (95 %, [low, high]).
-    Raises BadInput for fewer than 4 images a group, and as frechet_distance does.
+    frechet           the distance
+    standard_error    of it by chance, and of frechet_infinity
+    interval          [low, high]: with 95 % confidence, what N such images give on average
+    frechet_infinity  what endless images would give: N of them give about a / N too much
+
+    From the distances of all images but one of the groups, drawn at random. Their spread gives the
+    error (the jackknife; the reference is taken as given). A line over 1 / N through their mean
+    and the distance of all is read off at 0: FID∞ of Chong and Forsyth 2020, from sizes so near to
+    N that it hardly bends (Quenouille's correction of a bias). By chance it may lie below 0. Raises
+    BadInput for fewer than 4 images a group, and as frechet_distance does.
     """
-    parts, distance = grouped(feats, mu_w, sigma_w, groups, seed)
-    whole = joined(parts)
-    value, bar = distance(whole), progress(None, "interval", over=parts, quiet=len(mu_w) < 1024)
-    left_out = [distance(whole.without(part)) for part in bar]
-    return {"frechet": value} | interval(value, left_out)
-
-
-def frechet_infinity(feats, mu_w, sigma_w, *, groups=12, seed=0):
-    """The distance that endless images would have: FID∞ of Chong and Forsyth 2020.
-
-    That of N images is too large by about a / N. So a line through the distances of all images, of
-    their halves and of their quarters, over 1 / N, is read off at 0: below 0, by chance, where the
-    truth is 0. Halves and quarters use every image once, which leaves less to chance than drawing
-    subsets. Below N / 4 = d the line bends. As frechet_interval, with frechet_infinity in the
-    place of frechet; the jackknife leaves a group out of the whole line.
-    """
-    if groups % 4:
-        raise ValueError(f"groups must be a multiple of 4, got {groups}")
-    parts, distance = grouped(feats, mu_w, sigma_w, groups, seed)
-    sets = [parts[i : i + groups // k] for k in (1, 2, 4) for i in range(0, groups, groups // k)]
-    wholes = [joined(chosen) for chosen in sets]  # 1 of all, 2 halves, 4 quarters
-
-    def point(whole):
-        return 1 / whole.n, distance(whole)
-
-    def intercept(points):
-        """At 1/N = 0, of the line through the means of the first, the next 2 and the last 4."""
-        levels = [np.mean(level, axis=0) for level in (points[:1], points[1:3], points[3:])]
-        return float(np.polynomial.Polynomial.fit(*np.transpose(levels), 1)(0))
-
-    points, left_out = [point(whole) for whole in wholes], []
-    for part in progress(None, "extrapolation", over=parts, quiet=len(mu_w) < 1024):
-        left_out.append(intercept([
-            point(whole.without(part)) if part in chosen else known
-            for whole, chosen, known in zip(wholes, sets, points, strict=True)
-        ]))  # fmt: skip
-    return {"frechet_infinity": intercept(points)} | interval(intercept(points), left_out)
-
-
-def grouped(feats, mu_w, sigma_w, groups, seed):
-    """The Moments of `groups` random parts of feats, and a function: Moments -> their distance."""
-    mu_w, sigma_w = np.asarray(mu_w, np.float64), np.asarray(sigma_w, np.float64)
-    factor_w = covariance_factor(mu_w, sigma_w)
-    check_rows(feats, mu_w[None])
     if len(feats) < 4 * groups:
         raise BadInput(f"the interval needs at least {4 * groups} images, got {len(feats)}")
+    real = gaussian(mu_w, sigma_w)
+    order = np.random.default_rng(seed).permutation(len(feats))
+    parts = [moments(feats, which=np.sort(part)) for part in np.array_split(order, groups)]
+    whole = joined(parts)
 
-    def distance(part):
-        mu, sigma = part.mu_sigma()
-        return factored_distance(mu - mu_w, covariance_factor(mu, sigma), factor_w, rtol=1e-4)
+    def distance(some):
+        return gaussian_distance(gaussian(*some.mu_sigma()), real, rtol=1e-5)
 
-    parts = np.array_split(np.random.default_rng(seed).permutation(len(feats)), groups)
-    return [moments(feats, which=np.sort(part)) for part in parts], distance
-
-
-def interval(value, left_out):
-    """The standard error by the jackknife, from values (G,) without a group each, and 95 % of t."""
-    groups = len(left_out)
-    error = float(np.sqrt((groups - 1) * np.var(left_out)))
+    bar = progress(None, "interval", over=parts, quiet=len(mu_w) < 1024)
+    value, left = distance(whole), np.array([distance(whole.without(part)) for part in bar])
+    error = float(np.sqrt((groups - 1) * left.var()))
     reach = float(scipy.stats.t.ppf(0.975, groups - 1)) * error
-    return {"standard_error": error, "interval": [max(0.0, value - reach), value + reach]}
+    return dict(
+        frechet=value, standard_error=error, interval=[max(0.0, value - reach), value + reach],
+        frechet_infinity=float(groups * value - (groups - 1) * left.mean()),
+    )  # fmt: skip
+
+
+def frechet_infinity(feats, mu_w, sigma_w, **options):
+    """Of frechet_interval's dictionary frechet_infinity, and its standard_error: the same one."""
+    found = frechet_interval(feats, mu_w, sigma_w, **options)
+    return {key: found[key] for key in ("frechet_infinity", "standard_error")}
 
 
 # ----------------------------------------------------------------- inception score, kernel distance
@@ -456,45 +441,4 @@ def manifold(real, fake, *, k=3, k_dense=5, device="cpu"):
     return dict(
         precision=float(likely.mean()), recall=float(found.mean()),
         density=float(dense.sum() / (k_dense * m)), coverage=float((dense > 0).mean()),
-    )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------- memorisation
-
-
-def nearest(queries, points, *, device="cpu"):
-    """Distance to the nearest of points (M, d) and its number, (Q,) each, of queries (Q, d).
-
-    Float64; a copy is at 0. Raises BadInput as check_rows does.
-    """
-    squares, number = neighbours(queries, points, device=device)
-    return np.sqrt(squares[:, 0]), number[:, 0]
-
-
-def memorisation(generated, train, held_out, *, device="cpu"):
-    """Are the generated rows (G, d) nearer to training rows (N, d) than held-out ones (H, d) are?
-
-    New images of the same kind lie as far from the training set as held-out ones do, the share of
-    0.5; copies lie nearer, the share of 1. A generator of another kind of images is not calibrated:
-    blurred ones lie nearer too, outliers farther, so read it beside the distance. A dictionary:
-
-    share        P(d(generated) < d(held-out)) + half of P(=), over all pairs
-    z, p         the same as Mann and Whitney's normal deviate, above 0 for copies, and the chance
-                 of as high a one without copying: the test of Meehan et al. 2020, with one cell
-    near_share   how many are nearer than the nearest 1 % of held-out ones: 0.01 expected
-    copies       how many are at distance 0
-    distance, index, held_out_distance, held_out_index    of the nearest training rows
-    """
-    distance, index = nearest(generated, train, device=device)
-    reference, reference_index = nearest(held_out, train, device=device)
-    g, h = len(distance), len(reference)
-    ranks = scipy.stats.rankdata(np.concatenate([distance, reference]))
-    won = g * h + g * (g + 1) / 2 - ranks[:g].sum()  # pairs in which the generated one is nearer
-    deviation = np.sqrt(g * h / 12 * (g + h + 1) * scipy.stats.tiecorrect(ranks))
-    z = (won - g * h / 2) / deviation if deviation > 0 else 0.0
-    return dict(
-        share=float(won / (g * h)), z=float(z), p=float(scipy.stats.norm.sf(z)),
-        near_share=float((distance < np.quantile(reference, 0.01, method="weibull")).mean()),
-        copies=int((distance == 0).sum()), distance=distance, index=index,
-        held_out_distance=reference, held_out_index=reference_index,
     )  # fmt: skip

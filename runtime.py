@@ -224,9 +224,9 @@ class Run:
     FREE = frozenset({
         "config", "out", "stage", "resume", "gpus", "steps", "data_root", "compile", "tensorboard",
         "log_every", "save_every", "keep_every", "sample_every", "sample", "n", "sampler",
-        "sample_steps", "eta", "variance", "guidance", "seeds", "n_eval", "accumulate",
-        "checkpointing", "threshold", "visit", "metric_every", "metric_n", "nll", "export",
-        "plot_schedule",
+        "sample_steps", "eta", "variance", "guidance", "guidance_interval", "guidance_rescale",
+        "seeds", "n_eval", "accumulate", "checkpointing", "dry_run", "threshold", "visit",
+        "metric_every", "metric_n", "nll", "export", "plot_schedule",
     })  # fmt: skip
 
     def __init__(

@@ -20,7 +20,7 @@ the curve is named, if a level is not farther away than the level before it.
 
 With the default features, those of a classifier trained on the data set itself, this takes about
 two minutes of one core. `--features inception --weights F` takes the FID Inception network: some
-0.1 s an image and level on one core, so choose --n and --n-reference by that, or a GPU.
+0.2 s an image and level on one core, so choose --n and --n-reference by that, or a GPU.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def falls(curves):
 
 
 def table(curves):
-    """Lines of text: two for each distortion, the levels and the distances."""
+    """Lines of text: three for each distortion, its levels and both distances."""
     head = ["distortion", "", "level 0", *(f"level {i}" for i in range(1, 5))]
     lines = [head]
     for name, curve in curves.items():

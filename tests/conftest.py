@@ -9,6 +9,11 @@ import pytest
 import torch
 from data_files import write_images
 
+from bench import reference_networks
+
+if importlib.util.find_spec("torchvision"):  # diffusers, too, imports it where it is installed
+    reference_networks.import_references()
+
 
 @pytest.fixture(scope="session")
 def repo():

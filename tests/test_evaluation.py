@@ -76,8 +76,6 @@ def test_classes_logits_and_training_images_bring_their_figures(tmp_path):
     assert wrong["class_frechet"] > 10 * found["class_frechet"]
     assert 1 < found["inception_score"] <= 3
     assert found["memorisation_copies"] == 50 and (tmp_path / "pairs.png").stat().st_size > 5000
-    near = evaluate(a, b, means_and_logits, **asked, nearest_in="features")
-    assert near["memorisation_copies"] == 50
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

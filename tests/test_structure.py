@@ -12,8 +12,8 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "schedules", "unet", "likelihood", "ddpm_pixel", "ddim", "inversion", "compare",
-    "autoencoder", "ldm_cfg", "features", "inception", "metrics", "evaluation", "image_sets",
-    "eval_fid",
+    "vae", "vq", "perceptual", "autoencoder", "latent_unet", "dit", "ldm_cfg", "features", "inception", "metrics", "memorisation", "evaluation",
+    "image_sets", "eval_fid",
 }  # fmt: skip
 ALL = sorted(
     path
@@ -35,13 +35,21 @@ MAY = {
     "ddim": {"kernels", "runtime", "support", "ddpm_pixel", "inversion", "compare"},
     "inversion": {"kernels", "data", "runtime", "ddim", "support"},
     "compare": {"ddim", "evaluation", "runtime", "support"},
-    "autoencoder": {"kernels", "data", "runtime"},
-    "ldm_cfg": {"kernels", "data", "runtime", "autoencoder"},
+    "vae": {"kernels", "runtime", "support"},
+    "vq": set(),
+    "perceptual": {"kernels", "runtime", "support"},
+    "autoencoder": {"kernels", "data", "runtime", "vae", "vq", "perceptual"},
+    "latent_unet": {"kernels", "runtime", "support"},
+    "dit": {"kernels", "runtime", "support"},
+    "ldm_cfg": {"kernels", "data", "runtime", "autoencoder", "latent_unet", "dit", "support"},
     "features": {"data", "runtime", "support"},
     "inception": {"runtime", "support"},
     "metrics": {"runtime"},
+    "memorisation": {"metrics"},
     "image_sets": {"data", "runtime", "support"},
-    "evaluation": {"data", "runtime", "support", "features", "metrics", "image_sets"},
+    "evaluation": {
+        "data", "runtime", "support", "features", "metrics", "memorisation", "image_sets",
+    },  # fmt: skip
     "eval_fid": {
         "runtime", "support", "features", "inception", "metrics", "evaluation", "image_sets",
     },  # fmt: skip
