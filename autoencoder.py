@@ -129,6 +129,7 @@ class Autoencoder(nn.Module):
 
 def kl_divergence(mean, log_var):
     """Of each image, (B,): KL(q(z|x) || N(0, 1)), a mean over the numbers of z."""
+    mean, log_var = mean.float(), log_var.float()
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean(dim=(1, 2, 3))
 
 

@@ -63,8 +63,7 @@ class Config:
     """comma-separated names or numbers: train on these classes; with --sample, draw these"""
 
     ae: str = "kl"
-    """autoencoder: kl or vq, small ones trained here; ldm, the network of Stable Diffusion, trained
-    here (--ae-width 128 --ae-mult 1 2 4 4); or the file or folder of a published one"""
+    """kl, vq (small ones) or ldm (Stable Diffusion's), trained here; or a published one's path"""
     patch: int = 4  # kl and vq first fold patches of this side into channels
     ae_width: int = 64  # its channels after that
     ae_mult: tuple[int, ...] = (1,)
@@ -87,8 +86,7 @@ class Config:
     prediction: Literal["eps", "v"] = "v"
     """what the network tells: the noise, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0"""
     model: str = "unet"
-    """unet, in Stable Diffusion's structure, or a diffusion transformer: dit-s/2, dit-b/4, dit-l/2,
-    dit-xl/2 (size/patch), which is not told by the next seven settings"""
+    """unet (Stable Diffusion's structure), or a transformer: dit-s/2, dit-b/4, ... (size/patch)"""
     width: int = 64  # channels of the latent U-Net at full latent resolution
     mult: tuple[int, ...] = (1, 2)
     """channels at each resolution, in units of width; each but the first halves the latent"""
@@ -295,12 +293,11 @@ def train(cfg, world):
     z_shape = latent_shape(ae, shape)
     net = make_net(cfg, z_shape, k).to(world.device)
     ema = AveragedModel(net, multi_avg_fn=runtime.ema_update(cfg.ema))
-    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
-    identity = {"data_key": ds.key, "autoencoder": autoencoder.weights_hash(ae)}
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, fused=world.device.type == "cuda")
     run = runtime.Run(
-        cfg.out, "ldm_cfg", asdict(cfg), world, made_of=identity,
-        resume=cfg.resume, tensorboard=cfg.tensorboard,
-    )  # fmt: skip
+        cfg.out, "ldm_cfg", asdict(cfg), world, resume=cfg.resume, tensorboard=cfg.tensorboard,
+        made_of={"data_key": ds.key, "autoencoder": autoencoder.weights_hash(ae)},
+    )
     state, start = run.restore(), 0
     if state:
         net.load_state_dict(state["model"])

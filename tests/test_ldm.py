@@ -11,8 +11,10 @@ import ldm_cfg
 import runtime
 
 CFG = ldm_cfg.Config(
-    patch=2, ae_width=16, ae_blocks=1, z_channels=2, width=16, mult=(1, 2), heads=2, batch_size=8
-)
+    patch=2, ae_width=16, ae_blocks=1, z_channels=2, width=16, mult=(1, 2), heads=2, batch_size=8,
+    context_width=8,
+)  # fmt: skip
+Z = (2, 4, 4)  # latents
 
 
 class Pixels:
@@ -60,7 +62,8 @@ def test_loss_is_absolute_error_and_the_kl_of_torch_distributions():
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0))
     z = mean + q.stddev * noise
     expected = (x - ae.decode(z)).abs().flatten(1).mean(1) + 0.5 * kl.flatten(1).mean(1)
-    torch.testing.assert_close(autoencoder.autoencoder_loss(ae, x, noise, 0.5), expected)
+    terms, _, _ = autoencoder.loss_terms(replace(CFG, kl_weight=0.5), ae, ae, x, noise, None)
+    torch.testing.assert_close(terms["loss"], expected)
 
 
 def test_cached_latents_equal_direct_ones_and_have_unit_variance(tmp_path):
@@ -97,10 +100,15 @@ def test_cache_is_used_again_and_made_anew_for_other_weights_data_or_flips(tmp_p
     np.testing.assert_array_equal(made(cfg, ds, ae)[1], first[1])
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 7), (5, 6), (1, 3)])
-def test_denoiser_takes_any_latent_size_and_knows_no_label(size):
+@pytest.mark.parametrize(
+    "model, size",
+    [("unet", (8, 8)), ("unet", (7, 7)), ("unet", (5, 6)), ("unet", (1, 3)), ("tiny", (4, 6))],
+)
+def test_denoiser_takes_any_latent_size_and_knows_no_label(model, size, monkeypatch):
+    small = dict(width=16, depth=2, heads=2, patch=2)
+    monkeypatch.setattr(ldm_cfg, "parse_size", {"tiny": small}.get)
     torch.manual_seed(0)
-    net = ldm_cfg.make_net(CFG, 3)
+    net = ldm_cfg.make_net(replace(CFG, model=model), (2, *size), 3)
     for p in net.parameters():  # open the layers that start at zero
         torch.nn.init.normal_(p, std=0.1)
     z, t = torch.randn(2, 2, *size), torch.tensor([0, 999])
@@ -125,8 +133,8 @@ def test_loss_is_zero_for_the_true_target(prediction):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("eta", [None, 0.0, 1.0])
-def test_sampler_with_the_true_score_gives_the_data(prediction, eta):
+@pytest.mark.parametrize("kind, eta", [("ddpm", 0), ("ddim", 0.0), ("ddim", 1.0), ("dpmpp", 0)])
+def test_sampler_with_the_true_score_gives_the_data(prediction, kind, eta):
     alpha_bar, mean, s = ldm_cfg.make_alpha_bar("cosine", 200), 1.5, 0.5
 
     def net(z, t, y):
@@ -135,27 +143,28 @@ def test_sampler_with_the_true_score_gives_the_data(prediction, eta):
         x0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
         return (eps if prediction == "eps" else a.sqrt() * eps - (1 - a).sqrt() * x0).float()
 
+    net.null = 0
     pairs = list(zip(range(199, -1, -1), range(198, -2, -1), strict=True))
     for _, z, _ in ldm_cfg.sampler(  # noqa: B007
         net, alpha_bar, pairs, (1, 1, 1), torch.arange(4000), torch.zeros(4000, dtype=torch.long),
-        eta=eta, guidance=0.0, prediction=prediction,
+        kind=kind, eta=eta, prediction=prediction,
     ):  # fmt: skip
         pass
     assert z.mean().item() == pytest.approx(mean, abs=0.04)
     assert z.std().item() == pytest.approx(s, rel=0.06)
 
 
-@pytest.mark.parametrize("w, calls", [(0.0, [4] * 3), (1.0, [8] * 3), (-1.0, [8] * 3)])
+@pytest.mark.parametrize("w, calls", [(0.0, [4] * 3), (1.0, [8] * 3), (-1.0, [4] * 3)])
 def test_guidance_costs_one_forward_and_is_the_formula(w, calls):
     torch.manual_seed(0)
-    net, seen = ldm_cfg.make_net(CFG, 3).eval(), []
+    net, seen = ldm_cfg.make_net(CFG, Z, 3).eval(), []
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)
     net.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
     alpha_bar, pairs = ldm_cfg.make_alpha_bar("linear", 50), [(49, 25), (25, 5), (5, -1)]
     y, seeds = torch.tensor([0, 1, 2, 0]), torch.arange(4)
     steps = list(ldm_cfg.sampler(
-        net, alpha_bar, pairs, (2, 4, 4), seeds, y, eta=0.0, guidance=w
+        net, alpha_bar, pairs, Z, seeds, y, guidance=w
     ))  # fmt: skip
     assert seen == calls
     z = ldm_cfg.gaussian((4, 2, 4, 4), seeds, -1, "cpu")
@@ -183,31 +192,62 @@ def test_latents_that_do_not_fit_on_the_disk_are_refused(tmp_path, monkeypatch):
     assert not list((tmp_path / "latents").iterdir())
 
 
-def test_gradient_reaches_every_parameter_once_the_zero_layers_are_open():
+def test_guidance_only_within_its_interval():
+    """t/T of the steps is 0.98, 0.5 and 0.1: only the middle one is guided."""
     torch.manual_seed(0)
-    net = ldm_cfg.make_net(CFG, 3)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    z, t, y = torch.randn(4, 2, 5, 6), torch.tensor([0, 10, 500, 999]), torch.arange(4)
-    assert (net(z, t, y) == 0).all()
-    for _ in range(4):  # zero layers open one after the other
-        optimizer.zero_grad()
-        (net(z, t, y) - z).square().mean().backward()
-        optimizer.step()
-    silent = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not silent
+    net, seen = ldm_cfg.make_net(CFG, Z, 3).eval(), []
+    net.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
+    alpha_bar, pairs = ldm_cfg.make_alpha_bar("linear", 50), [(49, 25), (25, 5), (5, -1)]
+    y, seeds = torch.tensor([0, 1]), torch.arange(2)
+    list(ldm_cfg.sampler(
+        net, alpha_bar, pairs, Z, seeds, y, guidance=2.0, interval=(0.2, 0.8)
+    ))  # fmt: skip
+    assert seen == [2, 4, 2]
 
 
-@pytest.mark.parametrize("eta", [None, 0.0, 0.5])
-def test_a_sample_does_not_depend_on_its_batch(eta):
+def test_rescaled_guidance_has_the_spread_of_the_conditional_estimate():
     torch.manual_seed(0)
-    net = ldm_cfg.make_net(CFG, 3).eval()
+    out, none = torch.randn(2, 3, 2, 5, 5)
+    plain = ldm_cfg.rescaled(out, none, 3.0, 0.0)
+    torch.testing.assert_close(plain, 4 * out - 3 * none)
+    full, half = (ldm_cfg.rescaled(out, none, 3.0, share) for share in (1.0, 0.5))
+    torch.testing.assert_close(full.flatten(1).std(1), out.flatten(1).std(1))
+    torch.testing.assert_close(half, (plain + full) / 2)
+    cosine = torch.cosine_similarity(full.flatten(1), plain.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones(3))  # only its length is another
+
+
+def test_the_sampler_takes_the_rescaled_estimate():
+    torch.manual_seed(0)
+    net = ldm_cfg.make_net(CFG, Z, 3).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    alpha_bar, pairs = ldm_cfg.make_alpha_bar("cosine", 50), [(40, 25), (25, 5), (5, -1)]
+    y, seeds = torch.arange(4) % 3, torch.arange(4)
+
+    def first(**how):
+        return next(ldm_cfg.sampler(net, alpha_bar, pairs, Z, seeds, y, **how))[2]  # z0_hat
+
+    z, t = ldm_cfg.gaussian((4, *Z), seeds, -1, "cpu"), torch.full((4,), 40)
+    with torch.no_grad():
+        eps_hat = ldm_cfg.rescaled(net(z, t, y), net(z, t), 6.0, 0.7)
+    a = alpha_bar[40]
+    expected = ((z - (1 - a).sqrt() * eps_hat) / a.sqrt()).float()
+    torch.testing.assert_close(first(guidance=6.0, rescale=0.7), expected, atol=2e-3, rtol=1e-3)
+    assert torch.equal(first(guidance=0.0, rescale=1.0), first(guidance=0.0))
+
+
+@pytest.mark.parametrize("kind, eta", [("ddpm", 0), ("ddim", 0.0), ("ddim", 0.5), ("dpmpp", 0)])
+def test_a_sample_does_not_depend_on_its_batch(kind, eta):
+    torch.manual_seed(0)
+    net = ldm_cfg.make_net(CFG, Z, 3).eval()
     torch.nn.init.normal_(net.conv_out.weight, std=0.05)
     alpha_bar, pairs = ldm_cfg.make_alpha_bar("linear", 50), [(49, 25), (25, 5), (5, -1)]
     seeds, y = torch.arange(20), torch.arange(20) % 3
 
     def last(rows):
         *_, (_, z, _) = ldm_cfg.sampler(
-            net, alpha_bar, pairs, (2, 4, 4), seeds[rows], y[rows], eta=eta, guidance=1.0
+            net, alpha_bar, pairs, Z, seeds[rows], y[rows], kind=kind, eta=eta, guidance=1.0
         )
         return z
 

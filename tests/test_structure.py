@@ -12,8 +12,8 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "schedules", "unet", "likelihood", "ddpm_pixel", "ddim", "inversion", "compare",
-    "vae", "vq", "perceptual", "autoencoder", "latent_unet", "dit", "ldm_cfg", "features", "inception", "metrics", "memorisation", "evaluation",
-    "image_sets", "eval_fid",
+    "vae", "vq", "perceptual", "autoencoder", "latent_unet", "dit", "ldm_cfg",
+    "features", "inception", "metrics", "memorisation", "image_sets", "evaluation", "eval_fid",
 }  # fmt: skip
 ALL = sorted(
     path
