@@ -251,12 +251,6 @@ def frechet_interval(feats, mu_w, sigma_w, *, groups=20, seed=0):
     )  # fmt: skip
 
 
-def frechet_infinity(feats, mu_w, sigma_w, **options):
-    """Of frechet_interval's dictionary frechet_infinity, and its standard_error: the same one."""
-    found = frechet_interval(feats, mu_w, sigma_w, **options)
-    return {key: found[key] for key in ("frechet_infinity", "standard_error")}
-
-
 # ----------------------------------------------------------------- inception score, kernel distance
 
 

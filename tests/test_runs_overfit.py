@@ -104,7 +104,7 @@ def test_labels_and_time_are_learned_from(simple_loss, make, shape):
             rows = parameter.grad.abs().amax(dim=1)
             assert (rows[:2] > 0).all() and rows[2] == 0  # no label was hidden
         elif re.search(r"cross_attention\.q|blocks\.\d\.norm2", name):
-            assert (parameter.grad == 0).all()  # the softmax over a single token is 1
+            assert parameter.grad.abs().max() < 1e-9  # the softmax over a single token is 1
         else:
             assert parameter.grad.abs().max() > 0, name
 
