@@ -39,7 +39,7 @@ def score(args, w):
     command = [
         sys.executable, str(REPO / "eval_fid.py"), args.checkpoint, args.reference,
         "--n", str(args.n), "--data-root", args.data_root or trained["data_root"],
-        "--gpus", str(args.gpus), f"--sample-args={how}",
+        "--gpus", str(args.gpus), f"--sample-args={how}", *args.eval_args.split(),
     ]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -89,6 +89,7 @@ def main():
     parser.add_argument("--data-root", default="", help="default: that of the training")
     parser.add_argument("--gpus", type=int, default=runtime.default_gpus())
     parser.add_argument("--sample-args", default="", help="more flags, such as '--sampler dpmpp'")
+    parser.add_argument("--eval-args", default="", help="more flags of eval_fid.py")
     parser.add_argument("--out", default="", help="folder; default: the checkpoint's")
     args = parser.parse_args()
     try:
