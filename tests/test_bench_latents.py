@@ -25,7 +25,8 @@ def script(repo, monkeypatch):
 
 
 def test_the_cache_and_the_encoder_train_alike(script, capsys):
-    flags = ["--model", "unet", "--batch", "4", "--rounds", "2", "--threads", "1", "--size", "32", "--ae-width", "32"]
+    flags = ["--model", "unet", "--batch", "4", "--rounds", "2", "--threads", "1"]
+    flags += ["--size", "32", "--ae-width", "32"]
     script("latents").main(flags)
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [row["name"] for row in rows] == ["from the cache", "encoded on the fly"]
