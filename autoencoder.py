@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,12 @@ import data
 import runtime
 from kernels import gaussian, group_norm_silu
 from perceptual import Adversary, load_perceptual, psnr, ssim
-from vae import KLVAE, load_pretrained
+from vae import KLVAE, build, load_pretrained
 from vq import Codebook, VQAutoencoder
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm, optionally a scale and shift (B,C) per sample, and SiLU, in one operation.
+    """GroupNorm and SiLU in one operation.
 
     At most 32 groups, and never of one channel, which would lose what is added to the channel.
     """
@@ -47,11 +48,10 @@ class Norm(nn.GroupNorm):
         super().__init__(1 if channels % 2 else math.gcd(32, channels // 2), channels)
         self.silu = silu
 
-    def forward(self, x, scale=None, shift=None):
+    def forward(self, x):
         return group_norm_silu(
-            x, self.num_groups, self.weight, self.bias,
-            eps=self.eps, scale=scale, shift=shift, silu=self.silu,
-        )  # fmt: skip
+            x, self.num_groups, self.weight, self.bias, eps=self.eps, silu=self.silu
+        )
 
 
 def conv(c_in, c_out, kernel=3, stride=1):
@@ -66,19 +66,15 @@ def zero(layer):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions on a residual branch; an embedding, if any, modulates the second norm."""
+    """Two convolutions on a residual branch."""
 
-    def __init__(self, c_in, c_out, c_emb=0):
+    def __init__(self, channels):
         super().__init__()
-        self.norm1, self.conv1 = Norm(c_in), conv(c_in, c_out)
-        self.emb = zero(nn.Linear(c_emb, 2 * c_out)) if c_emb else None
-        self.norm2, self.conv2 = Norm(c_out), zero(conv(c_out, c_out))
-        self.skip = conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.norm1, self.conv1 = Norm(channels), conv(channels, channels)
+        self.norm2, self.conv2 = Norm(channels), zero(conv(channels, channels))
 
-    def forward(self, x, emb=None):
-        h = self.conv1(self.norm1(x))  # (B,c_out,H,W)
-        scale, shift = self.emb(emb).chunk(2, dim=1) if self.emb else (None, None)  # (B,c_out)
-        return self.skip(x) + self.conv2(self.norm2(h, scale, shift))
+    def forward(self, x):
+        return x + self.conv2(self.norm2(self.conv1(self.norm1(x))))  # (B,C,H,W)
 
 
 class Autoencoder(nn.Module):
@@ -99,9 +95,9 @@ class Autoencoder(nn.Module):
         for level, c in enumerate(widths):
             if level:
                 encoder.append(conv(widths[level - 1], c, stride=2))
-            encoder += [ResBlock(c, c) for _ in range(blocks)]
+            encoder += [ResBlock(c) for _ in range(blocks)]
         for level, c in reversed(list(enumerate(widths))):
-            decoder += [ResBlock(c, c) for _ in range(blocks)]
+            decoder += [ResBlock(c) for _ in range(blocks)]
             if level:
                 decoder += [nn.Upsample(scale_factor=2.0), conv(c, widths[level - 1])]
         numbers = 2 * z_channels if variance else z_channels
@@ -111,11 +107,11 @@ class Autoencoder(nn.Module):
         )
 
     def encode(self, x):
-        """(mean, log-variance) of q(z|x), both (B,z,H/f,W/f)."""
+        """(mean, log-variance) of q(z|x), both (B,z,H/f,W/f), float32 under autocast, too."""
         if not self.variance:
-            mean = self.encoder(x)
+            mean = self.encoder(x).float()
             return mean, torch.full_like(mean, -30.0)
-        mean, log_var = self.encoder(x).chunk(2, dim=1)
+        mean, log_var = self.encoder(x).float().chunk(2, dim=1)
         return mean, log_var.clamp(-30, 20)
 
     def decode(self, z):
@@ -136,12 +132,18 @@ def kl_divergence(mean, log_var):
 TRAINED = ("kl", "vq", "ldm")  # kinds of autoencoders; other names are paths
 
 
-def make_autoencoder(cfg, shape):
+def make_autoencoder(cfg, shape, made_of=None):
     """The autoencoder `cfg.ae` for images of `shape` (C,H,W).
 
-    Raises BadInput for sizes that it cannot halve, for channels that are not those of a published
-    one, and for a name that is neither a kind nor a file or folder.
+    A path is that of a published one, or of a checkpoint of one trained here. ae.made_of are plain
+    settings that tell its network; with them nothing is read, and weights are to be loaded. Raises
+    BadInput for sizes that it cannot halve, other channels than the images', and unknown names.
     """
+    if made_of and made_of["kind"] == "here":
+        known = {k: v for k, v in (LATER | made_of["settings"]).items() if hasattr(cfg, k)}
+        ae = make_autoencoder(replace(cfg, **known), shape)
+        ae.made_of = made_of
+        return ae
     sizes = (cfg.ae_width, cfg.ae_mult, cfg.ae_blocks, cfg.z_channels)
     if cfg.ae == "kl":
         ae = Autoencoder(shape[0], cfg.patch, *sizes)
@@ -150,7 +152,15 @@ def make_autoencoder(cfg, shape):
         ae = VQAutoencoder(ae, Codebook(cfg.codebook, cfg.z_channels))
     elif cfg.ae == "ldm":
         ae = KLVAE(shape[0], *sizes)
-    elif Path(cfg.ae).exists():
+        if ae.factor == 1:
+            raise runtime.BadInput("--ae ldm halves at every level: type --ae-mult 1 2 4 4")
+    elif made_of:
+        ae = build(**made_of)
+    elif own := own_checkpoint(cfg.ae):
+        ae = make_autoencoder(cfg, shape, {"kind": "here", "settings": own["config"]})
+        ae.load_state_dict(own["model"])
+        return ae
+    elif cfg.ae and Path(cfg.ae).exists():
         ae, _ = load_pretrained(cfg.ae)
         if ae.channels != shape[0]:
             raise runtime.BadInput(
@@ -168,7 +178,18 @@ def make_autoencoder(cfg, shape):
             f"images of {shape[1]}x{shape[2]} cannot be made {ae.factor} times smaller by the "
             f"autoencoder; sizes must be multiples of {ae.factor}: type --size {near}"
         )
+    ae.made_of = getattr(ae, "made_of", None)
     return ae.to(memory_format=torch.channels_last)
+
+
+def own_checkpoint(path):
+    """The checkpoint of an autoencoder trained here, or None where `path` is something else."""
+    if not path.endswith(".pt"):
+        return None
+    try:
+        return runtime.load_checkpoint(path, "autoencoder")
+    except runtime.BadInput:
+        return None
 
 
 # ------------------------------------------------------------------------------------- training
@@ -231,7 +252,7 @@ def train(cfg, world, ds):
             print(f"autoencoder: {count:.2f} M parameters, read from {cfg.ae}")
         report(cfg, world, ae, ds, folder)
         return ae
-    optimizer = torch.optim.Adam(ae.parameters(), lr=cfg.ae_lr)
+    optimizer = torch.optim.Adam(ae.parameters(), cfg.ae_lr, fused=world.device.type == "cuda")
     made_of, perceptual, adversary = {"data_key": ds.key}, None, None
     if cfg.perceptual:
         perceptual = load_perceptual(cfg.perceptual, shape).to(world.device)
@@ -316,9 +337,8 @@ def fit(cfg, world, ds, run, start, ae, optimizer, perceptual, adversary):
 
 def held_out(cfg, ds):
     """(images not trained on, ""); without such images (training images, why)."""
-    classes = runtime.split_list(cfg.classes)
+    classes, size = runtime.split_list(cfg.classes), cfg.size or None
     try:
-        size = cfg.size or None
         test = data.load(cfg.data, cfg.data_root, split="test", size=size, classes=classes)
     except runtime.BadInput as error:
         return ds, f"no test images ({error})"
@@ -334,17 +354,18 @@ def report(cfg, world, ae, ds, folder, batch=64):
     reconstructions.png   fifty images, each row of ten above the row of their reconstructions
     reconstructions.npz   with cfg.n_eval, all reconstructions: eval_fid.py tells their distance
     reconstructions.json  mean PSNR (dB) and SSIM, of what, and by which weights; one line is
-                          printed. Nothing is done where these weights have been reported before.
+                          printed. Nothing is done where just this has been reported before.
     """
     path = folder / "reconstructions.json"
-    made_by, told = weights_hash(ae), None
-    if world.is_main and path.exists():
-        told = json.loads(path.read_text())
-    known = torch.tensor(float(told is not None and told["autoencoder"] == made_by))
-    if world.sum(known.to(world.device)) > 0:
-        return
     images, why = held_out(cfg, ds)
     count = min(len(images), max(50, cfg.n_eval))
+    made_by, known = {"autoencoder": weights_hash(ae), "data": images.key, "n": count}, False
+    if world.is_main and path.exists():
+        told = json.loads(path.read_text())
+        known = made_by.items() <= told.items()
+        known = known and (not cfg.n_eval or (folder / "reconstructions.npz").exists())
+    if world.sum(torch.tensor(float(known), device=world.device)) > 0:
+        return
     chosen = np.linspace(0, len(images) - 1, count).astype(np.int64)  # of all classes
     found, figures = [], []
     for part in np.split(chosen[world.share(count)], range(batch, count, batch)):
@@ -354,7 +375,7 @@ def report(cfg, world, ae, ds, folder, batch=64):
             found.append(runtime.to_uint8(x_hat))
             figures.append(torch.stack([psnr(x, x_hat), ssim(x, x_hat)], dim=1))  # (B,2)
     empty = torch.empty(0, ds.height, ds.width, ds.channels, dtype=torch.uint8)
-    found = world.collect(torch.cat([empty.to(world.device), *found]), count).cpu()
+    found = world.collect(torch.cat([empty, *found]).to(world.device), count).cpu()
     figures = torch.cat([torch.zeros(0, 2, dtype=torch.float64, device=world.device), *figures])
     decibels, similar = world.collect(figures, count).mean(0).tolist()
     if not world.is_main:
@@ -368,10 +389,7 @@ def report(cfg, world, ae, ds, folder, batch=64):
     if cfg.n_eval:
         with runtime.atomic_write(folder / "reconstructions.npz") as temporary:
             np.savez(temporary, found.numpy(), images.labels[chosen])
-    told = {
-        "autoencoder": made_by, "n": count, "images": "training" if why else "held-out",
-        "psnr": decibels, "ssim": similar,
-    }  # fmt: skip
+    told = made_by | {"held_out": not why, "psnr": decibels, "ssim": similar}
     with runtime.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(told, indent=2) + "\n")
     whose = f"training images: {why}" if why else "held-out images"
@@ -395,7 +413,7 @@ MADE_OF = {
 
 
 @torch.inference_mode()
-def cache_latents(cfg, world, ds, ae, batch=256):
+def cache_latents(cfg, world, ds, ae, batch=64):
     """(moments, scale): what the encoder says of every image, and what makes latents unit variance.
 
     moments  memory map (N, h, w, 2z) float32: mean and log-variance; with cfg.flip N doubles and
@@ -409,7 +427,7 @@ def cache_latents(cfg, world, ds, ae, batch=256):
     folder = Path(cfg.out) / "latents"
     made_of = {"data_key": ds.key, "autoencoder": weights_hash(ae), "flip": cfg.flip}
     manifest, path = folder / "manifest.json", folder / "moments.npy"
-    if manifest.exists():
+    if manifest.exists() and path.exists():
         kept = json.loads(manifest.read_text())
         if kept["made_of"] == made_of:
             return np.load(path, mmap_mode="r"), kept["scale"]
@@ -436,7 +454,7 @@ def cache_latents(cfg, world, ds, ae, batch=256):
     sums = torch.zeros(3, dtype=torch.float64)  # of 1, z and z^2
     with world.progress(len(mine) * views, desc="latents") as bar:
         for view in range(views):
-            for idx in np.array_split(mine, max(1, len(mine) // batch)):
+            for idx in (mine[i : i + batch] for i in range(0, len(mine), batch)):
                 flips = np.full(len(idx), bool(view))
                 x, _ = data.batch(ds, idx, flip=flips)
                 mean, log_var = ae.encode(x.to(world.device))

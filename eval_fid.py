@@ -29,13 +29,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 
 import image_sets
 import inception
 import runtime
 from evaluation import METRICS, Asked, check_same_features, look, scores, scratch
-from features import ClassifierFeatures, classifier, share_right, warn
+from features import ClassifierFeatures, classifier_of, share_right, warn
 from image_sets import Images, Statistics, check_same_size
 from metrics import statistics
 from runtime import BadInput
@@ -109,7 +110,7 @@ def as_trained(cfg, checkpoint):
 def asked_labels(side, class_names):
     """The labels (N,) of `side`; None where it has none, or names other classes."""
     labels, last = side.labels, len(class_names) - 1
-    if labels is None or last < 1 or side.class_names not in (None, class_names):
+    if labels is None or last < 0 or side.class_names not in (None, class_names):
         return None
     if labels.min() < 0 or labels.max() > last:
         found = f"labels from {labels.min()} to {labels.max()}"
@@ -133,13 +134,14 @@ def choose(cfg, pictures, reference):
     if source.endswith((".npz", ".npy")):
         why = "is no data set to train the feature classifier on"
         raise BadInput(f"{source} {why}; name a labelled data set of such images with --data")
-    train, test = (image_sets.load(source, split, cfg) for split in ("train", "test"))
-    check_same_size([*pictures, Images(source, train.images), Images(source, test.images)])
-    net, facts = classifier(
-        train, test, cfg.data_root, cfg.seed, steps=cfg.classifier_steps, device=device
-    )
-    known = {"classifier_test_accuracy": facts["test_accuracy"]}
-    return ClassifierFeatures(net, facts), train.class_names, known
+    extractor, train = classifier_of(
+        source, cfg.data_root, size=cfg.size, seed=cfg.seed, steps=cfg.classifier_steps,
+        device=device,
+    )  # fmt: skip
+    check_same_size([*pictures, Images(source, train.images)])
+    numbers = runtime.parse_classes(cfg.classes, train.class_names)
+    names = tuple(train.class_names[i] for i in numbers)
+    return extractor, names, {"classifier_test_accuracy": extractor.facts["test_accuracy"]}
 
 
 # ------------------------------------------------------------------------------- comparing
@@ -161,14 +163,16 @@ def figures(cfg, world, names):
                 look, extractor=extractor, batch_size=cfg.batch_size, world=world,
                 store=partial(scratch, cfg.data_root),
             )  # fmt: skip
-            seen = see(labelled(b, class_names), keep=cfg.data_root)
+            seen = see(labelled(b, class_names), keep=cfg.data_root, reference=True)
             train = training_images(cfg, b)
         check_same_size(pictures)
         side = see(labelled(a, class_names))
         check_same_features(side, seen, extractor)
+        if side.n == 1:  # on every process, before one of them goes on alone
+            raise BadInput(f"a covariance needs at least 2 images, {name} has 1")
         if not world.is_main:
             continue
-        side.moments()  # a single image is an error rather than a warning
+        side.moments()
         warn_of(side)
         warn_of(seen)
         asked = Asked(
@@ -178,18 +182,19 @@ def figures(cfg, world, names):
         )  # fmt: skip
         origin = extractor or next((s.known for s in (side, seen) if s.known.protocol), side.known)
         yield scores(side, seen, asked) | {
-            "class_accuracy": class_accuracy(side, extractor),
+            "class_accuracy": class_accuracy(side, extractor, class_names),
             "n_generated": side.n, "n_reference": seen.n,
             "features": origin.protocol, "feature_hash": origin.feature_hash,
             **known, "a": name, "b": cfg.b, "seed": cfg.seed,
         }  # fmt: skip
 
 
-def class_accuracy(side, extractor):
+def class_accuracy(side, extractor, names):
     """The share of A (0..1) that the data set's classifier reads as labelled, or None."""
     if not isinstance(extractor, ClassifierFeatures) or side.labels is None:
         return None
-    return share_right(side.logits, side.labels)
+    numbers = np.array([extractor.class_names.index(name) for name in names])  # among all classes
+    return share_right(side.logits, numbers[side.labels])
 
 
 NOTHING = None, (), {}  # the extractor, class names and facts where both sides are statistics
@@ -208,7 +213,7 @@ def training_images(cfg, b):
     if "memorisation" not in chosen_metrics(cfg) or source.endswith((".npz", ".npy")):
         return None
     train = image_sets.read(f"{source}:train", cfg)
-    if train.key == getattr(b, "key", None):
+    if train.set_key == getattr(b, "set_key", None):
         warn(f"{source} has no held-out images that could tell copies from good samples")
         return None
     return train
@@ -255,7 +260,8 @@ LINES = (
     ("density, coverage", "{density:.3f}, {coverage:.3f}"),
     ("class accuracy", "{class_accuracy:.2%}"),
     ("copies of training", "{memorisation_copies}"),
-    ("  very near", "{memorisation_near_share:.1%}, by chance 1 % (p = {memorisation_near_p:.2g})"),
+    ("  very near", "{memorisation_near_share:.1%}, by chance {memorisation_near_expected:.1%} "
+     "(p = {memorisation_near_p:.2g})"),
     ("  nearer than B", "{memorisation_share:.1%}, by chance 50 % (p = {memorisation_p:.2g})"),
     ("generated  A", "{a}, N = {n_generated}"),
     ("reference  B", "{b}, N = {n_reference}"),
@@ -282,16 +288,18 @@ def compare(cfg, world):
 def curve(cfg, world):
     """Every kept checkpoint of the run A against B: curve.png and curve.json in its folder."""
     folder, rows = Path(cfg.a), []
-    names = [str(path) for path in checkpoints(folder)]
-    for found in figures(cfg, world, names):
-        rows.append({"step": runtime.load_checkpoint(found["a"])["step"], **found})
-        print(f"step {rows[-1]['step']}")
+    kept = checkpoints(folder)
+    for step, found in zip(kept, figures(cfg, world, kept.values()), strict=False):
+        rows.append({"step": step, **found})
+        print(f"step {step}")
         show(found)
-        panels = {}
-        for label, key in CURVES.items():
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                panels[label] = {label: tuple(zip(*points, strict=True))}
+        panels = {
+            title: {
+                label: ([row["step"] for row in rows], [row[key] for row in rows])
+                for label, key in lines.items() if found.get(key) is not None
+            } for title, lines in CURVES.items()
+        }  # fmt: skip
+        panels = {title: lines for title, lines in panels.items() if lines}
         title = f"{folder}, N = {found['n_generated']}"
         plot_lines(folder / "curve.png", panels, xlabel="step", title=title)
         with runtime.atomic_write(folder / "curve.json") as temporary:
@@ -300,19 +308,22 @@ def curve(cfg, world):
         finish(cfg, {"curve": rows, "figure": str(folder / "curve.png")})
 
 
-CURVES = {"Fréchet distance": "frechet", "precision": "precision", "recall": "recall",
-          "class accuracy": "class_accuracy"}  # fmt: skip
+CURVES = {
+    "Fréchet distance": {"at this N": "frechet", "endless samples": "frechet_infinity"},
+    "share": {"precision": "precision", "recall": "recall"},
+    "class accuracy": {"class accuracy": "class_accuracy"},
+}
 
 
 def checkpoints(folder):
-    """The checkpoints that a run kept, and its last one, in the order of their steps."""
-    kept = sorted(folder.glob("ckpt-[0-9]*.pt"))
+    """The checkpoints that a run kept, and its last one, by their steps: {step: path}."""
+    kept = {int(path.stem.split("-")[1]): str(path) for path in folder.glob("ckpt-[0-9]*.pt")}
     last = folder / "ckpt.pt"
-    if last.is_file() and not (kept and last.samefile(kept[-1])):
-        kept.append(last)
+    if last.is_file():
+        kept.setdefault(runtime.load_checkpoint(last)["step"], str(last))
     if not kept:
         raise BadInput(f"--curve: {folder} holds no ckpt.pt; expected the folder of a run")
-    return kept
+    return dict(sorted(kept.items()))
 
 
 class WithSpatial:
@@ -332,7 +343,8 @@ def save_statistics(cfg, world):
     if not isinstance(b, Images):
         raise BadInput(f"{cfg.b} already holds statistics; expected images")
     extractor, _, _ = choose(cfg, [b], cfg.b)
-    see = partial(look, batch_size=cfg.batch_size, world=world)
+    store = partial(scratch, cfg.data_root)
+    see = partial(look, batch_size=cfg.batch_size, world=world, store=store)
     more = {}
     if cfg.layout == "adm":
         if cfg.features != "inception":
@@ -368,12 +380,24 @@ def main():
     runtime.check_positive(cfg, "batch_size", "classifier_steps")
     runtime.check_processes(cfg.gpus, 0)
     chosen_metrics(cfg)
+    runtime.check_not_negative(cfg, "seed")
     if cfg.n < 0:
         raise BadInput(f"--n must be 0 (all images) or a number of images, got {cfg.n}")
     if cfg.out[-4:] != (".npz" if cfg.a == "stats" else ""):
         raise BadInput("only `stats` takes --out, and needs it: eval_fid.py stats B --out F.npz")
+    drawn = cfg.curve or is_checkpoint(cfg.a)
+    for flag, used, needs in (
+        ("weights", cfg.features == "inception", "--features inception"),
+        ("resize", cfg.features == "inception", "--features inception"),
+        ("layout", cfg.a == "stats", "`stats`"),
+        ("sample_args", drawn, "a checkpoint, or a run and --curve"),
+    ):
+        if not used and not runtime.not_given(cfg, (flag,)):
+            raise BadInput(f"--{flag.replace('_', '-')} means nothing without {needs}")
+    if Path(cfg.json or ".json").is_dir() or Path(cfg.out or ".npz").is_dir():
+        raise BadInput(f"{cfg.json or cfg.out} is a folder; expected the name of a file")
     if cfg.curve:
-        cfg = as_trained(cfg, str(checkpoints(Path(cfg.a))[-1]))
+        cfg = as_trained(cfg, list(checkpoints(Path(cfg.a)).values())[-1])
     elif is_checkpoint(cfg.a):
         cfg = as_trained(cfg, cfg.a)
     if not cfg.b:

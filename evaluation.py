@@ -19,7 +19,7 @@ import torch
 import data
 import metrics
 import runtime
-from features import ClassifierFeatures, classifier, extract, share_right, warn
+from features import classifier_of, extract, share_right, warn
 from image_sets import Images, Statistics, as_images, check_same_size
 from memorisation import Pixels, memorisation
 from metrics import frechet_distance, statistics
@@ -27,7 +27,7 @@ from runtime import BadInput
 from support.memory_figure import save_pairs
 
 METRICS = ("frechet", "is", "kid", "prdc", "classes", "memorisation")
-ENOUGH = 200  # images, for an interval of the distance
+ENOUGH = 100  # images, for an interval of the distance: five in each group
 
 
 # ------------------------------------------------------------------------------------ a side
@@ -44,7 +44,7 @@ class Side:
 
     name = property(lambda self: self.source.name)
     labels = property(lambda self: getattr(self.source, "labels", None))
-    n = property(lambda self: self.known.n if self.feats is None else len(self.feats))
+    n = property(lambda self: self.known.n if self.known else len(self.feats))
 
     def moments(self):
         """mu (d,) and sigma (d, d)."""
@@ -60,8 +60,13 @@ def scratch(folder, shape, dtype):
     return np.memmap(file, dtype, "w+", shape=shape)
 
 
-def look(source, extractor, *, batch_size=256, world=None, store=np.empty, keep=""):
-    """A Side of Images or Statistics. The features of a data set are kept in the folder `keep`."""
+def look(
+    source, extractor, *, batch_size=256, world=None, store=np.empty, keep="", reference=False
+):
+    """A Side of Images or Statistics. The features of a data set are kept in the folder `keep`.
+
+    A reference whose file tells the moments of the whole set that its images are of has these.
+    """
     world = world or runtime.World()
     if isinstance(source, Statistics):
         return Side(source, known=source)
@@ -81,7 +86,7 @@ def look(source, extractor, *, batch_size=256, world=None, store=np.empty, keep=
     if path and world.is_main:
         with runtime.atomic_write(path) as temporary:
             np.save(temporary, feats)
-    told = source.statistics  # of the set that these images are a part of, if of such features
+    told = source.statistics if reference else None
     return Side(source, feats, logits, told if told and len(told.mu) == feats.shape[1] else None)
 
 
@@ -105,7 +110,10 @@ def frechet(a, b, asked):
     """The distance; of images A also how sure it is, and what it would be with endless images."""
     reference = b.moments()
     found = {"frechet": frechet_distance(*a.moments(), *reference, method=asked.method)}
-    if a.feats is not None and len(a.feats) >= ENOUGH:
+    if a.feats is not None and len(a.feats) < max(ENOUGH, 2 * a.feats.shape[1] + 1):
+        few = f"{a.name} has N = {len(a.feats)}, of {a.feats.shape[1]} features"
+        warn(f"no interval of the Fréchet distance: {few}; it wants more than twice as many images")
+    elif a.feats is not None:
         sure = metrics.frechet_interval(a.feats, *reference, seed=asked.seed)
         found |= {
             "frechet_error": sure["standard_error"], "frechet_interval": sure["interval"],
@@ -115,7 +123,9 @@ def frechet(a, b, asked):
 
 
 def inception_score(a, b, asked):
-    mean, std = metrics.inception_score(a.logits)
+    """In ten parts, drawn by asked.seed: images may be sorted by class."""
+    order = np.random.default_rng(asked.seed).permutation(len(a.logits))
+    mean, std = metrics.inception_score(a.logits[order])
     return {"inception_score": mean, "inception_score_std": std}
 
 
@@ -207,7 +217,7 @@ def evaluate(generated, reference, extractor, *, batch_size=256, world=None, tra
     sources = [as_images(source, name) for source, name in held]
     check_same_size([source for source in sources if isinstance(source, Images)])
     see = partial(look, extractor=extractor, batch_size=batch_size, world=world)
-    a, b = map(see, sources)
+    a, b = see(sources[0]), see(sources[1], reference=True)
     check_same_features(a, b, extractor)
     asked = Asked(train=None if train is None else as_images(train, "train"), **asked)
     return scores(a, b, asked) | {"n_generated": a.n, "n_reference": b.n}
@@ -240,18 +250,8 @@ class Judge:
         self, name, root, *, shape, class_names=(), size=0, classes="", device="cpu",
         batch_size=256, steps=1500,
     ):  # fmt: skip
-        def load(split, chosen=()):
-            return data.load(name, root, split=split, size=size or None, classes=chosen)
-
         held_out, _ = data.held_out(name, root, shape, (), size=size, classes=classes)
-        train = load("train")
-        if train.num_classes < 2:
-            why = "has no classes to train the network on whose features are compared"
-            raise BadInput(f"{train.name} {why}; leave out --metric-every, or name labelled --data")
-        # Of all classes, also where samples are of a single one: it could tell nothing apart.
-        self.extractor = ClassifierFeatures(
-            *classifier(train, load("test"), root, steps=steps, device=device)
-        )
+        self.extractor, train = classifier_of(name, root, size=size, steps=steps, device=device)
         self.protocol, self.batch_size = self.extractor.protocol, batch_size
         known = [n for n in class_names if n in train.class_names]
         self.classes = np.array([train.class_names.index(n) for n in known], np.int64)

@@ -114,10 +114,10 @@ def train_classifier(ds, steps, seed, device, lr=2e-2):
 
 
 class ClassifierFeatures:
-    """A Classifier as an extractor; `facts` as `classifier` returns them."""
+    """A Classifier as an extractor; `facts` as `classifier` returns them, names of its classes."""
 
-    def __init__(self, net, facts):
-        self.net, self.facts, self.dim = net, facts, net.dim
+    def __init__(self, net, facts, class_names=()):
+        self.net, self.facts, self.dim, self.class_names = net, facts, net.dim, class_names
         self.protocol, self.feature_hash = facts.get("protocol"), facts.get("feature_hash")
         self.device = net.head.weight.device
 
@@ -163,8 +163,9 @@ def extract(extractor, images, batch_size=256, world=None, store=np.empty, name=
 
 
 def _pair(found):
-    """(features, logits) of what an extractor returns: both, or features alone."""
-    return found if isinstance(found, tuple) else (found, None)
+    """(features, logits) of what an extractor returns, arrays or tensors: both, or features."""
+    feats, logits = found if isinstance(found, tuple | list) else (found, None)
+    return torch.as_tensor(feats), None if logits is None else torch.as_tensor(logits)
 
 
 def share_right(logits, labels):
@@ -183,20 +184,32 @@ def weights_hash(net):
 def classifier(ds_train, ds_test, root, seed=0, *, steps=1500, device="cpu"):
     """The feature network of a data set, and what is known of it: (net, facts).
 
-    Kept in root/classifier-<data set key>.pt; trained when that file is missing, made by other
-    settings, or broken (with a warning). facts: `protocol` (one line for people), `feature_hash`,
-    `test_accuracy` in 0..1. Raises BadInput for a data set without classes or below 8 pixels.
+    Kept in root/classifier-<key of the data set>-<steps>-<seed>.pt; trained when that file is
+    missing, made otherwise, or broken (with a warning). The weights depend a little on the machine
+    and its number of threads, and so do figures: compare those of one hash. facts: `protocol` (one
+    line for people), `feature_hash`, `test_accuracy` in 0..1. Raises BadInput for a data set without classes or below 8 pixels.
     """
     if ds_train.num_classes < 2:
         why = "has no classes to train the feature classifier on; name a labelled data set"
         raise BadInput(f"{ds_train.name} {why} of such images with --data")
     if min(ds_train.height, ds_train.width) < 8:
         raise BadInput(f"{ds_train.name}: images are {shape_text(ds_train.images)}, need 8 pixels")
-    path = Path(root) / f"classifier-{ds_train.key}.pt"
+    path = Path(root) / f"classifier-{ds_train.key}-{steps}-{seed}.pt"
     recipe = {"steps": steps, "seed": seed, "tested_on": ds_test.key}
     with locked(path.with_suffix(".lock")):  # one process trains it, the others wait and read
         net, facts = _read(path, recipe, ds_train) or _make(path, recipe, ds_train, ds_test, device)
     return net.to(device, memory_format=torch.channels_last).eval(), facts
+
+
+def classifier_of(name, root, *, size=0, seed=0, steps=1500, device="cpu"):
+    """(ClassifierFeatures, training images) of the data set, folder or zip `name`.
+
+    Of all its classes, also where images of a few are looked at: of one class alone it could tell
+    nothing apart, and figures of all subsets are of one network. Raises as `classifier` does.
+    """
+    train, test = (data.load(name, root, split=s, size=size or None) for s in ("train", "test"))
+    net, facts = classifier(train, test, root, seed, steps=steps, device=device)
+    return ClassifierFeatures(net, facts, train.class_names), train
 
 
 def _read(path, recipe, ds):

@@ -12,6 +12,7 @@ Images stay on the disk and are mapped into memory, so that N does not matter.
 import hashlib
 import itertools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -27,6 +28,7 @@ import numpy as np
 
 import data
 import runtime
+from features import shape_text
 from runtime import BadInput
 from support.lock import locked
 
@@ -34,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 SAMPLERS = ("ddpm_pixel", "ldm_cfg")  # whose checkpoints draw samples
 BROKEN = (
     OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, NotImplementedError,
-    zipfile.BadZipFile, zlib.error,
+    zipfile.BadZipFile, zlib.error, MemoryError,
 )  # fmt: skip
 
 
@@ -42,8 +44,9 @@ BROKEN = (
 class Images:
     """Images uint8 (N, H, W, C) read from `name`; labels (N,) and class names, or None.
 
-    key names the pixels where a data set knows them. statistics: of the set that these images are
-    a part of, where the file tells (ADM's reference files).
+    key names the pixels where a data set knows them; set_key those of the whole set that they were
+    drawn from. statistics: of the set that these images are a part of, where the file tells (ADM's
+    reference files).
     """
 
     name: str
@@ -51,6 +54,7 @@ class Images:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
     key: str | None = None
+    set_key: str | None = None
     statistics: "Statistics | None" = None
 
 
@@ -95,10 +99,6 @@ def as_images(found, name):
     return Images(name, found)
 
 
-def shape_text(images):
-    return "x".join(map(str, images.shape[1:]))
-
-
 def check_same_size(sides):
     """Raise BadInput where two sides hold images of different (H, W, C): none is resized here."""
     for side, other in itertools.pairwise(sides):
@@ -116,9 +116,9 @@ def split_name(name):
     return (source, split) if split in ("train", "test") and source else (name, "test")
 
 
-def load(name, split, cfg):
-    """The data set `name` as cfg.data_root, cfg.size and cfg.classes say."""
-    classes = runtime.split_list(cfg.classes)
+def load(name, split, cfg, classes=None):
+    """The data set `name` as cfg.data_root, cfg.size and cfg.classes, or `classes`, say."""
+    classes = runtime.split_list(cfg.classes) if classes is None else classes
     return data.load(name, cfg.data_root, split=split, size=cfg.size or None, classes=classes)
 
 
@@ -130,7 +130,7 @@ def read(name, cfg, n=0):
         source, split = split_name(name)
         ds = load(source, split, cfg)
         classes = (ds.labels, ds.class_names) if ds.class_names else (None, None)
-        found = Images(name, ds.images, *classes, key=ds.key)
+        found = Images(name, ds.images, *classes, key=ds.key, set_key=ds.key)
     return draw(found, n, cfg.seed) if n and isinstance(found, Images) else found
 
 
@@ -155,7 +155,16 @@ def read_file(name):
             arrays = {"arr_0": np.load(name, mmap_mode="r", allow_pickle=False)}
         else:
             arrays = _read_npz(name)
+        if not isinstance(arrays.get("arr_0", np.empty(0)), np.ndarray):
+            raise ValueError("it is no array")
         facts = {k: arrays[k].item() for k in ("n", "protocol", "feature_hash") if k in arrays}
+        for key, kind in (("n", int), ("protocol", str), ("feature_hash", str)):
+            if key in facts and not isinstance(facts[key], kind):
+                raise ValueError(f"{key} is {facts[key]!r}")
+        if facts.get("n", 2) < 2:
+            raise ValueError(f"n is {facts['n']}")
+        if any(arrays[k].dtype.kind not in "fiu" for k in ("mu", "sigma") if k in arrays):
+            raise ValueError("mu and sigma are not real numbers")
     except FileNotFoundError:
         raise BadInput(f"{name}: no such file") from None
     except BROKEN as error:
@@ -202,14 +211,15 @@ def _mapped(path, member, archive):
         with archive.open(member) as stream:
             shutil.copyfileobj(stream, file, 1 << 20)
         file.seek(0)
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0
-    shape, fortran, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(
-        file
-    )
+    start, formats = file.tell(), np.lib.format
+    first = formats.read_magic(file) == (1, 0)
+    read = formats.read_array_header_1_0 if first else formats.read_array_header_2_0
+    shape, fortran, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
-    if not np.prod(shape):
+    if file.tell() - start + math.prod(shape) * dtype.itemsize != member.file_size:
+        raise ValueError(f"{member.filename} is not as long as its header says")
+    if not math.prod(shape):
         return np.empty(shape, dtype)
     order = "F" if fortran else "C"
     return np.memmap(file, dtype, "r", offset=file.tell(), shape=shape, order=order)
@@ -235,7 +245,7 @@ def save_statistics(path, side, **more):
 def checkpoint_settings(path):
     """(script, settings) of a checkpoint that draws samples; BadInput for any other."""
     state = runtime.load_checkpoint(path)
-    if state["script"] not in SAMPLERS:
+    if state["script"] not in SAMPLERS or not state.get("config", {}).get("data"):
         wanted = " or ".join(f"{name}.py" for name in SAMPLERS)
         raise BadInput(f"{path} was written by {state['script']}, which draws no samples: {wanted}")
     return state["script"], state["config"]
@@ -250,12 +260,16 @@ def sampled(checkpoint, script, n, gpus, arguments=""):
     checkpoint = Path(checkpoint)
     stat = checkpoint.stat()
     made_of = json.dumps([stat.st_size, stat.st_mtime_ns, n, arguments])
+    try:
+        arguments = shlex.split(arguments)
+    except ValueError as error:
+        raise BadInput(f"--sample-args {arguments}: {error}") from None
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:8]
     folder = checkpoint.with_name(f"eval-{checkpoint.stem}-{digest}")
     path = folder / "samples.npz"
     command = [
-        sys.executable, str(HERE / f"{script}.py"), "--sample", str(checkpoint), "--n", str(n),
-        "--out", str(folder), "--gpus", str(gpus), *shlex.split(arguments),
+        sys.executable, str(HERE / f"{script}.py"), *arguments, "--sample", str(checkpoint),
+        "--n", str(n), "--out", str(folder), "--gpus", str(gpus),
     ]  # fmt: skip
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")  # of torchrun: not the chapter's
     own = {key: value for key, value in os.environ.items() if key not in ranks}

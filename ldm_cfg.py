@@ -41,6 +41,7 @@ import runtime
 from dit import DiT, parse_size
 from kernels import gaussian, sampling_table, sampling_update
 from latent_unet import LatentUNet
+from schedules import make_alpha_bar
 from support import plan
 
 HERE = Path(__file__).parent
@@ -129,7 +130,7 @@ class Config:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """guide only while t/T lies in it (Kynkäänniemi et al. 2024); elsewhere w = 0"""
     guidance_rescale: float = 0.0
-    """0..1: how far the guided estimate gets back the conditional one's spread (Lin et al. 2023)"""
+    """0..1: how far the guided estimate gets back the conditional one's spread (Lin et al. 2024)"""
 
 
 # ----------------------------------------------------------------------------- denoising network
@@ -149,26 +150,7 @@ def make_net(cfg, z_shape, num_classes):
     return net.to(memory_format=torch.channels_last)
 
 
-# --------------------------------------------------------------- noise schedule, loss, sampling
-
-
-def make_alpha_bar(schedule, T):
-    """alpha_bar_t for t = 0..T-1, float64: the share of the latent's variance left after step t.
-
-    linear         beta from 1e-4 to 0.02 for T = 1000, scaled by 1000/T for others (DDPM)
-    scaled_linear  sqrt(beta) linear, from 0.00085 to 0.012 likewise (Stable Diffusion)
-    cosine         alpha_bar_t = f(t+1)/f(0), f(t) = cos^2((t/T + 0.008)/1.008 pi/2) (IDDPM eq. 17)
-    """
-    if schedule == "linear":
-        betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
-    elif schedule == "scaled_linear":
-        ends = math.sqrt(0.00085), math.sqrt(0.012)
-        betas = torch.linspace(*ends, T, dtype=torch.float64).square() * (1000 / T)
-    else:
-        t = torch.arange(T + 1, dtype=torch.float64) / T
-        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
-        betas = 1 - f[1:] / f[:-1]
-    return (1 - betas.clamp(max=0.999)).cumprod(0)
+# --------------------------------------------------------------------------- loss and sampling
 
 
 def simple_loss(net, z0, y, t, eps, alpha_bar, prediction="eps"):
@@ -201,6 +183,7 @@ def rescaled(out, out_uncond, w, share):
     Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", 2024, eq. 14-16:
     much guidance enlarges all numbers of a sample, which makes overexposed images.
     """
+    out, out_uncond = out.float(), out_uncond.float()
     guided = (1 + w) * out - w * out_uncond  # (B,C,h,w)
     spread = [x.flatten(1).std(1).view(-1, 1, 1, 1) for x in (out, guided)]  # (B,1,1,1)
     return guided * (share * spread[0] / spread[1] + 1 - share)
@@ -354,7 +337,7 @@ def train(cfg, world):
             run.save(
                 step, model=net.state_dict(), ema=ema.module.state_dict(),
                 optimizer=optimizer.state_dict(), autoencoder=ae.state_dict(), scale=scale,
-                shape=list(shape), class_names=list(ds.class_names),
+                shape=list(shape), class_names=list(ds.class_names), ae_made_of=ae.made_of,
             )  # fmt: skip
         if cfg.sample_every and step % cfg.sample_every == 0 and not last:
             images = draw(ema.module, ae, scale, cfg, world, shape, labels, seeds)
@@ -367,6 +350,7 @@ def train(cfg, world):
     world.barrier()  # the checkpoint is whole before any rank reads it
     if cfg.stage == "all":
         last = replace(cfg, sample=str(run.folder / "ckpt.pt"), classes="")
+        last = replace(last, seeds="") if cfg.n_eval else last
         sample(last, world, max(cfg.n, cfg.n_eval))
 
 
@@ -383,10 +367,14 @@ def load_net(path, device):
     state = runtime.load_checkpoint(path, "ldm_cfg")
     known = {f.name for f in fields(Config)}
     cfg = Config(**{key: v for key, v in state["config"].items() if key in known})
-    ae = autoencoder.make_autoencoder(cfg, state["shape"])
+    ae = autoencoder.make_autoencoder(cfg, state["shape"], state.get("ae_made_of"))
     net = make_net(cfg, latent_shape(ae, state["shape"]), len(state["class_names"]))
-    net.load_state_dict(state["ema"])
-    ae.load_state_dict(state["autoencoder"])
+    try:
+        net.load_state_dict(state["ema"])
+        ae.load_state_dict(state["autoencoder"])
+    except RuntimeError:
+        why = "holds another network than this version's; sample it with the one that wrote it"
+        raise runtime.BadInput(f"checkpoint {path} {why}") from None
     return net.to(device).eval(), ae.to(device).eval(), state, cfg
 
 
@@ -446,7 +434,7 @@ def check_sampling(cfg):
 
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
-    runtime.check_run(cfg)
+    runtime.check_run(replace(cfg, gpus=0) if cfg.dry_run else cfg)
     runtime.check_positive(
         cfg, "patch", "ae_width", "ae_mult", "ae_blocks", "z_channels", "ae_steps", "ae_lr",
         "timesteps", "width", "mult", "blocks", "heads", "context_width", "sample_steps",
@@ -456,26 +444,33 @@ def check(cfg):
     runtime.check_fraction(
         cfg, "label_dropout", "ema", "eta", "kl_weight", "guidance_interval", "guidance_rescale"
     )
-    with torch.device("meta"):
-        make_net(cfg, (4, 16, 16), 1)  # settings that make no network say so before all else
+    if not math.isfinite(cfg.guidance) or cfg.guidance_interval[0] > cfg.guidance_interval[1]:
+        told = f"--guidance {cfg.guidance} --guidance-interval {cfg.guidance_interval}"
+        raise runtime.BadInput(f"{told}: expected a finite w, and an interval that rises")
+    if cfg.n_eval and max(cfg.n, cfg.n_eval) < 2:
+        raise runtime.BadInput("--n-eval must be 0, or at least 2: a covariance is compared")
+    if cfg.discriminator and cfg.disc_start >= cfg.ae_steps:
+        told = f"--disc-start {cfg.disc_start} is not before --ae-steps {cfg.ae_steps}"
+        raise runtime.BadInput(f"{told}: the discriminator would never start")
+    if cfg.prediction == "eps" and cfg.schedule == "cosine":
+        why = "divides the error of eps_hat by 5e-5 where it starts"
+        raise runtime.BadInput(f"--schedule cosine {why}: add --prediction v or another schedule")
 
 
-def dry_run(cfg, ds):
-    """--dry-run: print what the command would do and need, and what of it is there already."""
-    shape = (ds.channels, ds.height, ds.width)
-    ae = autoencoder.make_autoencoder(cfg, shape)
-    z_shape = latent_shape(ae, shape)
-    net = make_net(cfg, z_shape, ds.num_classes)
-    plan.show(cfg, ds, ae, net, z_shape, cfg.ae in autoencoder.TRAINED)
+def networks(cfg, ds):
+    """(autoencoder, denoiser, latents' shape); BadInput for settings that do not fit the images."""
+    ae = autoencoder.make_autoencoder(cfg, (ds.channels, ds.height, ds.width))
+    z_shape = latent_shape(ae, (ds.channels, ds.height, ds.width))
+    return ae, make_net(cfg, z_shape, ds.num_classes), z_shape
 
 
 def main():
     cfg = runtime.parse(Config, __doc__, preset=str(HERE / "configs/{data}.yaml"))
     if cfg.smoke:
         cfg = replace(
-            cfg, ae_steps=4, steps=4, batch_size=8, ae_width=32, width=32, heads=4, n=8, n_eval=0,
-            sample_steps=4, warmup=1, log_every=1, save_every=2, sample_every=2, resume="never",
-            out=cfg.out or "runs/smoke-ldm",
+            cfg, ae_steps=4, disc_start=1, steps=4, batch_size=8, ae_width=32, width=32, heads=4,
+            n=8, n_eval=0, sample_steps=4, warmup=1, log_every=1, save_every=2, sample_every=2,
+            resume="never", out=cfg.out or "runs/smoke-ldm",
         )  # fmt: skip
     check(cfg)
     if cfg.sample:
@@ -485,8 +480,9 @@ def main():
     check_sampling(cfg)
     cfg = replace(cfg, out=cfg.out or f"runs/ldm-{Path(cfg.data).stem}")
     ds = load_data(cfg)  # prepared once, before there are several processes
+    fitting = networks(cfg, ds)  # what does not fit says so now, not after an hour
     if cfg.dry_run:
-        dry_run(cfg, ds)
+        plan.show(cfg, ds, *fitting, cfg.ae in autoencoder.TRAINED)
         return
     runtime.launch(train, cfg)
     if cfg.stage == "all" and cfg.n_eval and runtime.is_first_process():

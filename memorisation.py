@@ -55,7 +55,8 @@ def memorisation(generated, train, held_out, *, device="cpu"):
     """Do rows `generated` (G, d) copy `train` (N, d), as `held_out` (H, d) cannot? A dictionary:
 
     copies         how many are at distance 0 of a training row
-    near_share     how many are nearer than the nearest 1 % of held-out rows: 0.01 expected
+    near_share     how many are nearer than the nearest 1 % of held-out rows
+    near_expected  what share that would be without copying: r / (H + 1), r = H // 100 + 1
     near_p         the chance of so many or more without copying, exact: beta-binomial
     share          P(nearer than a held-out row) + half of P(as near): 0.5 expected, 1 for copies
     z, p           the same as Mann and Whitney's normal deviate (ties corrected), above 0 for
@@ -84,7 +85,8 @@ def memorisation(generated, train, held_out, *, device="cpu"):
     z = (won - g * h / 2) / deviation if deviation > 0 else 0.0
     return dict(
         copies=int((distance == 0).sum()),
-        near_share=near / g, near_p=float(scipy.stats.betabinom.sf(near - 1, g, r, h - r + 1)),
+        near_share=near / g, near_expected=r / (h + 1),
+        near_p=float(scipy.stats.betabinom.sf(near - 1, g, r, h - r + 1)),
         share=float(won / (g * h)), z=float(z), p=float(scipy.stats.norm.sf(z)),
         ratio=ratio, index=index, held_out=reference,
     )  # fmt: skip

@@ -137,6 +137,8 @@ def gaussian(mu, sigma):
         raise BadInput(f"mu and sigma must be (d,) and (d, d), got {mu.shape} and {sigma.shape}")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise BadInput("mu and sigma must be finite numbers")
+    if abs(sigma - sigma.T).max(initial=0) > 1e-5 * abs(sigma).max(initial=0):
+        raise BadInput("sigma is not symmetric: it is not the covariance of any features")
     try:  # what LAPACK reads by columns is sigma.T: no copies
         return Gaussian(mu, sigma, scipy.linalg.cholesky(sigma.T, check_finite=False).T)
     except scipy.linalg.LinAlgError:

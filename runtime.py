@@ -268,9 +268,11 @@ class Run:
         step = state["step"] if state else 0
         if self.world.is_main:
             rows = [row for row in read_log(self.log_path) if row["step"] <= step] if state else []
-            kept_before = [] if state else self.folder.glob("ckpt-[0-9]*.pt")
-            for left_over in [*self.folder.glob(".*.tmp*"), *kept_before]:
+            for left_over in self.folder.glob(".*.tmp*"):
                 left_over.unlink()
+            for kept in self.folder.glob("ckpt-[0-9]*.pt"):  # of a future that is now another
+                if int(kept.stem.split("-")[1]) > step and (state or self.resume == "never"):
+                    kept.unlink()
             with atomic_write(self.log_path) as path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             self._write_config()
@@ -308,10 +310,8 @@ class Run:
             path.write_text(header + yaml.safe_dump(settings, sort_keys=False))
 
     def save(self, step, **state):
-        """Write ckpt.pt whole or not at all; the one it replaces stays as ckpt-previous.pt.
-
-        At multiples of the setting keep_every it also stays as ckpt-STEP.pt.
-        """
+        """Write ckpt.pt whole or not at all; the one it replaces stays as ckpt-previous.pt, and
+        one at a multiple of the setting keep_every as ckpt-STEP.pt."""
         if not self.world.is_main:
             return
         path, previous = self.folder / "ckpt.pt", self.folder / "ckpt-previous.pt"

@@ -16,7 +16,7 @@ from support.commandline import BadInput, parse_seeds
 from support.pictures import to_uint8
 from support.plots import plot_lines
 
-SCHEDULES = ("linear", "cosine", "sigmoid")
+SCHEDULES = ("linear", "cosine", "sigmoid")  # of chapter 1; chapter 3 has scaled_linear, too
 
 
 def make_alpha_bar(schedule, T, alpha_min=0.001):
@@ -24,6 +24,7 @@ def make_alpha_bar(schedule, T, alpha_min=0.001):
 
     linear   beta_t from 1e-4 to 0.02 for T = 1000, scaled by 1000/T for others (Ho et al. 2020,
              section 4)
+    scaled_linear  sqrt(beta_t) linear, from 0.00085 to 0.012 likewise (Stable Diffusion)
     cosine   alpha_bar_t = f(t+1) / f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), s = 0.008
              (Nichol, Dhariwal 2021, eq. 17)
     sigmoid  the same with f(t) = S(3) - S(6t/T - 3), S(u) = 1/(1 + e^-u)
@@ -34,6 +35,9 @@ def make_alpha_bar(schedule, T, alpha_min=0.001):
     t = torch.arange(T + 1, dtype=torch.float64)
     if schedule == "linear":
         alphas = 1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+    elif schedule == "scaled_linear":
+        ends = math.sqrt(0.00085), math.sqrt(0.012)
+        alphas = 1 - torch.linspace(*ends, T, dtype=torch.float64).square() * (1000 / T)
     elif schedule == "cosine":
         f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
         alphas = f[1:] / f[:-1]
@@ -41,7 +45,8 @@ def make_alpha_bar(schedule, T, alpha_min=0.001):
         f = torch.sigmoid(t.new_tensor(3.0)) - torch.sigmoid(6 * t / T - 3)
         alphas = f[1:] / f[:-1]
     else:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        names = ", ".join((*SCHEDULES, "scaled_linear"))
+        raise ValueError(f"schedule must be one of {names}, got {schedule!r}")
     return alphas.clamp(min=alpha_min).cumprod(0)
 
 

@@ -329,6 +329,11 @@ class TinyAutoencoder(nn.Module):
 # ------------------------------------------------------------------------------ published weights
 
 
+def build(kind, settings):
+    """The network of a published autoencoder: `settings` of a KLVAE ("kl") or a TinyAutoencoder."""
+    return (KLVAE if kind == "kl" else TinyAutoencoder)(**settings)
+
+
 def load_pretrained(path, device="cpu"):
     """(autoencoder, facts): a published KLVAE or TinyAutoencoder, float32, frozen, in eval mode.
 
@@ -339,10 +344,11 @@ def load_pretrained(path, device="cpu"):
     """
     settings, state, facts = read_autoencoder(path)
     with torch.device("meta"):
-        ae = (KLVAE if facts["kind"] == "kl" else TinyAutoencoder)(**settings)
+        ae = build(facts["kind"], settings)
     check_state(ae.state_dict(), state, path)
     ae.load_state_dict(state, assign=True)
     ae.eval().requires_grad_(False)
+    ae.made_of = {"kind": facts["kind"], "settings": settings}
     return ae.to(device, memory_format=torch.channels_last), facts
 
 

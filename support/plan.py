@@ -38,7 +38,10 @@ def state(path):
     """How far the run got whose checkpoint would be at `path`."""
     if not Path(path).is_file():
         return "to do"
-    return f"at step {torch.load(path, weights_only=True, mmap=True)['step']}"
+    try:
+        return f"at step {torch.load(path, weights_only=True, mmap=True)['step']}"
+    except Exception:  # whatever torch.load makes of a file that is cut
+        return f"{path} is damaged, the checkpoint before it may be whole"
 
 
 def parameters(net):

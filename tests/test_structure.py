@@ -41,7 +41,9 @@ MAY = {
     "autoencoder": {"kernels", "data", "runtime", "vae", "vq", "perceptual"},
     "latent_unet": {"kernels", "runtime", "support"},
     "dit": {"kernels", "runtime", "support"},
-    "ldm_cfg": {"kernels", "data", "runtime", "autoencoder", "latent_unet", "dit", "support"},
+    "ldm_cfg": {
+        "kernels", "data", "runtime", "support", "schedules", "autoencoder", "latent_unet", "dit",
+    },  # fmt: skip
     "features": {"data", "runtime", "support"},
     "inception": {"runtime", "support"},
     "metrics": {"runtime"},
