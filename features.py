@@ -187,7 +187,8 @@ def classifier(ds_train, ds_test, root, seed=0, *, steps=1500, device="cpu"):
     Kept in root/classifier-<key of the data set>-<steps>-<seed>.pt; trained when that file is
     missing, made otherwise, or broken (with a warning). The weights depend a little on the machine
     and its number of threads, and so do figures: compare those of one hash. facts: `protocol` (one
-    line for people), `feature_hash`, `test_accuracy` in 0..1. Raises BadInput for a data set without classes or below 8 pixels.
+    line for people), `feature_hash`, `test_accuracy` in 0..1. Raises BadInput for a data set
+    without classes or below 8 pixels.
     """
     if ds_train.num_classes < 2:
         why = "has no classes to train the feature classifier on; name a labelled data set"

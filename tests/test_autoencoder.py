@@ -249,7 +249,7 @@ def test_report_says_when_it_has_only_training_images(cfg, tmp_path, capsys):
     train(replace(cfg, data=str(flat), ae_steps=1, out=str(tmp_path / "run")))
     assert "over 8 training images: there are no others" in capsys.readouterr().out
     path = tmp_path / "run" / "autoencoder" / "reconstructions.json"
-    assert json.loads(path.read_text())["images"] == "training"
+    assert json.loads(path.read_text())["held_out"] is False
 
 
 # ------------------------------------------------------------------------------------ the cache

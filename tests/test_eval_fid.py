@@ -145,6 +145,35 @@ def test_every_figure_by_command_and_the_closest_pairs_drawn(evaluate, home):
     assert caught["memorisation_copies"] == 400 and caught["memorisation_p"] < 1e-9
 
 
+def test_images_sorted_by_class_have_the_same_inception_score(evaluate, home):
+    with np.load(home / "samples.npz") as held:
+        images, labels = held["arr_0"], held["arr_1"]
+    order = np.argsort(labels, kind="stable")
+    np.savez(home / "sorted.npz", images[order], labels[order])
+    mixed, sorted_ = (evaluate(f, "digits")[0] for f in ("samples.npz", "sorted.npz"))
+    assert sorted_["inception_score"] == pytest.approx(mixed["inception_score"], rel=0.03)
+    assert sorted_["class_accuracy"] == mixed["class_accuracy"]
+
+
+def test_training_images_are_no_held_out_ones_also_where_some_are_drawn(evaluate):
+    flags = ["--metrics", "memorisation"]
+    for n in ([], ["--n", "100"]):
+        result, err = evaluate("samples.npz", "digits:train", *flags, *n)
+        assert "no held-out images" in err and "memorisation_p" not in result
+
+
+def test_one_class_is_compared_with_that_class_by_the_network_of_all(evaluate, home):
+    with np.load(home / "samples.npz") as held:
+        threes = held["arr_0"][held["arr_1"] == 3]
+    np.savez(home / "threes.npz", threes, np.zeros(len(threes), np.int64))
+    result, _ = evaluate("threes.npz", "digits", "--classes", "3")
+    whole, _ = evaluate("samples.npz", "digits")
+    assert result["feature_hash"] == whole["feature_hash"] and result["n_reference"] == 50
+    assert result["class_accuracy"] > 0.9 and result["frechet"] < 1
+    wrong, _ = evaluate("threes.npz", "digits", "--classes", "1")
+    assert wrong["class_accuracy"] < 0.1 and wrong["frechet"] > 3 * result["frechet"]
+
+
 def test_the_slow_square_root_gives_the_same_distance(evaluate):
     fast, _ = evaluate("samples.npz", "digits", "--metrics", "frechet")
     slow, _ = evaluate("samples.npz", "digits", "--metrics", "frechet", "--sqrtm")
@@ -194,7 +223,7 @@ def test_n_draws_the_same_images_for_the_same_seed(evaluate):
 
 def test_the_classifier_is_kept_and_a_broken_one_is_replaced(evaluate, home):
     train = data.load(str(home / "digits"), home / "root", split="train")
-    path = home / "root" / f"classifier-{train.key}.pt"
+    path = home / "root" / f"classifier-{train.key}-5-0.pt"
     first, _ = evaluate("samples.npz", "digits", steps="5")
     written = path.stat().st_mtime_ns
     second, err = evaluate("samples.npz", "digits", steps="5")
@@ -239,6 +268,10 @@ def test_other_settings_train_another_classifier(evaluate):
         (["samples.npz", "digits", "--gpus", "99"], ["--gpus 99"]),
         (["samples.npz", "digits", "--out", "x.npz"], ["--out", "stats"]),
         (["samples.npz"], ["samples.npz", "A B"]),
+        (["samples.npz", "digits", "--seed", "-1"], ["--seed"]),
+        (["samples.npz", "digits", "--weights", "w"], ["--weights", "--features inception"]),
+        (["samples.npz", "digits", "--sample-args=--n 2"], ["--sample-args", "checkpoint"]),
+        (["samples.npz", "digits", "--json", "flat"], ["flat", "folder"]),
         (["samples.npz", "digits", "--metrics", "fid"], ["--metrics fid", "frechet, is"]),
         (["samples.npz", "digits", "--features", "inception", "--weights", "w"], ["w: no such"]),
         (["stats", "digits", "--out", "x.npz", "--layout", "adm"], ["--features inception"]),

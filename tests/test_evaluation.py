@@ -8,6 +8,7 @@ import torch
 from launching import succeed
 
 import data
+import eval_fid
 import evaluation
 import features
 import metrics
@@ -205,8 +206,21 @@ def test_a_run_keeps_the_checkpoints_it_is_asked_to(run, toy, tiny):
     done = run / "again"
     flags = [*tiny["ddpm_pixel"], "--steps", "4", "--sample-every", "0", "--out", done]
     succeed("ddpm_pixel", *toy, *flags, "--keep-every", "3")
+    (done / "ckpt.pt").unlink()
+    (done / "ckpt-previous.pt").rename(done / "earlier.pt")  # of step 3: one that is kept stays
+    succeed("ddpm_pixel", *toy, *flags, "--resume", done / "earlier.pt", "--steps", "3")
+    assert [p.name for p in done.glob("ckpt-0*.pt")] == ["ckpt-000003.pt"]
     succeed("ddpm_pixel", *toy, *flags, "--resume", "never")
-    assert sorted(p.name for p in done.glob("ckpt-0*.pt")) == []  # were of the run before
+    assert list(done.glob("ckpt-0*.pt")) == []  # it was of the run before
+
+
+def test_checkpoints_come_in_the_order_of_their_steps(tmp_path):
+    for step in (900_000, 1_000_000):
+        torch.save({"script": "x", "step": step}, tmp_path / f"ckpt-{step:06d}.pt")
+    torch.save({"script": "x", "step": 1_000_000}, tmp_path / "ckpt.pt")  # a copy, not a link
+    assert list(eval_fid.checkpoints(tmp_path)) == [900_000, 1_000_000]
+    torch.save({"script": "x", "step": 1_000_500}, tmp_path / "ckpt.pt")
+    assert list(eval_fid.checkpoints(tmp_path)) == [900_000, 1_000_000, 1_000_500]
 
 
 def test_a_curve_over_the_checkpoints_of_a_run(run, toy):

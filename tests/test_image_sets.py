@@ -99,6 +99,34 @@ def test_what_is_no_file_of_images_is_refused(save, words, tmp_path):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_header_that_promises_more_than_there_is_is_refused(pictures, tmp_path):
+    import io
+
+    member = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        member, {"descr": "|u1", "fortran_order": False, "shape": (100, 6, 5, 3)}
+    )
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("arr_0.npy", member.getvalue() + pictures.tobytes())
+        archive.writestr("arr_2.npy", bytes(10_000))  # what lies behind
+    with pytest.raises(BadInput, match="not a readable .npz file .*as long as its header"):
+        read(str(tmp_path / "a.npz"), Settings())
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"n": -3}, {"n": "many"}, {"feature_hash": 7}, {"mu": np.array(["a"])},
+        {"mu": np.ones(1) * 1j},
+    ],  # fmt: skip
+    ids=["negative", "text", "hash", "strings", "complex"],
+)
+def test_statistics_that_lie_are_refused(facts, tmp_path):
+    np.savez(tmp_path / "a.npz", **({"mu": np.zeros(1), "sigma": np.eye(1)} | facts))
+    with pytest.raises(BadInput, match="not a readable"):
+        read(str(tmp_path / "a.npz"), Settings())
+
+
 def test_an_array_of_other_than_images_is_refused():
     with pytest.raises(BadInput, match=r"mine holds float64 \(2, 4, 4, 3\); expected"):
         image_sets.as_images(np.zeros((2, 4, 4, 3)), "mine")
