@@ -99,7 +99,7 @@ class Config:
     checkpointing: bool = False  # compute activations twice instead of keeping them
     label_dropout: float = 0.1  # how often training replaces the label by "none"
 
-    steps: int = 1250  # optimizer steps of the diffusion
+    steps: int = 1000  # optimizer steps of the diffusion
     batch_size: int = 64  # images per step over all processes, in both trainings
     lr: float = 2e-3  # peak learning rate
     warmup: int = 100  # steps over which a learning rate rises; half a cosine lowers it all along
