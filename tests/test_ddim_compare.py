@@ -51,7 +51,7 @@ def checkpoint(folder, conditional=True, seed=0):
 @pytest.fixture
 def drawn(monkeypatch):
     """The judge in place, and [(sampler, steps, w)] of what is drawn, but for the warm-up."""
-    monkeypatch.setattr(compare.eval_fid, "Judge", Judge)
+    monkeypatch.setattr(compare.evaluation, "Judge", Judge)
     calls, draw = [], ddim.draw
 
     def counted(net, alpha_bar, pairs, cfg, *rest):

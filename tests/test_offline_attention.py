@@ -12,10 +12,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from interpreter.attention_math import LAYOUTS, image, separate, tokens  # noqa: E402
+from recording import Operators  # noqa: E402
+
 from bench.offline import compiled_for, inspect_kernel  # noqa: E402
 from kernels.attention import _backward, _forward  # noqa: E402
-from tests.interpreter.attention_math import LAYOUTS, image, separate, tokens  # noqa: E402
-from tests.recording import Operators  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"

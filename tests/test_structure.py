@@ -48,7 +48,7 @@ MAY = {
     "inception": {"runtime", "support"},
     "metrics": {"runtime"},
     "memorisation": {"metrics"},
-    "image_sets": {"data", "runtime", "support"},
+    "image_sets": {"data", "runtime", "support", "features"},
     "evaluation": {
         "data", "runtime", "support", "features", "metrics", "memorisation", "image_sets",
     },  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
-    importlib.import_module("tests.interpreter.bf16")  # repairs the interpreter
+    importlib.import_module("bf16")  # repairs the interpreter
 
 
 @pytest.fixture(autouse=True)

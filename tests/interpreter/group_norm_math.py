@@ -4,10 +4,10 @@ import contextlib
 
 import numpy as np
 import torch
+from recording import interpreted_launches
 from triton.runtime import interpreter
 
 from kernels.group_norm_silu import _reference, group_norm_silu
-from tests.recording import interpreted_launches
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest error / max(1, |exact|) of y and dx, by their dtype, and of the sums dweight, dbias, ...

@@ -4,10 +4,7 @@ import sys
 
 import pytest
 import torch
-
-from bench.traffic import count_traffic
-from kernels import attention
-from tests.interpreter.attention_math import (
+from attention_math import (
     DTYPES,
     NAMES,
     TOLERANCE,
@@ -20,7 +17,10 @@ from tests.interpreter.attention_math import (
     separate,
     tokens,
 )
-from tests.interpreter.tf32 import tensor_cores
+from tf32 import tensor_cores
+
+from bench.traffic import count_traffic
+from kernels import attention
 
 INF, NAN = torch.inf, torch.nan
 # numpy, which computes for the interpreter, warns of each inf - inf and 0 / 0

@@ -4,10 +4,7 @@ import math
 
 import pytest
 import torch
-
-from kernels import attention
-from kernels.attention import _forward
-from tests.interpreter.attention_math import (
+from attention_math import (
     DTYPES,
     LAYOUTS,
     by_kernel,
@@ -19,7 +16,10 @@ from tests.interpreter.attention_math import (
     separate,
     tokens,
 )
-from tests.interpreter.tf32 import TF32, TF32X3, nearest, tensor_cores, truncated
+from tf32 import TF32, TF32X3, nearest, tensor_cores, truncated
+
+from kernels import attention
+from kernels.attention import _forward
 
 LENGTHS = [(1, 1), (1, 16), (7, 1), (16, 7), (64, 64), (65, 65), (77, 130), (130, 77), (16, 257)]
 DIMS = [16, 24, 32, 40, 64, 80, 96, 128, 160, 256]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from attention_math import LAYOUTS, inputs, separate
+from recording import Operators
 
 from bench.traffic import count_traffic
 from kernels import attention
 from kernels.attention import _backward, _forward
-from tests.interpreter.attention_math import LAYOUTS, inputs, separate
-from tests.recording import Operators
 
 # lengths of whole tiles and of partial ones, head dimensions that are powers of two and are not
 CASES = pytest.mark.parametrize(

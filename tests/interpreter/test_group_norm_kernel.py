@@ -4,9 +4,7 @@ import itertools
 
 import pytest
 import torch
-
-from kernels.group_norm_silu import _backward, _forward, group_norm_silu
-from tests.interpreter.group_norm_math import (
+from group_norm_math import (
     CASES,
     DENSE,
     DTYPES,
@@ -28,7 +26,9 @@ from tests.interpreter.group_norm_math import (
     sliced,
     sums_in_pairs,
 )
-from tests.recording import interpreted_launches
+from recording import interpreted_launches
+
+from kernels.group_norm_silu import _backward, _forward, group_norm_silu
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and inf
 every_dense_order = pytest.mark.parametrize("order", DENSE, ids=lambda order: order.__name__)

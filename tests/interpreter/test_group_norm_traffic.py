@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-
-from bench.traffic import count_traffic
-from kernels.group_norm_silu import _backward, _forward, group_norm_silu
-from tests.interpreter.group_norm_math import (
+from group_norm_math import (
     CASES,
     DENSE,
     DTYPES,
@@ -14,7 +11,10 @@ from tests.interpreter.group_norm_math import (
     channels_innermost,
     inputs,
 )
-from tests.recording import Operators, interpreted_launches
+from recording import Operators, interpreted_launches
+
+from bench.traffic import count_traffic
+from kernels.group_norm_silu import _backward, _forward, group_norm_silu
 
 every_dense_order = pytest.mark.parametrize("order", DENSE, ids=lambda order: order.__name__)
 

@@ -5,13 +5,13 @@ import sys
 import pytest
 import torch
 from launching import start_ranks, succeed
+from recording import interpreted_launches
 
 import autoencoder
 import ddpm_pixel
 import ldm_cfg
 import runtime
 import unet
-from tests.recording import interpreted_launches
 
 OPERATIONS = ["attention", "group_norm_silu", "sampling_update"]
 

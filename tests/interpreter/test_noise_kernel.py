@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from noise_math import KNOWN_ANSWERS, box_muller_float64, normals_float64
 
 from kernels import gaussian
 from kernels.dispatch import tl, triton
 from kernels.philox import _box_muller_kernel, four_normals, one_normal
-from tests.noise_math import KNOWN_ANSWERS, box_muller_float64, normals_float64
 
 SEEDS = [0, -1, 17, 2**63 - 1, -(2**63), 2**32, -(2**40) + 5]
 MILLION = 1 << 20

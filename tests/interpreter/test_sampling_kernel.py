@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from noise_math import gaussian_float64
 from triton.runtime import interpreter
 
 from bench.traffic import count_traffic
 from kernels import sampling_table, sampling_update
 from kernels.sampling_update import _reference, _update_kernel
-from tests.noise_math import gaussian_float64
 
 ALPHA_BAR = (1 - torch.linspace(1e-3, 0.1, 100, dtype=torch.float64)).cumprod(0)
 PAIRS = [(99, 60), (60, 20), (20, 7), (7, -1)]
