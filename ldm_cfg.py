@@ -13,7 +13,7 @@ then the label "none"; a sample is steered by exaggerating the difference,
 
 (At a given z_t, v is affine in eps and the weights sum to 1: the same holds for v.)
 
-    python ldm_cfg.py                                     digits on two CPU cores, six minutes
+    python ldm_cfg.py                                     digits on two CPU cores, seven minutes
     python ldm_cfg.py --data imagenet100 --gpus 8         ImageNet-100 at 128x128
     python ldm_cfg.py --sample runs/ldm-glyphs/ckpt.pt --n 100 --guidance 3 --classes 3,7
 
