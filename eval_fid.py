@@ -10,7 +10,7 @@ reference, so all three are printed with it, and with an estimate of its error w
 
     python eval_fid.py runs/ldm-glyphs/samples.npz glyphs:test     # a minute at first, then seconds
     python eval_fid.py mnist:train mnist:test --n 10000      # real against real: 0.03, the floor
-    python eval_fid.py photos/ cifar10:train --features inception --resize clean
+    python eval_fid.py samples.npz cifar10:train --features inception --resize clean
     python eval_fid.py runs/pixel-mnist/ckpt.pt --metrics all      # draws 1,000 samples itself
     python eval_fid.py runs/pixel-mnist mnist:test --curve   # its checkpoints, one after the other
     python eval_fid.py stats glyphs:test --out glyphs.npz    # keep the statistics of a reference
