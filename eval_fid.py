@@ -279,7 +279,7 @@ def show(found):
 
 
 def compare(cfg, world):
-    """A against B: (figures as JSON wants them), [] on other processes than the first."""
+    """Print the figures of A against B; the first process does."""
     for found in figures(cfg, world, [cfg.a]):
         show(found)
         finish(cfg, found)
