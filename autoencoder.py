@@ -32,37 +32,23 @@ from torch import nn
 
 import data
 import runtime
-from kernels import gaussian, group_norm_silu
+import unet
+from kernels import gaussian
 from perceptual import Adversary, load_perceptual, psnr, ssim
 from vae import KLVAE, build, load_pretrained
 from vq import Codebook, VQAutoencoder
 
 
-class Norm(nn.GroupNorm):
-    """GroupNorm and SiLU in one operation.
+class Norm(unet.Norm):
+    """Chapter 1's, of at most 32 groups, and never of one channel: that would lose what is added to
+    the channel."""
 
-    At most 32 groups, and never of one channel, which would lose what is added to the channel.
-    """
-
-    def __init__(self, channels, silu=True):
+    def __init__(self, channels):
         super().__init__(1 if channels % 2 else math.gcd(32, channels // 2), channels)
-        self.silu = silu
-
-    def forward(self, x):
-        return group_norm_silu(
-            x, self.num_groups, self.weight, self.bias, eps=self.eps, silu=self.silu
-        )
 
 
 def conv(c_in, c_out, kernel=3, stride=1):
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2)
-
-
-def zero(layer):
-    """Start a layer at zero: the residual branch that it ends at first adds nothing."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class ResBlock(nn.Module):
@@ -71,7 +57,7 @@ class ResBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.norm1, self.conv1 = Norm(channels), conv(channels, channels)
-        self.norm2, self.conv2 = Norm(channels), zero(conv(channels, channels))
+        self.norm2, self.conv2 = Norm(channels), unet.zero(conv(channels, channels))
 
     def forward(self, x):
         return x + self.conv2(self.norm2(self.conv1(self.norm1(x))))  # (B,C,H,W)

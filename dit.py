@@ -24,7 +24,6 @@ Guidance is the sampler's: the net answers for a label, or for none of them (`ne
 """
 
 import argparse
-import math
 import pickle
 import re
 from pathlib import Path
@@ -38,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import attention
 from runtime import BadInput
 from support.published_files import WEIGHTS, read_json, read_weights
+from unet import timestep_embedding
 
 EPS = 1e-6  # of every layer norm
 FREQUENCIES = 256  # sines and cosines that tell the timestep, at any width
@@ -60,18 +60,6 @@ def parse_size(name):
 
 
 # ----------------------------------------------------------------------------- what the net is told
-
-
-def timestep_embedding(t, width=FREQUENCIES):
-    """(B,) timesteps -> (B,width): cosines, then sines, of t times 1, ..., 10000^-(i / half), ...
-
-    In float32 and in the published order of operations, as a last bit of a frequency is a phase of
-    6e-5 at t = 1000.
-    """
-    half = width // 2
-    i = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t[:, None].float() * torch.exp(-math.log(10000) * i / half)  # (B,width/2)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def positions(width, height_tokens, width_tokens):
@@ -116,7 +104,7 @@ class TimestepEmbed(nn.Module):
         )  # fmt: skip
 
     def forward(self, t):
-        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t, FREQUENCIES, "adm").to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbed(nn.Module):

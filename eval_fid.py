@@ -118,11 +118,20 @@ def asked_labels(side, class_names):
     return labels
 
 
-def choose(cfg, pictures, reference):
+def labelled_set(cfg):
+    """The data set that the classifier learns, and whose training images A may be copies of; or
+    the name of a file."""
+    return cfg.data or image_sets.split_name(cfg.b)[0]
+
+
+def is_file(name):
+    return name.endswith((".npz", ".npy"))
+
+
+def choose(cfg, pictures):
     """(extractor, class names, what else is known) for the Images `pictures`.
 
-    `reference` names B. Raises BadInput where sizes differ or nothing labelled is there to train
-    the classifier on.
+    Raises BadInput where sizes differ or nothing labelled is there to train the classifier on.
     """
     device = "cuda" if cfg.gpus else "cpu"
     if cfg.features == "inception":
@@ -130,8 +139,8 @@ def choose(cfg, pictures, reference):
         names = [side.class_names for side in pictures if side.class_names]
         extractor = inception.load(cfg.weights, cfg.data_root, cfg.resize, device)
         return extractor, next(iter(names), ()), {}
-    source = cfg.data or image_sets.split_name(reference)[0]
-    if source.endswith((".npz", ".npy")):
+    source = labelled_set(cfg)
+    if is_file(source):
         why = "is no data set to train the feature classifier on"
         raise BadInput(f"{source} {why}; name a labelled data set of such images with --data")
     extractor, train = classifier_of(
@@ -158,7 +167,7 @@ def figures(cfg, world, names):
         b = b or reference(cfg)
         pictures = [side for side in (a, b) if isinstance(side, Images)]
         if seen is None:  # the features, and those of B, are the same for all
-            extractor, class_names, known = choose(cfg, pictures, cfg.b) if pictures else NOTHING
+            extractor, class_names, known = choose(cfg, pictures) if pictures else NOTHING
             see = partial(
                 look, extractor=extractor, batch_size=cfg.batch_size, world=world,
                 store=partial(scratch, cfg.data_root),
@@ -209,8 +218,8 @@ def labelled(source, class_names):
 
 def training_images(cfg, b):
     """The Images that A may be copies of; None where nobody asks or they are unknown."""
-    source = cfg.data or image_sets.split_name(cfg.b)[0]
-    if "memorisation" not in chosen_metrics(cfg) or source.endswith((".npz", ".npy")):
+    source = labelled_set(cfg)
+    if "memorisation" not in chosen_metrics(cfg) or is_file(source):
         return None
     train = image_sets.read(f"{source}:train", cfg)
     if train.set_key == getattr(b, "set_key", None):
@@ -342,13 +351,11 @@ def save_statistics(cfg, world):
     b = reference(cfg)
     if not isinstance(b, Images):
         raise BadInput(f"{cfg.b} already holds statistics; expected images")
-    extractor, _, _ = choose(cfg, [b], cfg.b)
+    extractor, _, _ = choose(cfg, [b])
     store = partial(scratch, cfg.data_root)
     see = partial(look, batch_size=cfg.batch_size, world=world, store=store)
     more = {}
     if cfg.layout == "adm":
-        if cfg.features != "inception":
-            raise BadInput("--layout adm holds Inception's features: add --features inception")
         side = see(b, WithSpatial(extractor))
         mu_s, sigma_s = statistics(side.logits)
         more = {"arr_0": b.images, "mu_s": mu_s, "sigma_s": sigma_s}
@@ -394,6 +401,8 @@ def main():
     ):
         if not used and not runtime.not_given(cfg, (flag,)):
             raise BadInput(f"--{flag.replace('_', '-')} means nothing without {needs}")
+    if cfg.layout == "adm" and cfg.features != "inception":
+        raise BadInput("--layout adm holds Inception's features: add --features inception")
     if Path(cfg.json or ".json").is_dir() or Path(cfg.out or ".npz").is_dir():
         raise BadInput(f"{cfg.json or cfg.out} is a folder; expected the name of a file")
     if cfg.curve:

@@ -34,6 +34,7 @@ from support.lock import locked
 
 HERE = Path(__file__).resolve().parent
 SAMPLERS = ("ddpm_pixel", "ldm_cfg")  # whose checkpoints draw samples
+# What reading a torn, foreign or lying file raises; NotImplementedError is zipfile's.
 BROKEN = (
     OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, NotImplementedError,
     zipfile.BadZipFile, zlib.error, MemoryError,

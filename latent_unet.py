@@ -26,38 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import runtime
 from kernels import attention as attend
-from kernels import group_norm_silu
-
-
-def timestep_embedding(t, width):
-    """(B,) timesteps -> (B,width) cosines, then sines, of t times 1 ... 10000^(2/width - 1).
-
-    In float32, in the published order of operations.
-    """
-    half = width // 2
-    i = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t[:, None].float() * torch.exp(-math.log(10000) * i / half)  # (B,width/2)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def zero(layer):
-    """Start a layer at zero: the residual branch that it ends at first adds nothing."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class Norm(nn.GroupNorm):
-    """GroupNorm, and with silu the SiLU, in one operation."""
-
-    def __init__(self, groups, channels, eps=1e-5, silu=True):
-        super().__init__(groups, channels, eps)
-        self.silu = silu
-
-    def forward(self, x):
-        return group_norm_silu(
-            x, self.num_groups, self.weight, self.bias, eps=self.eps, silu=self.silu
-        )
+from unet import Norm, timestep_embedding, zero
 
 
 class ResBlock(nn.Module):
@@ -271,7 +240,7 @@ class LatentUNet(nn.Module):
         self.norm_out, self.conv_out = Norm(groups, c), zero(nn.Conv2d(c, channels, 3, padding=1))
 
     def forward(self, z, t, y=None, context=None):
-        emb = self.time(timestep_embedding(t, self.width).to(z.dtype))  # (B,4*width)
+        emb = self.time(timestep_embedding(t, self.width, "adm").to(z.dtype))  # (B,4*width)
         if context is None:
             if self.label is None:
                 raise ValueError("a network without labels needs a context")

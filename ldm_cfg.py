@@ -461,7 +461,8 @@ def networks(cfg, ds):
     """(autoencoder, denoiser, latents' shape); BadInput for settings that do not fit the images."""
     ae = autoencoder.make_autoencoder(cfg, (ds.channels, ds.height, ds.width))
     z_shape = latent_shape(ae, (ds.channels, ds.height, ds.width))
-    return ae, make_net(cfg, z_shape, ds.num_classes), z_shape
+    with torch.device("cpu" if cfg.dry_run else "meta"):  # only a plan runs it
+        return ae, make_net(cfg, z_shape, ds.num_classes), z_shape
 
 
 def main():

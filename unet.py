@@ -51,7 +51,7 @@ def timestep_embedding(t, width, style="ddpm"):
 class Norm(nn.GroupNorm):
     """GroupNorm, an optional scale and shift (B,C), and with silu the SiLU: in one operation."""
 
-    def __init__(self, groups, channels, eps, silu=True):
+    def __init__(self, groups, channels, eps=1e-5, silu=True):
         super().__init__(groups, channels, eps)
         self.silu = silu
 

@@ -29,21 +29,11 @@ from einops import rearrange
 from torch import nn
 
 import runtime
-from kernels import attention, group_norm_silu
+from kernels import attention
 from support.published_vae import read_autoencoder
+from unet import Norm
 
-
-class Norm(nn.GroupNorm):
-    """GroupNorm and, with silu, the SiLU after it, in one operation."""
-
-    def __init__(self, groups, channels, eps=1e-6, silu=True):
-        super().__init__(groups, channels, eps)
-        self.silu = silu
-
-    def forward(self, x):
-        return group_norm_silu(
-            x, self.num_groups, self.weight, self.bias, eps=self.eps, silu=self.silu
-        )
+EPS = 1e-6  # of the published norms
 
 
 def conv(c_in, c_out, **options):
@@ -79,8 +69,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
-        self.norm1, self.conv1 = Norm(groups, c_in), conv(c_in, c_out)
-        self.norm2, self.conv2 = Norm(groups, c_out), conv(c_out, c_out)
+        self.norm1, self.conv1 = Norm(groups, c_in, EPS), conv(c_in, c_out)
+        self.norm2, self.conv2 = Norm(groups, c_out, EPS), conv(c_out, c_out)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
@@ -93,7 +83,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels, groups):
         super().__init__()
-        self.norm = Norm(groups, channels, silu=False)
+        self.norm = Norm(groups, channels, EPS, silu=False)
         self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -148,7 +138,7 @@ def make_encoder(channels, levels, blocks, z_channels, groups):
         c_in = c
     return named(
         conv_in=conv(channels, levels[0]), down=nn.Sequential(*down),
-        mid=middle(c_in, groups), norm_out=Norm(groups, c_in),
+        mid=middle(c_in, groups), norm_out=Norm(groups, c_in, EPS),
         conv_out=conv(c_in, 2 * z_channels),
     )  # fmt: skip
 
@@ -164,7 +154,7 @@ def make_decoder(channels, levels, blocks, z_channels, groups):
         c_in = c
     return named(
         conv_in=conv(z_channels, levels[-1]), mid=middle(levels[-1], groups),
-        up=nn.Sequential(OrderedDict(up)), norm_out=Norm(groups, c_in),
+        up=nn.Sequential(OrderedDict(up)), norm_out=Norm(groups, c_in, EPS),
         conv_out=conv(c_in, channels),
     )  # fmt: skip
 
@@ -267,7 +257,7 @@ class TinyBlock(nn.Module):
         if pooled:
             self.pool = nn.Sequential(
                 nn.Conv2d(channels, 4 * channels, 1, bias=False),
-                Norm(4, 4 * channels, eps=1e-5, silu=False), nn.ReLU(),
+                Norm(4, 4 * channels, silu=False), nn.ReLU(),
                 nn.Conv2d(4 * channels, channels, 1, bias=False),
             )  # fmt: skip
 

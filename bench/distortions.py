@@ -258,14 +258,14 @@ def draw_n(ds, n, seed):
     return ds.images[np.sort(chosen)]
 
 
-def extractor(args, train, test):
+def extractor(args):
     """The network whose features are compared: images uint8 (B, H, W, C) -> features, logits."""
     device = "cuda" if args.gpus else "cpu"
     if args.features == "inception":
         return inception.load(args.weights, args.data_root, args.resize, device=device)
-    return features.ClassifierFeatures(
-        *features.classifier(train, test, args.data_root, device=device)
-    )
+    return features.classifier_of(
+        args.data, args.data_root, size=args.size or 0, device=device
+    )[0]
 
 
 def main(arguments=None):
@@ -277,7 +277,7 @@ def main(arguments=None):
     images = draw_n(test, args.n, args.seed)
     others = draw_n(data.load(args.other, args.data_root, size=args.size), len(images), args.seed)
     others = same_channels(others, images.shape[3])
-    net = extractor(args, train, test)
+    net = extractor(args)
     reference, _ = features.extract(net, draw_n(train, args.n_reference, args.seed), BATCH)
     curves = measure(images, others, net, reference, args.seed)
     title = f"{train.name}: {len(images):,} held-out images against {len(reference):,} for training"

@@ -15,7 +15,6 @@ OMP_WAIT_POLICY=PASSIVE, or waiting counts as work).
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
 import sys
@@ -29,7 +28,7 @@ from tqdm import tqdm  # noqa: E402
 
 import runtime  # noqa: E402
 from bench import unet as instruments  # noqa: E402
-from bench.reference_networks import import_references  # noqa: E402
+from bench.reference_networks import needing_diffusers  # noqa: E402
 from dit import DiT, parse_size  # noqa: E402
 
 SHAPE, CLASSES = (4, 16, 16), 1000
@@ -52,15 +51,8 @@ def random_network(settings, shape=SHAPE, classes=CLASSES, seed=0):
 
 def load_diffusers():
     """The class DiTTransformer2DModel; BadInput if diffusers is not installed."""
-    with contextlib.suppress(ModuleNotFoundError):  # diffusers can do without torchvision
-        import_references()
-    try:
+    with needing_diffusers():
         from diffusers import DiTTransformer2DModel
-    except ModuleNotFoundError as error:
-        raise runtime.BadInput(
-            f"diffusers, which this compares with, cannot be loaded (no module {error.name}): "
-            'type pip install -e ".[test]"'
-        ) from None
     return DiTTransformer2DModel
 
 

@@ -6,6 +6,8 @@ from unittest import mock
 
 import torch
 
+from runtime import BadInput
+
 # Operators that torchvision asks for when it is imported; a torchvision of another build of PyTorch
 # lacks them. Only their names must exist: no network calls them.
 OPERATORS = {"nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"}
@@ -24,6 +26,20 @@ def import_references():
     for name, schema in OPERATORS.items():
         if not hasattr(torch.ops.torchvision, name):
             _library.define(name + schema)
+
+
+@contextlib.contextmanager
+def needing_diffusers():
+    """In this context diffusers can be imported; BadInput if it, or what it needs, is missing."""
+    with contextlib.suppress(ModuleNotFoundError):  # diffusers can do without torchvision
+        import_references()
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BadInput(
+            f"diffusers, which this compares with, cannot be loaded (no module {error.name}): "
+            'type pip install -e ".[test]"'
+        ) from None
 
 
 def random_weights(seed, variant="fid"):

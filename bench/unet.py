@@ -21,7 +21,6 @@ convolution of size 1: another library, and here and there the faster. Shares ar
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
 import platform
@@ -43,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import runtime  # noqa: E402
-from bench.reference_networks import import_references  # noqa: E402
+from bench.reference_networks import needing_diffusers  # noqa: E402
 from ddpm_pixel import simple_loss  # noqa: E402
 from kernels import sampling_table, sampling_update  # noqa: E402
 from schedules import make_alpha_bar  # noqa: E402
@@ -65,16 +64,9 @@ OURS, THEIRS, COMPILED, MM, CONV = "here", "diffusers", "here, compiled", "torch
 
 def load_diffusers():
     """What is used of diffusers; BadInput if it is not installed."""
-    with contextlib.suppress(ModuleNotFoundError):  # diffusers can do without torchvision
-        import_references()
-    try:
+    with needing_diffusers():
         from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
         from diffusers.training_utils import EMAModel
-    except ModuleNotFoundError as error:
-        raise runtime.BadInput(
-            f"diffusers, which this compares with, cannot be loaded (no module {error.name}): "
-            'type pip install -e ".[test]"'
-        ) from None
     return UNet2DModel, DDPMScheduler, DDIMScheduler, EMAModel
 
 

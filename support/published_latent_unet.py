@@ -15,7 +15,7 @@ import torch
 
 from support.commandline import BadInput
 from support.published_files import find_files, read_json, read_weights
-from support.published_names import BLOCK, ENDS, modules, structure
+from support.published_names import BLOCK, ENDS, check_keys, modules, structure
 
 TRANSFORMER_ENDS = (("norm", "norm"), ("proj_in", "proj_in"), ("proj_out", "proj_out"))
 TRANSFORMER_BLOCK = (  # ours, theirs (several are joined along their first axis), whether biased
@@ -183,13 +183,7 @@ def _firsts(s):
 def _converted(state, table, path):
     """Our state_dict, float32; BadInput names keys that do not fit."""
     table = list(table)
-    wanted = [key for _, theirs, _ in table for key in theirs]
-    lacking = [key for key in wanted if key not in state]
-    if lacking:
-        raise BadInput(f"{path} lacks tensors of a U-Net like it: {_first(lacking)}")
-    unknown = sorted(state.keys() - set(wanted))
-    if unknown:
-        raise BadInput(f"{path} has tensors that this U-Net has no place for: {_first(unknown)}")
+    check_keys(state, [key for _, theirs, _ in table for key in theirs], path)
     ours = {}
     for name, theirs, shape in table:
         value = torch.cat([state[key].float() for key in theirs])
@@ -203,11 +197,6 @@ def _converted(state, table, path):
             )
         ours[name] = value
     return ours
-
-
-def _first(keys, n=3):
-    more = f" and {len(keys) - n} more" if len(keys) > n else ""
-    return ", ".join(keys[:n]) + more
 
 
 # ---------------------------------------------------------------------------- files and settings

@@ -177,16 +177,20 @@ def structure(state, path):
     )  # fmt: skip
 
 
-def from_published(state, layout, s, path):
-    """Our state_dict of a published one, float32; BadInput names keys that do not fit."""
-    table = list(rows(s))
-    wanted = [key for row in table for key in getattr(row, layout)]
+def check_keys(state, wanted, path):
+    """BadInput, naming some, where the state_dict from `path` lacks keys or has others."""
     lacking = [key for key in wanted if key not in state]
     if lacking:
         raise BadInput(f"{path} lacks tensors of a U-Net like it: {_first(lacking)}")
     unknown = sorted(state.keys() - set(wanted))
     if unknown:
         raise BadInput(f"{path} has tensors that this U-Net has no place for: {_first(unknown)}")
+
+
+def from_published(state, layout, s, path):
+    """Our state_dict of a published one, float32; BadInput names keys that do not fit."""
+    table = list(rows(s))
+    check_keys(state, [key for row in table for key in getattr(row, layout)], path)
     ours = {}
     for row in table:
         parts = [state[key].float() for key in getattr(row, layout)]

@@ -240,7 +240,7 @@ def test_a_level_that_does_not_rise_is_named(bench):
 @pytest.fixture
 def study(bench, monkeypatch, tmp_path, capsys):
     """study(*flags) runs the program on glyphs, by random filters: exit status, JSON, stderr."""
-    monkeypatch.setattr(bench, "extractor", lambda args, train, test: Filters())
+    monkeypatch.setattr(bench, "extractor", lambda args: Filters())
     sets = {
         split: bench.data.Dataset("glyphs", glyphs.draw(split, range(60)), None, (), {})
         for split in ("train", "test")

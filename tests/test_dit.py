@@ -101,7 +101,7 @@ def test_positions_are_sines_and_cosines_of_the_column_and_then_of_the_row():
 
 
 def test_timesteps_are_cosines_and_then_sines():
-    e = dit.timestep_embedding(torch.tensor([0, 7]))
+    e = dit.timestep_embedding(torch.tensor([0, 7]), dit.FREQUENCIES, "adm")
     angles = [7 * 10000 ** (-i / 128) for i in range(128)]
     assert e.shape == (2, 256) and e[0].tolist() == [1] * 128 + [0] * 128
     assert e[1, :128].tolist() == pytest.approx(list(map(math.cos, angles)), abs=2e-6)

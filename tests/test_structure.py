@@ -35,12 +35,12 @@ MAY = {
     "ddim": {"kernels", "runtime", "support", "ddpm_pixel", "inversion", "compare"},
     "inversion": {"kernels", "data", "runtime", "ddim", "support"},
     "compare": {"ddim", "evaluation", "runtime", "support"},
-    "vae": {"kernels", "runtime", "support"},
+    "vae": {"kernels", "runtime", "support", "unet"},
     "vq": set(),
     "perceptual": {"kernels", "runtime", "support"},
-    "autoencoder": {"kernels", "data", "runtime", "vae", "vq", "perceptual"},
-    "latent_unet": {"kernels", "runtime", "support"},
-    "dit": {"kernels", "runtime", "support"},
+    "autoencoder": {"kernels", "data", "runtime", "unet", "vae", "vq", "perceptual"},
+    "latent_unet": {"kernels", "runtime", "unet"},
+    "dit": {"kernels", "runtime", "support", "unet"},
     "ldm_cfg": {
         "kernels", "data", "runtime", "support", "schedules", "autoencoder", "latent_unet", "dit",
     },  # fmt: skip

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from recording import Copies
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unet
@@ -81,22 +82,6 @@ def test_channels_last_goes_through_the_whole_network(settings):
             )
     net(*batch())
     assert len(seen) > 10 and all(seen)
-
-
-class Copies(TorchDispatchMode):
-    """Keeps the shapes of copies of at least `size` numbers."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size, self.found = size, []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        aten = torch.ops.aten
-        copies = (aten.clone, aten.copy_, aten._to_copy, aten._reshape_copy)
-        if op.overloadpacket in copies and out.numel() >= self.size:
-            self.found.append((op, tuple(out.shape)))
-        return out
 
 
 @each_style
