@@ -24,7 +24,6 @@ Guidance is the sampler's: the net answers for a label, or for none of them (`ne
 """
 
 import argparse
-import pickle
 import re
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import attention
 from runtime import BadInput
-from support.published_files import WEIGHTS, read_json, read_weights
+from support.published_files import find_weights, read_json, read_weights
 from unet import timestep_embedding
 
 EPS = 1e-6  # of every layer norm
@@ -331,33 +330,12 @@ def load_published(path, *, heads=None):
     if path.is_dir():
         path = path / "transformer" if (path / "transformer").is_dir() else path
         config = read_json(path / "config.json")
-        weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
-        if weights is None:
-            raise BadInput(f"{path} holds no weights: expected {' or '.join(WEIGHTS)} in it")
-        path, state = weights, _from_diffusers(read_weights(weights), config, weights)
+        path = find_weights(path)
+        state = _from_diffusers(read_weights(path), config, path)
     else:
-        state = _read(path)
-    return _build(state, heads or config.get("num_attention_heads"), config, path)
-
-
-def _read(path):
-    """The state_dict in a file of the published names."""
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file or folder")
-    if path.suffix == ".safetensors":
-        return read_weights(path)
-    try:
         # The published training script keeps its flags beside the weights, as a Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, LookupError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"{path} is no file of plain tensors, or a torn one: {reason}") from None
-    if isinstance(state, dict):
-        state = state.get("ema", state.get("model", state))
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
-        raise BadInput(f"{path} is not a state_dict: expected names and tensors and nothing else")
-    return state
+        state = read_weights(path, inside=("ema", "model"), allowed=[argparse.Namespace])
+    return _build(state, heads or config.get("num_attention_heads"), config, path)
 
 
 def _from_diffusers(state, config, path):
@@ -375,7 +353,7 @@ def _from_diffusers(state, config, path):
         for kind in ("weight", "bias"):
             parts = [left.pop(f"{name}.{kind}", None) for name in theirs]
             if all(part is not None for part in parts):
-                found[f"{ours}.{kind}"] = torch.cat(parts)
+                found[f"{ours}.{kind}"] = torch.cat(parts) if len(parts) > 1 else parts[0]
     for key, value in left.items():
         first = re.sub(r"^transformer_blocks\.\d+\.norm1\.emb", EMBEDDERS, key)
         if first == key or first not in state or not torch.equal(state[first], value):
@@ -422,7 +400,9 @@ def _build(state, heads, config, path):
         if state[name].shape != expected[name]:
             there = tuple(state[name].shape)
             raise BadInput(f"{path}: {name} is {there}, expected {expected[name]}")
-    net.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    # Copied: the file, which is mapped, may change while the network lives.
+    state = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
+    net.load_state_dict(state, assign=True)
     return net
 
 

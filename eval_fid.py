@@ -161,10 +161,9 @@ def figures(cfg, world, names):
 
     All processes compute features, the first one alone the figures: to the others none are given.
     """
-    b = seen = None
+    b, seen = reference(cfg), None  # first: what is wrong with it is known before A is drawn
     for name in names:
         a = generated(cfg, name)
-        b = b or reference(cfg)
         pictures = [side for side in (a, b) if isinstance(side, Images)]
         if seen is None:  # the features, and those of B, are the same for all
             extractor, class_names, known = choose(cfg, pictures) if pictures else NOTHING
@@ -329,7 +328,7 @@ def checkpoints(folder):
     kept = {int(path.stem.split("-")[1]): str(path) for path in folder.glob("ckpt-[0-9]*.pt")}
     last = folder / "ckpt.pt"
     if last.is_file():
-        kept.setdefault(runtime.load_checkpoint(last)["step"], str(last))
+        kept.setdefault(runtime.load_checkpoint(last, mapped=True)["step"], str(last))
     if not kept:
         raise BadInput(f"--curve: {folder} holds no ckpt.pt; expected the folder of a run")
     return dict(sorted(kept.items()))

@@ -174,7 +174,11 @@ def share_right(logits, labels):
 
 
 def weights_hash(net):
-    """Eight hex digits that differ when any weight does: features of two hashes do not compare."""
+    """Eight hex digits that differ when any weight does: features of two hashes do not compare.
+
+    Kept features and statistics bear it. support.training.weights_hash sorts the names first and
+    would call the same weights otherwise, so that these were refused.
+    """
     digest = hashlib.sha256()
     for name, tensor in net.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())

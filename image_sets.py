@@ -137,9 +137,7 @@ def read(name, cfg, n=0):
 
 def draw(side, n, seed):
     """n of the images of `side`, in the order of the file. Raises BadInput if there are fewer."""
-    if n > len(side.images):
-        raise BadInput(f"--n {n}: {side.name} has only {len(side.images)} images")
-    numbers = np.sort(np.random.default_rng(seed).permutation(len(side.images))[:n])
+    numbers = drawn(n, len(side.images), seed, side.name)
     return replace(
         side,
         images=Chosen(side.images, numbers),
@@ -147,6 +145,16 @@ def draw(side, n, seed):
         key=side.key and f"{side.key}-{n}-{seed}",
         statistics=None,
     )
+
+
+def drawn(n, count, seed, name):
+    """The numbers (n,) of n of the `count` images of `name`, rising; of all for n = 0.
+
+    Drawn without replacement, each set of n with the same chance. BadInput if there are fewer.
+    """
+    if n > count:
+        raise BadInput(f"--n {n}: {name} has only {count} images")
+    return np.sort(np.random.default_rng(seed).permutation(count)[: n or None])
 
 
 def read_file(name):
@@ -245,7 +253,7 @@ def save_statistics(path, side, **more):
 
 def checkpoint_settings(path):
     """(script, settings) of a checkpoint that draws samples; BadInput for any other."""
-    state = runtime.load_checkpoint(path)
+    state = runtime.load_checkpoint(path, mapped=True)
     if state["script"] not in SAMPLERS or not state.get("config", {}).get("data"):
         wanted = " or ".join(f"{name}.py" for name in SAMPLERS)
         raise BadInput(f"{path} was written by {state['script']}, which draws no samples: {wanted}")

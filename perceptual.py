@@ -44,9 +44,9 @@ class Perceptual(nn.Module):
     def __init__(self, layers, channel=None):
         super().__init__()
         self.layers = len(layers)
-        for i, (weight, bias) in enumerate(layers):
-            self.register_buffer(f"weight{i}", weight.float())
-            self.register_buffer(f"bias{i}", bias.float())
+        for i, (weight, bias) in enumerate(layers):  # copied: they may be a map of their file
+            self.register_buffer(f"weight{i}", weight.to(torch.float32, copy=True))
+            self.register_buffer(f"bias{i}", bias.to(torch.float32, copy=True))
         for i in range(len(GROUPS)):
             self.register_buffer(f"channel{i}", None if channel is None else channel[i].float())
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))

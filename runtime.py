@@ -57,6 +57,7 @@ from support.training import (
     ema_update,
     keep_memory,
     learning_rate,
+    load_mapped,
     peak_memory,
     plot_loss,
     read_log,
@@ -176,22 +177,21 @@ class DamagedCheckpoint(BadInput):
     """The file is truncated or garbage; the checkpoint before it may be whole."""
 
 
-def load_checkpoint(path, script=None):
+def load_checkpoint(path, script=None, mapped=False):
     """The dictionary that Run.save wrote at `path`, on the CPU.
 
     Raises BadInput, naming the file, when it is missing or (with `script`) written by something
-    else, DamagedCheckpoint when it cannot be read. Loads with weights_only=True: a checkpoint
-    cannot run code.
+    else, DamagedCheckpoint when it cannot be read. A checkpoint cannot run code. mapped: read of
+    the tensors only what is used, without the check of their sums.
     """
     if not Path(path).is_file():
         raise BadInput(f"checkpoint {path}: no such file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_mapped(path) if mapped else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "unreadable"
-        raise DamagedCheckpoint(
-            f"checkpoint {path} is truncated or not a checkpoint ({reason})"
-        ) from None
+        reason = (str(error).strip() or "unreadable").splitlines()[0][:120]
+        told = f"checkpoint {path} is truncated or not a checkpoint ({reason})"
+        raise DamagedCheckpoint(told) from None
     made_by = state.get("script") if isinstance(state, dict) else None
     if made_by is None or (script is not None and made_by != script):
         whose = f"by {made_by}" if made_by else "by none of these scripts"
@@ -202,7 +202,7 @@ def load_checkpoint(path, script=None):
 
 def as_trained(cfg, names, script):
     """cfg, but settings `names` that were not given are those that cfg.sample was trained with."""
-    trained = load_checkpoint(cfg.sample, script)["config"]
+    trained = load_checkpoint(cfg.sample, script, mapped=True)["config"]
     return dataclasses.replace(cfg, **{name: trained[name] for name in not_given(cfg, names)})
 
 
@@ -226,7 +226,7 @@ class Run:
         "log_every", "save_every", "keep_every", "sample_every", "sample", "n", "sampler",
         "sample_steps", "eta", "variance", "guidance", "guidance_interval", "guidance_rescale",
         "seeds", "n_eval", "accumulate", "checkpointing", "dry_run", "threshold", "visit",
-        "metric_every", "metric_n", "nll", "export", "plot_schedule",
+        "metric_every", "metric_n", "nll", "export", "plot_schedule", "shard",
     })  # fmt: skip
 
     def __init__(

@@ -36,6 +36,7 @@ import scipy.ndimage  # noqa: E402
 
 import data  # noqa: E402
 import features  # noqa: E402
+import image_sets  # noqa: E402
 import inception  # noqa: E402
 import metrics  # noqa: E402
 import runtime  # noqa: E402
@@ -252,10 +253,7 @@ def same_channels(images, channels):
 
 def draw_n(ds, n, seed):
     """n images of a data set, or all for 0, in the order of its file. BadInput for too few."""
-    if n > len(ds):
-        raise runtime.BadInput(f"{ds.name} has {len(ds)} images, {n} are needed; lower --n")
-    chosen = np.random.default_rng(seed).permutation(len(ds))[: n or None]
-    return ds.images[np.sort(chosen)]
+    return ds.images[image_sets.drawn(n, len(ds), seed, ds.name)]
 
 
 def extractor(args):

@@ -13,7 +13,10 @@ from support.training import read_log
 
 
 def fingerprint(tensors):
-    """Sixteen hex digits that name the values of a dictionary of tensors."""
+    """Sixteen hex digits that name the values of a dictionary of tensors.
+
+    Rows of a Store bear it: by another digest all samplers of kept comparisons would run again.
+    """
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

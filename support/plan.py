@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from support.training import load_mapped
+
 
 def kept_for_backward(net, *inputs):
     """Bytes of activations that autograd keeps when net(*inputs) is called, but for its weights.
@@ -39,7 +41,7 @@ def state(path):
     if not Path(path).is_file():
         return "to do"
     try:
-        return f"at step {torch.load(path, weights_only=True, mmap=True)['step']}"
+        return f"at step {load_mapped(path)['step']}"
     except Exception:  # whatever torch.load makes of a file that is cut
         return f"{path} is damaged, the checkpoint before it may be whole"
 
@@ -62,6 +64,7 @@ def show(cfg, ds, ae, net, z_shape, trained):
     latents = 8 * math.prod(z_shape) * len(ds) * (1 + cfg.flip)
     checkpoint = 16 * n + 4 * n_ae  # weights, their mean and Adam's two moments; the autoencoder
     kept = 2 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
+    split = max(1, cfg.gpus) if cfg.shard else 1
     first, second = (steps * cfg.batch_size / len(ds) for steps in (cfg.ae_steps, cfg.steps))
     stage = "read, not trained"
     if trained:
@@ -78,8 +81,9 @@ def show(cfg, ds, ae, net, z_shape, trained):
         f"{cfg.batch_size} images, {second:.1f} epochs: {state(folder / 'ckpt.pt')}",
         "processes": f"{max(1, cfg.gpus)} with {images} images each, on "
         + ("the CPU" if not cfg.gpus else "GPUs"),
-        "memory each": f"{size_text(20 * n)} of weights, gradients, Adam and EMA, and about "
-        f"{size_text(images * each)} of activations in fp32",
+        "memory each": f"{size_text(20 * n / split)} of weights, gradients, Adam and EMA, "
+        + (f"{size_text(4 * n)} more while grids are drawn, " if split > 1 else "")
+        + f"and about {size_text(images * each)} of activations in fp32",
         "disk": f"{size_text(latents + kept * checkpoint)}: latents and {kept} checkpoints",
         "evaluation": f"{max(cfg.n, cfg.n_eval)} samples in {cfg.sample_steps} {cfg.sampler} steps",
     }

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 
 from support.commandline import BadInput
 from support.pictures import atomic_write
+from support.training import load_mapped
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -28,30 +28,56 @@ def find_files(path):
     if not path.is_dir():
         raise BadInput(f"{path}: no such file or folder")
     net = path / "unet" if (path / "unet").is_dir() else path
-    weights = next((net / name for name in WEIGHTS if (net / name).is_file()), None)
-    if weights is None:
-        raise BadInput(f"{net} holds no weights: expected {' or '.join(WEIGHTS)} in it")
+    weights = find_weights(net)
     # Pipelines saved before 2023 keep the scheduler's settings beside the network's.
     schedulers = [path / "scheduler" / "scheduler_config.json", path / "scheduler_config.json"]
     scheduler = next((file for file in schedulers if file.is_file()), None)
     return weights, net / "config.json" if (net / "config.json").exists() else None, scheduler
 
 
-def read_weights(path):
+def find_weights(folder):
+    """The file of weights in a folder of diffusers; BadInput where there is none."""
+    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise BadInput(f"{folder} holds no weights: expected {' or '.join(WEIGHTS)} in it")
+    return found
+
+
+def read_weights(path, inside=(), allowed=()):
+    """The state_dict in a file: {name: tensor}, on the CPU, as it is there.
+
+    path     .safetensors, or what torch.save wrote, whatever its name ends in
+    inside   names under which it may lie among other things, such as "state_dict"; the first of
+             them that holds a dictionary is taken, else the whole
+    allowed  classes that may lie beside tensors, such as argparse.Namespace
+
+    Tensors are mapped: of a checkpoint of gigabytes only what is used is read. Nothing in a file is
+    ever executed. BadInput, naming the file, where it is missing, torn, or holds anything else.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file or folder")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else load_mapped(path, allowed)
     except SafetensorError as error:
         raise BadInput(f"{path} is no safetensors file, or a torn one: {error}") from None
-    except (pickle.UnpicklingError, LookupError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"{path} is no file of plain tensors, or a torn one: {reason}") from None
+    except Exception as error:  # a torn pickle makes torch.load raise nearly anything
+        raise BadInput(
+            f"{path} is no file of plain tensors, or a torn one: {_reason(error)}; expected "
+            ".safetensors, or a file saved without Python objects"
+        ) from None
+    if isinstance(state, dict):
+        state = next((state[key] for key in inside if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise BadInput(f"{path} is not a state_dict: expected names and tensors and nothing else")
     return state
+
+
+def _reason(error):
+    """What torch.load found, as one line; the first line of its own says how to run the file."""
+    told = str(error).partition("WeightsUnpickler error: ")[2].strip() or str(error).strip()
+    return told.splitlines()[0].partition(". ")[0] if told else type(error).__name__
 
 
 def read_json(path):
@@ -133,10 +159,8 @@ def is_published(path):
     path = Path(path)
     if path.is_dir() or path.suffix in (".safetensors", ".bin"):
         return True
-    for mmap in (True, False):  # the old form of .pt cannot be mapped
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            break
-        except Exception:  # missing or damaged: what reads our own checkpoints says so
-            state = None
+    try:
+        state = load_mapped(path)
+    except Exception:  # missing or damaged: what reads our own checkpoints says so
+        return False
     return isinstance(state, dict) and "input_blocks.0.0.weight" in state

@@ -8,7 +8,6 @@ in both layouts, the names of transformers too; support/published_names.py has t
 Weights are read as plain tensors only: nothing in such a file is ever executed.
 """
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -69,7 +68,7 @@ def load_latent_unet(path, *, heads=None, head_channels=None, groups=None):
     BadInput, with the first names, for tensors or settings that are not those of such a network.
     """
     weights, config, _ = find_files(Path(path))
-    state = _read(weights)
+    state = read_weights(weights, inside=("state_dict",))
     labels = state.get(CLASSES)
     state = _unet_of(state)
     layout, s = structure(state, weights)
@@ -199,28 +198,7 @@ def _converted(state, table, path):
     return ours
 
 
-# ---------------------------------------------------------------------------- files and settings
-
-
-def _read(path):
-    """A state_dict; that of a CompVis checkpoint lies one level down, under "state_dict"."""
-    if path.suffix == ".safetensors":
-        return read_weights(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, LookupError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(
-            f"{path} is no file of plain tensors, or a torn one: {reason}; expected .safetensors, "
-            "or a .ckpt saved without Python objects"
-        ) from None
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise BadInput(f"{path} is not a state_dict: expected names and tensors and nothing else")
-    return state
+# --------------------------------------------------------------------- checkpoints and settings
 
 
 def _unet_of(state):

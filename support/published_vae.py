@@ -10,17 +10,13 @@
 All are returned in the names of the code that the papers published, which vae.py's modules carry.
 """
 
-import pickle
 import re
-import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from support.commandline import BadInput
-from support.published_files import WEIGHTS, read_json
+from support.published_files import WEIGHTS, read_json, read_weights
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 HALF = re.compile("(?<!auto)encoder|decoder")
@@ -70,7 +66,8 @@ def read_autoencoder(path):
     config = read_json(config) if config else {}
     state = {}
     for file, half in files:
-        state.update({half + name: value for name, value in read_state(file).items()})
+        found = read_weights(file, inside=("state_dict",))
+        state.update({half + name: value for name, value in found.items()})
     state, scale = autoencoder_part(state)
     kind = which(state, path)
     check_config(config, kind, path)
@@ -133,27 +130,6 @@ def _pair(file):
             raise BadInput(f"{file} is half of a tiny autoencoder: {name} is not beside it")
         files.append((file.with_name(name), half + "."))
     return files
-
-
-def read_state(path):
-    """The state_dict in a file, also where it lies under "state_dict" among other things."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Mapped, so that of a whole Stable Diffusion only the autoencoder is read.
-        state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except SafetensorError as error:
-        raise BadInput(f"{path} is no safetensors file, or a torn one: {error}") from None
-    except (pickle.UnpicklingError, LookupError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"{path} is no file of plain tensors, or a torn one: {reason}") from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise BadInput(f"{path} is not a state_dict: expected names and tensors and nothing else")
-    return state
 
 
 # ------------------------------------------------------------------------------------- the networks

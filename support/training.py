@@ -2,10 +2,12 @@
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 import resource
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -127,3 +129,17 @@ def plot_loss(run):
     with atomic_write(run.folder / "loss.png") as temporary:
         figure.savefig(temporary, dpi=100)
     plt.close(figure)
+
+
+def weights_hash(net):
+    """Twelve hex digits that name these weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def load_mapped(path, allowed=()):
+    """What torch.save wrote at `path`, on the CPU; tensors are mapped, but not of the old form."""
+    with torch.serialization.safe_globals(list(allowed)):
+        return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -288,7 +288,7 @@ def test_flags_that_make_no_sense_are_refused(bench, capsys, flags, word):
 
 
 def test_more_images_than_there_are_is_refused(study, bench):
-    with pytest.raises(bench.runtime.BadInput, match="60 images, 61 are needed"):
+    with pytest.raises(bench.runtime.BadInput, match="--n 61: .* has only 60 images"):
         study("--n", "61")
 
 

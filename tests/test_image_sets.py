@@ -3,9 +3,11 @@
 import json
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from launching import start_ranks, succeed
 from reference_metrics import import_references
 
@@ -206,8 +208,6 @@ def test_two_processes_draw_samples_once_and_agree(checkpoint, toy, tmp_path):
 
 
 def test_a_checkpoint_that_draws_nothing_is_refused(tmp_path, checkpoint):
-    import torch
-
     torch.save({"script": "autoencoder", "config": {}}, tmp_path / "ae.pt")
     with pytest.raises(BadInput, match=r"written by autoencoder.*ddpm_pixel\.py or ldm_cfg\.py"):
         image_sets.checkpoint_settings(str(tmp_path / "ae.pt"))
@@ -215,3 +215,16 @@ def test_a_checkpoint_that_draws_nothing_is_refused(tmp_path, checkpoint):
         image_sets.sampled(checkpoint, "ddpm_pixel", 4, 0, "--no-such-flag 1")
     with pytest.raises(runtime.BadInput, match="no such file"):
         image_sets.checkpoint_settings(str(tmp_path / "none.pt"))
+
+
+def test_of_a_mapped_checkpoint_only_what_is_asked_for_is_read(checkpoint, tmp_path):
+    expected = runtime.load_checkpoint(checkpoint)
+    found = runtime.load_checkpoint(checkpoint, mapped=True)
+    assert found.keys() == expected.keys() and found["config"] == expected["config"]
+    assert all(torch.equal(found["ema"][name], value) for name, value in expected["ema"].items())
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(checkpoint) in maps.read_text()
+    torn = tmp_path / "torn.pt"
+    torn.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(runtime.DamagedCheckpoint, match=r"torn\.pt is truncated"):
+        runtime.load_checkpoint(torn, mapped=True)
