@@ -161,7 +161,8 @@ class Layer(nn.ModuleList):
 
 
 class LatentUNet(nn.Module):
-    """net(z, t, y=None, context=None) -> (B,channels,h,w), the estimate of eps or v.
+    """net(z, t, y=None, context=None) -> (B,channels,h,w), the estimate of eps or v; with
+    learned_variance (B,2*channels,h,w).
 
     z (B,channels,h,w) of any sides, t (B,) timesteps from 0, and what to draw, one of
     y        (B,) int labels; net.null, which is num_classes, means "no label", and so does None
@@ -178,6 +179,8 @@ class LatentUNet(nn.Module):
     context_width    channels of the context's tokens; 0 chooses 4 * width
     add_label        the class token is also added, through a linear layer that starts at zero, to
                      the timestep embedding, which every residual block sees. Not in LDM
+    learned_variance the second half of the channels tells the variance, about -1 ... 1: log
+                     beta_tilde ... log beta (IDDPM eq. 15). Not in LDM
     groups           of every GroupNorm, 0 chooses: 32, fewer where a group would have one channel
     checkpointing    in training, keep only the layers' inputs and compute the rest again
     BadInput for settings that do not fit each other. net.settings holds all but the last.
@@ -190,7 +193,8 @@ class LatentUNet(nn.Module):
 
     def __init__(
         self, channels, num_classes, *, width, mult, blocks, attention, heads=8, head_channels=0,
-        depth=1, context_width=0, add_label=False, groups=0, checkpointing=False,
+        depth=1, context_width=0, add_label=False, learned_variance=False, groups=0,
+        checkpointing=False,
     ):  # fmt: skip
         super().__init__()
         levels, c_emb = [round(width * m) for m in mult], 4 * width
@@ -202,7 +206,7 @@ class LatentUNet(nn.Module):
         self.settings = dict(
             width=width, mult=tuple(mult), blocks=blocks, attention=attention, heads=heads,
             head_channels=head_channels, depth=depth, context_width=context_width,
-            add_label=add_label, groups=groups,
+            add_label=add_label, learned_variance=learned_variance, groups=groups,
         )  # fmt: skip
 
         def block(c_in, c_out):
@@ -237,7 +241,8 @@ class LatentUNet(nn.Module):
                     parts.append(Upsample(c_out))
                 self.up.append(Layer([block(c + skips.pop(), c_out), *parts]))
                 c = c_out
-        self.norm_out, self.conv_out = Norm(groups, c), zero(nn.Conv2d(c, channels, 3, padding=1))
+        out = 2 * channels if learned_variance else channels
+        self.norm_out, self.conv_out = Norm(groups, c), zero(nn.Conv2d(c, out, 3, padding=1))
 
     def forward(self, z, t, y=None, context=None):
         emb = self.time(timestep_embedding(t, self.width, "adm").to(z.dtype))  # (B,4*width)
@@ -266,7 +271,7 @@ class LatentUNet(nn.Module):
             skip = skips.pop()
             size = skips[-1].shape[2:] if skips else None
             h = run(layer, h, emb, context, skip, size)
-        return self.conv_out(self.norm_out(h))  # (B,channels,h,w)
+        return self.conv_out(self.norm_out(h))  # (B,channels,h,w) or (B,2*channels,h,w)
 
 
 def check(width, levels, attention, heads, head_channels, groups):

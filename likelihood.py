@@ -16,6 +16,9 @@ than in the papers: row t of a chain is the step that leaves x_t, row 0 the deco
 
 Both sides of the KL are Gaussians with the mean A x_0 + B x_t, q with the true x_0 and p with the
 network's guess of it. Thousands of small terms are summed: all but the network is float64.
+
+Chapter 3 learns the variances of latents from the same terms, by `hybrid`. They have no levels: row
+0 is then a density, and the sum no code length of an image.
 """
 
 import json
@@ -173,7 +176,18 @@ def decoder_bits(x0, x0_hat, log_var):
     return mean_bits(-discretized_gaussian_log_likelihood(x0, x0_hat, 0.5 * log_var))
 
 
-def vlb_terms(out, x0, x_t, t, chain, *, prediction="eps", variance="small", clip=True):
+def density_bits(x0, x0_hat, log_var):
+    """-log2 N(x0; x0_hat, exp(log_var)) per dimension, float64 (B,): row 0 of what has no levels.
+
+    A density has a unit, that of x0, and may exceed 1: the bits can be negative.
+    """
+    squares = (x0.double() - x0_hat) ** 2 * torch.exp(-log_var)  # (B,C,H,W)
+    return mean_bits(0.5 * (squares + log_var + math.log(2 * math.pi)))
+
+
+def vlb_terms(
+    out, x0, x_t, t, chain, *, prediction="eps", variance="small", clip=True, discrete=True
+):
     """One term of the bound for each image, in bits per dimension: float64 (B,), IDDPM eq. 5-6.
 
     out    the network's output for x_t: (B,C,H,W), or (B,2C,H,W) with variance "learned"
@@ -186,15 +200,21 @@ def vlb_terms(out, x0, x_t, t, chain, *, prediction="eps", variance="small", cli
     variance    "small" is beta_tilde; "large" is beta, but in row 0 beta_tilde of row 1, as in
                 DDPM's code; "learned" lies between their logarithms, by the network's v: log
                 beta_tilde at -1, log beta at 1 (IDDPM eq. 15)
+    discrete    False: x0 are latents, any real numbers, and row 0 is their density_bits. A decoder
+                has nothing to name: there are no levels, and no ends at -1 and 1, beyond which a
+                third of a unit Gaussian lies. The published code of DiT (Peebles, Xie 2023,
+                arXiv:2212.09748) does take the pixels' decoder for its latents, so that its v at
+                row 0 means something else. The rows above 0 are the same for both.
 
     Raises ValueError for an unknown prediction or variance, or a wrong number of channels.
     """
     x0_hat, log_var = reverse_step(out, x_t, t, chain, prediction, variance, clip)
     kl = kl_bits(x0, x0_hat, log_var, x_t, t, chain)
-    return torch.where(t == 0, decoder_bits(x0, x0_hat, log_var), kl)
+    last = decoder_bits if discrete else density_bits
+    return torch.where(t == 0, last(x0, x0_hat, log_var), kl)
 
 
-def hybrid(out, x0, x_t, t, chain, *, prediction="eps"):
+def hybrid(out, x0, x_t, t, chain, *, prediction="eps", discrete=True):
     """L_vlb of L_hybrid = L_simple + 0.001 L_vlb, float64 (B,): IDDPM eq. 16.
 
     The arguments are those of vlb_terms; out (B,2C,H,W). Only v learns from it: the mean is held
@@ -206,8 +226,9 @@ def hybrid(out, x0, x_t, t, chain, *, prediction="eps"):
     """
     out = torch.cat([out[:, : x0.shape[1]].detach(), out[:, x0.shape[1] :]], 1)  # (B,2C,H,W)
     return len(chain.timesteps) * vlb_terms(
-        out, x0, x_t, t, chain, prediction=prediction, variance="learned", clip=False
-    )
+        out, x0, x_t, t, chain,
+        prediction=prediction, variance="learned", clip=False, discrete=discrete,
+    )  # fmt: skip
 
 
 def prior_bits(x0, alpha_bar):

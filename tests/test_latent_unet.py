@@ -100,6 +100,22 @@ def test_network_keeps_any_sides_and_starts_at_zero(sides, attention):
     assert opened(net)(z, t, y).shape == z.shape
 
 
+def test_a_learned_variance_doubles_the_output_and_leaves_the_first_half_as_it_was():
+    z, t, y = batch((5, 6))
+    plain, learned = opened(build()), build(learned_variance=True)
+    assert learned(z, t, y).shape == (3, 6, 5, 6) and not learned(z, t, y).any()
+    state, last = plain.state_dict(), opened(learned).conv_out
+    for name in ("weight", "bias"):
+        v = getattr(last, name)[3:]
+        state[f"conv_out.{name}"] = torch.cat([state[f"conv_out.{name}"], v])
+    learned.load_state_dict(state)
+    mean, v = learned(z, t, y).chunk(2, dim=1)
+    torch.testing.assert_close(mean, plain(z, t, y), rtol=0, atol=1e-5)
+    assert (v - mean).std() > 0.1 * mean.std()
+    only_v = torch.autograd.grad(v.sum(), last.parameters())
+    assert all(not g[:3].any() and g[3:].any() for g in only_v)
+
+
 def silent(net, z, t, **told):
     """The parameters that three steps of descent leave without any gradient to speak of."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -212,7 +228,7 @@ def test_channels_last_goes_through_the_network_without_a_copy():
 
 
 def test_settings_build_the_same_network_again():
-    net = build(head_channels=8, depth=2, add_label=True)
+    net = build(head_channels=8, depth=2, add_label=True, learned_variance=True)
     again = LatentUNet(3, 5, **net.settings)
     again.load_state_dict(net.state_dict())
     assert again.settings == net.settings
