@@ -45,6 +45,7 @@ import torch
 import runtime
 from ddpm_pixel import alpha_bar_of, labels_for, load_net
 from kernels import gaussian, sampling_table, sampling_update
+from support.commandline import smaller
 from support.published import check_guidance
 
 SAMPLERS = ("ddim", "dpmpp", "heun", "ddpm")
@@ -389,7 +390,7 @@ def check(cfg):
 def main():
     cfg = runtime.parse(Config, __doc__)
     if cfg.smoke:
-        cfg = replace(
+        cfg = smaller(
             cfg, n=8, sample_steps=4, encode_steps="2,4", compare_steps="2,4",
             compare_guidance="0,1",
         )  # fmt: skip

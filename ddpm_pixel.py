@@ -47,7 +47,7 @@ from schedules import (
     target_of,
     timestep_pairs,
 )
-from support.commandline import labels_for
+from support.commandline import labels_for, smaller
 from support.plots import plot_metrics
 from support.published import as_checkpoint, check_guidance, save_diffusers
 from unet import make_net
@@ -479,10 +479,10 @@ def main():
     preset = str(Path(__file__).parent / "configs/{data}_pixel.yaml")
     cfg = runtime.parse(Config, __doc__, preset=preset)
     if cfg.smoke:
-        cfg = replace(
+        cfg = smaller(
             cfg, steps=4, batch_size=8, width=16, n=8, sample_steps=4, warmup=1, log_every=1,
             save_every=2, sample_every=2, metric_every=0, heads=1, head_channels=0, groups=0,
-            resume="never", out=cfg.out or "runs/smoke-pixel",
+            resume="never", out="runs/smoke-pixel",
         )  # fmt: skip
     check(cfg)
     if cfg.plot_schedule:

@@ -13,7 +13,7 @@ then the label "none"; a sample is steered by exaggerating the difference,
 
 (At a given z_t, v is affine in eps and the weights sum to 1: the same holds for v.)
 
-    python ldm_cfg.py                                     digits on two CPU cores, seven minutes
+    python ldm_cfg.py                                     digits on two CPU cores, six minutes
     python ldm_cfg.py --data imagenet100 --gpus 8         ImageNet-100 at 128x128
     python ldm_cfg.py --sample runs/ldm-glyphs/ckpt.pt --n 100 --guidance 3 --classes 3,7
 
@@ -21,11 +21,7 @@ Stages: data, autoencoder, latents and diffusion go on where they stopped and ar
 samples and evaluation are made anew. `--smoke` walks through all but the last in seconds.
 """
 
-import json
 import math
-import shlex
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -37,12 +33,17 @@ from torch.optim.swa_utils import AveragedModel
 
 import autoencoder
 import data
+import latents
+import likelihood
 import runtime
 from dit import DiT, parse_size
 from kernels import gaussian, sampling_table, sampling_update
 from latent_unet import LatentUNet
 from schedules import make_alpha_bar
-from support import plan
+from support import plan, sharding
+from support.commandline import smaller
+from support.score import score
+from support.training import weights_hash
 
 HERE = Path(__file__).parent
 
@@ -92,14 +93,15 @@ class Config:
     mult: tuple[int, ...] = (1, 2)
     """channels at each resolution, in units of width; each but the first halves the latent"""
     blocks: int = 1  # residual blocks per resolution
-    attention: tuple[int, ...] = (0, 1)  # levels of mult, from 0, that have transformers
+    attention: tuple[int, ...] = (1,)  # levels of mult, from 0, that have transformers
     heads: int = 4  # their attention heads
     context_width: int = 64  # channels of the class token that they look at
     add_label: bool = True  # add the class token to the timestep embedding, too
     checkpointing: bool = False  # compute activations twice instead of keeping them
+    learned_variance: bool = False  # learn that of a ddpm step too: L_hybrid (IDDPM section 3.1)
     label_dropout: float = 0.1  # how often training replaces the label by "none"
 
-    steps: int = 1000  # optimizer steps of the diffusion
+    steps: int = 1250  # optimizer steps of the diffusion
     batch_size: int = 64  # images per step over all processes, in both trainings
     lr: float = 2e-3  # peak learning rate
     warmup: int = 100  # steps over which a learning rate rises; half a cosine lowers it all along
@@ -109,6 +111,7 @@ class Config:
 
     gpus: int = field(default_factory=runtime.default_gpus)  # 0: CPU; N > 1 starts N processes
     resume: str = "auto"  # auto (go on where the run stopped), never, or a checkpoint
+    shard: bool = False  # with several GPUs: each holds its part of the denoiser only (FSDP2)
     compile: bool = False  # torch.compile the networks
     tensorboard: bool = False  # write TensorBoard files too
     log_every: int = 50  # steps between two lines of log.jsonl
@@ -137,32 +140,43 @@ class Config:
 
 
 def make_net(cfg, z_shape, num_classes):
-    """The denoiser cfg.model for latents z_shape (C,h,w): net(z, t, y) -> eps or v, like z."""
+    """The denoiser cfg.model for latents z_shape (C,h,w): net(z, t, y) -> eps or v, like z, with
+    C more channels that tell the variance where it is learned."""
     if cfg.model == "unet":
         net = LatentUNet(
             z_shape[0], num_classes, width=cfg.width, mult=cfg.mult, blocks=cfg.blocks,
             attention=cfg.attention, heads=cfg.heads, context_width=cfg.context_width,
-            add_label=cfg.add_label, checkpointing=cfg.checkpointing,
+            add_label=cfg.add_label, learned_variance=cfg.learned_variance,
+            checkpointing=cfg.checkpointing,
         )  # fmt: skip
     else:
-        size = parse_size(cfg.model)
-        net = DiT(z_shape, num_classes, checkpointing=cfg.checkpointing, **size)
+        net = DiT(
+            z_shape, num_classes, **parse_size(cfg.model), learned_variance=cfg.learned_variance,
+            checkpointing=cfg.checkpointing,
+        )  # fmt: skip
     return net.to(memory_format=torch.channels_last)
 
 
 # --------------------------------------------------------------------------- loss and sampling
 
 
-def simple_loss(net, z0, y, t, eps, alpha_bar, prediction="eps"):
+def simple_loss(net, z0, y, t, eps, alpha_bar, prediction="eps", chain=None):
     """||target - net(z_t, t, y)||^2 of each latent, (B,), a mean over its numbers (LDM eq. 3).
 
     The target is eps, or v, whose error does not explode into z0_hat where alpha_bar is nearly 0
-    (Salimans, Ho, "Progressive Distillation", 2022, section 4).
+    (Salimans, Ho, "Progressive Distillation", 2022, section 4). chain: likelihood.make_chain's,
+    for a network that learns the variance, from 0.001 L_vlb beside that (IDDPM eq. 16).
     """
     a = alpha_bar[t].view(-1, 1, 1, 1)  # (B,1,1,1)
     signal, noise = a.sqrt().to(z0.dtype), (1 - a).sqrt().to(z0.dtype)
-    target = eps if prediction == "eps" else signal * eps - noise * z0  # (B,C,h,w)
-    return (target - net(signal * z0 + noise * eps, t, y).float()).square().mean(dim=(1, 2, 3))
+    z_t = signal * z0 + noise * eps  # (B,C,h,w)
+    target = eps if prediction == "eps" else signal * eps - noise * z0
+    out = net(z_t, t, y).float()  # (B,C,h,w), or (B,2C,h,w) with the variance
+    losses = (target - out[:, : z0.shape[1]]).square().mean(dim=(1, 2, 3))
+    if chain is not None:
+        vlb = likelihood.hybrid(out, z0, z_t, t, chain, prediction=prediction, discrete=False)
+        losses = losses + 0.001 * vlb.float()
+    return losses
 
 
 def estimate(net, z, t, y, guidance):
@@ -177,33 +191,35 @@ def estimate(net, z, t, y, guidance):
     return out.chunk(2)
 
 
-def rescaled(out, out_uncond, w, share):
+def rescaled(out, out_uncond, w, share, channels):
     """The guided estimate, `share` of it with the standard deviation of the conditional one.
 
     Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", 2024, eq. 14-16:
-    much guidance enlarges all numbers of a sample, which makes overexposed images.
+    much guidance enlarges all numbers of a sample, which makes overexposed images. What follows
+    the first `channels` is the variance's, and stays the conditional one.
     """
-    out, out_uncond = out.float(), out_uncond.float()
-    guided = (1 + w) * out - w * out_uncond  # (B,C,h,w)
-    spread = [x.flatten(1).std(1).view(-1, 1, 1, 1) for x in (out, guided)]  # (B,1,1,1)
-    return guided * (share * spread[0] / spread[1] + 1 - share)
+    plain, variance = out.float().tensor_split([channels], dim=1)  # (B,C,h,w) and the rest
+    guided = (1 + w) * plain - w * out_uncond[:, :channels].float()
+    spread = [x.flatten(1).std(1).view(-1, 1, 1, 1) for x in (plain, guided)]  # (B,1,1,1)
+    return torch.cat([guided * (share * spread[0] / spread[1] + 1 - share), variance], dim=1)
 
 
 @torch.inference_mode()
 def sampler(
-    net, alpha_bar, pairs, shape, seeds, y, *, kind="ddim", eta=0.0, guidance=0.0,
-    interval=(0.0, 1.0), rescale=0.0, prediction="eps",
+    net, alpha_bar, pairs, shape, seeds, y, *, kind="ddim", eta=0.0, variance="small",
+    guidance=0.0, interval=(0.0, 1.0), rescale=0.0, prediction="eps",
 ):  # fmt: skip
     """Walk from noise to latents; yields (t_prev, z, z0_hat) after every step.
 
     pairs [(t, t_prev), ...] downwards, the last t_prev is -1. seeds (B,) int64: a sample is a
-    function of its seed and label alone. y (B,) labels. kind: "ddpm", "ddim" with eta, or "dpmpp",
-    whose second order needs the step before. guidance, interval and rescale: see Config.
+    function of its seed and label alone. y (B,) labels. kind: "ddpm" with a variance, small or
+    learned, "ddim" with eta, or "dpmpp", whose second order needs the step before. guidance,
+    interval and rescale: see Config.
     """
     multistep, history = kind == "dpmpp", None
     table = sampling_table(
-        alpha_bar, pairs, eta=eta if kind == "ddim" else None, prediction=prediction,
-        multistep=multistep,
+        alpha_bar, pairs, eta=eta if kind == "ddim" else None, variance=variance,
+        prediction=prediction, multistep=multistep,
     )  # fmt: skip
     z = gaussian((len(seeds), *shape), seeds, -1, seeds.device)
     z = z.to(memory_format=torch.channels_last)
@@ -211,7 +227,7 @@ def sampler(
         w = guidance if interval[0] <= t / len(alpha_bar) <= interval[1] else 0.0
         out, out_uncond = estimate(net, z, torch.full_like(seeds, t), y, w)
         if rescale and out_uncond is not None:
-            out, out_uncond = rescaled(out, out_uncond, w, rescale), None
+            out, out_uncond = rescaled(out, out_uncond, w, rescale, shape[0]), None
         z, history = sampling_update(
             z, out, table, step, out_uncond=out_uncond, history=history if multistep else None,
             guidance=0.0 if out_uncond is None else w, seeds=seeds, clip=False,
@@ -238,6 +254,7 @@ def draw(net, ae, scale, cfg, world, shape, labels, seeds, desc="sampling"):
                     labels[part].to(world.device), kind=cfg.sampler, eta=cfg.eta,
                     guidance=cfg.guidance, interval=cfg.guidance_interval,
                     rescale=cfg.guidance_rescale, prediction=cfg.prediction,
+                    variance="learned" if cfg.learned_variance else "small",
                 ):  # fmt: skip
                     bar.update()
             with torch.inference_mode():
@@ -267,29 +284,35 @@ def train(cfg, world):
     ae = autoencoder.train(cfg, world, ds)
     if cfg.stage == "autoencoder":
         return
-    moments, scale = autoencoder.cache_latents(cfg, world, ds, ae)
+    moments, scale = latents.cache_latents(cfg, world, ds, ae)
     if cfg.stage == "latents":
         return
-    moments = autoencoder.moments_on(moments, world.device)
+    moments = latents.moments_on(moments, world.device)
 
     torch.manual_seed(cfg.seed)
     z_shape = latent_shape(ae, shape)
     net = make_net(cfg, z_shape, k).to(world.device)
     ema = AveragedModel(net, multi_avg_fn=runtime.ema_update(cfg.ema))
-    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, fused=world.device.type == "cuda")
     run = runtime.Run(
         cfg.out, "ldm_cfg", asdict(cfg), world, resume=cfg.resume, tensorboard=cfg.tensorboard,
-        made_of={"data_key": ds.key, "autoencoder": autoencoder.weights_hash(ae)},
+        made_of={"data_key": ds.key, "autoencoder": weights_hash(ae)},
     )
     state, start = run.restore(), 0
     if state:
         net.load_state_dict(state["model"])
         ema.module.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         ema.n_averaged.fill_(start)
-    model = world.wrap(torch.compile(net) if cfg.compile else net)
+    if cfg.shard:
+        sharding.shard(net, world)
+        sharding.shard(ema.module, world)
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, fused=world.device.type == "cuda")
+    if state:
+        sharding.load_optimizer(optimizer, state["optimizer"])
+    model = torch.compile(net) if cfg.compile else net
+    model = model if cfg.shard else world.wrap(model)  # sharded, it shares its gradients itself
     alpha_bar = make_alpha_bar(cfg.schedule, cfg.timesteps).to(world.device)
+    chain = likelihood.make_chain(alpha_bar) if cfg.learned_variance else None
     mine, meter = world.share(cfg.batch_size), runtime.LossMeter(world.device)
     seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
     labels = labels_for(seeds, range(k))
@@ -313,13 +336,13 @@ def train(cfg, world):
             gaussian((len(idx), *z_shape), which, step, world.device)
             for which in noise_seeds.to(world.device)
         )
-        z0 = scale * autoencoder.latent_batch(moments, idx, noise)  # (B,C,h,w)
+        z0 = scale * latents.latent_batch(moments, idx, noise)  # (B,C,h,w)
 
         lr = runtime.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with world.autocast():
-            losses = simple_loss(model, z0, y, t, eps, alpha_bar, cfg.prediction)  # (B,)
+            losses = simple_loss(model, z0, y, t, eps, alpha_bar, cfg.prediction, chain)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad)
         optimizer.step()
@@ -334,13 +357,17 @@ def train(cfg, world):
             run.log(step, **values, lr=lr, images_per_s=run.rate((step - start) * batch))
             bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if step % cfg.save_every == 0 or last:
+            model_state, ema_state, optimizer_state = (
+                sharding.whole(part.state_dict()) for part in (net, ema.module, optimizer)
+            )
             run.save(
-                step, model=net.state_dict(), ema=ema.module.state_dict(),
-                optimizer=optimizer.state_dict(), autoencoder=ae.state_dict(), scale=scale,
-                shape=list(shape), class_names=list(ds.class_names), ae_made_of=ae.made_of,
+                step, model=model_state, ema=ema_state, optimizer=optimizer_state, scale=scale,
+                autoencoder=ae.state_dict(), shape=list(shape), class_names=list(ds.class_names),
+                ae_made_of=ae.made_of,
             )  # fmt: skip
         if cfg.sample_every and step % cfg.sample_every == 0 and not last:
-            images = draw(ema.module, ae, scale, cfg, world, shape, labels, seeds)
+            with sharding.unsharded(ema.module):
+                images = draw(ema.module, ae, scale, cfg, world, shape, labels, seeds)
             if world.is_main:
                 runtime.save_grid(images[:100], run.folder / f"samples-{step:06d}.png", 10)
                 runtime.plot_loss(run)
@@ -354,7 +381,7 @@ def train(cfg, world):
         sample(last, world, max(cfg.n, cfg.n_eval))
 
 
-# ----------------------------------------------------------------------- samples and evaluation
+# --------------------------------------------------------------------------------------- samples
 
 
 def labels_for(seeds, chosen):
@@ -364,7 +391,7 @@ def labels_for(seeds, chosen):
 
 def load_net(path, device):
     """(denoiser with the EMA weights, autoencoder, checkpoint, Config it was trained with)."""
-    state = runtime.load_checkpoint(path, "ldm_cfg")
+    state = runtime.load_checkpoint(path, "ldm_cfg", mapped=True)
     known = {f.name for f in fields(Config)}
     cfg = Config(**{key: v for key, v in state["config"].items() if key in known})
     ae = autoencoder.make_autoencoder(cfg, state["shape"], state.get("ae_made_of"))
@@ -401,27 +428,6 @@ def sample(cfg, world, n):
         print(f"samples: {folder / 'samples.png'}, guidance w = {trained.guidance:g}")
 
 
-def evaluate(cfg):
-    """Let eval_fid.py compare samples.npz with the test split; what it finds goes to eval.json."""
-    folder = Path(cfg.out)
-    command = [
-        sys.executable, str(HERE / "eval_fid.py"),
-        str(folder / "samples.npz"), f"{cfg.data}:test", "--data-root", cfg.data_root,
-        "--json", str(folder / "eval.json"), "--gpus", str(min(cfg.gpus, 1)),
-    ]  # fmt: skip
-    if cfg.size:
-        command += ["--size", str(cfg.size)]
-    if cfg.classes:
-        command += ["--classes", cfg.classes]
-    if subprocess.run(command).returncode:
-        raise runtime.BadInput(f"the evaluation failed; its command was {shlex.join(command)}")
-    found = json.loads((folder / "eval.json").read_text())
-    print(
-        f"{folder / 'samples.png'}: class accuracy {100 * found['class_accuracy']:.1f} %, "
-        f"Fréchet distance {found['frechet']:.2f} (N = {found['n_generated']}, {cfg.data} features)"
-    )
-
-
 # ----------------------------------------------------------------------------------------- main
 
 
@@ -435,23 +441,18 @@ def check_sampling(cfg):
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
     runtime.check_run(replace(cfg, gpus=0) if cfg.dry_run else cfg)
-    runtime.check_positive(
-        cfg, "patch", "ae_width", "ae_mult", "ae_blocks", "z_channels", "ae_steps", "ae_lr",
-        "timesteps", "width", "mult", "blocks", "heads", "context_width", "sample_steps",
-        "codebook", "commitment", "perceptual_weight",
-    )  # fmt: skip
-    runtime.check_not_negative(cfg, "n_eval", "discriminator", "disc_start")
+    autoencoder.check(cfg)
+    sizes = ("timesteps", "width", "mult", "blocks", "heads", "context_width", "sample_steps")
+    runtime.check_positive(cfg, *sizes)
+    runtime.check_not_negative(cfg, "n_eval")
     runtime.check_fraction(
-        cfg, "label_dropout", "ema", "eta", "kl_weight", "guidance_interval", "guidance_rescale"
+        cfg, "label_dropout", "ema", "eta", "guidance_interval", "guidance_rescale"
     )
     if not math.isfinite(cfg.guidance) or cfg.guidance_interval[0] > cfg.guidance_interval[1]:
         told = f"--guidance {cfg.guidance} --guidance-interval {cfg.guidance_interval}"
         raise runtime.BadInput(f"{told}: expected a finite w, and an interval that rises")
     if cfg.n_eval and max(cfg.n, cfg.n_eval) < 2:
         raise runtime.BadInput("--n-eval must be 0, or at least 2: a covariance is compared")
-    if cfg.discriminator and cfg.disc_start >= cfg.ae_steps:
-        told = f"--disc-start {cfg.disc_start} is not before --ae-steps {cfg.ae_steps}"
-        raise runtime.BadInput(f"{told}: the discriminator would never start")
     if cfg.prediction == "eps" and cfg.schedule == "cosine":
         why = "divides the error of eps_hat by 5e-5 where it starts"
         raise runtime.BadInput(f"--schedule cosine {why}: add --prediction v or another schedule")
@@ -467,15 +468,16 @@ def networks(cfg, ds):
 
 def main():
     cfg = runtime.parse(Config, __doc__, preset=str(HERE / "configs/{data}.yaml"))
+    if cfg.sample:
+        cfg = runtime.as_trained(cfg, SAMPLING, "ldm_cfg")
     if cfg.smoke:
-        cfg = replace(
+        cfg = smaller(
             cfg, ae_steps=4, disc_start=1, steps=4, batch_size=8, ae_width=32, width=32, heads=4,
             n=8, n_eval=0, sample_steps=4, warmup=1, log_every=1, save_every=2, sample_every=2,
-            resume="never", out=cfg.out or "runs/smoke-ldm",
+            resume="never", out="runs/smoke-ldm",
         )  # fmt: skip
     check(cfg)
     if cfg.sample:
-        cfg = runtime.as_trained(cfg, SAMPLING, "ldm_cfg")
         runtime.launch(partial(sample, n=cfg.n), cfg)
         return
     check_sampling(cfg)
@@ -488,7 +490,7 @@ def main():
     runtime.launch(train, cfg)
     if cfg.stage == "all" and cfg.n_eval and runtime.is_first_process():
         if ds.num_classes > 1:
-            evaluate(cfg)
+            score(cfg, HERE / "eval_fid.py")
         else:
             print(f"no evaluation: {ds.name} has no classes to train its classifier on")
 

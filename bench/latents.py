@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import autoencoder  # noqa: E402
+import latents  # noqa: E402
 import ldm_cfg  # noqa: E402
 import runtime  # noqa: E402
 from bench import unet as instruments  # noqa: E402
@@ -41,20 +41,20 @@ def make_steps(cfg, ae, images, moments):
     noise, eps = (gaussian(shape, seeds, step, "cpu") for step in (0, 1))
 
     def read():
-        return autoencoder.latent_batch(moments, rows, noise)
+        return latents.latent_batch(moments, rows, noise)
 
     @torch.no_grad()
     def encode():
         mean, log_var = ae.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1)
         return mean + (0.5 * log_var).exp() * noise
 
-    def step_of(latents):
+    def step_of(draw):
         torch.manual_seed(0)
         net = ldm_cfg.make_net(cfg, shape[1:], 100)
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
 
         def step():
-            loss = ldm_cfg.simple_loss(net, latents(), t % 100, t, eps, alpha_bar).mean()
+            loss = ldm_cfg.simple_loss(net, draw(), t % 100, t, eps, alpha_bar).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

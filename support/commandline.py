@@ -66,9 +66,19 @@ def parse(config_class, doc, args=None, preset=""):
 def not_given(cfg, names):
     """Those of the settings `names` that the command line gives neither itself nor by --config."""
     args = sys.argv[1:]
-    flags = _yaml_flags(args, [field.name for field in dataclasses.fields(cfg)]) + args
-    typed = {flag.split("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
-    return [name for name in names if name not in typed]
+    given = _names(_yaml_flags(args, [field.name for field in dataclasses.fields(cfg)]) + args)
+    return [name for name in names if name not in given]
+
+
+def smaller(cfg, **values):
+    """cfg with these values for --smoke, but for the settings that were typed."""
+    typed = _names(sys.argv[1:])
+    return dataclasses.replace(cfg, **{k: v for k, v in values.items() if k not in typed})
+
+
+def _names(args):
+    """The settings that these arguments give."""
+    return {arg.split("=")[0][2:].replace("-", "_") for arg in args if arg.startswith("--")}
 
 
 def _yaml_flags(args, names):
@@ -185,10 +195,10 @@ def folder_of(cfg, path):
 
 
 def check_fraction(cfg, *names):
-    """Raise BadInput unless every named field of `cfg` (a number or a tuple) lies in 0..1."""
+    """Raise BadInput unless every named field of `cfg` (a number or several) lies in 0..1."""
     for name in names:
         value = getattr(cfg, name)
-        if not all(0 <= v <= 1 for v in (value if isinstance(value, tuple) else (value,))):
+        if not all(0 <= v <= 1 for v in (value if isinstance(value, (tuple, list)) else (value,))):
             flag = "--" + name.replace("_", "-")
             raise BadInput(f"{flag} must be from 0 to 1, got {value}")
 

@@ -1,4 +1,4 @@
-"""Training of the autoencoders: losses, resuming, several processes, reports, the latent cache."""
+"""Training of the autoencoders: losses, resuming, several processes, reports."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ import autoencoder
 import data
 import runtime
 import vae
+from support.training import weights_hash
 
 WORLD = runtime.World()
 
@@ -201,7 +202,7 @@ def test_other_autoencoders_are_trained_by_their_name(kind, network, cfg, tmp_pa
     assert type(ae).__name__ == network and not ae.training
     torch.manual_seed(cfg.seed)
     fresh = autoencoder.make_autoencoder(cfg, (1, 24, 24))
-    assert autoencoder.weights_hash(ae) != autoencoder.weights_hash(fresh)
+    assert weights_hash(ae) != weights_hash(fresh)
 
 
 def test_a_published_autoencoder_is_read_and_not_trained(cfg, tmp_path):
@@ -250,60 +251,3 @@ def test_report_says_when_it_has_only_training_images(cfg, tmp_path, capsys):
     assert "over 8 training images: there are no others" in capsys.readouterr().out
     path = tmp_path / "run" / "autoencoder" / "reconstructions.json"
     assert json.loads(path.read_text())["held_out"] is False
-
-
-# ------------------------------------------------------------------------------------ the cache
-
-
-def test_training_on_the_cache_is_training_on_the_images_bit_for_bit(cfg, tmp_path):
-    """Encoded in the batches of the cache, every latent of every step has the same bits."""
-    cfg, ds = replace(cfg, out=str(tmp_path), ae_steps=2), load(cfg)
-    ae = train(cfg)
-    moments, _ = autoencoder.cache_latents(cfg, WORLD, ds, ae, batch=8)
-
-    def online(idx, flips, noise):
-        """The same images in the batch that the cache encoded them in."""
-        z = torch.empty(0)
-        for row, flip, eps in zip(idx, flips, noise, strict=True):
-            first = row // 8 * 8
-            x, _ = data.batch(ds, np.arange(first, first + 8), flip=np.full(8, flip))
-            mean, log_var = (part[row % 8] for part in ae.encode(x))
-            z = torch.cat([z, (mean + (0.5 * log_var).exp() * eps)[None]])
-        return z
-
-    for step in range(4):
-        idx, flips = data.indices(32, 8, 0, step), data.flips(8, 0, step)
-        noise = autoencoder.gaussian((8, 3, 6, 6), torch.arange(8), step, "cpu")
-        cached = autoencoder.latent_batch(moments, idx + 32 * flips, noise)
-        assert torch.equal(cached, online(idx, flips, noise))
-
-
-def test_moments_in_memory_give_the_same_latents(tmp_path, monkeypatch):
-    moments = np.random.default_rng(0).normal(size=(10, 4, 4, 6)).astype(np.float32)
-    rows, noise = np.array([3, 9, 0]), torch.randn(3, 3, 4, 4)
-    expected = autoencoder.latent_batch(moments, rows, noise)
-    assert torch.equal(autoencoder.latent_batch(torch.from_numpy(moments), rows, noise), expected)
-    assert autoencoder.moments_on(moments, torch.device("cpu")) is moments
-    free = moments.nbytes * 3 - 3
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
-    assert autoencoder.moments_on(moments, torch.device("cuda")) is moments  # does not fit
-
-
-def test_a_cache_of_something_else_is_made_anew_with_the_reason(cfg, tmp_path, capsys):
-    cfg, ds = replace(cfg, out=str(tmp_path)), load(cfg)
-
-    def cache(flip=False, ds=ds, seed=0, kind="kl"):
-        torch.manual_seed(seed)
-        ae = autoencoder.make_autoencoder(replace(cfg, ae=kind), (1, ds.height, 24)).eval()
-        capsys.readouterr()
-        moments, _ = autoencoder.cache_latents(replace(cfg, flip=flip), WORLD, ds, ae)
-        return moments.shape, capsys.readouterr().out
-
-    smaller = data.load(cfg.data, cfg.data_root, size=24, classes=["bars"])
-    assert cache()[0] == (32, 6, 6, 6)
-    assert cache()[1] == ""
-    assert "are of another autoencoder\n" in cache(seed=1)[1]
-    assert "are of another autoencoder and of another --flip\n" in cache(flip=True)[1]
-    shape, told = cache(flip=False, ds=smaller)
-    assert shape == (16, 6, 6, 6) and "are of other images and of another --flip\n" in told
-    assert cache(ds=smaller, kind="vq")[0] == (16, 6, 6, 6)  # log-variances of -30

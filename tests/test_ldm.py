@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 import autoencoder
 import ldm_cfg
+import likelihood
 import runtime
 
 CFG = ldm_cfg.Config(
@@ -15,19 +15,6 @@ CFG = ldm_cfg.Config(
     context_width=8,
 )  # fmt: skip
 Z = (2, 4, 4)  # latents
-
-
-class Pixels:
-    """A data set of eight random images in memory."""
-
-    def __init__(self, channels=1, height=8, width=8, key="key"):
-        shape = (8, height, width, channels)
-        self.images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-        self.labels, self.key, self.name = np.arange(8) % 3, key, "pixels"
-        self.channels, self.height, self.width, self.num_classes = channels, height, width, 3
-
-    def __len__(self):
-        return len(self.images)
 
 
 def make(cfg=CFG, shape=(1, 8, 8), seed=0):
@@ -66,40 +53,6 @@ def test_loss_is_absolute_error_and_the_kl_of_torch_distributions():
     torch.testing.assert_close(terms["loss"], expected)
 
 
-def test_cached_latents_equal_direct_ones_and_have_unit_variance(tmp_path):
-    ds, ae = Pixels(), make()
-    cfg = replace(CFG, out=str(tmp_path), flip=True)
-    moments, scale = autoencoder.cache_latents(cfg, runtime.World(), ds, ae, batch=3)
-    x = torch.from_numpy(ds.images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    for rows, images in ((np.arange(8), x), (np.arange(8, 16), x.flip(3))):
-        mean, log_var = ae.encode(images)
-        noise = torch.randn_like(mean)
-        direct = mean + (0.5 * log_var).exp() * noise
-        cached = autoencoder.latent_batch(moments, rows, noise)
-        torch.testing.assert_close(cached, direct, atol=1e-6, rtol=1e-5)
-    z = torch.cat([autoencoder.latent_batch(moments, np.arange(16), torch.randn(16, 2, 4, 4))
-                   for _ in range(400)])  # fmt: skip
-    assert (scale * z).std().item() == pytest.approx(1, abs=0.01)
-
-
-def test_cache_is_used_again_and_made_anew_for_other_weights_data_or_flips(tmp_path):
-    ds, ae, world = Pixels(), make(), runtime.World()
-    cfg, path = replace(CFG, out=str(tmp_path)), tmp_path / "latents" / "moments.npy"
-
-    def made(cfg, ds, ae):
-        before = path.stat().st_mtime_ns if path.exists() else None
-        moments, scale = autoencoder.cache_latents(cfg, world, ds, ae)
-        return path.stat().st_mtime_ns != before, np.array(moments), scale
-
-    first = made(cfg, ds, ae)
-    again = made(cfg, ds, ae)
-    assert first[0] and not again[0] and first[2] == again[2]
-    assert made(cfg, ds, make(seed=1))[0]
-    assert made(cfg, Pixels(key="other"), make(seed=1))[0]
-    assert made(replace(cfg, flip=True), ds, ae)[1].shape[0] == 16
-    np.testing.assert_array_equal(made(cfg, ds, ae)[1], first[1])
-
-
 @pytest.mark.parametrize(
     "model, size",
     [("unet", (8, 8)), ("unet", (7, 7)), ("unet", (5, 6)), ("unet", (1, 3)), ("tiny", (4, 6))],
@@ -130,6 +83,55 @@ def test_loss_is_zero_for_the_true_target(prediction):
 
     loss = ldm_cfg.simple_loss(oracle, z0, None, t, eps, alpha_bar, prediction)
     assert loss.shape == (4,) and loss.max() < 1e-10
+
+
+def test_a_learned_variance_is_weighed_by_a_thousandth_of_the_bound():
+    alpha_bar = ldm_cfg.make_alpha_bar("linear", 100)
+    chain = likelihood.make_chain(alpha_bar)
+    z0, eps, t = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.tensor([0, 20, 60, 99])
+    out = torch.randn(4, 4, 3, 3, requires_grad=True)
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+
+    def loss(prediction, chain):
+        return ldm_cfg.simple_loss(
+            lambda *_: out, z0, None, t, eps, alpha_bar, prediction, chain
+        )  # fmt: skip
+
+    for prediction in ("eps", "v"):
+        z_t = a.sqrt() * z0 + (1 - a).sqrt() * eps
+        bound = 100 * likelihood.vlb_terms(
+            out, z0, z_t, t, chain, prediction=prediction, variance="learned", clip=False,
+            discrete=False,
+        )  # fmt: skip
+        expected = loss(prediction, None) + 0.001 * bound.float()
+        torch.testing.assert_close(loss(prediction, chain), expected, rtol=1e-4, atol=1e-5)
+        (plain,) = torch.autograd.grad(loss(prediction, None).sum(), out)
+        (both,) = torch.autograd.grad(loss(prediction, chain).sum(), out)
+        torch.testing.assert_close(both[:, :2], plain[:, :2])  # the mean is left to L_simple
+        assert not plain[:, 2:].any() and (both[:, 2:] != 0).all()
+
+
+@pytest.mark.parametrize("v", [-1.0, 0.3, 1.0])
+def test_ancestral_steps_have_the_variance_that_the_network_tells(v):
+    """One step from given noise: the spread over seeds is between beta_tilde and beta."""
+    alpha_bar, t, t_prev = ldm_cfg.make_alpha_bar("linear", 100), 60, 40
+    a, before = alpha_bar[t], alpha_bar[t_prev]
+    beta = 1 - a / before
+    small = beta * (1 - before) / (1 - a)
+    std = (0.5 * ((v + 1) / 2 * beta.log() + (1 - v) / 2 * small.log())).exp().item()
+
+    def net(z, t, y):
+        return torch.cat([z / (1 - a).sqrt().item(), torch.full_like(z, v)], 1)  # z0_hat 0
+
+    net.null, seeds = 0, torch.arange(20000)
+    walk = ldm_cfg.sampler(
+        net, alpha_bar, [(t, t_prev), (t_prev, -1)], (1, 1, 1), seeds, 0 * seeds, kind="ddpm",
+        variance="learned", guidance=2.0,
+    )  # fmt: skip
+    z = next(walk)[1] - (a / before).sqrt() * (1 - before) / (1 - a) * ldm_cfg.gaussian(
+        (20000, 1, 1, 1), seeds, -1, "cpu"
+    )
+    assert z.std().item() == pytest.approx(std, rel=0.02)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -183,15 +185,6 @@ def test_scaled_linear_schedule_is_that_of_stable_diffusion():
     assert alpha_bar[-1].item() == pytest.approx(0.0047, abs=5e-5)  # published as 0.00466
 
 
-def test_latents_that_do_not_fit_on_the_disk_are_refused(tmp_path, monkeypatch):
-    full = type("usage", (), {"free": 100})
-    monkeypatch.setattr(autoencoder.shutil, "disk_usage", lambda path: full)
-    cfg = replace(CFG, out=str(tmp_path))
-    with pytest.raises(runtime.BadInput, match="needs .* MiB for latents"):
-        autoencoder.cache_latents(cfg, runtime.World(), Pixels(), make())
-    assert not list((tmp_path / "latents").iterdir())
-
-
 def test_guidance_only_within_its_interval():
     """t/T of the steps is 0.98, 0.5 and 0.1: only the middle one is guided."""
     torch.manual_seed(0)
@@ -208,9 +201,9 @@ def test_guidance_only_within_its_interval():
 def test_rescaled_guidance_has_the_spread_of_the_conditional_estimate():
     torch.manual_seed(0)
     out, none = torch.randn(2, 3, 2, 5, 5)
-    plain = ldm_cfg.rescaled(out, none, 3.0, 0.0)
+    plain = ldm_cfg.rescaled(out, none, 3.0, 0.0, 2)
     torch.testing.assert_close(plain, 4 * out - 3 * none)
-    full, half = (ldm_cfg.rescaled(out, none, 3.0, share) for share in (1.0, 0.5))
+    full, half = (ldm_cfg.rescaled(out, none, 3.0, share, 2) for share in (1.0, 0.5))
     torch.testing.assert_close(full.flatten(1).std(1), out.flatten(1).std(1))
     torch.testing.assert_close(half, (plain + full) / 2)
     cosine = torch.cosine_similarity(full.flatten(1), plain.flatten(1))
@@ -230,11 +223,19 @@ def test_the_sampler_takes_the_rescaled_estimate():
 
     z, t = ldm_cfg.gaussian((4, *Z), seeds, -1, "cpu"), torch.full((4,), 40)
     with torch.no_grad():
-        eps_hat = ldm_cfg.rescaled(net(z, t, y), net(z, t), 6.0, 0.7)
+        eps_hat = ldm_cfg.rescaled(net(z, t, y), net(z, t), 6.0, 0.7, 2)
     a = alpha_bar[40]
     expected = ((z - (1 - a).sqrt() * eps_hat) / a.sqrt()).float()
     torch.testing.assert_close(first(guidance=6.0, rescale=0.7), expected, atol=2e-3, rtol=1e-3)
     assert torch.equal(first(guidance=0.0, rescale=1.0), first(guidance=0.0))
+
+
+def test_rescaling_leaves_a_learned_variance_to_the_conditional_estimate():
+    torch.manual_seed(0)
+    out, none = torch.randn(2, 3, 4, 5, 5)
+    found = ldm_cfg.rescaled(out, none, 3.0, 0.7, 2)
+    assert torch.equal(found[:, :2], ldm_cfg.rescaled(out[:, :2], none[:, :2], 3.0, 0.7, 2))
+    assert torch.equal(found[:, 2:], out[:, 2:])
 
 
 @pytest.mark.parametrize("kind, eta", [("ddpm", 0), ("ddim", 0.0), ("ddim", 0.5), ("dpmpp", 0)])

@@ -1,13 +1,16 @@
 """Several processes when something happens: one is killed, or the run goes on alone."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from launching import ALONE, free_port, start_ranks, succeed
 
 import runtime
@@ -58,3 +61,28 @@ def test_a_run_of_two_goes_on_alone_with_the_same_images(script, toy, tiny, tmp_
     assert [row["step"] for row in logs[1]] == list(range(1, 10))
     for a, b in zip(*logs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), (a, b)
+
+
+def test_a_sharded_run_is_that_of_one_process_and_goes_on_without_shards(toy, tiny, tmp_path):
+    flags = [*tiny["ldm_cfg"], *toy, "--steps", "9", "--sample-every", "3", "--ema", "0.9"]
+    flags += ["--learned-variance", "--sampler", "ddpm", "--n-eval", "0", "--seeds", "0-4"]
+    alone, both, on = (tmp_path / name for name in ("alone", "both", "on"))
+    succeed("ldm_cfg", *flags, "--out", alone)
+    ranks = start_ranks("ldm_cfg", *flags, "--shard", "--out", both)
+    done = [rank.wait() for rank in ranks]
+    assert [d.code for d in done] == [0, 0], done[0].err + done[1].err
+    shutil.copytree(both, on)
+    (on / "ckpt-previous.pt").replace(on / "ckpt.pt")  # of step 6
+    succeed("ldm_cfg", *flags, "--out", on)
+    states = [torch.load(run / "ckpt.pt", weights_only=True) for run in (alone, both, on)]
+    images = [np.load(run / "samples.npz")["arr_0"].astype(int) for run in (alone, both, on)]
+    first, *others = [runtime.read_log(run / "log.jsonl") for run in (alone, both, on)]
+    for log, state, drawn in zip(others, states[1:], images[1:], strict=True):
+        assert [row["step"] for row in log] == list(range(1, 10))
+        for a, b in zip(first, log, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-4), (a, b)
+        assert state["ema"].keys() == states[0]["ema"].keys()
+        for name, value in states[0]["ema"].items():
+            torch.testing.assert_close(state["ema"][name], value, atol=1e-4, rtol=1e-3)
+        assert abs(drawn - images[0]).max() <= 2
+    assert (both / "samples-000003.png").is_file()

@@ -123,6 +123,17 @@ def test_smoke_from_a_shell(script, repo, toy, tmp_path):
 
 
 @pytest.mark.parametrize("script", CONFIGS)
+def test_smoke_keeps_what_is_typed_but_not_what_a_file_says(script, toy, tmp_path):
+    settings = tmp_path / "big.yaml"
+    settings.write_text("steps: 1000000\nbatch_size: 4\n")
+    flags = ["--config", settings, *toy, "--gpus", 0, "--n", 3, "--steps=5"]
+    succeed(script, "--smoke", *flags, "--out", tmp_path / "run")
+    log = runtime.read_log(tmp_path / "run" / "log.jsonl")
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5]
+    assert len(np.load(tmp_path / "run" / "samples.npz")["arr_0"]) == 3
+
+
+@pytest.mark.parametrize("script", CONFIGS)
 def test_run_directory(script, toy, tiny, tmp_path):
     out = tmp_path / "a run"
     flags = [*tiny[script], *toy, "--steps", 7, "--log-every", 3, "--sample-every", 3]

@@ -12,7 +12,8 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "schedules", "unet", "likelihood", "ddpm_pixel", "ddim", "inversion", "compare",
-    "vae", "vq", "perceptual", "autoencoder", "latent_unet", "dit", "ldm_cfg",
+    "vae", "vq", "perceptual", "autoencoder", "latents", "latent_unet", "dit", "ldm_cfg",
+    "published_dit",
     "features", "inception", "metrics", "memorisation", "image_sets", "evaluation", "eval_fid",
 }  # fmt: skip
 ALL = sorted(
@@ -38,12 +39,15 @@ MAY = {
     "vae": {"kernels", "runtime", "support", "unet"},
     "vq": set(),
     "perceptual": {"kernels", "runtime", "support"},
-    "autoencoder": {"kernels", "data", "runtime", "unet", "vae", "vq", "perceptual"},
+    "autoencoder": {"kernels", "data", "runtime", "support", "unet", "vae", "vq", "perceptual"},
+    "latents": {"data", "runtime", "support"},
     "latent_unet": {"kernels", "runtime", "unet"},
     "dit": {"kernels", "runtime", "support", "unet"},
     "ldm_cfg": {
-        "kernels", "data", "runtime", "support", "schedules", "autoencoder", "latent_unet", "dit",
+        "kernels", "data", "runtime", "support", "schedules", "likelihood", "autoencoder",
+        "latents", "latent_unet", "dit",
     },  # fmt: skip
+    "published_dit": {"runtime", "support", "dit", "vae", "ldm_cfg"},
     "features": {"data", "runtime", "support"},
     "inception": {"runtime", "support"},
     "metrics": {"runtime"},
