@@ -17,8 +17,8 @@ then the label "none"; a sample is steered by exaggerating the difference,
     python ldm_cfg.py --data imagenet100 --gpus 8         ImageNet-100 at 128x128
     python ldm_cfg.py --sample runs/ldm-glyphs/ckpt.pt --n 100 --guidance 3 --classes 3,7
 
-Stages: data, autoencoder, latents and diffusion go on where they stopped and are skipped when done;
-samples and evaluation are made anew. `--smoke` walks through all but the last in seconds.
+Stages: data, autoencoder, latents, diffusion, samples and evaluation; each goes on where it stopped
+and is skipped when done. `--smoke` walks through all but the last in seconds.
 """
 
 import math
@@ -42,7 +42,7 @@ from latent_unet import LatentUNet
 from schedules import make_alpha_bar
 from support import plan, sharding
 from support.commandline import smaller
-from support.score import score
+from support.score import drawn_before, note_samples, score
 from support.training import weights_hash
 
 HERE = Path(__file__).parent
@@ -357,13 +357,11 @@ def train(cfg, world):
             run.log(step, **values, lr=lr, images_per_s=run.rate((step - start) * batch))
             bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if step % cfg.save_every == 0 or last:
-            model_state, ema_state, optimizer_state = (
-                sharding.whole(part.state_dict()) for part in (net, ema.module, optimizer)
-            )
+            parts = {"model": net, "ema": ema.module, "optimizer": optimizer}
+            weights = {name: sharding.whole(part.state_dict()) for name, part in parts.items()}
             run.save(
-                step, model=model_state, ema=ema_state, optimizer=optimizer_state, scale=scale,
-                autoencoder=ae.state_dict(), shape=list(shape), class_names=list(ds.class_names),
-                ae_made_of=ae.made_of,
+                step, **weights, scale=scale, autoencoder=ae.state_dict(), shape=list(shape),
+                class_names=list(ds.class_names), ae_made_of=ae.made_of,
             )  # fmt: skip
         if cfg.sample_every and step % cfg.sample_every == 0 and not last:
             with sharding.unsharded(ema.module):
@@ -378,7 +376,9 @@ def train(cfg, world):
     if cfg.stage == "all":
         last = replace(cfg, sample=str(run.folder / "ckpt.pt"), classes="")
         last = replace(last, seeds="") if cfg.n_eval else last
-        sample(last, world, max(cfg.n, cfg.n_eval))
+        n = max(cfg.n, cfg.n_eval)
+        if not drawn_before(last, SAMPLING, n):
+            sample(last, world, n)
 
 
 # --------------------------------------------------------------------------------------- samples
@@ -425,6 +425,7 @@ def sample(cfg, world, n):
     if world.is_main:
         folder = Path(cfg.out or Path(cfg.sample).parent)
         runtime.save_samples(folder, images, labels if chosen else None, 10)
+        note_samples(folder, cfg, SAMPLING, n)
         print(f"samples: {folder / 'samples.png'}, guidance w = {trained.guidance:g}")
 
 
