@@ -274,7 +274,7 @@ def train(cfg, world):
     )  # fmt: skip
     run = runtime.Run(
         cfg.out, "ddpm_pixel", asdict(cfg), world, made_of={"data_key": ds.key},
-        resume=cfg.resume, tensorboard=cfg.tensorboard,
+        resume=cfg.resume, tensorboard=cfg.tensorboard, defaults=asdict(Config()),
     )  # fmt: skip
     state, start = run.restore(), 0
     if state:

@@ -16,7 +16,6 @@ import math
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -31,6 +30,7 @@ import runtime
 from features import shape_text
 from runtime import BadInput
 from support.lock import locked
+from support.score import run_alone
 
 HERE = Path(__file__).resolve().parent
 SAMPLERS = ("ddpm_pixel", "ldm_cfg")  # whose checkpoints draw samples
@@ -280,9 +280,7 @@ def sampled(checkpoint, script, n, gpus, arguments=""):
         sys.executable, str(HERE / f"{script}.py"), *arguments, "--sample", str(checkpoint),
         "--n", str(n), "--out", str(folder), "--gpus", str(gpus),
     ]  # fmt: skip
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")  # of torchrun: not the chapter's
-    own = {key: value for key, value in os.environ.items() if key not in ranks}
     with locked(checkpoint.with_name(f".{folder.name}.lock")):
-        if not path.exists() and subprocess.run(command, env=own, stdout=sys.stderr).returncode:
+        if not path.exists() and run_alone(command, stdout=sys.stderr):
             raise BadInput(f"no samples of {checkpoint}; the command was {shlex.join(command)}")
     return path

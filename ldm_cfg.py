@@ -42,7 +42,7 @@ from latent_unet import LatentUNet
 from schedules import make_alpha_bar
 from support import plan, sharding
 from support.commandline import smaller
-from support.score import drawn_before, note_samples, score
+from support.score import drawn_before, drawn_by, note_samples, score
 from support.training import weights_hash
 
 HERE = Path(__file__).parent
@@ -98,7 +98,7 @@ class Config:
     context_width: int = 64  # channels of the class token that they look at
     add_label: bool = True  # add the class token to the timestep embedding, too
     checkpointing: bool = False  # compute activations twice instead of keeping them
-    learned_variance: bool = False  # learn that of a ddpm step too: L_hybrid (IDDPM section 3.1)
+    learned_variance: bool = False  # learn that of --sampler ddpm, too: IDDPM's L_hybrid
     label_dropout: float = 0.1  # how often training replaces the label by "none"
 
     steps: int = 1250  # optimizer steps of the diffusion
@@ -244,7 +244,8 @@ def draw(net, ae, scale, cfg, world, shape, labels, seeds, desc="sampling"):
     ts = torch.linspace(cfg.timesteps - 1, 0, cfg.sample_steps).round().long().unique().flip(0)
     pairs = list(zip(ts.tolist(), [*ts[1:].tolist(), -1], strict=True))
     z_shape = latent_shape(ae, shape)
-    parts = torch.arange(len(seeds))[world.share(len(seeds))].split(cfg.batch_size)
+    part = -(-cfg.batch_size // world.size)
+    parts = torch.arange(len(seeds))[world.share(len(seeds))].split(part)
     images = [torch.empty(0, *shape[1:], shape[0], dtype=torch.uint8)]
     with world.progress(len(parts) * len(pairs), desc=desc) as bar:
         for part in parts:
@@ -252,7 +253,7 @@ def draw(net, ae, scale, cfg, world, shape, labels, seeds, desc="sampling"):
                 for _, z, _ in sampler(  # noqa: B007
                     net, alpha_bar, pairs, z_shape, seeds[part].to(world.device),
                     labels[part].to(world.device), kind=cfg.sampler, eta=cfg.eta,
-                    guidance=cfg.guidance, interval=cfg.guidance_interval,
+                    guidance=cfg.guidance if net.null else 0.0, interval=cfg.guidance_interval,
                     rescale=cfg.guidance_rescale, prediction=cfg.prediction,
                     variance="learned" if cfg.learned_variance else "small",
                 ):  # fmt: skip
@@ -295,7 +296,7 @@ def train(cfg, world):
     ema = AveragedModel(net, multi_avg_fn=runtime.ema_update(cfg.ema))
     run = runtime.Run(
         cfg.out, "ldm_cfg", asdict(cfg), world, resume=cfg.resume, tensorboard=cfg.tensorboard,
-        made_of={"data_key": ds.key, "autoencoder": weights_hash(ae)},
+        made_of={"data_key": ds.key, "autoencoder": weights_hash(ae)}, defaults=asdict(Config()),
     )
     state, start = run.restore(), 0
     if state:
@@ -309,6 +310,7 @@ def train(cfg, world):
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, fused=world.device.type == "cuda")
     if state:
         sharding.load_optimizer(optimizer, state["optimizer"])
+    del state  # 16 bytes a parameter, which nobody needs any more
     model = torch.compile(net) if cfg.compile else net
     model = model if cfg.shard else world.wrap(model)  # sharded, it shares its gradients itself
     alpha_bar = make_alpha_bar(cfg.schedule, cfg.timesteps).to(world.device)
@@ -377,7 +379,7 @@ def train(cfg, world):
         last = replace(cfg, sample=str(run.folder / "ckpt.pt"), classes="")
         last = replace(last, seeds="") if cfg.n_eval else last
         n = max(cfg.n, cfg.n_eval)
-        if not drawn_before(last, SAMPLING, n):
+        if not drawn_before(last, SAMPLING, n, world):
             sample(last, world, n)
 
 
@@ -413,11 +415,9 @@ SAMPLING = (
 
 def sample(cfg, world, n):
     """n samples from the checkpoint cfg.sample: samples.png and .npz, in cfg.out or beside it."""
+    made_of = drawn_by(cfg, SAMPLING, n)
     net, ae, state, trained = load_net(cfg.sample, world.device)
     trained = replace(trained, **{name: getattr(cfg, name) for name in SAMPLING})
-    if not state["class_names"]:
-        trained = replace(trained, guidance=0.0)  # there is nothing to steer by
-    check_sampling(trained)
     chosen = runtime.parse_classes(cfg.classes, state["class_names"])
     seeds = runtime.parse_seeds(cfg.seeds, n)
     labels = labels_for(seeds, chosen)
@@ -425,33 +425,31 @@ def sample(cfg, world, n):
     if world.is_main:
         folder = Path(cfg.out or Path(cfg.sample).parent)
         runtime.save_samples(folder, images, labels if chosen else None, 10)
-        note_samples(folder, cfg, SAMPLING, n)
-        print(f"samples: {folder / 'samples.png'}, guidance w = {trained.guidance:g}")
+        note_samples(folder, made_of)
+        how = f", guidance w = {trained.guidance:g}" if chosen else ""
+        print(f"samples: {folder / 'samples.png'}{how}")
 
 
 # ----------------------------------------------------------------------------------------- main
 
 
-def check_sampling(cfg):
-    if cfg.sample_steps > cfg.timesteps:
-        raise runtime.BadInput(
-            f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps {cfg.timesteps}"
-        )
-
-
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
-    runtime.check_run(replace(cfg, gpus=0) if cfg.dry_run else cfg)
+    runtime.check_run(cfg)
     autoencoder.check(cfg)
     sizes = ("timesteps", "width", "mult", "blocks", "heads", "context_width", "sample_steps")
     runtime.check_positive(cfg, *sizes)
     runtime.check_not_negative(cfg, "n_eval")
-    runtime.check_fraction(
-        cfg, "label_dropout", "ema", "eta", "guidance_interval", "guidance_rescale"
-    )
+    fractions = ("label_dropout", "ema", "eta", "guidance_interval", "guidance_rescale")
+    runtime.check_fraction(cfg, *fractions)
+    if cfg.sample_steps > cfg.timesteps:
+        told = f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps"
+        raise runtime.BadInput(f"{told} {cfg.timesteps}")
     if not math.isfinite(cfg.guidance) or cfg.guidance_interval[0] > cfg.guidance_interval[1]:
         told = f"--guidance {cfg.guidance} --guidance-interval {cfg.guidance_interval}"
         raise runtime.BadInput(f"{told}: expected a finite w, and an interval that rises")
+    if cfg.eta and cfg.sampler != "ddim":
+        raise runtime.BadInput(f"--eta {cfg.eta:g} is for --sampler ddim, not {cfg.sampler}")
     if cfg.n_eval and max(cfg.n, cfg.n_eval) < 2:
         raise runtime.BadInput("--n-eval must be 0, or at least 2: a covariance is compared")
     if cfg.prediction == "eps" and cfg.schedule == "cosine":
@@ -470,18 +468,19 @@ def networks(cfg, ds):
 def main():
     cfg = runtime.parse(Config, __doc__, preset=str(HERE / "configs/{data}.yaml"))
     if cfg.sample:
-        cfg = runtime.as_trained(cfg, SAMPLING, "ldm_cfg")
+        cfg = runtime.as_trained(cfg, (*SAMPLING, "timesteps"), "ldm_cfg")
     if cfg.smoke:
         cfg = smaller(
             cfg, ae_steps=4, disc_start=1, steps=4, batch_size=8, ae_width=32, width=32, heads=4,
             n=8, n_eval=0, sample_steps=4, warmup=1, log_every=1, save_every=2, sample_every=2,
-            resume="never", out="runs/smoke-ldm",
+            keep_every=0, resume="never", out="runs/smoke-ldm",
         )  # fmt: skip
     check(cfg)
     if cfg.sample:
         runtime.launch(partial(sample, n=cfg.n), cfg)
         return
-    check_sampling(cfg)
+    if cfg.resume not in ("auto", "never"):
+        runtime.load_checkpoint(cfg.resume, "ldm_cfg", mapped=True)  # an hour before it is needed
     cfg = replace(cfg, out=cfg.out or f"runs/ldm-{Path(cfg.data).stem}")
     ds = load_data(cfg)  # prepared once, before there are several processes
     fitting = networks(cfg, ds)  # what does not fit says so now, not after an hour

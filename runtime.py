@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -61,6 +62,7 @@ from support.training import (
     peak_memory,
     plot_loss,
     read_log,
+    summary_writer,
 )
 
 __all__ = [
@@ -203,7 +205,8 @@ def load_checkpoint(path, script=None, mapped=False):
 def as_trained(cfg, names, script):
     """cfg, but settings `names` that were not given are those that cfg.sample was trained with."""
     trained = load_checkpoint(cfg.sample, script, mapped=True)["config"]
-    return dataclasses.replace(cfg, **{name: trained[name] for name in not_given(cfg, names)})
+    given = {name: trained[name] for name in not_given(cfg, names) if name in trained}
+    return dataclasses.replace(cfg, **given)
 
 
 class Run:
@@ -212,6 +215,7 @@ class Run:
     folder   where it is
     script   name of what trains here; a checkpoint of another name is refused
     config   dict of all settings, kept in config.yaml, which --config reads again
+    defaults of these: what a checkpoint that knows a setting not yet was trained with
     made_of  dict of what else decides the weights, such as the data's key; resuming compares both
              with those of the checkpoint, but for what is in `FREE`
     resume   'auto' (continue if there is something to continue), 'never', or a checkpoint's path
@@ -230,10 +234,12 @@ class Run:
     })  # fmt: skip
 
     def __init__(
-        self, folder, script, config, world, *, made_of=None, resume="auto", tensorboard=False
-    ):
+        self, folder, script, config, world, *, made_of=None, resume="auto", tensorboard=False,
+        defaults=None,
+    ):  # fmt: skip
         self.folder, self.script, self.world = Path(folder), script, world
         plain = json.loads(json.dumps(config))  # lists and numbers, as YAML gives back
+        self.defaults = json.loads(json.dumps(defaults or {}))
         self.settings, self.config = plain, plain | (made_of or {})
         self.resume, self.board = resume, None
         self.log_path = self.folder / "log.jsonl"
@@ -244,7 +250,7 @@ class Run:
             except OSError as error:
                 raise BadInput(f"--out {self.folder}: {error.strerror}; name a folder") from None
             if tensorboard:
-                self.board = _summary_writer(self.folder)
+                self.board = summary_writer(self.folder)
 
     def restore(self):
         """The state to continue from, or None for a fresh start; cuts the log back to its step.
@@ -255,7 +261,7 @@ class Run:
         """
         state = self._choose()
         if state is not None:
-            theirs, differing = state["config"], []
+            theirs, differing = self.defaults | state["config"], []
             for key in sorted((set(theirs) | set(self.config)) - self.FREE):
                 if theirs.get(key) != self.config.get(key):
                     differing.append(f"{key} {theirs.get(key)} there, {self.config.get(key)} here")
@@ -273,6 +279,9 @@ class Run:
             for kept in self.folder.glob("ckpt-[0-9]*.pt"):  # of a future that is now another
                 if int(kept.stem.split("-")[1]) > step and (state or self.resume == "never"):
                     kept.unlink()
+            if self.resume not in ("auto", "never"):  # this is where the run is now
+                with atomic_write(self.folder / "ckpt.pt") as path:
+                    shutil.copyfile(self.resume, path)
             with atomic_write(self.log_path) as path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             self._write_config()
@@ -301,9 +310,8 @@ class Run:
         return None
 
     def _write_config(self):
-        versions = (
-            f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
-        )
+        versions = f"python {platform.python_version()}, torch {torch.__version__}, "
+        versions += f"numpy {np.__version__}"
         with atomic_write(self.folder / "config.yaml") as path:
             settings = {key: v for key, v in self.settings.items() if key != "config"}
             header = f"# {shlex.join([Path(sys.executable).name, *sys.argv])}\n# {versions}\n"
@@ -340,11 +348,3 @@ class Run:
         now, (then, before) = time.perf_counter(), self.seen or (self.started, 0)
         self.seen = (now, images)
         return round((images - before) / max(now - then, 1e-9), 1)
-
-
-def _summary_writer(folder):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise BadInput("--tensorboard needs its package: pip install tensorboard") from None
-    return SummaryWriter(folder)

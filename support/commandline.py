@@ -215,7 +215,7 @@ def check_positive(cfg, *names):
     """Raise BadInput unless every named field of `cfg` (a number or a tuple of numbers) is > 0."""
     for name in names:
         value = getattr(cfg, name)
-        values = value if isinstance(value, tuple) else (value,)
+        values = value if isinstance(value, (tuple, list)) else (value,)
         if not values or not all(v > 0 for v in values):
             flag = "--" + name.replace("_", "-")
             raise BadInput(f"{flag} must be greater than 0, got {value}")
@@ -226,10 +226,13 @@ def default_gpus():
     return min(torch.cuda.device_count(), 1)
 
 
-def check_processes(gpus, batch_size):
-    """Raise BadInput if this machine lacks `gpus` GPUs or the processes cannot share a batch."""
+def check_processes(gpus, batch_size, planned=False):
+    """Raise BadInput if this machine lacks `gpus` GPUs or the processes cannot share a batch.
+
+    planned: it is about another machine, that has as many.
+    """
     have = torch.cuda.device_count()
-    if gpus < 0 or gpus > have:
+    if gpus < 0 or gpus > have and not planned:
         raise BadInput(
             f"--gpus {gpus}: this machine has {have} GPU{'s' * (have != 1)}; "
             f"type --gpus {have}" + (" to run on the CPU" if have == 0 else " or fewer")
@@ -254,4 +257,4 @@ def check_run(cfg):
                 f"--{often}-every {first} must be a multiple of --{base}-every {second}"
             )
     parse_seeds(cfg.seeds, cfg.n)
-    check_processes(cfg.gpus, cfg.batch_size)
+    check_processes(cfg.gpus, cfg.batch_size, planned=getattr(cfg, "dry_run", False))

@@ -91,8 +91,13 @@ def save_film(frames, path, columns=None, most=50):
 
 
 def save_samples(folder, images, labels, columns=None):
-    """samples.png (a grid of the first 100) and samples.npz (arr_0 images, arr_1 labels if any)."""
+    """samples.png (a grid of the first 100) and samples.npz (arr_0 images, arr_1 labels if any).
+
+    What was written down of the samples that lay there before is removed first.
+    """
     folder = Path(folder)
+    for stale in ("samples.json", "eval.json"):
+        (folder / stale).unlink(missing_ok=True)
     save_grid(images[:100], folder / "samples.png", columns)
     arrays = [np.asarray(images)] + ([] if labels is None else [np.asarray(labels)])
     with atomic_write(folder / "samples.npz") as temporary:

@@ -1,38 +1,47 @@
 """The last stages of a run, done once: its samples, and eval_fid.py's figures of them."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from support.commandline import BadInput
 from support.pictures import atomic_write
 
 
+def run_alone(command, stdout=None):
+    """The exit code of a command that is no rank of ours, though torchrun started this process."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    own = {key: value for key, value in os.environ.items() if key not in ranks}
+    return subprocess.run(command, env=own, stdout=stdout).returncode
+
+
 def drawn_by(cfg, names, n):
-    """What decides n samples of the checkpoint cfg.sample: it, and these settings."""
-    names = (*names, "seeds", "classes", "sample")
-    return json.loads(json.dumps({name: getattr(cfg, name) for name in names} | {"n": n}))
+    """What decides n samples of the checkpoint cfg.sample: its file as it is now, and settings."""
+    names, file = (*names, "seeds", "classes"), Path(cfg.sample).stat()
+    found = {name: getattr(cfg, name) for name in names} | {"n": n}
+    return json.loads(json.dumps(found | {"checkpoint": [file.st_size, file.st_mtime_ns]}))
 
 
-def note_samples(folder, cfg, names, n):
-    """Write down beside samples.npz in `folder` what it was drawn by: see drawn_by."""
+def note_samples(folder, made_of):
+    """Write down beside samples.npz in `folder` what drawn_by told before the checkpoint was read.
+
+    runtime.save_samples removes the note of the samples before these.
+    """
     with atomic_write(Path(folder) / "samples.json") as path:
-        path.write_text(json.dumps(drawn_by(cfg, names, n), indent=2) + "\n")
+        path.write_text(json.dumps(made_of, indent=2) + "\n")
 
 
-def drawn_before(cfg, names, n):
-    """Whether samples.npz in cfg.out was drawn by just these settings, after the checkpoint."""
-    note, samples = Path(cfg.out) / "samples.json", Path(cfg.out) / "samples.npz"
-    if not note.is_file() or not samples.is_file() or older(samples, cfg.sample):
-        return False
-    return json.loads(note.read_text()) == drawn_by(cfg, names, n)
-
-
-def older(one, other):
-    """Whether the file `one` was written before the file `other`."""
-    return Path(one).stat().st_mtime_ns < Path(other).stat().st_mtime_ns
+def drawn_before(cfg, names, n, world):
+    """Whether samples.npz in cfg.out is what would be drawn now; rank 0 decides for all."""
+    note, known = Path(cfg.out) / "samples.json", False
+    if world.is_main and note.is_file() and note.with_name("samples.npz").is_file():
+        known = json.loads(note.read_text()) == drawn_by(cfg, names, n)
+    return world.sum(torch.tensor(float(known), device=world.device)).item() > 0
 
 
 def score(cfg, script):
@@ -44,11 +53,13 @@ def score(cfg, script):
     is not computed again. Raises BadInput with the command when it fails.
     """
     folder = Path(cfg.out)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what sampling has left is the other process's to use
     for images in (folder / "autoencoder" / "reconstructions.npz", folder / "samples.npz"):
         told = images.with_name("eval.json")
         if not images.is_file():
             continue
-        if not told.is_file() or older(told, images):
+        if not up_to_date(told, images):
             command = [
                 sys.executable, str(script), str(images), f"{cfg.data}:test",
                 "--data-root", cfg.data_root, "--json", str(told), "--gpus", str(min(cfg.gpus, 1)),
@@ -58,7 +69,7 @@ def score(cfg, script):
             if cfg.classes:
                 command += ["--classes", cfg.classes]
             quiet = subprocess.DEVNULL if images.stem == "reconstructions" else None
-            if subprocess.run(command, stdout=quiet).returncode:
+            if run_alone(command, quiet):
                 raise BadInput(f"the evaluation failed; its command was {shlex.join(command)}")
         found = json.loads(told.read_text())
         print(
@@ -67,3 +78,10 @@ def score(cfg, script):
             "features)",
             flush=True,  # the table of the next one comes from another process
         )
+
+
+def up_to_date(told, images):
+    """Whether the figures in the file `told` are of these images, by the data set's classifier."""
+    if not told.is_file() or told.stat().st_mtime_ns < images.stat().st_mtime_ns:
+        return False
+    return json.loads(told.read_text()).get("class_accuracy") is not None

@@ -131,6 +131,15 @@ def plot_loss(run):
     plt.close(figure)
 
 
+def summary_writer(folder):
+    """TensorBoard's writer of files into `folder`. Raises BadInput where that is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("--tensorboard needs its package: pip install tensorboard") from None
+    return SummaryWriter(folder)
+
+
 def weights_hash(net):
     """Twelve hex digits that name these weights."""
     digest = hashlib.sha256()

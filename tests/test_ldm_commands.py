@@ -32,6 +32,11 @@ def flags(toy, tiny):
         (["--ae", "nowhere"], ["--ae nowhere", "kl, vq, ldm"]),
         (["--keep-every", "2"], ["--keep-every 2", "--save-every 3"]),
         (["--attention", "0", "5"], ["--attention 0 5", "0 to 1"]),
+        (["--eta", "0.5", "--sampler", "dpmpp"], ["--eta 0.5", "ddim, not dpmpp"]),
+        (["--sample-steps", "2000"], ["--sample-steps 2000", "--timesteps 1000"]),
+        (["--resume", "nowhere.pt"], ["nowhere.pt: no such file"]),
+        (["--dry-run", "--gpus", "3"], ["--batch-size 8", "3 processes"]),
+        (["--dry-run", "--gpus", "-3"], ["--gpus -3"]),
     ],
 )
 def test_what_does_not_fit_is_one_line_before_anything_is_trained(wrong, words, flags, tmp_path):
@@ -99,3 +104,29 @@ def test_a_cache_whose_latents_are_gone_is_made_anew(flags, tmp_path):
     succeed("ldm_cfg", *flags, "--out", tmp_path)
     np.testing.assert_array_equal(np.load(path), before)
     assert runtime.read_log(tmp_path / "log.jsonl")[-1]["step"] == 3
+
+
+def test_a_checkpoint_named_to_go_on_from_is_what_gets_sampled(flags, tmp_path):
+    """Also where it is at the last step already, and in another folder."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    succeed("ldm_cfg", *flags, "--keep-every", "3", "--steps", "6", "--out", run)
+    kept = run / "ckpt-000003.pt"
+    for folder in (other, run):
+        succeed("ldm_cfg", *flags, "--steps", "3", "--resume", kept, "--out", folder)
+        assert runtime.load_checkpoint(folder / "ckpt.pt")["step"] == 3
+        assert (folder / "samples.npz").stat().st_mtime_ns > kept.stat().st_mtime_ns
+    first, second = (np.load(folder / "samples.npz")["arr_0"] for folder in (other, run))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_checkpoint_older_than_a_setting_goes_on_with_its_default(flags, tmp_path):
+    succeed("ldm_cfg", *flags, "--out", tmp_path)
+    path = tmp_path / "ckpt.pt"
+    state = torch.load(path, weights_only=True)
+    del state["config"]["learned_variance"], state["config"]["guidance_rescale"]
+    torch.save(state, path)
+    done = run("ldm_cfg", *flags, "--out", tmp_path, "--learned-variance")
+    assert done.code == 2 and "learned_variance False there, True here" in done.err
+    succeed("ldm_cfg", *flags, "--out", tmp_path, "--steps", "4")
+    torch.save(state, path)
+    succeed("ldm_cfg", "--sample", path, "--n", "2", "--gpus", "0")

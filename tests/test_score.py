@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from launching import succeed
 
+import runtime
 from runtime import BadInput
 from support.score import score
 
 EVAL = """
-import json, sys
+import json, os, sys
+if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+    sys.exit("as a rank it would wait for others that are gone")
 images, reference, *flags = sys.argv[1:]
 if "broken" in reference:
     sys.exit(2)
@@ -45,8 +49,10 @@ def run(tmp_path):
     return Settings(str(folder)), tmp_path / "eval.py", folder
 
 
-def test_reconstructions_and_samples_are_scored_and_told_in_a_line_each(run, capfd):
+def test_reconstructions_and_samples_are_scored_and_told_in_a_line_each(run, capfd, monkeypatch):
     cfg, script, folder = run
+    monkeypatch.setenv("RANK", "0")  # under torchrun
+    monkeypatch.setenv("WORLD_SIZE", "2")
     cfg.size, cfg.classes, cfg.gpus = 16, "3,7", 8
     score(cfg, script)
     out = capfd.readouterr().out.splitlines()
@@ -71,6 +77,20 @@ def test_a_figure_is_computed_again_only_for_newer_images(run):
     os.utime(folder / "samples.npz", ns=(later, later))
     score(cfg, script)
     assert told[0].stat().st_mtime_ns > first[0] and told[1].stat().st_mtime_ns == first[1]
+
+
+def test_figures_of_other_features_are_not_taken_for_the_classifiers(run):
+    cfg, script, folder = run
+    (folder / "eval.json").write_text('{"class_accuracy": null, "frechet": 9.0}')
+    score(cfg, script)
+    assert json.loads((folder / "eval.json").read_text())["frechet"] == 1.25
+
+
+def test_new_samples_do_away_with_what_was_said_of_the_old(tmp_path):
+    for name in ("samples.json", "eval.json"):
+        (tmp_path / name).write_text("{}")
+    runtime.save_samples(tmp_path, torch.zeros(3, 4, 4, 1, dtype=torch.uint8), None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.npz", "samples.png"]
 
 
 def test_without_reconstructions_samples_are_scored_alone(run, capfd):
@@ -102,4 +122,8 @@ def test_samples_are_drawn_again_only_when_something_decides_otherwise(toy, tiny
     assert draw("--guidance", 2) == (False, False)
     succeed("ldm_cfg", "--sample", tmp_path / "ckpt.pt", "--classes", "1", "--n", 4, "--gpus", 0)
     assert draw("--guidance", 2) == (True, True)  # others lay in their place
+    assert draw("--guidance", 2, "--steps", 4, "--save-every", 1) == (True, True)
+    # Samples of weights that another file has held since, however late they were written.
+    checkpoint, shown = tmp_path / "ckpt.pt", path.stat().st_mtime_ns
+    os.utime(checkpoint, ns=(shown - 10**12, shown - 10**12))
     assert draw("--guidance", 2, "--steps", 4, "--save-every", 1) == (True, True)
