@@ -34,7 +34,7 @@ def test_the_cache_and_the_encoder_train_alike(script, capsys):
 
 
 def test_guidance_is_drawn_and_told(script, toy, tiny, tmp_path, monkeypatch, capsys):
-    flags = [*tiny["ldm_cfg"], *toy, "--sample-every", "0", "--steps", "3", "--ae-steps", "3"]
+    flags = [*tiny["ldm_cfg"], *toy, "--sample-every", "0", "--steps", "30", "--ae-steps", "3"]
     succeed("ldm_cfg", *flags, "--out", tmp_path)
     arguments = [str(tmp_path / "ckpt.pt"), "--w=0,2", "--n", "8", "--gpus", "0"]
     arguments += ["--eval-args=--classifier-steps 5"]
