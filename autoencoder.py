@@ -381,8 +381,8 @@ def report(cfg, world, ae, ds, folder, batch=64):
     x = torch.from_numpy(images.images[chosen[shown]])
     rows = zip(x.split(10), found[shown].split(10), strict=True)
     picture = folder / "reconstructions.png"
-    for stale in ("reconstructions.npz", "eval.json"):
-        (folder / stale).unlink(missing_ok=True)
+    for stale in ("reconstructions.json", "reconstructions.npz", "eval.json"):
+        (folder / stale).unlink(missing_ok=True)  # what is told must never be of others
     runtime.save_grid(torch.cat([half for row in rows for half in row]), picture, columns=10)
     if cfg.n_eval:
         with runtime.atomic_write(folder / "reconstructions.npz") as temporary:
