@@ -258,7 +258,7 @@ def train(cfg, world, ds):
         adversary = Adversary(shape, cfg.discriminator, width, cfg.ae_lr, world)
     run = runtime.Run(
         folder, "autoencoder", settings(cfg), world, made_of=made_of, tensorboard=cfg.tensorboard,
-        resume=cfg.resume if cfg.resume == "never" else "auto",
+        resume=cfg.resume if cfg.resume == "never" else "auto", defaults=LATER,
     )  # fmt: skip
     state, start = run.restore(), 0
     if state:

@@ -5,6 +5,7 @@ Rombach et al., "Latent Diffusion Models", 2022 (arXiv:2112.10752), section 3.1 
 The autoencoder is frozen when diffusion starts, so encoding an image again in every epoch would be
 waste: it costs several times what a step on its latent does. What is kept of an image is the mean
 and log-variance of q(z|x), from which each step draws its own z, as if it had encoded the image.
+(A codebook has no distribution: its log-variance is -30, and z what the encoder gave.)
 
     moments, scale = cache_latents(cfg, world, ds, ae)        once; the next time it is found
     z0 = scale * latent_batch(moments, rows, noise)           in every step

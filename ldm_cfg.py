@@ -18,7 +18,7 @@ then the label "none"; a sample is steered by exaggerating the difference,
     python ldm_cfg.py --sample runs/ldm-glyphs/ckpt.pt --n 100 --guidance 3 --classes 3,7
 
 Stages: data, autoencoder, latents, diffusion, samples and evaluation; each goes on where it stopped
-and is skipped when done. `--smoke` walks through all but the last in seconds.
+and is skipped when done. `--smoke` walks through all but the evaluation with tiny networks.
 """
 
 import math
@@ -51,7 +51,7 @@ HERE = Path(__file__).parent
 @dataclass
 class Config:
     config: str = ""  # YAML of these settings, under the flags (default configs/DATA.yaml, if any)
-    out: str = ""  # run directory (default runs/ldm-DATA)
+    out: str = ""  # run directory (default runs/ldm-DATA; with --sample, that of the checkpoint)
     stage: Literal["all", "autoencoder", "latents", "diffusion"] = "all"  # stop after this one
     smoke: bool = False  # a few tiny steps, to see that everything works
 
@@ -67,10 +67,10 @@ class Config:
     ae: str = "kl"
     """kl, vq (small ones) or ldm (Stable Diffusion's), trained here; or a published one's path"""
     patch: int = 4  # kl and vq first fold patches of this side into channels
-    ae_width: int = 64  # its channels after that
+    ae_width: int = 64  # the autoencoder's channels after that
     ae_mult: tuple[int, ...] = (1,)
-    """its channels at each resolution, in units of ae_width; each but the first halves the image"""
-    ae_blocks: int = 2  # residual blocks per resolution
+    """the same at each resolution, in units of ae_width; each but the first halves the image"""
+    ae_blocks: int = 2  # the autoencoder's residual blocks per resolution
     z_channels: int = 4  # channels of the latent
     kl_weight: float = 3e-3  # weight of the KL term beside the reconstruction error
     codebook: int = 512  # vq: how many vectors latents are rounded to
@@ -80,23 +80,23 @@ class Config:
     discriminator: float = 0.0  # weight of a patch discriminator; 0 for none
     disc_start: int = 1000  # step of the autoencoder at which it starts
     ae_steps: int = 1000  # optimizer steps of the autoencoder
-    ae_lr: float = 2e-3  # its peak learning rate
+    ae_lr: float = 2e-3  # the autoencoder's peak learning rate
 
     timesteps: int = 1000  # T, the length of the chain
     schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"
     """noise schedule: of DDPM, of Stable Diffusion, or of IDDPM"""
     prediction: Literal["eps", "v"] = "v"
-    """what the network tells: the noise, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0"""
+    """what the network predicts: noise, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0"""
     model: str = "unet"
     """unet (Stable Diffusion's structure), or a transformer: dit-s/2, dit-b/4, ... (size/patch)"""
     width: int = 64  # channels of the latent U-Net at full latent resolution
     mult: tuple[int, ...] = (1, 2)
-    """channels at each resolution, in units of width; each but the first halves the latent"""
-    blocks: int = 1  # residual blocks per resolution
+    """the U-Net's at each resolution, in units of width; each but the first halves the latent"""
+    blocks: int = 1  # the U-Net's residual blocks per resolution
     attention: tuple[int, ...] = (1,)  # levels of mult, from 0, that have transformers
-    heads: int = 4  # their attention heads
+    heads: int = 4  # attention heads of these transformers
     context_width: int = 64  # channels of the class token that they look at
-    add_label: bool = True  # add the class token to the timestep embedding, too
+    add_label: bool = True  # the U-Net adds the class token to the timestep embedding, too
     checkpointing: bool = False  # compute activations twice instead of keeping them
     learned_variance: bool = False  # learn that of --sampler ddpm, too: IDDPM's L_hybrid
     label_dropout: float = 0.1  # how often training replaces the label by "none"
@@ -120,7 +120,8 @@ class Config:
     sample_every: int = 500  # steps between two grids; 0 for none but the last
     dry_run: bool = False  # prepare the data, say what would be done, and how much that needs
 
-    sample: str = ""  # do not train: sample from this checkpoint, by its settings where not given
+    sample: str = ""
+    """do not train: sample from this checkpoint, with its sampler's settings where not given"""
     n: int = 100  # how many samples
     n_eval: int = 1000  # after training, so many samples (at least n) are scored; 0: none are
     seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
@@ -184,7 +185,7 @@ def estimate(net, z, t, y, guidance):
 
     At w = -1 only the pass without labels counts: it is given as `out`, to be used as it is.
     """
-    none = torch.full_like(y, net.null)
+    none = torch.full_like(y, net.null)  # the label after the last class
     if guidance in (0, -1):
         return net(z, t, none if guidance else y), None
     out = net(z.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, none]))  # (2B,C,h,w)
@@ -228,7 +229,7 @@ def sampler(
         out, out_uncond = estimate(net, z, torch.full_like(seeds, t), y, w)
         if rescale and out_uncond is not None:
             out, out_uncond = rescaled(out, out_uncond, w, rescale, shape[0]), None
-        z, history = sampling_update(
+        z, history = sampling_update(  # history: z0_hat, which only dpmpp looks back at
             z, out, table, step, out_uncond=out_uncond, history=history if multistep else None,
             guidance=0.0 if out_uncond is None else w, seeds=seeds, clip=False,
         )  # fmt: skip
@@ -244,8 +245,8 @@ def draw(net, ae, scale, cfg, world, shape, labels, seeds, desc="sampling"):
     ts = torch.linspace(cfg.timesteps - 1, 0, cfg.sample_steps).round().long().unique().flip(0)
     pairs = list(zip(ts.tolist(), [*ts[1:].tolist(), -1], strict=True))
     z_shape = latent_shape(ae, shape)
-    part = -(-cfg.batch_size // world.size)
-    parts = torch.arange(len(seeds))[world.share(len(seeds))].split(part)
+    mine = torch.arange(len(seeds))[world.share(len(seeds))]
+    parts = mine.split(-(-cfg.batch_size // world.size))
     images = [torch.empty(0, *shape[1:], shape[0], dtype=torch.uint8)]
     with world.progress(len(parts) * len(pairs), desc=desc) as bar:
         for part in parts:
@@ -366,7 +367,7 @@ def train(cfg, world):
                 class_names=list(ds.class_names), ae_made_of=ae.made_of,
             )  # fmt: skip
         if cfg.sample_every and step % cfg.sample_every == 0 and not last:
-            with sharding.unsharded(ema.module):
+            with sharding.unsharded(ema.module):  # ranks may draw different numbers of batches
                 images = draw(ema.module, ae, scale, cfg, world, shape, labels, seeds)
             if world.is_main:
                 runtime.save_grid(images[:100], run.folder / f"samples-{step:06d}.png", 10)
@@ -376,18 +377,17 @@ def train(cfg, world):
         runtime.plot_loss(run)
     world.barrier()  # the checkpoint is whole before any rank reads it
     if cfg.stage == "all":
-        last = replace(cfg, sample=str(run.folder / "ckpt.pt"), classes="")
-        last = replace(last, seeds="") if cfg.n_eval else last
-        n = max(cfg.n, cfg.n_eval)
-        if not drawn_before(last, SAMPLING, n, world):
-            sample(last, world, n)
+        end = replace(cfg, sample=str(run.folder / "ckpt.pt"), classes="")
+        end, n = replace(end, seeds="") if cfg.n_eval else end, max(cfg.n, cfg.n_eval)
+        if not drawn_before(end, SAMPLING, n, world):
+            sample(end, world, n)
 
 
 # --------------------------------------------------------------------------------------- samples
 
 
 def labels_for(seeds, chosen):
-    """The label of each sample, a function of its seed; label 0 is "none" where there are none."""
+    """The label of each sample, a function of its seed; 0, which is net.null, without classes."""
     return torch.tensor(list(chosen) or [0])[seeds % max(1, len(chosen))]
 
 
@@ -452,8 +452,8 @@ def check(cfg):
         raise runtime.BadInput(f"--eta {cfg.eta:g} is for --sampler ddim, not {cfg.sampler}")
     if cfg.n_eval and max(cfg.n, cfg.n_eval) < 2:
         raise runtime.BadInput("--n-eval must be 0, or at least 2: a covariance is compared")
-    if cfg.prediction == "eps" and cfg.schedule == "cosine":
-        why = "divides the error of eps_hat by 5e-5 where it starts"
+    if cfg.prediction == "eps" and cfg.schedule == "cosine" and not cfg.sample:
+        why = "divides the error of eps_hat by 5e-5 where it starts, and latents are not clamped"
         raise runtime.BadInput(f"--schedule cosine {why}: add --prediction v or another schedule")
 
 
@@ -485,7 +485,7 @@ def main():
     ds = load_data(cfg)  # prepared once, before there are several processes
     fitting = networks(cfg, ds)  # what does not fit says so now, not after an hour
     if cfg.dry_run:
-        plan.show(cfg, ds, *fitting, cfg.ae in autoencoder.TRAINED)
+        plan.show(cfg, ds, *fitting, cfg.ae in autoencoder.TRAINED, runtime.Run.FREE)
         return
     runtime.launch(train, cfg)
     if cfg.stage == "all" and cfg.n_eval and runtime.is_first_process():

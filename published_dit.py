@@ -10,7 +10,7 @@ Peebles, Xie, "Scalable Diffusion Models with Transformers", 2023 (arXiv:2212.09
 what those files do not tell, which is how the network was trained (the paper's section 4):
 
     z_0 = 0.18215 E(x)                           latents of Stable Diffusion's autoencoder
-    beta_t linear from 1e-4 to 0.02, T = 1000    the network tells eps, and v of the variance
+    beta_t linear from 1e-4 to 0.02, T = 1000    the network predicts eps, and log-variances
     1,000 labels in ImageNet's order             and one more for "no label", a tenth of the time
 
 A folder of diffusers' DiTPipeline tells the schedule and the names of its labels, and brings its
@@ -40,13 +40,14 @@ BATCH = 8  # samples at a time by default: decoding 256x256 images takes 0.2 GB 
 
 @dataclass
 class Config:
-    dit: Annotated[str, tyro.conf.Positional]
+    dit: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIT")]
     """the denoiser: DiT-XL-2-256x256.pt, or a file or folder like it (see dit.load_published)"""
     ae: str = ""
     """its autoencoder's file or folder (see vae.load_pretrained); empty: vae/ in the folder DIT"""
     out: str = ""  # folder of the checkpoint (default runs/DIT, by its name)
     data: str = "imagenet"
-    """what it was trained on; as a data set, folder or zip, what eval_fid.py compares it with"""
+    """name of what it was trained on. Where that is a data set, folder or zip, eval_fid.py compares
+    with it; with `imagenet` eval_fid.py must be given images"""
 
 
 # ------------------------------------------------------------------- what the weights do not tell
@@ -72,8 +73,8 @@ def model_name(settings, path):
 def schedule_of(path):
     """dict(schedule, timesteps, prediction) that the network `path` was trained with.
 
-    Those of scheduler/ in a folder of diffusers; else the published ones. BadInput for a schedule
-    that chapter 3 does not have.
+    Those of scheduler/ in a folder of diffusers; else the published ones. BadInput for other
+    schedules than DDPM's linear and IDDPM's cosine, and other predictions than eps and v.
     """
     file = path / "scheduler" / "scheduler_config.json"
     if not file.is_file():

@@ -182,12 +182,12 @@ class DamagedCheckpoint(BadInput):
 def load_checkpoint(path, script=None, mapped=False):
     """The dictionary that Run.save wrote at `path`, on the CPU.
 
-    Raises BadInput, naming the file, when it is missing or (with `script`) written by something
-    else, DamagedCheckpoint when it cannot be read. A checkpoint cannot run code. mapped: read of
-    the tensors only what is used, without the check of their sums.
+    Raises BadInput, naming the file, when it is missing or not of `script`, DamagedCheckpoint when
+    it cannot be read. It cannot run code. mapped: tensors are read when used, sums not checked.
     """
     if not Path(path).is_file():
-        raise BadInput(f"checkpoint {path}: no such file")
+        why = "a folder; name its ckpt.pt" if Path(path).is_dir() else "no such file"
+        raise BadInput(f"checkpoint {path}: {why}")
     try:
         state = load_mapped(path) if mapped else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
@@ -261,15 +261,16 @@ class Run:
         """
         state = self._choose()
         if state is not None:
-            theirs, differing = self.defaults | state["config"], []
-            for key in sorted((set(theirs) | set(self.config)) - self.FREE):
-                if theirs.get(key) != self.config.get(key):
-                    differing.append(f"{key} {theirs.get(key)} there, {self.config.get(key)} here")
+            theirs, ours = (self.defaults | config for config in (state["config"], self.config))
+            differing = [
+                f"{key} {theirs.get(key)} there, {ours.get(key)} here"
+                for key in sorted({*theirs, *ours} - self.FREE) if theirs.get(key) != ours.get(key)
+            ]  # fmt: skip
             if differing:
                 where = self.folder if self.resume == "auto" else self.resume
                 raise BadInput(
                     f"{where} holds a run of another configuration ({'; '.join(differing)}); "
-                    "type --resume never to start over, or another --out"
+                    "type another --out, or --resume never to start over"
                 )
         step = state["step"] if state else 0
         if self.world.is_main:
@@ -324,9 +325,8 @@ class Run:
             return
         path, previous = self.folder / "ckpt.pt", self.folder / "ckpt-previous.pt"
         with atomic_write(path) as temporary:
-            torch.save(
-                {"script": self.script, "config": self.config, "step": step, **state}, temporary
-            )
+            told = {"script": self.script, "config": self.config, "step": step}
+            torch.save(told | state, temporary)
             if path.exists():  # a second name for the old file, so that ckpt.pt never is missing
                 also_named(path, previous)
         every = self.settings.get("keep_every")

@@ -1,5 +1,6 @@
 """What a run of chapter 3 would do, told before it starts: sizes, memory, disk, what is there."""
 
+import json
 import math
 from pathlib import Path
 
@@ -36,26 +37,33 @@ def size_text(nbytes):
     return f"{nbytes:.1f} GiB"
 
 
-def state(path):
-    """How far the run got whose checkpoint would be at `path`."""
+def state(path, cfg, free):
+    """How far the run got whose checkpoint is at `path`, and whether cfg can go on with it."""
     if not Path(path).is_file():
         return "to do"
     try:
-        return f"at step {load_mapped(path)['step']}"
+        found = load_mapped(path)
+        step, config = found["step"], found["config"]
     except Exception:  # whatever torch.load makes of a file that is cut
         return f"{path} is damaged, the checkpoint before it may be whole"
+    ours = json.loads(json.dumps(vars(cfg)))
+    others = [k for k, v in config.items() if k in ours and k not in free and ours[k] != v]
+    if others:
+        return f"REFUSED, {path} has another {', '.join(others)}: name another --out"
+    return f"at step {step}"
 
 
 def parameters(net):
     return sum(p.numel() for p in net.parameters())
 
 
-def show(cfg, ds, ae, net, z_shape, trained):
+def show(cfg, ds, ae, net, z_shape, trained, free):
     """Print the plan for the settings cfg of chapter 3.
 
     ds: the prepared data set; ae, net: the autoencoder, trained here or not, and the denoiser, on
-    the CPU; z_shape (C,h,w). Memory is that of the diffusion's training step on one process:
-    what autograd keeps is counted over one image, and grows with the images; the rest is exact.
+    the CPU; z_shape (C,h,w); free: names of settings that a run may change when it goes on. Memory
+    is that of the diffusion's training step on one process: what autograd keeps is counted over
+    one image, and grows with the images; the rest is exact.
     """
     folder, images = Path(cfg.out), cfg.batch_size // max(1, cfg.gpus)
     one, zero = torch.zeros(1, *z_shape), torch.zeros(1, dtype=torch.int64)
@@ -68,7 +76,7 @@ def show(cfg, ds, ae, net, z_shape, trained):
     first, second = (steps * cfg.batch_size / len(ds) for steps in (cfg.ae_steps, cfg.steps))
     stage = "read, not trained"
     if trained:
-        done = state(folder / "autoencoder" / "ckpt.pt")
+        done = state(folder / "autoencoder" / "ckpt.pt", cfg, free)
         stage = f"{cfg.ae_steps} steps, {first:.1f} epochs: {done}"
     there = "there" if (folder / "latents" / "manifest.json").is_file() else "to do"
     classes = f"{ds.num_classes} classes" if ds.num_classes else "no classes"
@@ -78,14 +86,15 @@ def show(cfg, ds, ae, net, z_shape, trained):
         "autoencoder": f"{cfg.ae}, {n_ae / 1e6:.2f} M parameters, {stage}",
         "latents": f"{z_shape[1]}x{z_shape[2]}x{z_shape[0]}, {size_text(latents)}: {there}",
         "diffusion": f"{cfg.model}, {n / 1e6:.2f} M parameters, {cfg.steps} steps of "
-        f"{cfg.batch_size} images, {second:.1f} epochs: {state(folder / 'ckpt.pt')}",
+        f"{cfg.batch_size} images, {second:.1f} epochs: {state(folder / 'ckpt.pt', cfg, free)}",
         "processes": f"{max(1, cfg.gpus)} with {images} images each, on "
         + ("the CPU" if not cfg.gpus else "GPUs"),
         "memory each": f"{size_text(20 * n / split)} of weights, gradients, Adam and EMA, "
         + (f"{size_text(4 * n)} more while grids are drawn, " if split > 1 else "")
         + f"and about {size_text(images * each)} of activations in fp32",
         "disk": f"{size_text(latents + kept * checkpoint)}: latents and {kept} checkpoints",
-        "evaluation": f"{max(cfg.n, cfg.n_eval)} samples in {cfg.sample_steps} {cfg.sampler} steps",
+        "samples": f"{max(cfg.n, cfg.n_eval)} in {cfg.sample_steps} {cfg.sampler} steps, "
+        + ("scored" if cfg.n_eval and ds.num_classes > 1 else "not scored"),
     }
     for name, text in rows.items():
         print(f"{name:<12} {text}")

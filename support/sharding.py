@@ -124,10 +124,10 @@ def _like(value, p):
 def unsharded(net):
     """Inside, a split `net` has whole weights on every rank: net(...) is no collective.
 
-    Ranks may call it differently often, or not at all. It is for sampling: without gradients, also
-    under inference_mode, and nobody may change the weights meanwhile. Entering is a collective;
-    leaving splits net again, and training or averaging into it goes on. A net that is not split is
-    left alone.
+    Ranks may call it different numbers of times, or not at all. It is for sampling: without
+    gradients, also under inference_mode, and nobody may change the weights meanwhile. Entering is
+    a collective; leaving splits net again, and training or averaging into it goes on. A net that
+    is not split is left alone.
     """
     if not hasattr(net, "unshard"):
         yield

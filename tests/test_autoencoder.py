@@ -138,7 +138,7 @@ def test_older_runs_go_on_and_other_settings_are_refused(cfg, tmp_path):
     found = autoencoder.settings(replace(cfg, **changed))
     assert set(found) == older | set(changed) and found.items() >= changed.items()
     train(replace(cfg, out=str(tmp_path), ae_steps=2))
-    with pytest.raises(runtime.BadInput, match="another configuration .*ae None there, vq here"):
+    with pytest.raises(runtime.BadInput, match="another configuration .*ae kl there, vq here"):
         train(replace(cfg, out=str(tmp_path), ae_steps=2, ae="vq"))
 
 
