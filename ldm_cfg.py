@@ -485,7 +485,8 @@ def main():
     ds = load_data(cfg)  # prepared once, before there are several processes
     fitting = networks(cfg, ds)  # what does not fit says so now, not after an hour
     if cfg.dry_run:
-        plan.show(cfg, ds, *fitting, cfg.ae in autoencoder.TRAINED, runtime.Run.FREE)
+        ae = (autoencoder.settings(cfg), autoencoder.LATER) if cfg.ae in autoencoder.TRAINED else ()
+        plan.show(cfg, ds, *fitting, ae, asdict(Config()), runtime.Run.FREE)
         return
     runtime.launch(train, cfg)
     if cfg.stage == "all" and cfg.n_eval and runtime.is_first_process():

@@ -55,6 +55,7 @@ from support.pictures import (
 )
 from support.training import (
     LossMeter,
+    differing,
     ema_update,
     keep_memory,
     learning_rate,
@@ -205,7 +206,8 @@ def load_checkpoint(path, script=None, mapped=False):
 def as_trained(cfg, names, script):
     """cfg, but settings `names` that were not given are those that cfg.sample was trained with."""
     trained = load_checkpoint(cfg.sample, script, mapped=True)["config"]
-    given = {name: trained[name] for name in not_given(cfg, names) if name in trained}
+    known = [(name, trained[name]) for name in not_given(cfg, names) if name in trained]
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in known}
     return dataclasses.replace(cfg, **given)
 
 
@@ -262,14 +264,11 @@ class Run:
         state = self._choose()
         if state is not None:
             theirs, ours = (self.defaults | config for config in (state["config"], self.config))
-            differing = [
-                f"{key} {theirs.get(key)} there, {ours.get(key)} here"
-                for key in sorted({*theirs, *ours} - self.FREE) if theirs.get(key) != ours.get(key)
-            ]  # fmt: skip
-            if differing:
+            others = differing(theirs, ours, self.FREE)
+            if others:
                 where = self.folder if self.resume == "auto" else self.resume
                 raise BadInput(
-                    f"{where} holds a run of another configuration ({'; '.join(differing)}); "
+                    f"{where} holds a run of another configuration ({'; '.join(others)}); "
                     "type another --out, or --resume never to start over"
                 )
         step = state["step"] if state else 0

@@ -195,10 +195,10 @@ def folder_of(cfg, path):
 
 
 def check_fraction(cfg, *names):
-    """Raise BadInput unless every named field of `cfg` (a number or several) lies in 0..1."""
+    """Raise BadInput unless every named field of `cfg` (a number or a tuple) lies in 0..1."""
     for name in names:
         value = getattr(cfg, name)
-        if not all(0 <= v <= 1 for v in (value if isinstance(value, (tuple, list)) else (value,))):
+        if not all(0 <= v <= 1 for v in (value if isinstance(value, tuple) else (value,))):
             flag = "--" + name.replace("_", "-")
             raise BadInput(f"{flag} must be from 0 to 1, got {value}")
 
@@ -215,7 +215,7 @@ def check_positive(cfg, *names):
     """Raise BadInput unless every named field of `cfg` (a number or a tuple of numbers) is > 0."""
     for name in names:
         value = getattr(cfg, name)
-        values = value if isinstance(value, (tuple, list)) else (value,)
+        values = value if isinstance(value, tuple) else (value,)
         if not values or not all(v > 0 for v in values):
             flag = "--" + name.replace("_", "-")
             raise BadInput(f"{flag} must be greater than 0, got {value}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from support.training import load_mapped
+from support.training import differing, load_mapped
 
 
 def kept_for_backward(net, *inputs):
@@ -37,8 +37,11 @@ def size_text(nbytes):
     return f"{nbytes:.1f} GiB"
 
 
-def state(path, cfg, free):
-    """How far the run got whose checkpoint is at `path`, and whether cfg can go on with it."""
+def state(path, settings, defaults, free):
+    """How far the run got whose checkpoint is at `path`, and whether it can go on.
+
+    settings, defaults and free: as runtime.Run compares them.
+    """
     if not Path(path).is_file():
         return "to do"
     try:
@@ -46,10 +49,10 @@ def state(path, cfg, free):
         step, config = found["step"], found["config"]
     except Exception:  # whatever torch.load makes of a file that is cut
         return f"{path} is damaged, the checkpoint before it may be whole"
-    ours = json.loads(json.dumps(vars(cfg)))
-    others = [k for k, v in config.items() if k in ours and k not in free and ours[k] != v]
-    if others:
-        return f"REFUSED, {path} has another {', '.join(others)}: name another --out"
+    ours = json.loads(json.dumps(defaults | settings))
+    theirs = {key: value for key, value in (defaults | config).items() if key in ours}
+    if others := differing(theirs, ours, free):
+        return f"REFUSED, {path}: {'; '.join(others)}: name another --out"
     return f"at step {step}"
 
 
@@ -57,13 +60,14 @@ def parameters(net):
     return sum(p.numel() for p in net.parameters())
 
 
-def show(cfg, ds, ae, net, z_shape, trained, free):
+def show(cfg, ds, ae, net, z_shape, trained, defaults, free):
     """Print the plan for the settings cfg of chapter 3.
 
-    ds: the prepared data set; ae, net: the autoencoder, trained here or not, and the denoiser, on
-    the CPU; z_shape (C,h,w); free: names of settings that a run may change when it goes on. Memory
-    is that of the diffusion's training step on one process: what autograd keeps is counted over
-    one image, and grows with the images; the rest is exact.
+    ds: the prepared data set; ae, net: the autoencoder and the denoiser, on the CPU; z_shape
+    (C,h,w); trained: settings of the autoencoder and their defaults, () if it is not trained
+    here; defaults: those of cfg; free: settings that a run may change when it goes on. Memory is
+    that of the diffusion's training step on one process: what autograd keeps is counted over one
+    image, and grows with the images; the rest is exact.
     """
     folder, images = Path(cfg.out), cfg.batch_size // max(1, cfg.gpus)
     one, zero = torch.zeros(1, *z_shape), torch.zeros(1, dtype=torch.int64)
@@ -76,8 +80,9 @@ def show(cfg, ds, ae, net, z_shape, trained, free):
     first, second = (steps * cfg.batch_size / len(ds) for steps in (cfg.ae_steps, cfg.steps))
     stage = "read, not trained"
     if trained:
-        done = state(folder / "autoencoder" / "ckpt.pt", cfg, free)
+        done = state(folder / "autoencoder" / "ckpt.pt", *trained, free)
         stage = f"{cfg.ae_steps} steps, {first:.1f} epochs: {done}"
+    diffusion = state(folder / "ckpt.pt", vars(cfg), defaults, free)
     there = "there" if (folder / "latents" / "manifest.json").is_file() else "to do"
     classes = f"{ds.num_classes} classes" if ds.num_classes else "no classes"
     rows = {
@@ -86,7 +91,7 @@ def show(cfg, ds, ae, net, z_shape, trained, free):
         "autoencoder": f"{cfg.ae}, {n_ae / 1e6:.2f} M parameters, {stage}",
         "latents": f"{z_shape[1]}x{z_shape[2]}x{z_shape[0]}, {size_text(latents)}: {there}",
         "diffusion": f"{cfg.model}, {n / 1e6:.2f} M parameters, {cfg.steps} steps of "
-        f"{cfg.batch_size} images, {second:.1f} epochs: {state(folder / 'ckpt.pt', cfg, free)}",
+        f"{cfg.batch_size} images, {second:.1f} epochs: {diffusion}",
         "processes": f"{max(1, cfg.gpus)} with {images} images each, on "
         + ("the CPU" if not cfg.gpus else "GPUs"),
         "memory each": f"{size_text(20 * n / split)} of weights, gradients, Adam and EMA, "

@@ -59,7 +59,8 @@ def score(cfg, script):
         told = images.with_name("eval.json")
         if not images.is_file():
             continue
-        if not up_to_date(told, images):
+        found = known_figures(told, images)
+        if found is None:
             command = [
                 sys.executable, str(script), str(images), f"{cfg.data}:test",
                 "--data-root", cfg.data_root, "--json", str(told), "--gpus", str(min(cfg.gpus, 1)),
@@ -71,7 +72,7 @@ def score(cfg, script):
             quiet = subprocess.DEVNULL if images.stem == "reconstructions" else None
             if run_alone(command, quiet):
                 raise BadInput(f"the evaluation failed; its command was {shlex.join(command)}")
-        found = json.loads(told.read_text())
+            found = json.loads(told.read_text())
         print(
             f"{images.with_suffix('.png')}: class accuracy {100 * found['class_accuracy']:.1f} %, "
             f"Fréchet distance {found['frechet']:.2f} (N = {found['n_generated']}, {cfg.data} "
@@ -80,8 +81,9 @@ def score(cfg, script):
         )
 
 
-def up_to_date(told, images):
-    """Whether the figures in the file `told` are of these images, by the data set's classifier."""
+def known_figures(told, images):
+    """Those in the file `told`, if of these images by the data set's classifier, else None."""
     if not told.is_file() or told.stat().st_mtime_ns < images.stat().st_mtime_ns:
-        return False
-    return json.loads(told.read_text()).get("class_accuracy") is not None
+        return None
+    found = json.loads(told.read_text())
+    return None if found.get("class_accuracy") is None else found

@@ -131,6 +131,14 @@ def plot_loss(run):
     plt.close(figure)
 
 
+def differing(theirs, ours, free):
+    """"key A there, B here" for each setting that is not the same in both; those of `free` may."""
+    return [
+        f"{key} {theirs.get(key)} there, {ours.get(key)} here"
+        for key in sorted({*theirs, *ours} - free) if theirs.get(key) != ours.get(key)
+    ]  # fmt: skip
+
+
 def summary_writer(folder):
     """TensorBoard's writer of files into `folder`. Raises BadInput where that is not installed."""
     try:

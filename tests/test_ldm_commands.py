@@ -55,7 +55,8 @@ def test_a_plan_tells_sizes_and_what_is_there(flags, tmp_path):
     after = succeed("ldm_cfg", *plan).out
     assert "0.4 epochs: at step 3" in after and "there" in after and after.count("to do") == 1
     other = succeed("ldm_cfg", *plan, "--ae-lr", "0.5").out
-    assert "REFUSED" in other and "has another ae_lr: name another --out" in other
+    assert "REFUSED" in other and "ae_lr 0.002 there, 0.5 here: name another --out" in other
+    assert "ae kl there, vq here" in succeed("ldm_cfg", *plan, "--ae", "vq").out
     checkpoint = tmp_path / "run" / "autoencoder" / "ckpt.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:500])
     assert "is damaged" in succeed("ldm_cfg", *plan).out
