@@ -6,8 +6,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
-INTERPRETED = tests/interpreter tests/test_kernels_attention.py tests/test_kernels_dispatch.py \
-	tests/test_kernels_group_norm_silu.py tests/test_kernels_sampling_update.py
+INTERPRETED = tests/kernels/interpreter tests/kernels/test_kernels_attention.py \
+	tests/kernels/test_kernels_dispatch.py tests/kernels/test_kernels_group_norm_silu.py \
+	tests/kernels/test_kernels_sampling_update.py
 INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: demo test test-all bench clean

@@ -6,15 +6,16 @@ Esser et al., "Taming Transformers", 2021 (arXiv:2012.09841): the loss of sharp 
 
 The encoder gives the mean and variance of a Gaussian q(z|x), the decoder an image for any z drawn
 from it. A weak pull of q towards N(0, I) keeps latents near each other without blurring the images;
-`latents.py` measures afterwards what is left of their scale.
+`image_data/latents.py` measures afterwards what is left of their scale.
 
     python ldm_cfg.py --stage autoencoder       trains only this; look at
     runs/ldm-glyphs/autoencoder/reconstructions.png
     python eval_fid.py runs/ldm-glyphs/autoencoder/reconstructions.npz glyphs:test
 
-`--ae` chooses which: kl (this), vq (this with the codebook of `vq.py`), ldm (the network of
-`vae.py`), or a published one by its path, which is not trained. `perceptual.py` has the further
-terms of the loss and the figures. `ldm_cfg.py` holds the settings and calls train().
+`--ae` chooses which: kl (this), vq (this with the codebook of `networks/vq.py`), ldm (the network
+of `networks/kl_autoencoder.py`), or a published one by its path, which is not trained.
+`networks/perceptual.py` has the further terms of the loss and the figures. `ldm_cfg.py` holds the
+settings and calls train().
 """
 
 import json
@@ -26,14 +27,23 @@ import numpy as np
 import torch
 from torch import nn
 
-import data
-import runtime
-import unet
+from image_data import batches, datasets
 from kernels import gaussian
-from perceptual import Adversary, load_perceptual, psnr, ssim
-from support.training import weights_hash
-from vae import KLVAE, build, load_pretrained
-from vq import Codebook, VQAutoencoder
+from networks import adm_unet as unet
+from networks.kl_autoencoder import KLVAE, build, load_pretrained
+from networks.perceptual import Adversary, load_perceptual, psnr, ssim
+from networks.vq import Codebook, VQAutoencoder
+from runtime.commandline import (
+    BadInput,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+    split_list,
+)
+from runtime.files import atomic_write
+from runtime.pictures import save_grid, to_uint8
+from runtime.run import Run, load_checkpoint
+from runtime.training import LossMeter, learning_rate, plot_loss, weights_hash
 
 
 class Norm(unet.Norm):
@@ -136,7 +146,7 @@ def make_autoencoder(cfg, shape, made_of=None):
     elif cfg.ae == "ldm":
         ae = KLVAE(shape[0], *sizes)
         if ae.factor == 1:
-            raise runtime.BadInput("--ae ldm halves at every level: type --ae-mult 1 2 4 4")
+            raise BadInput("--ae ldm halves at every level: type --ae-mult 1 2 4 4")
     elif made_of:
         ae = build(**made_of)
     elif own := own_checkpoint(cfg.ae):
@@ -146,18 +156,18 @@ def make_autoencoder(cfg, shape, made_of=None):
     elif cfg.ae and Path(cfg.ae).exists():
         ae, _ = load_pretrained(cfg.ae)
         if ae.channels != shape[0]:
-            raise runtime.BadInput(
+            raise BadInput(
                 f"--ae {cfg.ae} takes images of {ae.channels} channels, these have {shape[0]}; "
                 "leave it out to train one"
             )
     else:
-        raise runtime.BadInput(
+        raise BadInput(
             f"--ae {cfg.ae}: expected {', '.join(TRAINED)}, or the file or folder of a published "
             "autoencoder, which is not there"
         )
     if shape[1] % ae.factor or shape[2] % ae.factor:
         near = -(-min(shape[1:]) // ae.factor) * ae.factor
-        raise runtime.BadInput(
+        raise BadInput(
             f"images of {shape[1]}x{shape[2]} cannot be made {ae.factor} times smaller by the "
             f"autoencoder; sizes must be multiples of {ae.factor}: type --size {near}"
         )
@@ -170,30 +180,43 @@ def own_checkpoint(path):
     if not path.endswith(".pt"):
         return None
     try:
-        return runtime.load_checkpoint(path, "autoencoder")
-    except runtime.BadInput:
+        return load_checkpoint(path, "autoencoder")
+    except BadInput:
         return None
 
 
 def check(cfg):
     """Raise BadInput for a setting of the autoencoder out of its range."""
-    runtime.check_positive(
-        cfg, "patch", "ae_width", "ae_mult", "ae_blocks", "z_channels", "ae_steps", "ae_lr",
-        "codebook", "commitment", "perceptual_weight",
-    )  # fmt: skip
-    runtime.check_not_negative(cfg, "discriminator", "disc_start")
-    runtime.check_fraction(cfg, "kl_weight")
+    check_positive(
+        cfg,
+        "patch",
+        "ae_width",
+        "ae_mult",
+        "ae_blocks",
+        "z_channels",
+        "ae_steps",
+        "ae_lr",
+        "codebook",
+        "commitment",
+        "perceptual_weight",
+    )
+    check_not_negative(cfg, "discriminator", "disc_start")
+    check_fraction(cfg, "kl_weight")
     if cfg.discriminator and cfg.disc_start >= cfg.ae_steps:
         told = f"--disc-start {cfg.disc_start} is not before --ae-steps {cfg.ae_steps}"
-        raise runtime.BadInput(f"{told}: the discriminator would never start")
+        raise BadInput(f"{told}: the discriminator would never start")
 
 
 # ------------------------------------------------------------------------------------- training
 
 LATER = {  # settings that came later, and what they were before: see settings()
-    "ae": "kl", "codebook": 512, "commitment": 0.25, "perceptual_weight": 1.0,
-    "discriminator": 0.0, "disc_start": 1000,
-}  # fmt: skip
+    "ae": "kl",
+    "codebook": 512,
+    "commitment": 0.25,
+    "perceptual_weight": 1.0,
+    "discriminator": 0.0,
+    "disc_start": 1000,
+}
 
 
 def settings(cfg):
@@ -202,9 +225,23 @@ def settings(cfg):
     Those of LATER stand in it only where they are not as before, so that older runs go on.
     """
     names = (
-        "data", "size", "classes", "flip", "patch", "ae_width", "ae_mult", "ae_blocks",
-        "z_channels", "kl_weight", "ae_steps", "ae_lr", "batch_size", "warmup", "clip_grad", "seed",
-    )  # fmt: skip
+        "data",
+        "size",
+        "classes",
+        "flip",
+        "patch",
+        "ae_width",
+        "ae_mult",
+        "ae_blocks",
+        "z_channels",
+        "kl_weight",
+        "ae_steps",
+        "ae_lr",
+        "batch_size",
+        "warmup",
+        "clip_grad",
+        "seed",
+    )
     later = {name: getattr(cfg, name) for name in LATER}
     return {name: getattr(cfg, name) for name in names} | {
         name: value for name, value in later.items() if value != LATER[name]
@@ -256,10 +293,16 @@ def train(cfg, world, ds):
     if cfg.discriminator:
         width = min(64, cfg.ae_width)
         adversary = Adversary(shape, cfg.discriminator, width, cfg.ae_lr, world)
-    run = runtime.Run(
-        folder, "autoencoder", settings(cfg), world, made_of=made_of, tensorboard=cfg.tensorboard,
-        resume=cfg.resume if cfg.resume == "never" else "auto", defaults=LATER,
-    )  # fmt: skip
+    run = Run(
+        folder,
+        "autoencoder",
+        settings(cfg),
+        world,
+        made_of=made_of,
+        tensorboard=cfg.tensorboard,
+        resume=cfg.resume if cfg.resume == "never" else "auto",
+        defaults=LATER,
+    )
     state, start = run.restore(), 0
     if state:
         ae.load_state_dict(state["model"])
@@ -291,11 +334,11 @@ def fit(cfg, world, ds, run, start, ae, optimizer, perceptual, adversary):
         rng, batch = np.random.default_rng([cfg.seed, step, 1]), cfg.batch_size
         noise_seeds = torch.from_numpy(rng.integers(2**62, size=batch))[mine].to(world.device)
         noise = gaussian((len(noise_seeds), *z_shape), noise_seeds, step, world.device)
-        idx = data.indices(len(ds), batch, cfg.seed, step, world.rank, world.size)
-        flips = data.flips(batch, cfg.seed, step, world.rank, world.size) if cfg.flip else None
-        x = data.batch(ds, idx, flip=flips)[0].to(world.device)  # (B,C,H,W)
+        idx = batches.indices(len(ds), batch, cfg.seed, step, world.rank, world.size)
+        flips = batches.flips(batch, cfg.seed, step, world.rank, world.size) if cfg.flip else None
+        x = batches.batch(ds, idx, flip=flips)[0].to(world.device)  # (B,C,H,W)
 
-        lr = runtime.learning_rate(step, cfg.ae_steps, cfg.ae_lr, cfg.warmup)
+        lr = learning_rate(step, cfg.ae_steps, cfg.ae_lr, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with world.autocast():
@@ -313,7 +356,7 @@ def fit(cfg, world, ds, run, start, ae, optimizer, perceptual, adversary):
             terms["disc"] = adversary.learn(x, x_hat.float(), lr)
 
         for name, losses in terms.items():
-            meters.setdefault(name, runtime.LossMeter(world.device)).add(step, losses)
+            meters.setdefault(name, LossMeter(world.device)).add(step, losses)
         step, last = step + 1, step + 1 == cfg.ae_steps
         bar.update()
         if step % cfg.log_every == 0 or last:
@@ -325,7 +368,7 @@ def fit(cfg, world, ds, run, start, ae, optimizer, perceptual, adversary):
             more = {"adversary": adversary.state_dict()} if adversary else {}
             run.save(step, model=ae.state_dict(), optimizer=optimizer.state_dict(), **more)
     bar.close()
-    runtime.plot_loss(run)
+    plot_loss(run)
 
 
 # ------------------------------------------------------------------------------ reconstructions
@@ -333,10 +376,10 @@ def fit(cfg, world, ds, run, start, ae, optimizer, perceptual, adversary):
 
 def held_out(cfg, ds):
     """(images not trained on, ""); without such images (training images, why)."""
-    classes, size = runtime.split_list(cfg.classes), cfg.size or None
+    classes, size = split_list(cfg.classes), cfg.size or None
     try:
-        test = data.load(cfg.data, cfg.data_root, split="test", size=size, classes=classes)
-    except runtime.BadInput as error:
+        test = datasets.load(cfg.data, cfg.data_root, split="test", size=size, classes=classes)
+    except BadInput as error:
         return ds, f"no test images ({error})"
     if (test.channels, test.height, test.width) != (ds.channels, ds.height, ds.width):
         return ds, "the test images are of another size"
@@ -366,9 +409,9 @@ def report(cfg, world, ae, ds, folder, batch=64):
     found, figures = [], []
     for part in np.split(chosen[world.share(count)], range(batch, count, batch)):
         if len(part):
-            x = data.batch(images, part)[0].to(world.device)  # (B,C,H,W)
+            x = batches.batch(images, part)[0].to(world.device)  # (B,C,H,W)
             x_hat = ae.decode(ae.encode(x)[0]).clamp(-1, 1)
-            found.append(runtime.to_uint8(x_hat))
+            found.append(to_uint8(x_hat))
             figures.append(torch.stack([psnr(x, x_hat), ssim(x, x_hat)], dim=1))  # (B,2)
     empty = torch.empty(0, ds.height, ds.width, ds.channels, dtype=torch.uint8)
     found = world.collect(torch.cat([empty, *found]).to(world.device), count).cpu()
@@ -383,12 +426,12 @@ def report(cfg, world, ae, ds, folder, batch=64):
     picture = folder / "reconstructions.png"
     for stale in ("reconstructions.json", "reconstructions.npz", "eval.json"):
         (folder / stale).unlink(missing_ok=True)  # what is told must never be of others
-    runtime.save_grid(torch.cat([half for row in rows for half in row]), picture, columns=10)
+    save_grid(torch.cat([half for row in rows for half in row]), picture, columns=10)
     if cfg.n_eval:
-        with runtime.atomic_write(folder / "reconstructions.npz") as temporary:
+        with atomic_write(folder / "reconstructions.npz") as temporary:
             np.savez(temporary, found.numpy(), images.labels[chosen])
     told = made_by | {"held_out": not why, "psnr": decibels, "ssim": similar}
-    with runtime.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(told, indent=2) + "\n")
     whose = f"training images: {why}" if why else "held-out images"
     print(f"reconstructions: PSNR {decibels:.1f} dB, SSIM {similar:.3f} over {count} {whose}")

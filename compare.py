@@ -24,8 +24,6 @@ from pathlib import Path
 
 import torch
 
-import evaluation
-import runtime
 from ddim import (
     SAMPLERS,
     draw,
@@ -35,7 +33,9 @@ from ddim import (
     open_net,
     subsequence,
 )
-from support import comparison
+from evaluation import comparison
+from evaluation import scores as evaluation
+from runtime.commandline import folder_of, parse_classes, parse_seeds
 
 SHOWN = 16  # images in a cell of the grids
 
@@ -47,23 +47,33 @@ def device_name(device):
 def compare(cfg, world):
     """--compare: both tables, their figures, and the lines they are made from."""
     net, trained, shape, names, alpha_bar, cfg = open_net(cfg.compare, cfg, world)
-    drawn = runtime.parse_classes(cfg.classes, names) if cfg.classes else range(len(names))
+    drawn = parse_classes(cfg.classes, names) if cfg.classes else range(len(names))
     judge = evaluation.Judge(
-        cfg.data or trained.data, cfg.data_root or trained.data_root, shape=shape,
-        size=trained.size, class_names=names, device=world.device,
+        cfg.data or trained.data,
+        cfg.data_root or trained.data_root,
+        shape=shape,
+        size=trained.size,
+        class_names=names,
+        device=world.device,
         classes=",".join(names[i] for i in drawn) if cfg.classes else trained.classes,
-    )  # fmt: skip
-    seeds, T = runtime.parse_seeds(cfg.seeds, cfg.n), trained.timesteps
+    )
+    seeds, T = parse_seeds(cfg.seeds, cfg.n), trained.timesteps
     labels = labels_of(net, cfg, names, seeds)
-    folder = runtime.folder_of(cfg, cfg.compare)
+    folder = folder_of(cfg, cfg.compare)
     store = comparison.Store(folder / "compare.jsonl", folder / "compare-cells")
     world.barrier()  # every rank has read the store before one adds to it
     common = {
-        "weights": comparison.fingerprint(net.state_dict()), "n": len(seeds), "seeds": cfg.seeds,
-        "classes": cfg.classes, "spacing": cfg.spacing, "protocol": judge.protocol,
-        "reference": judge.reference, "n_reference": judge.n_reference,
-        "device": f"{world.size} x {device_name(world.device)}", "batch_size": cfg.batch_size,
-    }  # fmt: skip
+        "weights": comparison.fingerprint(net.state_dict()),
+        "n": len(seeds),
+        "seeds": cfg.seeds,
+        "classes": cfg.classes,
+        "spacing": cfg.spacing,
+        "protocol": judge.protocol,
+        "reference": judge.reference,
+        "n_reference": judge.n_reference,
+        "device": f"{world.size} x {device_name(world.device)}",
+        "batch_size": cfg.batch_size,
+    }
 
     def row(sampler, steps, w):
         """What this sampler is worth: computed, unless the store has it."""
@@ -90,8 +100,18 @@ def compare(cfg, world):
     # One step first, not timed: a GPU compiles its kernels when they are first used.
     few = slice(0, world.size)
     few_labels = None if labels is None else labels[few]
-    draw(net, alpha_bar, subsequence(T, 1), cfg, world, shape, few_labels, seeds[few],
-         trained.prediction, "warm-up")  # fmt: skip
+    draw(
+        net,
+        alpha_bar,
+        subsequence(T, 1),
+        cfg,
+        world,
+        shape,
+        few_labels,
+        seeds[few],
+        trained.prediction,
+        "warm-up",
+    )
     wanted = sorted({min(k, T) for k in numbers_of(cfg.compare_steps, "--compare-steps")})
     by_steps = [row(sampler, k, cfg.guidance) for sampler in SAMPLERS for k in wanted]
     by_guidance, steps = [], min(cfg.sample_steps, T)

@@ -42,11 +42,25 @@ from typing import Literal
 
 import torch
 
-import runtime
 from ddpm_pixel import alpha_bar_of, labels_for, load_net
 from kernels import gaussian, sampling_table, sampling_update
-from support.commandline import smaller
-from support.published import check_guidance
+from networks.published.unet import check_guidance
+from runtime.commandline import (
+    BadInput,
+    check_fraction,
+    check_positive,
+    check_processes,
+    default_gpus,
+    entry,
+    folder_of,
+    parse,
+    parse_classes,
+    parse_seeds,
+    smaller,
+    split_list,
+)
+from runtime.pictures import save_film, save_samples, to_uint8
+from runtime.processes import launch
 
 SAMPLERS = ("ddim", "dpmpp", "heun", "ddpm")
 
@@ -90,7 +104,7 @@ class Config:
     """values of w to compare at --sample-steps of --sampler, where there are labels"""
 
     batch_size: int = 64  # images drawn at a time, over all processes
-    gpus: int = field(default_factory=runtime.default_gpus)
+    gpus: int = field(default_factory=default_gpus)
     """number of GPUs; 0 is the CPU; more than one starts that many processes"""
 
 
@@ -112,7 +126,7 @@ def subsequence(T, steps, spacing="linear"):
     1 <= steps <= T.
     """
     if not 1 <= steps <= T:
-        raise runtime.BadInput(
+        raise BadInput(
             f"--sample-steps {steps}: the network was trained on a chain of {T} timesteps; "
             f"type a number from 1 to {T}"
         )
@@ -154,9 +168,20 @@ def evaluate(net, x, t, y, guidance):
 
 @torch.inference_mode()
 def walk(
-    net, alpha_bar, pairs, x, y=None, *, sampler="ddim", seeds=None, eta=0.0, variance="small",
-    guidance=0.0, prediction="eps", clip=True,
-):  # fmt: skip
+    net,
+    alpha_bar,
+    pairs,
+    x,
+    y=None,
+    *,
+    sampler="ddim",
+    seeds=None,
+    eta=0.0,
+    variance="small",
+    guidance=0.0,
+    prediction="eps",
+    clip=True,
+):
     """From x at pairs[0][0] down to an image; yields (t_prev, x, x0_hat) after every step.
 
     alpha_bar (T,) float64; pairs from subsequence(); x (B,C,H,W); y (B,) int64 labels or None;
@@ -196,9 +221,16 @@ def walk(
     def update(x, t, step, history):
         out, out_uncond = evaluate(net, x, t, y, guidance)
         return sampling_update(
-            x, out, table, step,
-            out_uncond=out_uncond, guidance=guidance, history=history, seeds=seeds, clip=clip,
-        )  # fmt: skip
+            x,
+            out,
+            table,
+            step,
+            out_uncond=out_uncond,
+            guidance=guidance,
+            history=history,
+            seeds=seeds,
+            clip=clip,
+        )
 
     x0_hat = None
     for step, (t, t_prev) in enumerate(pairs):
@@ -263,7 +295,7 @@ def draw(
     def images(part, bar):
         y, own = (part_of(rows, part, world.device) for rows in (labels, seeds))
         way = sampler(net, alpha_bar, pairs, shape, own, y, **settings(cfg, prediction))
-        return runtime.to_uint8(finish(way, bar)[1])
+        return to_uint8(finish(way, bar)[1])
 
     with world.autocast():
         return in_parts(images, len(seeds), len(pairs), cfg.batch_size, world, desc)
@@ -281,11 +313,9 @@ def open_net(path, cfg, world):
     net, trained, shape, names = load_net(path, world.device)
     check_guidance(net, cfg.guidance, path)
     if net.label is None and (cfg.classes or cfg.guidance):
-        raise runtime.BadInput(
-            f"{path} was trained without labels; leave out --classes and --guidance"
-        )
+        raise BadInput(f"{path} was trained without labels; leave out --classes and --guidance")
     if cfg.variance == "learned" and not trained.learned_variance:
-        raise runtime.BadInput(
+        raise BadInput(
             f"--variance learned: {path} did not learn its variance; type small or large"
         )
     if cfg.variance == "auto":
@@ -296,7 +326,7 @@ def open_net(path, cfg, world):
 
 def labels_of(net, cfg, names, seeds):
     """The label of each sample (N,), a function of its seed, or None."""
-    chosen = [] if net.label is None else runtime.parse_classes(cfg.classes, names)
+    chosen = [] if net.label is None else parse_classes(cfg.classes, names)
     return labels_for(seeds, chosen)
 
 
@@ -310,14 +340,14 @@ def film(net, alpha_bar, pairs, cfg, shape, labels, seeds, frames=50, prediction
     steps = sampler(net, alpha_bar, pairs, shape, seeds, labels, **settings(cfg, prediction))
     for t_prev, x_prev, x0_hat in steps:
         if t_prev in kept:
-            way.append(runtime.to_uint8(torch.cat([x, x0_hat])))
+            way.append(to_uint8(torch.cat([x, x0_hat])))
         x = x_prev
     return way
 
 
 def sample(cfg, world):
     net, trained, shape, names, alpha_bar, cfg = open_net(cfg.sample, cfg, world)
-    seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
+    seeds = parse_seeds(cfg.seeds, cfg.n)
     labels = labels_of(net, cfg, names, seeds)
     pairs = subsequence(trained.timesteps, cfg.sample_steps, cfg.spacing)
     given = trained.prediction
@@ -327,8 +357,8 @@ def sample(cfg, world):
     seconds = time.perf_counter() - start
     if not world.is_main:
         return
-    folder = runtime.folder_of(cfg, cfg.sample)
-    runtime.save_samples(folder, images, labels, 10)
+    folder = folder_of(cfg, cfg.sample)
+    save_samples(folder, images, labels, 10)
     guided = labels is not None and cfg.guidance != 0
     print(
         f"{len(seeds)} images, {cfg.sampler}, {len(pairs)} steps, eta {cfg.eta:g}, "
@@ -341,18 +371,18 @@ def sample(cfg, world):
         first = seeds[:8].to(world.device)
         with world.autocast():
             way = film(net, alpha_bar, pairs, cfg, shape, y, first, prediction=given)
-        runtime.save_film(way, folder / "reverse", len(first))
+        save_film(way, folder / "reverse", len(first))
         print(f"their way: {folder / 'reverse.gif'}, {folder / 'reverse.png'}")
 
 
 def numbers_of(text, flag, kind=int):
     """'5,10' -> [5, 10], whole numbers from 1; any numbers for kind float. Else BadInput."""
     try:
-        numbers = [kind(part) for part in runtime.split_list(text)]
+        numbers = [kind(part) for part in split_list(text)]
     except ValueError:
         numbers = []
     if not numbers or (kind is int and min(numbers) < 1):
-        raise runtime.BadInput(f"{flag} {text}: expected numbers with commas between, such as 1,4")
+        raise BadInput(f"{flag} {text}: expected numbers with commas between, such as 1,4")
     return numbers
 
 
@@ -363,49 +393,53 @@ def check(cfg):
     """Raise BadInput for a setting out of its range."""
     asked = [task for task in TASKS if getattr(cfg, task)]
     if len(asked) != 1:
-        raise runtime.BadInput(
+        raise BadInput(
             "--sample is missing, a checkpoint of ddpm_pixel.py; "
             "type python ddim.py --sample runs/pixel-mnist/ckpt.pt"
             if not asked
             else f"--{asked[0]} and --{asked[1]}: one at a time"
         )
-    runtime.check_positive(cfg, "n", "sample_steps", "batch_size")
+    check_positive(cfg, "n", "sample_steps", "batch_size")
     if cfg.compare and cfg.n < 2:
-        raise runtime.BadInput("--compare needs --n of at least 2: a covariance is compared")
+        raise BadInput("--compare needs --n of at least 2: a covariance is compared")
     if cfg.encode and cfg.classes:
-        raise runtime.BadInput("--encode takes the test images in order: choose them by --seeds")
-    runtime.check_fraction(cfg, "eta")
+        raise BadInput("--encode takes the test images in order: choose them by --seeds")
+    check_fraction(cfg, "eta")
     if cfg.eta and cfg.sampler != "ddim" and asked != ["compare"]:
-        raise runtime.BadInput(f"--eta {cfg.eta:g} is for --sampler ddim, not {cfg.sampler}")
+        raise BadInput(f"--eta {cfg.eta:g} is for --sampler ddim, not {cfg.sampler}")
     if asked[0] in ("encode", "interpolate") and (cfg.eta or cfg.sampler == "ddpm"):
-        raise runtime.BadInput(
+        raise BadInput(
             f"--{asked[0]} needs a walk without fresh noise; leave out --eta and --sampler ddpm"
         )
     numbers_of(cfg.encode_steps, "--encode-steps")
     numbers_of(cfg.compare_steps, "--compare-steps")
     numbers_of(cfg.compare_guidance, "--compare-guidance", float)
-    runtime.check_processes(cfg.gpus, cfg.batch_size)
+    check_processes(cfg.gpus, cfg.batch_size)
 
 
 def main():
-    cfg = runtime.parse(Config, __doc__)
+    cfg = parse(Config, __doc__)
     if cfg.smoke:
         cfg = smaller(
-            cfg, n=8, sample_steps=4, encode_steps="2,4", compare_steps="2,4",
+            cfg,
+            n=8,
+            sample_steps=4,
+            encode_steps="2,4",
+            compare_steps="2,4",
             compare_guidance="0,1",
-        )  # fmt: skip
+        )
     task = next((task for task in TASKS if getattr(cfg, task)), "sample")
     cfg = replace(cfg, n=cfg.n or TASKS[task])
     check(cfg)
     if task == "sample":
-        runtime.launch(sample, cfg)
+        launch(sample, cfg)
         return
     from compare import compare  # these two import this file
     from inversion import interpolate, reconstruct
 
     task = reconstruct if cfg.encode else interpolate if cfg.interpolate else compare
-    runtime.launch(task, cfg)
+    launch(task, cfg)
 
 
 if __name__ == "__main__":
-    runtime.entry(main)
+    entry(main)

@@ -19,7 +19,7 @@ and with it the chain is walked backwards, from noise to an image (Algorithm 2).
     torchrun --nproc-per-node 8 ddpm_pixel.py --config configs/cifar10_ddpm.yaml
 
 The first takes about 15 minutes on two CPU cores (figures: README); `--smoke` takes seconds.
-Schedules are in schedules.py, the network in unet.py, the variational bound in likelihood.py.
+Schedules are in schedules.py, the network in networks/, the variational bound in likelihood.py.
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -31,11 +31,34 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 
-import data
 import likelihood
-import runtime
-from evaluation import Judge
+from evaluation.scores import Judge
+from image_data import batches, datasets
 from kernels import gaussian, sampling_table, sampling_update
+from networks.adm_unet import make_net
+from networks.published.unet import as_checkpoint, check_guidance, save_diffusers
+from runtime.commandline import (
+    BadInput,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+    check_run,
+    default_gpus,
+    entry,
+    folder_of,
+    labels_for,
+    not_given,
+    parse,
+    parse_classes,
+    parse_seeds,
+    smaller,
+    split_list,
+)
+from runtime.pictures import save_film, save_grid, save_samples, to_uint8
+from runtime.plots import plot_metrics
+from runtime.processes import launch
+from runtime.run import Run, load_checkpoint
+from runtime.training import LossMeter, ema_update, learning_rate, peak_memory, plot_loss
 from schedules import (
     check_schedule,
     dynamic_threshold,
@@ -47,10 +70,6 @@ from schedules import (
     target_of,
     timestep_pairs,
 )
-from support.commandline import labels_for, smaller
-from support.plots import plot_metrics
-from support.published import as_checkpoint, check_guidance, save_diffusers
-from unet import make_net
 
 
 @dataclass
@@ -106,7 +125,7 @@ class Config:
     0.9999). After n steps a decay is at most (1+n)/(10+n). With --sample: the one to use"""
     seed: int = 0  # everything random in training is a function of this and the step
 
-    gpus: int = field(default_factory=runtime.default_gpus)  # 0: CPU; N > 1 starts N processes
+    gpus: int = field(default_factory=default_gpus)  # 0: CPU; N > 1 starts N processes
     resume: str = "auto"  # auto (go on where the run stopped), never, or a checkpoint
     compile: bool = False  # torch.compile the network
     tensorboard: bool = False  # write TensorBoard files too
@@ -166,9 +185,19 @@ def simple_loss(
 
 @torch.inference_mode()
 def sampler(
-    net, alpha_bar, pairs, shape, seeds, y=None, *, eta=None, variance="small", guidance=0.0,
-    prediction="eps", threshold="clamp",
-):  # fmt: skip
+    net,
+    alpha_bar,
+    pairs,
+    shape,
+    seeds,
+    y=None,
+    *,
+    eta=None,
+    variance="small",
+    guidance=0.0,
+    prediction="eps",
+    threshold="clamp",
+):
     """Walk from noise to images; yields (t_prev, x, x0_hat) after every step (DDPM Algorithm 2).
 
         x0_hat = clamp((x_t - sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_bar_t), -1, 1)      eq. 15
@@ -193,9 +222,15 @@ def sampler(
             both = torch.cat([y, torch.full_like(y, null)])
             out, out_uncond = net(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
         x_prev, x0_hat = sampling_update(
-            x, out, table, step, out_uncond=out_uncond, guidance=guidance, seeds=seeds,
+            x,
+            out,
+            table,
+            step,
+            out_uncond=out_uncond,
+            guidance=guidance,
+            seeds=seeds,
             clip=threshold == "clamp",
-        )  # fmt: skip
+        )
         if threshold == "dynamic":  # the same step, from another guess
             out = torch.cat([dynamic_threshold(x0_hat), out[:, shape[0] :]], dim=1)
             x_prev, x0_hat = sampling_update(x, out, from_x0, step, seeds=seeds, clip=False)
@@ -210,13 +245,15 @@ def alpha_bar_of(cfg):
 def walk_options(cfg):
     """The keyword arguments of `sampler`, from the settings."""
     if cfg.eta and cfg.sampler != "ddim":
-        raise runtime.BadInput(f"--eta {cfg.eta:g} is for --sampler ddim, not {cfg.sampler}")
+        raise BadInput(f"--eta {cfg.eta:g} is for --sampler ddim, not {cfg.sampler}")
     auto = "learned" if cfg.learned_variance else "small"
     return dict(
         eta=cfg.eta if cfg.sampler == "ddim" else None,
         variance=auto if cfg.variance == "auto" else cfg.variance,
-        guidance=cfg.guidance, prediction=cfg.prediction, threshold=cfg.threshold,
-    )  # fmt: skip
+        guidance=cfg.guidance,
+        prediction=cfg.prediction,
+        threshold=cfg.threshold,
+    )
 
 
 def draw(net, cfg, world, shape, labels, seeds, desc="sampling"):
@@ -235,7 +272,7 @@ def draw(net, cfg, world, shape, labels, seeds, desc="sampling"):
             walk = sampler(net, alpha_bar, pairs, shape, seeds[part].to(world.device), y, **options)
             for _, x, _ in walk:  # noqa: B007
                 bar.update()
-            images.append(runtime.to_uint8(x))
+            images.append(to_uint8(x))
     return world.collect(torch.cat(images).to(world.device), len(seeds)).cpu()
 
 
@@ -245,8 +282,8 @@ def save_reverse(net, cfg, world, shape, labels, seeds, folder):
     pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
     walk = sampler(net, alpha_bar_of(cfg), pairs, shape, seeds, y, **walk_options(cfg))
     with world.autocast():
-        frames = [runtime.to_uint8(torch.cat([x, x0_hat])) for _, x, x0_hat in walk]
-    runtime.save_film(frames, folder / "reverse", len(seeds))
+        frames = [to_uint8(torch.cat([x, x0_hat])) for _, x, x0_hat in walk]
+    save_film(frames, folder / "reverse", len(seeds))
 
 
 # ------------------------------------------------------------------------------------- training
@@ -255,8 +292,8 @@ PICKERS = {"uniform": likelihood.Uniform, "loss_second_moment": likelihood.LossS
 
 
 def load_data(cfg):
-    classes = runtime.split_list(cfg.classes)
-    return data.load(cfg.data, cfg.data_root, size=cfg.size or None, classes=classes)
+    classes = split_list(cfg.classes)
+    return datasets.load(cfg.data, cfg.data_root, size=cfg.size or None, classes=classes)
 
 
 def train(cfg, world):
@@ -264,18 +301,29 @@ def train(cfg, world):
     shape, k = (ds.channels, ds.height, ds.width), ds.num_classes * cfg.conditional
     torch.manual_seed(cfg.seed)
     net = make_net(cfg, shape, k).to(world.device)
-    emas = [AveragedModel(net, multi_avg_fn=runtime.ema_update(d)).eval() for d in cfg.ema]
+    emas = [AveragedModel(net, multi_avg_fn=ema_update(d)).eval() for d in cfg.ema]
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
     alpha_bar = alpha_bar_of(cfg).to(world.device)
     picker = PICKERS[cfg.timestep_sampling](cfg.timesteps)
     judge = cfg.metric_every and Judge(
-        cfg.data, cfg.data_root, shape=shape, class_names=ds.class_names, size=cfg.size,
-        classes=cfg.classes, device=world.device,
-    )  # fmt: skip
-    run = runtime.Run(
-        cfg.out, "ddpm_pixel", asdict(cfg), world, made_of={"data_key": ds.key},
-        resume=cfg.resume, tensorboard=cfg.tensorboard, defaults=asdict(Config()),
-    )  # fmt: skip
+        cfg.data,
+        cfg.data_root,
+        shape=shape,
+        class_names=ds.class_names,
+        size=cfg.size,
+        classes=cfg.classes,
+        device=world.device,
+    )
+    run = Run(
+        cfg.out,
+        "ddpm_pixel",
+        asdict(cfg),
+        world,
+        made_of={"data_key": ds.key},
+        resume=cfg.resume,
+        tensorboard=cfg.tensorboard,
+        defaults=asdict(Config()),
+    )
     state, start = run.restore(), 0
     if state:
         net.load_state_dict(state["model"])
@@ -287,17 +335,19 @@ def train(cfg, world):
             ema.n_averaged.fill_(start)
     sampled, model = emas[0].module, world.wrap(torch.compile(net) if cfg.compile else net)
     options = dict(
-        prediction=cfg.prediction, loss=cfg.loss, min_snr=cfg.min_snr,
+        prediction=cfg.prediction,
+        loss=cfg.loss,
+        min_snr=cfg.min_snr,
         chain=likelihood.make_chain(alpha_bar) if cfg.learned_variance else None,
-    )  # fmt: skip
-    mine, meter = world.share(cfg.batch_size), runtime.LossMeter(world.device)
-    seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
+    )
+    mine, meter = world.share(cfg.batch_size), LossMeter(world.device)
+    seeds = parse_seeds(cfg.seeds, cfg.n)
     labels = labels_for(seeds, range(k), cfg.guidance)
     if world.is_main:
         size = sum(p.numel() for p in net.parameters()) / 1e6
         print(f"{ds.name}: {len(ds)} images {shape}, {k} classes; network {size:.2f} M parameters")
-        x0, _ = data.batch(ds, np.arange(min(8, len(ds))))
-        runtime.save_film(forward_film(x0, alpha_bar.cpu()), run.folder / "forward", len(x0))
+        x0, _ = batches.batch(ds, np.arange(min(8, len(ds))))
+        save_film(forward_film(x0, alpha_bar.cpu()), run.folder / "forward", len(x0))
 
     bar = world.progress(cfg.steps, start, "training")
     for step in range(start, cfg.steps):
@@ -310,14 +360,14 @@ def train(cfg, world):
         noise_seeds = torch.from_numpy(rng.integers(2**62, size=batch))[mine].to(world.device)
         torch.manual_seed(int(rng.integers(2**31)) + world.rank)  # what dropout draws from
 
-        idx = data.indices(len(ds), batch, cfg.seed, step, world.rank, world.size)
-        flips = data.flips(batch, cfg.seed, step, world.rank, world.size) if cfg.flip else None
-        x0, y = data.batch(ds, idx, flip=flips)  # (B,C,H,W), (B,)
+        idx = batches.indices(len(ds), batch, cfg.seed, step, world.rank, world.size)
+        flips = batches.flips(batch, cfg.seed, step, world.rank, world.size) if cfg.flip else None
+        x0, y = batches.batch(ds, idx, flip=flips)  # (B,C,H,W), (B,)
         y = torch.where(hide, k, y).to(world.device) if k else None
         x0 = x0.to(world.device, non_blocking=True)
         eps = gaussian(x0.shape, noise_seeds, step, world.device)
 
-        lr = runtime.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.lr_decay)
+        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.lr_decay)
         for group in optimizer.param_groups:
             group["lr"] = lr
         parts, losses = torch.arange(len(x0)).chunk(cfg.accumulate), []
@@ -343,7 +393,7 @@ def train(cfg, world):
         bar.update()
         if step % cfg.log_every == 0 or last:
             values = meter.read(world, run)
-            rate, memory = run.rate((step - start) * batch), runtime.peak_memory(world.device)
+            rate, memory = run.rate((step - start) * batch), peak_memory(world.device)
             run.log(step, **values, lr=lr, images_per_s=rate, peak_memory_mb=memory)
             bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if judge and (step % cfg.metric_every == 0 or last):
@@ -356,20 +406,25 @@ def train(cfg, world):
         if step % cfg.save_every == 0 or last:
             averages = [ema.module.state_dict() for ema in emas]
             run.save(
-                step, model=net.state_dict(), ema=averages[0], more_emas=averages[1:],
-                optimizer=optimizer.state_dict(), picker=picker.state_dict(), shape=list(shape),
+                step,
+                model=net.state_dict(),
+                ema=averages[0],
+                more_emas=averages[1:],
+                optimizer=optimizer.state_dict(),
+                picker=picker.state_dict(),
+                shape=list(shape),
                 class_names=list(ds.class_names),
-            )  # fmt: skip
+            )
         if cfg.sample_every and step % cfg.sample_every == 0 and not last:
             images = draw(sampled, cfg, world, shape, labels, seeds)
             if world.is_main:
-                runtime.save_grid(images[:100], run.folder / f"samples-{step:06d}.png", 10)
-                runtime.plot_loss(run)
+                save_grid(images[:100], run.folder / f"samples-{step:06d}.png", 10)
+                plot_loss(run)
     bar.close()
     images = draw(sampled, cfg, world, shape, labels, seeds)
     if world.is_main:
-        runtime.plot_loss(run)
-        runtime.save_samples(run.folder, images, labels, 10)
+        plot_loss(run)
+        save_samples(run.folder, images, labels, 10)
         save_reverse(sampled, cfg, world, shape, labels, seeds, run.folder)
         print(f"samples: {run.folder / 'samples.png'}")
 
@@ -382,15 +437,15 @@ def load_net(path, device, decay=None):
 
     decay chooses among several running means; the first without it. BadInput if it is not there.
     """
-    state = as_checkpoint(path) or runtime.load_checkpoint(path, "ddpm_pixel")
+    state = as_checkpoint(path) or load_checkpoint(path, "ddpm_pixel")
     known = {f.name for f in fields(Config)}
     cfg = Config(**{k: v for k, v in state["config"].items() if k in known})
     told = state.get("alpha_bar")  # by a published network's scheduler
     if told is not None and not torch.allclose(told, alpha_bar_of(cfg), rtol=1e-3, atol=1e-9):
-        raise runtime.BadInput(f"{path}: its {cfg.schedule} schedule has other constants than ours")
+        raise BadInput(f"{path}: its {cfg.schedule} schedule has other constants than ours")
     averages = dict(zip(cfg.ema, [state["ema"], *state.get("more_emas", ())], strict=True))
     if decay not in (None, *averages):
-        raise runtime.BadInput(f"--ema {decay:g}: {path} has {', '.join(map(str, averages))}")
+        raise BadInput(f"--ema {decay:g}: {path} has {', '.join(map(str, averages))}")
     net = make_net(cfg, state["shape"], len(state["class_names"]) * cfg.conditional)
     net.load_state_dict(averages[cfg.ema[0] if decay is None else decay])
     net.without_label = state.get("null_label", True)  # whether it has learned to do without one
@@ -405,10 +460,10 @@ FORWARD = ("timesteps", "schedule", "alpha_min", "prediction")  # and of a publi
 
 def open_checkpoint(cfg, path, world):
     """(network, settings, shape, class names), the settings of SAMPLING being those of `cfg`."""
-    decay = None if runtime.not_given(cfg, ("ema",)) else cfg.ema[0]
+    decay = None if not_given(cfg, ("ema",)) else cfg.ema[0]
     net, trained, shape, classes = load_net(path, world.device, decay)
     names = SAMPLING if trained.data else SAMPLING + FORWARD  # published ones name no data
-    given = set(names).difference(runtime.not_given(cfg, names))
+    given = set(names).difference(not_given(cfg, names))
     given |= {"sample_steps", "batch_size"} if cfg.smoke else set()
     trained = replace(trained, **{name: getattr(cfg, name) for name in given})
     if cfg.nll and not given & {"sample_steps", "visit"}:  # the whole bound
@@ -417,19 +472,19 @@ def open_checkpoint(cfg, path, world):
         trained.visit = ""
     check_guidance(net, trained.guidance, path)
     if trained.variance == "learned" and not trained.learned_variance:
-        raise runtime.BadInput(f"{path} has no learned variance; type --variance small or large")
+        raise BadInput(f"{path} has no learned variance; type --variance small or large")
     return net, trained, shape, classes
 
 
 def sample(cfg, world):
     net, trained, shape, names = open_checkpoint(cfg, cfg.sample, world)
-    chosen = runtime.parse_classes(cfg.classes, names if trained.conditional else ())
-    seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
+    chosen = parse_classes(cfg.classes, names if trained.conditional else ())
+    seeds = parse_seeds(cfg.seeds, cfg.n)
     labels = labels_for(seeds, chosen, trained.guidance)
     images = draw(net, trained, world, shape, labels, seeds)
     if world.is_main:
-        folder = runtime.folder_of(cfg, cfg.sample)
-        runtime.save_samples(folder, images, labels, 10)
+        folder = folder_of(cfg, cfg.sample)
+        save_samples(folder, images, labels, 10)
         save_reverse(net, trained, world, shape, labels, seeds, folder)
         print(f"samples: {folder / 'samples.png'}, their way: {folder / 'reverse.gif'}")
 
@@ -440,61 +495,78 @@ def nll(cfg, world):
     pairs = timestep_pairs(trained.timesteps, trained.sample_steps, trained.visit)
     chain = likelihood.make_chain(alpha_bar_of(trained), [t for t, _ in pairs])
     options = {name: walk_options(trained)[name] for name in ("prediction", "variance")}
-    where = (chain, world, runtime.folder_of(cfg, cfg.nll))
+    where = (chain, world, folder_of(cfg, cfg.nll))
     likelihood.evaluate_held_out(net, trained, shape, names, *where, n=cfg.n, **options)
 
 
 def export(cfg, world):
     net, trained, shape, names = open_checkpoint(cfg, cfg.export, world)
     save_diffusers(
-        cfg.out, net.settings, net.state_dict(), shape, len(names) * trained.conditional,
+        cfg.out,
+        net.settings,
+        net.state_dict(),
+        shape,
+        len(names) * trained.conditional,
         asdict(trained) | walk_options(trained) | {"alpha_bar": alpha_bar_of(trained)},
-    )  # fmt: skip
+    )
     print(f"{cfg.out}: open it with diffusers.DDPMPipeline.from_pretrained")
 
 
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
-    runtime.check_run(cfg)
+    check_run(cfg)
     sizes = ("timesteps", "width", "mult", "blocks", "heads", "accumulate", "sample_steps")
-    runtime.check_positive(cfg, *sizes, "metric_n", "ema")
-    runtime.check_not_negative(cfg, "min_snr", "head_channels", "groups", "metric_every")
-    runtime.check_fraction(cfg, "dropout", "label_dropout", "eta", "alpha_min", "ema")
+    check_positive(cfg, *sizes, "metric_n", "ema")
+    check_not_negative(cfg, "min_snr", "head_channels", "groups", "metric_every")
+    check_fraction(cfg, "dropout", "label_dropout", "eta", "alpha_min", "ema")
     if cfg.export and not cfg.out:
-        raise runtime.BadInput("--export needs --out, the folder to write")
+        raise BadInput("--export needs --out, the folder to write")
     tasks = [task for task in ("sample", "nll", "export", "plot_schedule") if getattr(cfg, task)]
     if len(tasks) > 1:
-        raise runtime.BadInput(f"--{tasks[0]} and --{tasks[1]}: one at a time")
+        raise BadInput(f"--{tasks[0]} and --{tasks[1]}: one at a time")
     if tasks:
         return  # what follows is of training; those go by what the checkpoint was trained with
     check_schedule(alpha_bar_of(cfg), cfg.prediction)
     if cfg.variance == "learned" and not cfg.learned_variance:
-        raise runtime.BadInput("--variance learned needs a network with --learned-variance")
+        raise BadInput("--variance learned needs a network with --learned-variance")
     if cfg.metric_every and cfg.metric_n < 2:
-        raise runtime.BadInput("--metric-n must be at least 2: a covariance is compared")
+        raise BadInput("--metric-n must be at least 2: a covariance is compared")
     walk_options(cfg), timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
 
 
 def main():
     preset = str(Path(__file__).parent / "configs/{data}_pixel.yaml")
-    cfg = runtime.parse(Config, __doc__, preset=preset)
+    cfg = parse(Config, __doc__, preset=preset)
     if cfg.smoke:
         cfg = smaller(
-            cfg, steps=4, batch_size=8, width=16, n=8, sample_steps=4, warmup=1, log_every=1,
-            save_every=2, sample_every=2, metric_every=0, heads=1, head_channels=0, groups=0,
-            resume="never", out="runs/smoke-pixel",
-        )  # fmt: skip
+            cfg,
+            steps=4,
+            batch_size=8,
+            width=16,
+            n=8,
+            sample_steps=4,
+            warmup=1,
+            log_every=1,
+            save_every=2,
+            sample_every=2,
+            metric_every=0,
+            heads=1,
+            head_channels=0,
+            groups=0,
+            resume="never",
+            out="runs/smoke-pixel",
+        )
     check(cfg)
     if cfg.plot_schedule:
         path = Path(cfg.out or "runs") / "schedules.png"
         plot_schedules(path, cfg.timesteps, cfg.alpha_min)
         print(f"schedules: {path}")
     elif cfg.sample or cfg.nll or cfg.export:
-        runtime.launch(sample if cfg.sample else nll if cfg.nll else export, cfg)
+        launch(sample if cfg.sample else nll if cfg.nll else export, cfg)
     else:
         load_data(cfg)  # prepared once, before there are several processes
-        runtime.launch(train, replace(cfg, out=cfg.out or f"runs/pixel-{Path(cfg.data).stem}"))
+        launch(train, replace(cfg, out=cfg.out or f"runs/pixel-{Path(cfg.data).stem}"))
 
 
 if __name__ == "__main__":
-    runtime.entry(main)
+    entry(main)

@@ -34,9 +34,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention
-from runtime import BadInput
-from support.published_files import find_weights, read_json, read_weights
-from unet import timestep_embedding
+from networks.adm_unet import timestep_embedding
+from networks.published.files import find_weights, read_json, read_weights
+from runtime.commandline import BadInput
 
 EPS = 1e-6  # of every layer norm
 FREQUENCIES = 256  # sines and cosines that tell the timestep, at any width
@@ -98,9 +98,7 @@ class TimestepEmbed(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
-        )  # fmt: skip
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
         return self.mlp(timestep_embedding(t, FREQUENCIES, "adm").to(self.mlp[0].weight.dtype))
@@ -221,16 +219,29 @@ class DiT(nn.Module):
     """
 
     def __init__(
-        self, shape, num_classes, *, width, depth, heads, patch=2, mlp_ratio=4,
-        learned_variance=False, checkpointing=False,
-    ):  # fmt: skip
+        self,
+        shape,
+        num_classes,
+        *,
+        width,
+        depth,
+        heads,
+        patch=2,
+        mlp_ratio=4,
+        learned_variance=False,
+        checkpointing=False,
+    ):
         super().__init__()
         check(shape, width, depth, heads, patch)
         self.shape, self.null, self.checkpointing = tuple(shape), num_classes, checkpointing
         self.settings = dict(
-            width=width, depth=depth, heads=heads, patch=patch, mlp_ratio=mlp_ratio,
+            width=width,
+            depth=depth,
+            heads=heads,
+            patch=patch,
+            mlp_ratio=mlp_ratio,
             learned_variance=learned_variance,
-        )  # fmt: skip
+        )
         channels, height, breadth = shape
         out = 2 * channels if learned_variance else channels
         self.x_embedder = PatchEmbed(channels, width, patch)
@@ -294,10 +305,12 @@ def check(shape, width, depth, heads, patch):
 
 # diffusers' names of our parts: of a block, which keeps q, k and v apart,
 BLOCK = {
-    "adaLN_modulation.1": ["norm1.linear"], "attn.proj": ["attn1.to_out.0"],
+    "adaLN_modulation.1": ["norm1.linear"],
+    "attn.proj": ["attn1.to_out.0"],
     "attn.qkv": ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
-    "mlp.fc1": ["ff.net.0.proj"], "mlp.fc2": ["ff.net.2"],
-}  # fmt: skip
+    "mlp.fc1": ["ff.net.0.proj"],
+    "mlp.fc2": ["ff.net.2"],
+}
 # and of the rest. The embedders lie in every block once more, all the same.
 EMBEDDERS = "transformer_blocks.0.norm1.emb"
 REST = {
@@ -305,8 +318,9 @@ REST = {
     "t_embedder.mlp.0": [f"{EMBEDDERS}.timestep_embedder.linear_1"],
     "t_embedder.mlp.2": [f"{EMBEDDERS}.timestep_embedder.linear_2"],
     "y_embedder.embedding_table": [f"{EMBEDDERS}.class_embedder.embedding_table"],
-    "final_layer.adaLN_modulation.1": ["proj_out_1"], "final_layer.linear": ["proj_out_2"],
-}  # fmt: skip
+    "final_layer.adaLN_modulation.1": ["proj_out_1"],
+    "final_layer.linear": ["proj_out_2"],
+}
 # Settings of diffusers that must have these values; they also are what a config.json leaves out.
 FIXED = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True}
 
@@ -386,10 +400,13 @@ def _build(state, heads, config, path):
         net = DiT(
             (channels, rows * patch, columns * patch),
             size("y_embedder.embedding_table.weight", 0) - 1,
-            width=width, depth=depth, heads=heads, patch=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            patch=patch,
             mlp_ratio=size("blocks.0.mlp.fc1.weight", 0) / width,
             learned_variance=size("final_layer.linear.weight", 0) == 2 * channels * patch**2,
-        )  # fmt: skip
+        )
     state = {**state, "pos_embed": positions(width, rows, columns)}
     expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     for name in sorted(expected.keys() | state.keys()):

@@ -1,7 +1,7 @@
 """Numbers people can trust: how far are samples from real images, and are they what was asked for?
 
 Two sets of images are compared by the distributions of their features under one fixed network
-(`metrics.py` has the mathematics): the Fréchet distance, which with the Inception network is the
+(the mathematics: `evaluation/`): the Fréchet distance, which with the Inception network is the
 FID; the inception score; the kernel distance (KID); precision and recall, density and coverage; how
 many samples are read as the class they were asked for; and whether they are copies.
 
@@ -32,15 +32,28 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-import image_sets
-import inception
-import runtime
-from evaluation import METRICS, Asked, check_same_features, look, scores, scratch
-from features import ClassifierFeatures, classifier_of, share_right, warn
-from image_sets import Images, Statistics, check_same_size
-from metrics import statistics
-from runtime import BadInput
-from support.plots import plot_lines
+from evaluation import image_sets
+from evaluation.features import ClassifierFeatures, classifier_of, share_right, warn
+from evaluation.image_sets import Images, Statistics, check_same_size
+from evaluation.metrics import statistics
+from evaluation.scores import METRICS, Asked, check_same_features, look, scores, scratch
+from networks import inception
+from runtime.commandline import (
+    BadInput,
+    check_not_negative,
+    check_positive,
+    check_processes,
+    default_gpus,
+    entry,
+    not_given,
+    parse,
+    parse_classes,
+    split_list,
+)
+from runtime.files import atomic_write
+from runtime.plots import plot_lines
+from runtime.processes import launch
+from runtime.run import load_checkpoint
 
 
 @dataclass
@@ -67,7 +80,7 @@ class Config:
     curve: bool = False  # A is a run: score each of its checkpoints; draws curve.png there
     sample_args: str = ""  # flags for sampling a checkpoint: --sample-args="--sampler ddim"
     batch_size: int = 256  # images at a time when features are computed
-    gpus: int = runtime.default_gpus()  # 0: compute on the CPU
+    gpus: int = default_gpus()  # 0: compute on the CPU
     layout: Literal["pytorch-fid", "adm"] = "pytorch-fid"  # of the file that `stats` writes
     out: str = ""  # the .npz that `stats` writes
     json: str = ""  # also write the JSON object into this file
@@ -98,7 +111,7 @@ def reference(cfg):
 def as_trained(cfg, checkpoint):
     """cfg, but what is not typed is as the checkpoint was trained: B, its size and classes."""
     _, trained = image_sets.checkpoint_settings(checkpoint)
-    names = runtime.not_given(cfg, ("size", "classes", "data_root"))
+    names = not_given(cfg, ("size", "classes", "data_root"))
     names = [name for name in names if name in trained]
     b = cfg.b or f"{trained['data']}:test"
     return replace(cfg, b=b, **{name: trained[name] for name in names})
@@ -144,11 +157,15 @@ def choose(cfg, pictures):
         why = "is no data set to train the feature classifier on"
         raise BadInput(f"{source} {why}; name a labelled data set of such images with --data")
     extractor, train = classifier_of(
-        source, cfg.data_root, size=cfg.size, seed=cfg.seed, steps=cfg.classifier_steps,
+        source,
+        cfg.data_root,
+        size=cfg.size,
+        seed=cfg.seed,
+        steps=cfg.classifier_steps,
         device=device,
-    )  # fmt: skip
+    )
     check_same_size([*pictures, Images(source, train.images)])
-    numbers = runtime.parse_classes(cfg.classes, train.class_names)
+    numbers = parse_classes(cfg.classes, train.class_names)
     names = tuple(train.class_names[i] for i in numbers)
     return extractor, names, {"classifier_test_accuracy": extractor.facts["test_accuracy"]}
 
@@ -168,9 +185,12 @@ def figures(cfg, world, names):
         if seen is None:  # the features, and those of B, are the same for all
             extractor, class_names, known = choose(cfg, pictures) if pictures else NOTHING
             see = partial(
-                look, extractor=extractor, batch_size=cfg.batch_size, world=world,
+                look,
+                extractor=extractor,
+                batch_size=cfg.batch_size,
+                world=world,
                 store=partial(scratch, cfg.data_root),
-            )  # fmt: skip
+            )
             seen = see(labelled(b, class_names), keep=cfg.data_root, reference=True)
             train = training_images(cfg, b)
         check_same_size(pictures)
@@ -184,17 +204,26 @@ def figures(cfg, world, names):
         warn_of(side)
         warn_of(seen)
         asked = Asked(
-            metrics=chosen_metrics(cfg), method="sqrtm" if cfg.sqrtm else "eigen", seed=cfg.seed,
-            device="cuda" if cfg.gpus else "cpu", class_names=class_names, train=train,
+            metrics=chosen_metrics(cfg),
+            method="sqrtm" if cfg.sqrtm else "eigen",
+            seed=cfg.seed,
+            device="cuda" if cfg.gpus else "cpu",
+            class_names=class_names,
+            train=train,
             figure=pairs_path(name),
-        )  # fmt: skip
+        )
         origin = extractor or next((s.known for s in (side, seen) if s.known.protocol), side.known)
         yield scores(side, seen, asked) | {
             "class_accuracy": class_accuracy(side, extractor, class_names),
-            "n_generated": side.n, "n_reference": seen.n,
-            "features": origin.protocol, "feature_hash": origin.feature_hash,
-            **known, "a": name, "b": cfg.b, "seed": cfg.seed,
-        }  # fmt: skip
+            "n_generated": side.n,
+            "n_reference": seen.n,
+            "features": origin.protocol,
+            "feature_hash": origin.feature_hash,
+            **known,
+            "a": name,
+            "b": cfg.b,
+            "seed": cfg.seed,
+        }
 
 
 def class_accuracy(side, extractor, names):
@@ -235,7 +264,7 @@ def pairs_path(name):
 
 def chosen_metrics(cfg):
     """The names in --metrics, the distance first. Raises BadInput for others."""
-    names = METRICS if cfg.metrics == "all" else runtime.split_list(cfg.metrics)
+    names = METRICS if cfg.metrics == "all" else split_list(cfg.metrics)
     if wrong := [name for name in names if name not in METRICS]:
         raise BadInput(f"--metrics {wrong[0]}: there are {', '.join(METRICS)}, or all")
     return tuple(dict.fromkeys(["frechet", *names]))
@@ -268,8 +297,11 @@ LINES = (
     ("density, coverage", "{density:.3f}, {coverage:.3f}"),
     ("class accuracy", "{class_accuracy:.2%}"),
     ("copies of training", "{memorisation_copies}"),
-    ("  very near", "{memorisation_near_share:.1%}, by chance {memorisation_near_expected:.1%} "
-     "(p = {memorisation_near_p:.2g})"),
+    (
+        "  very near",
+        "{memorisation_near_share:.1%}, by chance {memorisation_near_expected:.1%} "
+        "(p = {memorisation_near_p:.2g})",
+    ),
     ("  nearer than B", "{memorisation_share:.1%}, by chance 50 % (p = {memorisation_p:.2g})"),
     ("generated  A", "{a}, N = {n_generated}"),
     ("reference  B", "{b}, N = {n_reference}"),
@@ -304,13 +336,15 @@ def curve(cfg, world):
         panels = {
             title: {
                 label: ([row["step"] for row in rows], [row[key] for row in rows])
-                for label, key in lines.items() if found.get(key) is not None
-            } for title, lines in CURVES.items()
-        }  # fmt: skip
+                for label, key in lines.items()
+                if found.get(key) is not None
+            }
+            for title, lines in CURVES.items()
+        }
         panels = {title: lines for title, lines in panels.items() if lines}
         title = f"{folder}, N = {found['n_generated']}"
         plot_lines(folder / "curve.png", panels, xlabel="step", title=title)
-        with runtime.atomic_write(folder / "curve.json") as temporary:
+        with atomic_write(folder / "curve.json") as temporary:
             temporary.write_text(json.dumps(rows) + "\n")
     if rows:
         finish(cfg, {"curve": rows, "figure": str(folder / "curve.png")})
@@ -328,7 +362,7 @@ def checkpoints(folder):
     kept = {int(path.stem.split("-")[1]): str(path) for path in folder.glob("ckpt-[0-9]*.pt")}
     last = folder / "ckpt.pt"
     if last.is_file():
-        kept.setdefault(runtime.load_checkpoint(last, mapped=True)["step"], str(last))
+        kept.setdefault(load_checkpoint(last, mapped=True)["step"], str(last))
     if not kept:
         raise BadInput(f"--curve: {folder} holds no ckpt.pt; expected the folder of a run")
     return dict(sorted(kept.items()))
@@ -376,17 +410,17 @@ def finish(cfg, found):
     print(f"command            {shlex.join(['python', *sys.argv])}, seed {cfg.seed}")
     line = json.dumps(found)
     if cfg.json:
-        with runtime.atomic_write(cfg.json) as temporary:
+        with atomic_write(cfg.json) as temporary:
             temporary.write_text(line + "\n")
     print(line)
 
 
 def main():
-    cfg = runtime.parse(Config, __doc__)
-    runtime.check_positive(cfg, "batch_size", "classifier_steps")
-    runtime.check_processes(cfg.gpus, 0)
+    cfg = parse(Config, __doc__)
+    check_positive(cfg, "batch_size", "classifier_steps")
+    check_processes(cfg.gpus, 0)
     chosen_metrics(cfg)
-    runtime.check_not_negative(cfg, "seed")
+    check_not_negative(cfg, "seed")
     if cfg.n < 0:
         raise BadInput(f"--n must be 0 (all images) or a number of images, got {cfg.n}")
     if cfg.out[-4:] != (".npz" if cfg.a == "stats" else ""):
@@ -398,7 +432,7 @@ def main():
         ("layout", cfg.a == "stats", "`stats`"),
         ("sample_args", drawn, "a checkpoint, or a run and --curve"),
     ):
-        if not used and not runtime.not_given(cfg, (flag,)):
+        if not used and not not_given(cfg, (flag,)):
             raise BadInput(f"--{flag.replace('_', '-')} means nothing without {needs}")
     if cfg.layout == "adm" and cfg.features != "inception":
         raise BadInput("--layout adm holds Inception's features: add --features inception")
@@ -410,8 +444,8 @@ def main():
         cfg = as_trained(cfg, cfg.a)
     if not cfg.b:
         raise BadInput(f"nothing to compare {cfg.a} with: eval_fid.py A B")
-    runtime.launch(save_statistics if cfg.a == "stats" else curve if cfg.curve else compare, cfg)
+    launch(save_statistics if cfg.a == "stats" else curve if cfg.curve else compare, cfg)
 
 
 if __name__ == "__main__":
-    runtime.entry(main)
+    entry(main)

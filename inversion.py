@@ -12,11 +12,8 @@ two of them lie the codes of images that change smoothly from the one into the o
     python ddim.py --interpolate runs/pixel-mnist/ckpt.pt --seeds 0,1 --data mnist   two test images
 """
 
-
 import torch
 
-import data
-import runtime
 from ddim import (
     evaluate,
     finish,
@@ -29,8 +26,11 @@ from ddim import (
     subsequence,
     walk,
 )
+from image_data import batches, datasets
 from kernels import gaussian, sampling_table, sampling_update
-from support.plots import plot_lines
+from runtime.commandline import BadInput, folder_of, parse_seeds
+from runtime.pictures import save_grid, to_uint8
+from runtime.plots import plot_lines
 
 # --------------------------------------------------------------------------------- up and between
 
@@ -97,28 +97,32 @@ def slerp(a, b, weights):
 
 def held_out(cfg, trained, shape, names, numbers):
     """Test images `numbers` (N,): x (N,C,H,W), and y (N,) if their classes are the network's."""
-    ds, known = data.held_out(
-        cfg.data or trained.data, cfg.data_root or trained.data_root, shape, names,
-        size=trained.size, classes=trained.classes,
-    )  # fmt: skip
+    ds, known = datasets.held_out(
+        cfg.data or trained.data,
+        cfg.data_root or trained.data_root,
+        shape,
+        names,
+        size=trained.size,
+        classes=trained.classes,
+    )
     if numbers.max() >= len(ds):
-        raise runtime.BadInput(
+        raise BadInput(
             f"--seeds {int(numbers.max())}: {ds.name} has test images 0 to {len(ds) - 1}"
         )
-    x, y = data.batch(ds, numbers.numpy())
+    x, y = batches.batch(ds, numbers.numpy())
     return x, y if known else None
 
 
 def reconstruct(cfg, world):
     """--encode: test images to codes and back (DDIM section 5.4, table 2)."""
     net, trained, shape, names, alpha_bar, cfg = open_net(cfg.encode, cfg, world)
-    x0, y = held_out(cfg, trained, shape, names, runtime.parse_seeds(cfg.seeds, cfg.n))
+    x0, y = held_out(cfg, trained, shape, names, parse_seeds(cfg.seeds, cfg.n))
     how, T = settings(cfg, trained.prediction), trained.timesteps
     up = {name: how[name] for name in ("guidance", "prediction")}
     y = None if net.label is None else y
     if cfg.guidance and y is None:
-        raise runtime.BadInput("--guidance needs images of the network's own classes")
-    rows, errors = [runtime.to_uint8(x0)], {}
+        raise BadInput("--guidance needs images of the network's own classes")
+    rows, errors = [to_uint8(x0)], {}
     for steps in sorted({min(k, T) for k in numbers_of(cfg.encode_steps, "--encode-steps")}):
         pairs = subsequence(T, steps, cfg.spacing)
 
@@ -130,11 +134,11 @@ def reconstruct(cfg, world):
         desc = f"{steps} steps"
         back = in_parts(there_and_back, len(x0), 2 * steps, cfg.batch_size, world, desc)
         errors[steps] = ((back - x0) / 2).square().mean().item()
-        rows.append(runtime.to_uint8(back))
+        rows.append(to_uint8(back))
     if world.is_main:
-        folder = runtime.folder_of(cfg, cfg.encode)
+        folder = folder_of(cfg, cfg.encode)
         picture, curve = folder / "reconstruction.png", folder / "reconstruction-error.png"
-        runtime.save_grid(torch.cat([row[:16] for row in rows]), picture, min(len(x0), 16))
+        save_grid(torch.cat([row[:16] for row in rows]), picture, min(len(x0), 16))
         panel = {"mean squared error": {"": (list(errors), list(errors.values()))}}
         plot_lines(curve, panel, xlabel="steps each way", logx=True, logy=tuple(panel))
         print(f"{len(x0)} test images; mean squared error per dimension, images in [0, 1]")
@@ -146,10 +150,10 @@ def interpolate(cfg, world):
     """--interpolate: eleven images between each two codes (DDIM section 5.3)."""
     net, trained, shape, names, alpha_bar, cfg = open_net(cfg.interpolate, cfg, world)
     if cfg.guidance and not cfg.classes:
-        raise runtime.BadInput("--interpolate draws without labels; give --guidance some --classes")
-    seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
+        raise BadInput("--interpolate draws without labels; give --guidance some --classes")
+    seeds = parse_seeds(cfg.seeds, cfg.n)
     if len(seeds) % 2:
-        raise runtime.BadInput(f"--seeds: two make a row, so not {len(seeds)}; type 3,9 or 0-7")
+        raise BadInput(f"--seeds: two make a row, so not {len(seeds)}; type 3,9 or 0-7")
     ends = held_out(cfg, trained, shape, names, seeds)[0] if cfg.data else None
     pairs = subsequence(trained.timesteps, cfg.sample_steps, cfg.spacing)
     n, how = len(seeds) // 2, settings(cfg, trained.prediction)
@@ -169,11 +173,11 @@ def interpolate(cfg, world):
         x = slerp(codes[0::2], codes[1::2], torch.linspace(0, 1, 11)).flatten(0, 1)  # (11B,C,H,W)
         label = None if y is None else y.repeat_interleave(11)
         way = walk(net, alpha_bar, pairs, x, label, **how)
-        return runtime.to_uint8(finish(way, bar)[1]).unflatten(0, (len(part), 11))
+        return to_uint8(finish(way, bar)[1]).unflatten(0, (len(part), 11))
 
     steps, rows_at_once = len(pairs) * (1 if ends is None else 2), cfg.batch_size // 11
     images = in_parts(between, n, steps, rows_at_once, world, "interpolating")  # (n,11,H,W,C)
     if world.is_main:
-        path = runtime.folder_of(cfg, cfg.interpolate) / "interpolation.png"
-        runtime.save_grid(images.flatten(0, 1), path, 11)
+        path = folder_of(cfg, cfg.interpolate) / "interpolation.png"
+        save_grid(images.flatten(0, 1), path, 11)
         print(f"{n} rows of eleven: {path}")

@@ -32,18 +32,32 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import autoencoder
-import data
-import latents
 import likelihood
-import runtime
 from dit import DiT, parse_size
+from evaluation.score import drawn_before, drawn_by, note_samples, score
+from image_data import batches, datasets, latents
 from kernels import gaussian, sampling_table, sampling_update
-from latent_unet import LatentUNet
+from networks.sd_unet import LatentUNet
+from runtime import plan, sharding
+from runtime.commandline import (
+    BadInput,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+    check_run,
+    default_gpus,
+    entry,
+    parse,
+    parse_classes,
+    parse_seeds,
+    smaller,
+    split_list,
+)
+from runtime.pictures import save_grid, save_samples, to_uint8
+from runtime.processes import is_first_process, launch
+from runtime.run import Run, as_trained, load_checkpoint
+from runtime.training import LossMeter, ema_update, learning_rate, plot_loss, weights_hash
 from schedules import make_alpha_bar
-from support import plan, sharding
-from support.commandline import smaller
-from support.score import drawn_before, drawn_by, note_samples, score
-from support.training import weights_hash
 
 HERE = Path(__file__).parent
 
@@ -109,7 +123,7 @@ class Config:
     ema: float = 0.995  # decay of the running mean of the weights, which is what gets sampled
     seed: int = 0  # everything random in training is a function of this and the step
 
-    gpus: int = field(default_factory=runtime.default_gpus)  # 0: CPU; N > 1 starts N processes
+    gpus: int = field(default_factory=default_gpus)  # 0: CPU; N > 1 starts N processes
     resume: str = "auto"  # auto (go on where the run stopped), never, or a checkpoint
     shard: bool = False  # with several GPUs: each holds its part of the denoiser only (FSDP2)
     compile: bool = False  # torch.compile the networks
@@ -145,16 +159,26 @@ def make_net(cfg, z_shape, num_classes):
     C more channels that tell the variance where it is learned."""
     if cfg.model == "unet":
         net = LatentUNet(
-            z_shape[0], num_classes, width=cfg.width, mult=cfg.mult, blocks=cfg.blocks,
-            attention=cfg.attention, heads=cfg.heads, context_width=cfg.context_width,
-            add_label=cfg.add_label, learned_variance=cfg.learned_variance,
+            z_shape[0],
+            num_classes,
+            width=cfg.width,
+            mult=cfg.mult,
+            blocks=cfg.blocks,
+            attention=cfg.attention,
+            heads=cfg.heads,
+            context_width=cfg.context_width,
+            add_label=cfg.add_label,
+            learned_variance=cfg.learned_variance,
             checkpointing=cfg.checkpointing,
-        )  # fmt: skip
+        )
     else:
         net = DiT(
-            z_shape, num_classes, **parse_size(cfg.model), learned_variance=cfg.learned_variance,
+            z_shape,
+            num_classes,
+            **parse_size(cfg.model),
+            learned_variance=cfg.learned_variance,
             checkpointing=cfg.checkpointing,
-        )  # fmt: skip
+        )
     return net.to(memory_format=torch.channels_last)
 
 
@@ -207,9 +231,21 @@ def rescaled(out, out_uncond, w, share, channels):
 
 @torch.inference_mode()
 def sampler(
-    net, alpha_bar, pairs, shape, seeds, y, *, kind="ddim", eta=0.0, variance="small",
-    guidance=0.0, interval=(0.0, 1.0), rescale=0.0, prediction="eps",
-):  # fmt: skip
+    net,
+    alpha_bar,
+    pairs,
+    shape,
+    seeds,
+    y,
+    *,
+    kind="ddim",
+    eta=0.0,
+    variance="small",
+    guidance=0.0,
+    interval=(0.0, 1.0),
+    rescale=0.0,
+    prediction="eps",
+):
     """Walk from noise to latents; yields (t_prev, z, z0_hat) after every step.
 
     pairs [(t, t_prev), ...] downwards, the last t_prev is -1. seeds (B,) int64: a sample is a
@@ -219,9 +255,13 @@ def sampler(
     """
     multistep, history = kind == "dpmpp", None
     table = sampling_table(
-        alpha_bar, pairs, eta=eta if kind == "ddim" else None, variance=variance,
-        prediction=prediction, multistep=multistep,
-    )  # fmt: skip
+        alpha_bar,
+        pairs,
+        eta=eta if kind == "ddim" else None,
+        variance=variance,
+        prediction=prediction,
+        multistep=multistep,
+    )
     z = gaussian((len(seeds), *shape), seeds, -1, seeds.device)
     z = z.to(memory_format=torch.channels_last)
     for step, (t, t_prev) in enumerate(pairs):
@@ -230,9 +270,16 @@ def sampler(
         if rescale and out_uncond is not None:
             out, out_uncond = rescaled(out, out_uncond, w, rescale, shape[0]), None
         z, history = sampling_update(  # history: z0_hat, which only dpmpp looks back at
-            z, out, table, step, out_uncond=out_uncond, history=history if multistep else None,
-            guidance=0.0 if out_uncond is None else w, seeds=seeds, clip=False,
-        )  # fmt: skip
+            z,
+            out,
+            table,
+            step,
+            out_uncond=out_uncond,
+            history=history if multistep else None,
+            guidance=0.0 if out_uncond is None else w,
+            seeds=seeds,
+            clip=False,
+        )
         yield t_prev, z, history
 
 
@@ -252,15 +299,23 @@ def draw(net, ae, scale, cfg, world, shape, labels, seeds, desc="sampling"):
         for part in parts:
             with world.autocast():
                 for _, z, _ in sampler(  # noqa: B007
-                    net, alpha_bar, pairs, z_shape, seeds[part].to(world.device),
-                    labels[part].to(world.device), kind=cfg.sampler, eta=cfg.eta,
-                    guidance=cfg.guidance if net.null else 0.0, interval=cfg.guidance_interval,
-                    rescale=cfg.guidance_rescale, prediction=cfg.prediction,
+                    net,
+                    alpha_bar,
+                    pairs,
+                    z_shape,
+                    seeds[part].to(world.device),
+                    labels[part].to(world.device),
+                    kind=cfg.sampler,
+                    eta=cfg.eta,
+                    guidance=cfg.guidance if net.null else 0.0,
+                    interval=cfg.guidance_interval,
+                    rescale=cfg.guidance_rescale,
+                    prediction=cfg.prediction,
                     variance="learned" if cfg.learned_variance else "small",
-                ):  # fmt: skip
+                ):
                     bar.update()
             with torch.inference_mode():
-                images.append(runtime.to_uint8(ae.decode(z.float() / scale)))
+                images.append(to_uint8(ae.decode(z.float() / scale)))
     return world.collect(torch.cat(images).to(world.device), len(seeds)).cpu()
 
 
@@ -273,8 +328,8 @@ def latent_shape(ae, shape):
 
 
 def load_data(cfg):
-    classes = runtime.split_list(cfg.classes)
-    return data.load(cfg.data, cfg.data_root, size=cfg.size or None, classes=classes)
+    classes = split_list(cfg.classes)
+    return datasets.load(cfg.data, cfg.data_root, size=cfg.size or None, classes=classes)
 
 
 def train(cfg, world):
@@ -294,10 +349,16 @@ def train(cfg, world):
     torch.manual_seed(cfg.seed)
     z_shape = latent_shape(ae, shape)
     net = make_net(cfg, z_shape, k).to(world.device)
-    ema = AveragedModel(net, multi_avg_fn=runtime.ema_update(cfg.ema))
-    run = runtime.Run(
-        cfg.out, "ldm_cfg", asdict(cfg), world, resume=cfg.resume, tensorboard=cfg.tensorboard,
-        made_of={"data_key": ds.key, "autoencoder": weights_hash(ae)}, defaults=asdict(Config()),
+    ema = AveragedModel(net, multi_avg_fn=ema_update(cfg.ema))
+    run = Run(
+        cfg.out,
+        "ldm_cfg",
+        asdict(cfg),
+        world,
+        resume=cfg.resume,
+        tensorboard=cfg.tensorboard,
+        made_of={"data_key": ds.key, "autoencoder": weights_hash(ae)},
+        defaults=asdict(Config()),
     )
     state, start = run.restore(), 0
     if state:
@@ -316,8 +377,8 @@ def train(cfg, world):
     model = model if cfg.shard else world.wrap(model)  # sharded, it shares its gradients itself
     alpha_bar = make_alpha_bar(cfg.schedule, cfg.timesteps).to(world.device)
     chain = likelihood.make_chain(alpha_bar) if cfg.learned_variance else None
-    mine, meter = world.share(cfg.batch_size), runtime.LossMeter(world.device)
-    seeds = runtime.parse_seeds(cfg.seeds, cfg.n)
+    mine, meter = world.share(cfg.batch_size), LossMeter(world.device)
+    seeds = parse_seeds(cfg.seeds, cfg.n)
     labels = labels_for(seeds, range(k))
     if world.is_main:
         count = sum(p.numel() for p in net.parameters()) / 1e6
@@ -331,17 +392,17 @@ def train(cfg, world):
         hide = torch.from_numpy(rng.random(batch) < cfg.label_dropout)[mine]
         noise_seeds = torch.from_numpy(rng.integers(2**62, size=(2, batch)))[:, mine]
 
-        idx = data.indices(len(ds), batch, cfg.seed, step, world.rank, world.size)
+        idx = batches.indices(len(ds), batch, cfg.seed, step, world.rank, world.size)
         y = torch.where(hide, k, torch.from_numpy(ds.labels[idx])).to(world.device)  # (B,)
         if cfg.flip:
-            idx = idx + len(ds) * data.flips(batch, cfg.seed, step, world.rank, world.size)
+            idx = idx + len(ds) * batches.flips(batch, cfg.seed, step, world.rank, world.size)
         noise, eps = (
             gaussian((len(idx), *z_shape), which, step, world.device)
             for which in noise_seeds.to(world.device)
         )
         z0 = scale * latents.latent_batch(moments, idx, noise)  # (B,C,h,w)
 
-        lr = runtime.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with world.autocast():
@@ -363,18 +424,23 @@ def train(cfg, world):
             parts = {"model": net, "ema": ema.module, "optimizer": optimizer}
             weights = {name: sharding.whole(part.state_dict()) for name, part in parts.items()}
             run.save(
-                step, **weights, scale=scale, autoencoder=ae.state_dict(), shape=list(shape),
-                class_names=list(ds.class_names), ae_made_of=ae.made_of,
-            )  # fmt: skip
+                step,
+                **weights,
+                scale=scale,
+                autoencoder=ae.state_dict(),
+                shape=list(shape),
+                class_names=list(ds.class_names),
+                ae_made_of=ae.made_of,
+            )
         if cfg.sample_every and step % cfg.sample_every == 0 and not last:
             with sharding.unsharded(ema.module):  # ranks may draw different numbers of batches
                 images = draw(ema.module, ae, scale, cfg, world, shape, labels, seeds)
             if world.is_main:
-                runtime.save_grid(images[:100], run.folder / f"samples-{step:06d}.png", 10)
-                runtime.plot_loss(run)
+                save_grid(images[:100], run.folder / f"samples-{step:06d}.png", 10)
+                plot_loss(run)
     bar.close()
     if world.is_main:
-        runtime.plot_loss(run)
+        plot_loss(run)
     world.barrier()  # the checkpoint is whole before any rank reads it
     if cfg.stage == "all":
         end = replace(cfg, sample=str(run.folder / "ckpt.pt"), classes="")
@@ -393,7 +459,7 @@ def labels_for(seeds, chosen):
 
 def load_net(path, device):
     """(denoiser with the EMA weights, autoencoder, checkpoint, Config it was trained with)."""
-    state = runtime.load_checkpoint(path, "ldm_cfg", mapped=True)
+    state = load_checkpoint(path, "ldm_cfg", mapped=True)
     known = {f.name for f in fields(Config)}
     cfg = Config(**{key: v for key, v in state["config"].items() if key in known})
     ae = autoencoder.make_autoencoder(cfg, state["shape"], state.get("ae_made_of"))
@@ -403,14 +469,19 @@ def load_net(path, device):
         ae.load_state_dict(state["autoencoder"])
     except RuntimeError:
         why = "holds another network than this version's; sample it with the one that wrote it"
-        raise runtime.BadInput(f"checkpoint {path} {why}") from None
+        raise BadInput(f"checkpoint {path} {why}") from None
     return net.to(device).eval(), ae.to(device).eval(), state, cfg
 
 
 SAMPLING = (
-    "sampler", "sample_steps", "eta", "guidance", "guidance_interval", "guidance_rescale",
+    "sampler",
+    "sample_steps",
+    "eta",
+    "guidance",
+    "guidance_interval",
+    "guidance_rescale",
     "batch_size",
-)  # fmt: skip
+)
 
 
 def sample(cfg, world, n):
@@ -418,13 +489,13 @@ def sample(cfg, world, n):
     made_of = drawn_by(cfg, SAMPLING, n)
     net, ae, state, trained = load_net(cfg.sample, world.device)
     trained = replace(trained, **{name: getattr(cfg, name) for name in SAMPLING})
-    chosen = runtime.parse_classes(cfg.classes, state["class_names"])
-    seeds = runtime.parse_seeds(cfg.seeds, n)
+    chosen = parse_classes(cfg.classes, state["class_names"])
+    seeds = parse_seeds(cfg.seeds, n)
     labels = labels_for(seeds, chosen)
     images = draw(net, ae, state["scale"], trained, world, state["shape"], labels, seeds)
     if world.is_main:
         folder = Path(cfg.out or Path(cfg.sample).parent)
-        runtime.save_samples(folder, images, labels if chosen else None, 10)
+        save_samples(folder, images, labels if chosen else None, 10)
         note_samples(folder, made_of)
         how = f", guidance w = {trained.guidance:g}" if chosen else ""
         print(f"samples: {folder / 'samples.png'}{how}")
@@ -435,26 +506,26 @@ def sample(cfg, world, n):
 
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
-    runtime.check_run(cfg)
+    check_run(cfg)
     autoencoder.check(cfg)
     sizes = ("timesteps", "width", "mult", "blocks", "heads", "context_width", "sample_steps")
-    runtime.check_positive(cfg, *sizes)
-    runtime.check_not_negative(cfg, "n_eval")
+    check_positive(cfg, *sizes)
+    check_not_negative(cfg, "n_eval")
     fractions = ("label_dropout", "ema", "eta", "guidance_interval", "guidance_rescale")
-    runtime.check_fraction(cfg, *fractions)
+    check_fraction(cfg, *fractions)
     if cfg.sample_steps > cfg.timesteps:
         told = f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps"
-        raise runtime.BadInput(f"{told} {cfg.timesteps}")
+        raise BadInput(f"{told} {cfg.timesteps}")
     if not math.isfinite(cfg.guidance) or cfg.guidance_interval[0] > cfg.guidance_interval[1]:
         told = f"--guidance {cfg.guidance} --guidance-interval {cfg.guidance_interval}"
-        raise runtime.BadInput(f"{told}: expected a finite w, and an interval that rises")
+        raise BadInput(f"{told}: expected a finite w, and an interval that rises")
     if cfg.eta and cfg.sampler != "ddim":
-        raise runtime.BadInput(f"--eta {cfg.eta:g} is for --sampler ddim, not {cfg.sampler}")
+        raise BadInput(f"--eta {cfg.eta:g} is for --sampler ddim, not {cfg.sampler}")
     if cfg.n_eval and max(cfg.n, cfg.n_eval) < 2:
-        raise runtime.BadInput("--n-eval must be 0, or at least 2: a covariance is compared")
+        raise BadInput("--n-eval must be 0, or at least 2: a covariance is compared")
     if cfg.prediction == "eps" and cfg.schedule == "cosine" and not cfg.sample:
         why = "divides the error of eps_hat by 5e-5 where it starts, and latents are not clamped"
-        raise runtime.BadInput(f"--schedule cosine {why}: add --prediction v or another schedule")
+        raise BadInput(f"--schedule cosine {why}: add --prediction v or another schedule")
 
 
 def networks(cfg, ds):
@@ -466,30 +537,45 @@ def networks(cfg, ds):
 
 
 def main():
-    cfg = runtime.parse(Config, __doc__, preset=str(HERE / "configs/{data}.yaml"))
+    cfg = parse(Config, __doc__, preset=str(HERE / "configs/{data}.yaml"))
     if cfg.sample:
-        cfg = runtime.as_trained(cfg, (*SAMPLING, "timesteps"), "ldm_cfg")
+        cfg = as_trained(cfg, (*SAMPLING, "timesteps"), "ldm_cfg")
     if cfg.smoke:
         cfg = smaller(
-            cfg, ae_steps=4, disc_start=1, steps=4, batch_size=8, ae_width=32, width=32, heads=4,
-            n=8, n_eval=0, sample_steps=4, warmup=1, log_every=1, save_every=2, sample_every=2,
-            keep_every=0, resume="never", out="runs/smoke-ldm",
-        )  # fmt: skip
+            cfg,
+            ae_steps=4,
+            disc_start=1,
+            steps=4,
+            batch_size=8,
+            ae_width=32,
+            width=32,
+            heads=4,
+            n=8,
+            n_eval=0,
+            sample_steps=4,
+            warmup=1,
+            log_every=1,
+            save_every=2,
+            sample_every=2,
+            keep_every=0,
+            resume="never",
+            out="runs/smoke-ldm",
+        )
     check(cfg)
     if cfg.sample:
-        runtime.launch(partial(sample, n=cfg.n), cfg)
+        launch(partial(sample, n=cfg.n), cfg)
         return
     if cfg.resume not in ("auto", "never"):
-        runtime.load_checkpoint(cfg.resume, "ldm_cfg", mapped=True)  # an hour before it is needed
+        load_checkpoint(cfg.resume, "ldm_cfg", mapped=True)  # an hour before it is needed
     cfg = replace(cfg, out=cfg.out or f"runs/ldm-{Path(cfg.data).stem}")
     ds = load_data(cfg)  # prepared once, before there are several processes
     fitting = networks(cfg, ds)  # what does not fit says so now, not after an hour
     if cfg.dry_run:
         ae = (autoencoder.settings(cfg), autoencoder.LATER) if cfg.ae in autoencoder.TRAINED else ()
-        plan.show(cfg, ds, *fitting, ae, asdict(Config()), runtime.Run.FREE)
+        plan.show(cfg, ds, *fitting, ae, asdict(Config()), Run.FREE)
         return
-    runtime.launch(train, cfg)
-    if cfg.stage == "all" and cfg.n_eval and runtime.is_first_process():
+    launch(train, cfg)
+    if cfg.stage == "all" and cfg.n_eval and is_first_process():
         if ds.num_classes > 1:
             score(cfg, HERE / "eval_fid.py")
         else:
@@ -497,4 +583,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.entry(main)
+    entry(main)

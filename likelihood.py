@@ -28,10 +28,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import data
-import runtime
+from image_data import datasets
 from kernels import gaussian
-from support.plots import plot_lines
+from runtime.files import atomic_write
+from runtime.plots import plot_lines
 
 # ------------------------------------------------------------------------------------- the chain
 
@@ -226,9 +226,16 @@ def hybrid(out, x0, x_t, t, chain, *, prediction="eps", discrete=True):
     """
     out = torch.cat([out[:, : x0.shape[1]].detach(), out[:, x0.shape[1] :]], 1)  # (B,2C,H,W)
     return len(chain.timesteps) * vlb_terms(
-        out, x0, x_t, t, chain,
-        prediction=prediction, variance="learned", clip=False, discrete=discrete,
-    )  # fmt: skip
+        out,
+        x0,
+        x_t,
+        t,
+        chain,
+        prediction=prediction,
+        variance="learned",
+        clip=False,
+        discrete=discrete,
+    )
 
 
 def prior_bits(x0, alpha_bar):
@@ -260,9 +267,17 @@ class Bound(NamedTuple):
 
 @torch.inference_mode()
 def bits_per_dim(
-    net, images, labels, seeds, chain, *,
-    prediction="eps", variance="small", clip=True, tick=None,
-):  # fmt: skip
+    net,
+    images,
+    labels,
+    seeds,
+    chain,
+    *,
+    prediction="eps",
+    variance="small",
+    clip=True,
+    tick=None,
+):
     """The Bound of these images: every term of the chain, with one draw of x_t for each.
 
     images  uint8 (B,H,W,C), or float (B,C,H,W) made of levels k / 127.5 - 1
@@ -321,9 +336,14 @@ class BoundMean:
         mean = total / images
         variance = max(squares / images - mean**2, 0.0) / (images - 1) if images > 1 else math.nan
         return {
-            "bits_per_dim": mean, "standard_error": math.sqrt(variance), "prior": prior / images,
-            "images": int(images), "terms": terms, "eps_mse": eps_mse, "x0_mse": x0_mse,
-        }  # fmt: skip
+            "bits_per_dim": mean,
+            "standard_error": math.sqrt(variance),
+            "prior": prior / images,
+            "images": int(images),
+            "terms": terms,
+            "eps_mse": eps_mse,
+            "x0_mse": x0_mse,
+        }
 
 
 def evaluate(
@@ -345,13 +365,21 @@ def evaluate(
             images = torch.from_numpy(ds.images[batch]).to(world.device)  # uint8 (B,H,W,C)
             y = torch.from_numpy(ds.labels[batch]).to(world.device) if labels else None
             seeds = torch.from_numpy(batch).to(world.device)
-            mean.add(bits_per_dim(
-                net, images, y, seeds, chain,
-                prediction=prediction, variance=variance, tick=bar.update,
-            ))  # fmt: skip
+            mean.add(
+                bits_per_dim(
+                    net,
+                    images,
+                    y,
+                    seeds,
+                    chain,
+                    prediction=prediction,
+                    variance=variance,
+                    tick=bar.update,
+                )
+            )
     values, timesteps = mean.read(world), chain.timesteps.tolist()
     if world.is_main:
-        with runtime.atomic_write(folder / "nll.json") as temporary:
+        with atomic_write(folder / "nll.json") as temporary:
             temporary.write_text(json.dumps({**values, "timesteps": timesteps}))
         plot_terms(folder / "nll.png", values["terms"], timesteps)
         print(
@@ -367,9 +395,13 @@ def plot_terms(path, terms, timesteps):
     ylabel, steps = "term, bits/dim", [t + 1 for t in timesteps]
     title = f"{sum(terms):.3f} bits/dim in {len(terms)} terms"
     plot_lines(
-        path, {ylabel: {"": (steps, terms)}}, xlabel="diffusion step t + 1", title=title,
-        logx=True, logy=(ylabel,),
-    )  # fmt: skip
+        path,
+        {ylabel: {"": (steps, terms)}},
+        xlabel="diffusion step t + 1",
+        title=title,
+        logx=True,
+        logy=(ylabel,),
+    )
 
 
 def evaluate_held_out(net, trained, shape, names, chain, world, folder, **options):
@@ -377,7 +409,7 @@ def evaluate_held_out(net, trained, shape, names, chain, world, folder, **option
 
     shape (C,H,W) and class names: the network's. Raises BadInput for images of another shape.
     """
-    ds, known = data.held_out(
+    ds, known = datasets.held_out(
         trained.data, trained.data_root, shape, names, size=trained.size, classes=trained.classes
     )
     labels = known and trained.conditional

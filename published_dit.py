@@ -6,7 +6,7 @@ Peebles, Xie, "Scalable Diffusion Models with Transformers", 2023 (arXiv:2212.09
     python ldm_cfg.py --sample runs/dit-xl/ckpt.pt --n 16 --classes 207,360 --guidance 3
     python eval_fid.py runs/dit-xl/ckpt.pt IMAGES --features inception --n 5000
 
-`dit.py` reads the denoiser and `vae.py` the autoencoder. Here their weights go into one file, with
+`dit.py` reads the denoiser, `networks/` the autoencoder. Here their weights go into one file, with
 what those files do not tell, which is how the network was trained (the paper's section 4):
 
     z_0 = 0.18215 E(x)                           latents of Stable Diffusion's autoencoder
@@ -29,10 +29,10 @@ import tyro
 
 import dit
 import ldm_cfg
-import runtime
-from runtime import BadInput
-from support.published_files import read_json, read_schedule
-from vae import load_pretrained
+from networks.kl_autoencoder import load_pretrained
+from networks.published.files import read_json, read_schedule
+from runtime.commandline import BadInput, entry, parse
+from runtime.files import atomic_write
 
 SCALING = 0.18215  # of Stable Diffusion's latents, whose autoencoder has 4 channels and factor 8
 BATCH = 8  # samples at a time by default: decoding 256x256 images takes 0.2 GB for each
@@ -159,19 +159,33 @@ def convert(cfg):
     names, learned = label_names(path, net.null), net.settings["learned_variance"]
     # An absolute path is never taken for one of the kinds that chapter 3 trains.
     settings = ldm_cfg.Config(
-        out=str(out), data=cfg.data, size=min(shape[1:]), ae=str(Path(facts["source"]).resolve()),
-        model=model_name(net.settings, path), learned_variance=learned, label_dropout=0.1,
-        batch_size=BATCH, **of,
-    )  # fmt: skip
+        out=str(out),
+        data=cfg.data,
+        size=min(shape[1:]),
+        ae=str(Path(facts["source"]).resolve()),
+        model=model_name(net.settings, path),
+        learned_variance=learned,
+        label_dropout=0.1,
+        batch_size=BATCH,
+        **of,
+    )
     weights = net.state_dict()  # one set of tensors, which the file holds once
-    with runtime.atomic_write(out / "ckpt.pt") as temporary:
+    with atomic_write(out / "ckpt.pt") as temporary:
         torch.save(
             {
-                "script": "ldm_cfg", "config": json.loads(json.dumps(asdict(settings))), "step": 0,
-                "model": weights, "ema": weights, "autoencoder": ae.state_dict(),
-                "scale": scale, "shape": shape, "class_names": names, "ae_made_of": ae.made_of,
-            }, temporary,
-        )  # fmt: skip
+                "script": "ldm_cfg",
+                "config": json.loads(json.dumps(asdict(settings))),
+                "step": 0,
+                "model": weights,
+                "ema": weights,
+                "autoencoder": ae.state_dict(),
+                "scale": scale,
+                "shape": shape,
+                "class_names": names,
+                "ae_made_of": ae.made_of,
+            },
+            temporary,
+        )
     count = sum(p.numel() for p in net.parameters()) / 1e6
     print(
         f"{path}: {settings.model}, {count:.1f} M parameters, latents {channels}x{height}x{width}, "
@@ -194,8 +208,8 @@ def check_paths(path, out):
 
 
 def main():
-    convert(runtime.parse(Config, __doc__))
+    convert(parse(Config, __doc__))
 
 
 if __name__ == "__main__":
-    runtime.entry(main)
+    entry(main)

@@ -12,9 +12,9 @@ import math
 import torch
 
 from kernels import gaussian
-from support.commandline import BadInput, parse_seeds
-from support.pictures import to_uint8
-from support.plots import plot_lines
+from runtime.commandline import BadInput, parse_seeds
+from runtime.pictures import to_uint8
+from runtime.plots import plot_lines
 
 SCHEDULES = ("linear", "cosine", "sigmoid")  # of chapter 1; chapter 3 has scaled_linear, too
 

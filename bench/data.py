@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where this file would hide the module of its name
-
-import data  # noqa: E402
+from image_data import batches, datasets  # noqa: E402
 
 COUNT, BATCH, TURNS, WORKERS = 5000, 64, 7, 2
 STEPS = COUNT // BATCH  # an epoch, but for what does not fill a batch
@@ -80,19 +79,23 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "jpegs"
         what = write_jpegs(folder)
-        ds = data.load(folder, temporary)
+        ds = datasets.load(folder, temporary)
         # Workers stay between epochs, so that starting them is not what is measured.
         loader = torch.utils.data.DataLoader(
-            JpegFolder(folder), BATCH, shuffle=True, drop_last=True,
-            num_workers=WORKERS, persistent_workers=True,
-        )  # fmt: skip
+            JpegFolder(folder),
+            BATCH,
+            shuffle=True,
+            drop_last=True,
+            num_workers=WORKERS,
+            persistent_workers=True,
+        )
         check(loader.dataset, ds)
         ours, theirs = [], []
         rate(loader)
         for turn in tqdm(range(TURNS), "turns", leave=False):
             theirs.append(rate(loader))
             steps = range(turn * STEPS, (turn + 1) * STEPS)
-            ours.append(rate(data.batch(ds, data.indices(COUNT, BATCH, 0, s)) for s in steps))
+            ours.append(rate(batches.batch(ds, batches.indices(COUNT, BATCH, 0, s)) for s in steps))
     ours, theirs = statistics.median(ours), statistics.median(theirs)
     print(f"{COUNT} {what} 32x32, batches of {BATCH}, median of {TURNS} turns of an epoch")
     print(f"{'':36}{'images/s':>12}{'ratio':>8}")
@@ -103,7 +106,7 @@ def main():
 def check(folder, ds):
     """Both are the same images and labels, or no speed is worth telling."""
     for i in range(0, COUNT, COUNT // 10):
-        (x, y), (mine, label) = folder[i], data.batch(ds, np.array([i]))
+        (x, y), (mine, label) = folder[i], batches.batch(ds, np.array([i]))
         assert torch.equal(x, mine[0]) and y == label[0]
 
 

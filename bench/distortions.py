@@ -31,15 +31,17 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where a file would hide the module `data`
 
+from runtime.commandline import default_gpus, entry  # noqa: E402
+from runtime.files import atomic_write  # noqa: E402
+from runtime.pictures import tile  # noqa: E402
+from runtime.processes import progress  # noqa: E402
+
 import numpy as np  # noqa: E402
 import scipy.ndimage  # noqa: E402
 
-import data  # noqa: E402
-import features  # noqa: E402
-import image_sets  # noqa: E402
-import inception  # noqa: E402
-import metrics  # noqa: E402
-import runtime  # noqa: E402
+from evaluation import features, image_sets, metrics  # noqa: E402
+from image_data import datasets  # noqa: E402
+from networks import inception  # noqa: E402
 
 CHUNK = 500  # images distorted at a time
 BATCH = 100  # images at a time when features are computed
@@ -133,7 +135,7 @@ def measure(images, others, extractor, reference, seed=0, names=tuple(STUDY)):
     """
     goal, curves = metrics.statistics(reference), {}
     points = [(name, alpha) for name in names for alpha in STUDY[name][1]]
-    for name, alpha in runtime.progress(None, "levels", over=points):
+    for name, alpha in progress(None, "levels", over=points):
         feats = []
         for start in range(0, len(images), CHUNK):
             some = slice(start, start + CHUNK)
@@ -185,7 +187,7 @@ def tiles(name, images, others, seed=0):
     shown = []
     for alpha in alphas:
         rng = np.random.default_rng([seed, 1])
-        shown.append(runtime.tile(distort(images[some], alpha, rng, others[some]), pad=0))
+        shown.append(tile(distort(images[some], alpha, rng, others[some]), pad=0))
     return shown
 
 
@@ -213,7 +215,7 @@ def draw(path, curves, images, others, title):
         lower.axis("off")
     figure.supylabel("Fréchet distance to the training images", fontsize=11)
     figure.suptitle(title, fontsize=11)
-    with runtime.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100)
     plt.close(figure)
 
@@ -232,7 +234,7 @@ def parse(arguments=None):
     p.add_argument("--features", choices=("classifier", "inception"), default="classifier")
     p.add_argument("--weights", help="the FID Inception network's file")
     p.add_argument("--resize", default="pytorch-fid", help="its protocol of resizing")
-    p.add_argument("--gpus", type=int, choices=(0, 1), default=runtime.default_gpus())
+    p.add_argument("--gpus", type=int, choices=(0, 1), default=default_gpus())
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs/distortions")
     args = p.parse_args(arguments)
@@ -261,19 +263,19 @@ def extractor(args):
     device = "cuda" if args.gpus else "cpu"
     if args.features == "inception":
         return inception.load(args.weights, args.data_root, args.resize, device=device)
-    return features.classifier_of(
-        args.data, args.data_root, size=args.size or 0, device=device
-    )[0]
+    return features.classifier_of(args.data, args.data_root, size=args.size or 0, device=device)[0]
 
 
 def main(arguments=None):
     args = parse(arguments)
     train, test = (
-        data.load(args.data, args.data_root, split=split, size=args.size)
+        datasets.load(args.data, args.data_root, split=split, size=args.size)
         for split in ("train", "test")
     )
     images = draw_n(test, args.n, args.seed)
-    others = draw_n(data.load(args.other, args.data_root, size=args.size), len(images), args.seed)
+    others = draw_n(
+        datasets.load(args.other, args.data_root, size=args.size), len(images), args.seed
+    )
     others = same_channels(others, images.shape[3])
     net = extractor(args)
     reference, _ = features.extract(net, draw_n(train, args.n_reference, args.seed), BATCH)
@@ -282,12 +284,20 @@ def main(arguments=None):
     out = Path(args.out)
     draw(out / "distortions.png", curves, images, others, title)
     wrong = falls(curves)
-    line = json.dumps({
-        "data": train.name, "other": Path(args.other).stem, "n": len(images),
-        "n_reference": len(reference), "seed": args.seed, "features": net.protocol,
-        "feature_hash": net.feature_hash, "curves": curves, "rises": not wrong,
-    })  # fmt: skip
-    with runtime.atomic_write(out / "distortions.json") as temporary:
+    line = json.dumps(
+        {
+            "data": train.name,
+            "other": Path(args.other).stem,
+            "n": len(images),
+            "n_reference": len(reference),
+            "seed": args.seed,
+            "features": net.protocol,
+            "feature_hash": net.feature_hash,
+            "curves": curves,
+            "rises": not wrong,
+        }
+    )
+    with atomic_write(out / "distortions.json") as temporary:
         temporary.write_text(line + "\n")
     print("\n".join([*table(curves), title, net.protocol, str(out / "distortions.png"), line]))
     for text in wrong:
@@ -296,4 +306,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    runtime.entry(lambda: sys.exit(main()))
+    entry(lambda: sys.exit(main()))

@@ -23,10 +23,11 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where this file would hide the module of its name
 
+from runtime.commandline import BadInput, entry  # noqa: E402
+
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import runtime  # noqa: E402
 from bench import unet as instruments  # noqa: E402
 from bench.reference_networks import needing_diffusers  # noqa: E402
 from dit import DiT, parse_size  # noqa: E402
@@ -64,15 +65,21 @@ def twin(net):
     """
     s, (channels, height, _) = net.settings, net.shape
     theirs = load_diffusers()(
-        num_attention_heads=s["heads"], attention_head_dim=s["width"] // s["heads"],
-        in_channels=channels, out_channels=channels * (1 + s["learned_variance"]),
-        num_layers=s["depth"], sample_size=height, patch_size=s["patch"],
-        num_embeds_ada_norm=net.null, norm_eps=1e-6,
-    )  # fmt: skip
+        num_attention_heads=s["heads"],
+        attention_head_dim=s["width"] // s["heads"],
+        in_channels=channels,
+        out_channels=channels * (1 + s["learned_variance"]),
+        num_layers=s["depth"],
+        sample_size=height,
+        patch_size=s["patch"],
+        num_embeds_ada_norm=net.null,
+        norm_eps=1e-6,
+    )
     layers = [
-        (theirs.pos_embed.proj, net.x_embedder.proj), (theirs.proj_out_2, net.final_layer.linear),
+        (theirs.pos_embed.proj, net.x_embedder.proj),
+        (theirs.proj_out_2, net.final_layer.linear),
         (theirs.proj_out_1, net.final_layer.adaLN_modulation[1]),
-    ]  # fmt: skip
+    ]
     for block, ours in zip(theirs.transformer_blocks, net.blocks, strict=True):
         emb, attn, mlp = block.norm1.emb, block.attn1, block.ff.net
         emb.time_proj.downscale_freq_shift = 0
@@ -80,9 +87,11 @@ def twin(net):
             (emb.timestep_embedder.linear_1, net.t_embedder.mlp[0]),
             (emb.timestep_embedder.linear_2, net.t_embedder.mlp[2]),
             (emb.class_embedder.embedding_table, net.y_embedder.embedding_table),
-            (block.norm1.linear, ours.adaLN_modulation[1]), (attn.to_out[0], ours.attn.proj),
-            (mlp[0].proj, ours.mlp.fc1), (mlp[2], ours.mlp.fc2),
-        ]  # fmt: skip
+            (block.norm1.linear, ours.adaLN_modulation[1]),
+            (attn.to_out[0], ours.attn.proj),
+            (mlp[0].proj, ours.mlp.fc1),
+            (mlp[2], ours.mlp.fc2),
+        ]
         for i, part in enumerate((attn.to_q, attn.to_k, attn.to_v)):
             part.weight.data.copy_(ours.attn.qkv.weight.chunk(3)[i])
             part.bias.data.copy_(ours.attn.qkv.bias.chunk(3)[i])
@@ -122,7 +131,7 @@ def parse(arguments):
     parser.add_argument("--rounds", type=int, default=0, help="0 is 9, and 2 with --quick")
     args = parser.parse_args(arguments)
     if min(*args.batch, *args.threads) < 1 or args.rounds < 0:
-        raise runtime.BadInput("--batch and --threads must be positive, --rounds not negative")
+        raise BadInput("--batch and --threads must be positive, --rounds not negative")
     args.rounds = args.rounds or (2 if args.quick else 9)
     return args
 
@@ -132,11 +141,14 @@ def main(arguments=None):
     ours = random_network(QUICK if args.quick else parse_size(args.model))
     theirs, before, rows = twin(ours), torch.get_num_threads(), []
     about = {
-        "cpu": instruments.cpu_name(), "torch": str(torch.__version__),
-        "diffusers": importlib.metadata.version("diffusers"), "rounds": args.rounds,
-        "model": "quick" if args.quick else args.model, "shape": SHAPE,
+        "cpu": instruments.cpu_name(),
+        "torch": str(torch.__version__),
+        "diffusers": importlib.metadata.version("diffusers"),
+        "rounds": args.rounds,
+        "model": "quick" if args.quick else args.model,
+        "shape": SHAPE,
         "parameters": sum(p.numel() for p in ours.parameters()),
-    }  # fmt: skip
+    }
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -154,4 +166,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    runtime.entry(main)
+    entry(main)

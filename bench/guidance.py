@@ -18,11 +18,13 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where a file would hide the module `data`
 
+from runtime.commandline import BadInput, default_gpus, entry, split_list  # noqa: E402
+from runtime.files import atomic_write  # noqa: E402
+from runtime.pictures import tile  # noqa: E402
+
 import numpy as np  # noqa: E402
 
-import image_sets  # noqa: E402
-import runtime  # noqa: E402
-from support.pictures import atomic_write, tile  # noqa: E402
+from evaluation import image_sets  # noqa: E402
 
 SHOWN = 50  # samples in a grid, in rows of ten
 CURVES = {
@@ -37,13 +39,22 @@ def score(args, w):
     how = f"--guidance {w:g} {args.sample_args}".strip()
     script, trained = image_sets.checkpoint_settings(args.checkpoint)
     command = [
-        sys.executable, str(REPO / "eval_fid.py"), args.checkpoint, args.reference,
-        "--n", str(args.n), "--data-root", args.data_root or trained["data_root"],
-        "--gpus", str(args.gpus), f"--sample-args={how}", *args.eval_args.split(),
-    ]  # fmt: skip
+        sys.executable,
+        str(REPO / "eval_fid.py"),
+        args.checkpoint,
+        args.reference,
+        "--n",
+        str(args.n),
+        "--data-root",
+        args.data_root or trained["data_root"],
+        "--gpus",
+        str(args.gpus),
+        f"--sample-args={how}",
+        *args.eval_args.split(),
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise runtime.BadInput(f"eval_fid.py failed at w = {w:g}; see above")
+        raise BadInput(f"eval_fid.py failed at w = {w:g}; see above")
     samples = image_sets.sampled(args.checkpoint, script, args.n, args.gpus, how)
     with np.load(samples) as held:
         return json.loads(done.stdout.splitlines()[-1]) | {"w": w}, held["arr_0"][:SHOWN]
@@ -59,8 +70,9 @@ def draw(path, rows, grids, title):
     figure = plt.figure(figsize=(3.2 * len(rows), 4.6), layout="constrained")
     figure.suptitle(title, fontsize=9)
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.1))
-    for axis, row, grid in zip(above.subplots(1, len(rows), squeeze=False)[0], rows, grids,
-                               strict=True):  # fmt: skip
+    for axis, row, grid in zip(
+        above.subplots(1, len(rows), squeeze=False)[0], rows, grids, strict=True
+    ):
         sheet = tile(grid, 10)
         axis.imshow(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet, cmap="gray")
         axis.set_title(f"w = {row['w']:g}", fontsize=10)
@@ -87,15 +99,15 @@ def main():
     parser.add_argument("--n", type=int, default=1000, help="samples at each w")
     parser.add_argument("--reference", default="", help="default: test split of its data set")
     parser.add_argument("--data-root", default="", help="default: that of the training")
-    parser.add_argument("--gpus", type=int, default=runtime.default_gpus())
+    parser.add_argument("--gpus", type=int, default=default_gpus())
     parser.add_argument("--sample-args", default="", help="more flags, such as '--sampler dpmpp'")
     parser.add_argument("--eval-args", default="", help="more flags of eval_fid.py")
     parser.add_argument("--out", default="", help="folder; default: the checkpoint's")
     args = parser.parse_args()
     try:
-        values = [float(w) for w in runtime.split_list(args.w)]
+        values = [float(w) for w in split_list(args.w)]
     except ValueError:
-        raise runtime.BadInput(f"--w={args.w}: expected numbers such as -1,0,1,3") from None
+        raise BadInput(f"--w={args.w}: expected numbers such as -1,0,1,3") from None
     rows, grids = zip(*(score(args, w) for w in values), strict=True)
     folder = Path(args.out or Path(args.checkpoint).parent)
     title = f"{rows[0]['b']}, N = {args.n} at each w, the same seeds"
@@ -109,4 +121,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.entry(main)
+    entry(main)

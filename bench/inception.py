@@ -25,16 +25,17 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where this file would hide the module of its name
 
+from runtime.commandline import BadInput, entry  # noqa: E402
+
 import numpy as np  # noqa: E402
 import scipy.linalg  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import inception  # noqa: E402
-import metrics  # noqa: E402
-import runtime  # noqa: E402
 from bench.reference_networks import pytorch_fid_network, random_weights  # noqa: E402
 from bench.unet import cpu_name, take_turns  # noqa: E402
+from evaluation import metrics  # noqa: E402
+from networks import inception  # noqa: E402
 
 SAME = 1e-4  # relative: how far the features may be apart
 OURS, THEIRS = "here", "pytorch-fid"
@@ -46,7 +47,7 @@ def contenders(images):
         state = random_weights(0)
         network = pytorch_fid_network(state)
     except ModuleNotFoundError as error:
-        raise runtime.BadInput(
+        raise BadInput(
             f"pytorch-fid, which this compares with, cannot be loaded (no module {error.name}): "
             'type pip install -e ".[test]"'
         ) from None
@@ -130,9 +131,13 @@ def distance_table(dim, rounds):
         f"{apart:.1e}"
     )
     return {
-        "dim": dim, "sqrtm_s": theirs[0], "eigen_s": ours[0], "ratio": ratio,
-        "cpu_ratio": cpu_ratio, "differ": apart,
-    }  # fmt: skip
+        "dim": dim,
+        "sqrtm_s": theirs[0],
+        "eigen_s": ours[0],
+        "ratio": ratio,
+        "cpu_ratio": cpu_ratio,
+        "differ": apart,
+    }
 
 
 def parse(arguments):
@@ -148,9 +153,9 @@ def parse(arguments):
     args.threads = args.threads or sorted({1, torch.get_num_threads()})
     for name in ("images", "size", "rounds"):
         if getattr(args, name) < 1:
-            raise runtime.BadInput(f"--{name} must be at least 1, got {getattr(args, name)}")
+            raise BadInput(f"--{name} must be at least 1, got {getattr(args, name)}")
     if min(args.threads) < 1:
-        raise runtime.BadInput(f"--threads must be at least 1, got {min(args.threads)}")
+        raise BadInput(f"--threads must be at least 1, got {min(args.threads)}")
     return args
 
 
@@ -165,4 +170,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    runtime.entry(main)
+    entry(main)

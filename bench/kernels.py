@@ -37,14 +37,36 @@ from bench.cases import add_filters, chosen  # noqa: E402
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 OFFLINE = {  # heading: width
-    "shape": 26, "pass": 4, "kernel": 21, "target": 6, "regs": 4, "spill B": 7, "KiB": 5,
-    "occ %": 5, "mma": 6, "loads": 16, "stores": 10, "bytes÷floor": 11, "sectors": 7,
+    "shape": 26,
+    "pass": 4,
+    "kernel": 21,
+    "target": 6,
+    "regs": 4,
+    "spill B": 7,
+    "KiB": 5,
+    "occ %": 5,
+    "mma": 6,
+    "loads": 16,
+    "stores": 10,
+    "bytes÷floor": 11,
+    "sectors": 7,
     "eager ops÷floor": 15,
-}  # fmt: skip
+}
 TIMED = {
-    "shape": 26, "pass": 4, "kernel µs": 9, "reference": 9, "plain": 9, "compiled": 9,
-    "×plain": 6, "×compiled": 9, "MB": 7, "GB/s": 6, "copy %": 6, "TFLOP/s": 7, "error÷bound": 11,
-}  # fmt: skip
+    "shape": 26,
+    "pass": 4,
+    "kernel µs": 9,
+    "reference": 9,
+    "plain": 9,
+    "compiled": 9,
+    "×plain": 6,
+    "×compiled": 9,
+    "MB": 7,
+    "GB/s": 6,
+    "copy %": 6,
+    "TFLOP/s": 7,
+    "error÷bound": 11,
+}
 LEFT = ("shape", "pass", "kernel", "target", "loads", "stores")
 
 
@@ -254,9 +276,12 @@ def parse(arguments):
     parser.add_argument("--markdown", action="store_true", help="print tables in markdown")
     parser.add_argument("--offline", action="store_true", help="compile and count, GPU or not")
     parser.add_argument(
-        "--targets", choices=TARGETS, nargs="+", default=["sm_80", "sm_90", "sm_100"],
+        "--targets",
+        choices=TARGETS,
+        nargs="+",
+        default=["sm_80", "sm_90", "sm_100"],
         help="what to compile for, offline",
-    )  # fmt: skip
+    )
     args = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
         parser.error("there are no kernels without triton, which exists for Linux alone")

@@ -17,16 +17,17 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where a file would hide the module `data`
 
+from runtime.commandline import entry  # noqa: E402
+
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import latents  # noqa: E402
 import ldm_cfg  # noqa: E402
-import runtime  # noqa: E402
 from bench import unet as instruments  # noqa: E402
+from image_data import latents  # noqa: E402
 from kernels import gaussian  # noqa: E402
-from vae import KLVAE  # noqa: E402
+from networks.kl_autoencoder import KLVAE  # noqa: E402
 
 CACHED, FLY = instruments.OURS, instruments.THEIRS  # the ratio is that of the first to the second
 NAMES = {CACHED: "from the cache", FLY: "encoded on the fly"}
@@ -103,4 +104,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    runtime.entry(main)
+    entry(main)

@@ -31,8 +31,14 @@ TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in CUDA}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 # Of a multiprocessor: warps that fit, blocks that fit, KiB of shared memory (CUDA C programming
 # guide, technical specifications per compute capability). Each has 65,536 registers.
-LIMITS = {80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228),
-          100: (64, 32, 228), 120: (48, 24, 100)}  # fmt: skip
+LIMITS = {
+    80: (64, 32, 164),
+    86: (48, 16, 100),
+    89: (48, 24, 100),
+    90: (64, 32, 228),
+    100: (64, 32, 228),
+    120: (48, 24, 100),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +224,18 @@ def _inspect_amd(kernel):
         return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
 
     count = collections.Counter(re.findall(r"^\s+([a-z][a-z0-9_]+)\b", code, re.MULTILINE))
-    sizes = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16,
-             "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}  # fmt: skip
+    sizes = {
+        "ubyte": 8,
+        "sbyte": 8,
+        "byte": 8,
+        "ushort": 16,
+        "sshort": 16,
+        "short": 16,
+        "dword": 32,
+        "dwordx2": 64,
+        "dwordx3": 96,
+        "dwordx4": 128,
+    }
 
     def widths(verb):
         found = collections.Counter()

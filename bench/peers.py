@@ -12,6 +12,11 @@ a sigmoid schedule of 1000 steps, the prediction v, self-attention at the lowest
 linear attention at the others. Left out is the Trainer's mirroring of images: no digit is mirrored.
 """
 
+from runtime.commandline import BadInput, entry
+from runtime.files import atomic_write
+from runtime.pictures import save_samples, to_uint8
+from runtime.processes import progress
+
 import argparse
 import bisect
 import contextlib
@@ -25,8 +30,7 @@ from pathlib import Path
 
 import torch
 
-import data
-import runtime
+from image_data import batches, datasets
 
 PACKAGES = ("denoising-diffusion-pytorch", "ema-pytorch")
 DIMS = range(8, 130, 2)  # of its Unet; its timestep embedding needs an even number
@@ -65,7 +69,7 @@ def load():
             from denoising_diffusion_pytorch import GaussianDiffusion, Unet
         from ema_pytorch import EMA
     except ModuleNotFoundError as error:
-        raise runtime.BadInput(
+        raise BadInput(
             f"the peer cannot be loaded (no module {error.name}): "
             "pip install --no-deps denoising-diffusion-pytorch==2.3.4; "
             "pip install ema-pytorch accelerate"
@@ -98,7 +102,7 @@ def matched_dim(wanted, mult, channels, tolerance=0.05):
     above = bisect.bisect_left(DIMS, wanted, key=size)  # parameters grow with dim
     dim = min(DIMS[max(0, above - 1) : above + 1], key=lambda d: abs(size(d) - wanted))
     if abs(size(dim) / wanted - 1) > tolerance:
-        raise runtime.BadInput(
+        raise BadInput(
             f"no Unet of the peer has {wanted:,} parameters within {tolerance:.0%} (dim {dim} has "
             f"{size(dim):,}); give chapter 1 another --width"
         )
@@ -117,7 +121,7 @@ def train(args):
 
     Writes state.pt and prints one JSON line: steps done, and CPU seconds used so far.
     """
-    ds = data.load(args.data, args.data_root, size=args.size or None)
+    ds = datasets.load(args.data, args.data_root, size=args.size or None)
     shape, path = (ds.channels, ds.height, ds.width), Path(args.out) / "state.pt"
     torch.manual_seed(args.seed)
     diffusion = make(args.dim, args.mult, shape)
@@ -130,9 +134,9 @@ def train(args):
         optimizer.load_state_dict(state["optimizer"])
         step, before = state["step"], state["cpu_seconds"]
         torch.manual_seed(args.seed + step)
-    with runtime.progress(None, "training the peer", initial=step) as bar:
+    with progress(None, "training the peer", initial=step) as bar:
         while before + time.process_time() < args.cpu_seconds:
-            x, _ = data.batch(ds, data.indices(len(ds), args.batch_size, args.seed, step))
+            x, _ = batches.batch(ds, batches.indices(len(ds), args.batch_size, args.seed, step))
             loss = diffusion((x.contiguous() + 1) / 2)  # (B,C,H,W) in [0,1], as its Trainer reads
             loss.backward()
             torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
@@ -144,7 +148,7 @@ def train(args):
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     settings = dict(dim=args.dim, mult=list(args.mult), shape=list(shape))
     done = dict(step=step, cpu_seconds=before + time.process_time())
-    with runtime.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         state = dict(ema=ema.state_dict(), optimizer=optimizer.state_dict(), settings=settings)
         torch.save(state | done, temporary)
     print(json.dumps(done))
@@ -164,8 +168,8 @@ def sample(args):
     images = []
     for start in range(0, args.n, args.batch_size):
         x = ema.ema_model.sample(batch_size=min(args.batch_size, args.n - start))
-        images.append(runtime.to_uint8(x * 2 - 1))  # (B,H,W,C)
-    runtime.save_samples(args.samples, torch.cat(images), None, 10)
+        images.append(to_uint8(x * 2 - 1))  # (B,H,W,C)
+    save_samples(args.samples, torch.cat(images), None, 10)
 
 
 def parser():
@@ -199,4 +203,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.entry(main)
+    entry(main)

@@ -32,26 +32,33 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where a file would hide the module `data`
 
+from runtime import commandline  # noqa: E402
+from runtime.commandline import BadInput, entry  # noqa: E402
+from runtime.files import atomic_write  # noqa: E402
+from runtime.pictures import save_samples, tile  # noqa: E402
+
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import data  # noqa: E402
 import ddpm_pixel  # noqa: E402
-import runtime  # noqa: E402
 from bench import peers  # noqa: E402
-from support.sources import NAMES  # noqa: E402
+from image_data import batches, datasets  # noqa: E402
+from image_data.sources import NAMES  # noqa: E402
 
 OURS, PEER = "chapter 1", "denoising-diffusion-pytorch"
 TRAINED = "trained.json"  # in --out: the settings, and what training came to
 SAMPLERS = {"ancestral": 1.0, "ddim": 0.0}  # name: eta
 CALIBRATION = (8, 60)  # steps of a short and a long run
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
     "CUDA_VISIBLE_DEVICES": "",
     # What is freed stays with the process: else half a GB a step is asked for and zeroed anew.
-    "MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**33),
-}  # fmt: skip
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+}
 
 
 # ------------------------------------------------------------------------------------ processes
@@ -70,9 +77,12 @@ def run_beside(commands, out):
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / "log.txt", "a") as log:
                 processes[name] = subprocess.Popen(
-                    [sys.executable, *map(str, command)], cwd=REPO, env=os.environ | ENVIRONMENT,
-                    stdout=log, stderr=subprocess.STDOUT,
-                )  # fmt: skip
+                    [sys.executable, *map(str, command)],
+                    cwd=REPO,
+                    env=os.environ | ENVIRONMENT,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
         while len(seconds) < len(processes):
             for name in processes.keys() - seconds.keys():
                 process = processes[name]
@@ -104,7 +114,7 @@ def steps_within(budget, short, long):
     if each <= 0:
         raise RuntimeError(f"{long[0]} steps took no longer than {short[0]}: {long}, {short}")
     if budget < start + each:
-        raise runtime.BadInput(
+        raise BadInput(
             f"{budget / 60:g} minutes are too few: {start:.0f} s pass before the first step and "
             f"each takes {each:.2f} s; type --minutes {(start + 20 * each) / 60:.1f}"
         )
@@ -118,17 +128,36 @@ def ours_train(args, out, steps):
     """Chapter 1's training of so many steps, as a command; one sample of one step at the end."""
     quick = ["--sample-every", 0, "--n", 1, "--sample-steps", 1, "--resume", "never"]
     return [
-        "ddpm_pixel.py", *args.ours, "--no-conditional", "--gpus", 0, "--steps", steps,
-        "--out", out, *quick,
-    ]  # fmt: skip
+        "ddpm_pixel.py",
+        *args.ours,
+        "--no-conditional",
+        "--gpus",
+        0,
+        "--steps",
+        steps,
+        "--out",
+        out,
+        *quick,
+    ]
 
 
 def ours_sample(args, cfg, run, sampler, out):
     how = {"ancestral": ["ddpm"], "ddim": ["ddim", "--eta", 0]}[sampler]
     return [
-        "ddpm_pixel.py", "--sample", run / "ckpt.pt", "--n", args.n, "--gpus", 0,
-        "--sample-steps", args.sample_steps, "--sampler", *how, "--out", out,
-    ]  # fmt: skip
+        "ddpm_pixel.py",
+        "--sample",
+        run / "ckpt.pt",
+        "--n",
+        args.n,
+        "--gpus",
+        0,
+        "--sample-steps",
+        args.sample_steps,
+        "--sampler",
+        *how,
+        "--out",
+        out,
+    ]
 
 
 def peer_name(lr):
@@ -137,28 +166,72 @@ def peer_name(lr):
 
 def peer_train(args, cfg, dim, lr, seconds, out):
     return [
-        "-m", "bench.peers", "train", "--data", cfg.data, "--data-root", cfg.data_root,
-        "--size", cfg.size, "--dim", dim, "--mult", *cfg.mult, "--batch-size", cfg.batch_size,
-        "--seed", cfg.seed, "--lr", lr, "--cpu-seconds", seconds, "--out", out,
-    ]  # fmt: skip
+        "-m",
+        "bench.peers",
+        "train",
+        "--data",
+        cfg.data,
+        "--data-root",
+        cfg.data_root,
+        "--size",
+        cfg.size,
+        "--dim",
+        dim,
+        "--mult",
+        *cfg.mult,
+        "--batch-size",
+        cfg.batch_size,
+        "--seed",
+        cfg.seed,
+        "--lr",
+        lr,
+        "--cpu-seconds",
+        seconds,
+        "--out",
+        out,
+    ]
 
 
 def peer_sample(args, cfg, run, sampler, out):
     return [
-        "-m", "bench.peers", "sample", "--out", run, "--n", args.n, "--batch-size", cfg.batch_size,
-        "--sample-steps", args.sample_steps, "--eta", SAMPLERS[sampler], "--samples", out,
-    ]  # fmt: skip
+        "-m",
+        "bench.peers",
+        "sample",
+        "--out",
+        run,
+        "--n",
+        args.n,
+        "--batch-size",
+        cfg.batch_size,
+        "--sample-steps",
+        args.sample_steps,
+        "--eta",
+        SAMPLERS[sampler],
+        "--samples",
+        out,
+    ]
 
 
 def score(cfg, samples):
     """eval_fid.py's JSON object for an .npz of images, against the data set's test split."""
     done = subprocess.run(
         [
-            sys.executable, "eval_fid.py", str(samples), f"{cfg.data}:test", "--gpus", "0",
-            "--data-root", cfg.data_root, "--size", str(cfg.size),
+            sys.executable,
+            "eval_fid.py",
+            str(samples),
+            f"{cfg.data}:test",
+            "--gpus",
+            "0",
+            "--data-root",
+            cfg.data_root,
+            "--size",
+            str(cfg.size),
         ],
-        cwd=REPO, env=os.environ | ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=REPO,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise RuntimeError(f"eval_fid.py {samples}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -168,11 +241,18 @@ def score(cfg, samples):
 
 
 COLUMNS = (  # head, key of a row, format
-    ("network", "network", "<"), ("lr", "lr", ">g"), ("parameters", "parameters", ">,"),
-    ("CPU min", "cpu_minutes", ">.2f"), ("steps", "steps", ">,"), ("images", "images", ">,"),
-    ("sampler", "sampler", "<"), ("evaluations", "evaluations", ">"), ("N", "n", ">,"),
-    ("CPU s/sample", "cpu_seconds_per_sample", ">.3f"), ("Fréchet", "frechet", ">.3f"),
-)  # fmt: skip
+    ("network", "network", "<"),
+    ("lr", "lr", ">g"),
+    ("parameters", "parameters", ">,"),
+    ("CPU min", "cpu_minutes", ">.2f"),
+    ("steps", "steps", ">,"),
+    ("images", "images", ">,"),
+    ("sampler", "sampler", "<"),
+    ("evaluations", "evaluations", ">"),
+    ("N", "n", ">,"),
+    ("CPU s/sample", "cpu_seconds_per_sample", ">.3f"),
+    ("Fréchet", "frechet", ">.3f"),
+)
 
 
 def table(rows):
@@ -201,10 +281,10 @@ def verdict(rows):
 
 def write_comparison(left, right, path, columns=10):
     """One PNG of two .npz of images, the first 100 of each as a grid, side by side."""
-    grids = [runtime.tile(np.load(npz)["arr_0"][:100], columns) for npz in (left, right)]
+    grids = [tile(np.load(npz)["arr_0"][:100], columns) for npz in (left, right)]
     gap = np.full((grids[0].shape[0], 16, grids[0].shape[2]), 255, np.uint8)
     sheet = np.concatenate([grids[0], gap, grids[1]], axis=1)
-    with runtime.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet).save(temporary)
 
 
@@ -268,10 +348,13 @@ def train_all(args, cfg, dim, rates):
     for name in map(peer_name, rates):
         done[name] = torch.load(args.out / name / "state.pt", weights_only=True)["step"]
     return {
-        name: {"cpu_minutes": seconds / 60, "steps": done[name],
-               "images": done[name] * cfg.batch_size}
+        name: {
+            "cpu_minutes": seconds / 60,
+            "steps": done[name],
+            "images": done[name] * cfg.batch_size,
+        }
         for name, seconds in spent.items()
-    }  # fmt: skip
+    }
 
 
 def sample_all(args, cfg, runs):
@@ -288,14 +371,20 @@ def sample_all(args, cfg, runs):
             commands[f"{name}/{sampler}"] = command(args, cfg, args.out / name, sampler, out)
         for place, seconds in run_beside(commands, args.out).items():
             result = score(cfg, args.out / place / "samples.npz")
-            rows.append(runs[place.split("/")[0]] | {
-                "sampler": sampler, "evaluations": args.sample_steps, "n": args.n,
-                "cpu_seconds_per_sample": seconds / args.n, "frechet": result["frechet"],
-                "samples": place,
-            })  # fmt: skip
-    ds = data.load(cfg.data, cfg.data_root, size=cfg.size or None)
-    real = ds.images[data.indices(len(ds), args.n, cfg.seed, 0)]
-    runtime.save_samples(args.out / "real", torch.from_numpy(real), None, 10)
+            rows.append(
+                runs[place.split("/")[0]]
+                | {
+                    "sampler": sampler,
+                    "evaluations": args.sample_steps,
+                    "n": args.n,
+                    "cpu_seconds_per_sample": seconds / args.n,
+                    "frechet": result["frechet"],
+                    "samples": place,
+                }
+            )
+    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size or None)
+    real = ds.images[batches.indices(len(ds), args.n, cfg.seed, 0)]
+    save_samples(args.out / "real", torch.from_numpy(real), None, 10)
     result = score(cfg, args.out / "real" / "samples.npz")
     rows.append({"network": "real images", "n": args.n, "frechet": result["frechet"]})
     return rows, result["features"]
@@ -303,17 +392,22 @@ def sample_all(args, cfg, runs):
 
 def main(arguments=None):
     args = parse(arguments)
-    cfg = runtime.parse(ddpm_pixel.Config, "", args.ours)
-    ds = data.load(cfg.data, cfg.data_root, size=cfg.size or None)  # before there are processes
+    cfg = commandline.parse(ddpm_pixel.Config, "", args.ours)
+    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size or None)  # before there are processes
     shape = (ds.channels, ds.height, ds.width)
     ours = peers.parameters(ddpm_pixel.make_net(cfg, shape, 0))
     dim, theirs = peers.matched_dim(ours, cfg.mult, ds.channels)
     rates = sorted(set(args.peer_lr or (1e-4, cfg.lr)))
     about = {
-        "data": ds.name, "data_key": ds.key, "minutes": args.minutes, "threads": 1,
-        "chapter_1": args.ours, "peer": {"dim": dim, "dim_mults": list(cfg.mult), "lr": rates},
-        "torch": str(torch.__version__), **peers.versions(),
-    }  # fmt: skip
+        "data": ds.name,
+        "data_key": ds.key,
+        "minutes": args.minutes,
+        "threads": 1,
+        "chapter_1": args.ours,
+        "peer": {"dim": dim, "dim_mults": list(cfg.mult), "lr": rates},
+        "torch": str(torch.__version__),
+        **peers.versions(),
+    }
     print(f"{OURS}: {' '.join(args.ours)}\n{PEER}: dim {dim}, dim_mults {cfg.mult}", flush=True)
 
     runs = {"chapter-1": {"network": OURS, "lr": cfg.lr, "parameters": ours}}
@@ -324,7 +418,7 @@ def main(arguments=None):
         (args.out / TRAINED).write_text(json.dumps([about, trained]))
     settings, trained = json.loads((args.out / TRAINED).read_text())
     if settings != about:
-        raise runtime.BadInput(f"{args.out} was trained with other settings; name another --out")
+        raise BadInput(f"{args.out} was trained with other settings; name another --out")
     for name, figures in trained.items():
         runs[name] |= figures
     rows, features = sample_all(args, cfg, runs)
@@ -340,4 +434,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    runtime.entry(main)
+    entry(main)

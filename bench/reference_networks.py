@@ -1,12 +1,12 @@
 """Networks that others ship, and weights for them where the published files cannot be had."""
 
+from runtime.commandline import BadInput
+
 import contextlib
 import importlib
 from unittest import mock
 
 import torch
-
-from runtime import BadInput
 
 # Operators that torchvision asks for when it is imported; a torchvision of another build of PyTorch
 # lacks them. Only their names must exist: no network calls them.

@@ -33,6 +33,9 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where this file would hide the module of its name
 
+from runtime.commandline import BadInput, entry  # noqa: E402
+from runtime.training import ema_update  # noqa: E402
+
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import yaml  # noqa: E402
@@ -41,13 +44,12 @@ from torch.optim.swa_utils import AveragedModel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import runtime  # noqa: E402
 from bench.reference_networks import needing_diffusers  # noqa: E402
 from ddpm_pixel import simple_loss  # noqa: E402
 from kernels import sampling_table, sampling_update  # noqa: E402
+from networks.adm_unet import UNet  # noqa: E402
+from networks.published.unet import save_diffusers  # noqa: E402
 from schedules import make_alpha_bar  # noqa: E402
-from support.published import save_diffusers  # noqa: E402
-from unet import UNet  # noqa: E402
 
 CONFIG = REPO / "configs" / "cifar10_ddpm.yaml"
 SETTINGS = ("width", "mult", "blocks", "attention", "heads", "dropout")
@@ -80,9 +82,11 @@ def networks(quick, UNet2DModel):
         if not p.any():
             torch.nn.init.normal_(p, std=0.02)
     facts = dict(
-        alpha_bar=make_alpha_bar("linear", 1000), prediction="eps", variance="large",
+        alpha_bar=make_alpha_bar("linear", 1000),
+        prediction="eps",
+        variance="large",
         schedule="linear",
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as folder:
         save_diffusers(folder, ours.settings, ours.state_dict(), shape, 0, facts)
         theirs = UNet2DModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False)
@@ -122,7 +126,7 @@ def steps(ours, theirs, inputs, DDPMScheduler, EMAModel):
     x, eps, t = inputs
     scheduler = DDPMScheduler()
     alpha_bar = scheduler.alphas_cumprod.double()
-    mean = AveragedModel(ours, multi_avg_fn=runtime.ema_update(0.9999)).eval()
+    mean = AveragedModel(ours, multi_avg_fn=ema_update(0.9999)).eval()
     their_mean = EMAModel(theirs.parameters())
     adam, their_adam = (torch.optim.Adam(net.parameters(), lr=2e-4) for net in (ours, theirs))
 
@@ -271,7 +275,7 @@ def parse(arguments):
     args = parser.parse_args(arguments)
     for name in ("threads", "rounds"):
         if getattr(args, name) < 0:
-            raise runtime.BadInput(f"--{name} must not be negative: leave it out for the default")
+            raise BadInput(f"--{name} must not be negative: leave it out for the default")
     args.rounds = args.rounds or (2 if args.quick else 9)
     return args
 
@@ -284,11 +288,16 @@ def main(arguments=None):
     n, n_train, size = (2, 4, 256) if args.quick else (8, 32, 2048)
     ours, theirs, shape = networks(args.quick, UNet2DModel)
     about = {
-        "cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": str(torch.__version__),
-        "diffusers": importlib.metadata.version("diffusers"), "rounds": args.rounds,
-        "parameters": sum(p.numel() for p in ours.parameters()), "batch": n, "shape": shape,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "diffusers": importlib.metadata.version("diffusers"),
+        "rounds": args.rounds,
+        "parameters": sum(p.numel() for p in ours.parameters()),
+        "batch": n,
+        "shape": shape,
         "train_batch": n_train,
-    }  # fmt: skip
+    }
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
 
     inputs, rows = batch(n, shape), []
@@ -322,12 +331,21 @@ def main(arguments=None):
         f"{size}x{size} product\nby torch.mm, {100 * shares[CONV]:.0f} % of its rate as a "
         f"convolution. Noise: an update takes {100 * noise:.2f} % of the network's time."
     )
-    print(json.dumps(about | {
-        "rows": rows, "gflop": work / 1e9, "gflop_per_s": per_second / 1e9,
-        "gflop_per_cpu_s": rate / 1e9, "share_of_mm": shares[MM], "share_of_conv": shares[CONV],
-        "noise_share": noise,
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            about
+            | {
+                "rows": rows,
+                "gflop": work / 1e9,
+                "gflop_per_s": per_second / 1e9,
+                "gflop_per_cpu_s": rate / 1e9,
+                "share_of_mm": shares[MM],
+                "share_of_conv": shares[CONV],
+                "noise_share": noise,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
-    runtime.entry(main)
+    entry(main)

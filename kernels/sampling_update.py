@@ -52,9 +52,7 @@ def _read_row(x, out, table, step, history, seeds):
         check_seeds(seeds, x.shape[0])
     learned = S != 0 and log_var_min != log_var_max
     if learned and out.shape[1] == x.shape[1]:
-        raise ValueError(
-            f"out must have {2 * x.shape[1]} channels: row {step} learns its variance"
-        )
+        raise ValueError(f"out must have {2 * x.shape[1]} channels: row {step} learns its variance")
     half_range = 0.5 * (log_var_max - log_var_min) if learned else 0.0
     return _Row(p, q, A, B, H, S, S * math.exp(0.5 * log_var_min), half_range)
 
@@ -288,9 +286,7 @@ def sampling_update(
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     too_large = math.prod(x.shape[1:]) >= 2**30  # offsets in a sample of out have 32 bits
     if needs_grad or too_large or not use_kernels(x):
-        x_prev, x0_hat = _reference(
-            x, out, table, step, out_uncond, guidance, history, seeds, clip
-        )
+        x_prev, x0_hat = _reference(x, out, table, step, out_uncond, guidance, history, seeds, clip)
     else:
         x_prev, x0_hat = _update(
             x, out, table, step, out_uncond, float(guidance), history, seeds, clip, want_x0

@@ -39,7 +39,7 @@ def _child(script, argv, env, out, err):
     os.environ.update(env)
     sys.argv = [str(REPO / f"{script}.py"), *argv]
     main = importlib.import_module(script).main
-    importlib.import_module("runtime").entry(main)
+    importlib.import_module("runtime.commandline").entry(main)
 
 
 class Started:

@@ -1,12 +1,13 @@
 """Train the autoencoder alone, in one process or as one rank of several: settings come as JSON."""
 
+from runtime.processes import launch
+
 import json
 import sys
 from dataclasses import dataclass
 
 import autoencoder
-import data
-import runtime
+from image_data import datasets
 
 
 @dataclass
@@ -48,9 +49,9 @@ class Config:
 
 
 def train(cfg, world):
-    autoencoder.train(cfg, world, data.load(cfg.data, cfg.data_root))
+    autoencoder.train(cfg, world, datasets.load(cfg.data, cfg.data_root))
 
 
 def main():
     given = json.loads(sys.argv[1])
-    runtime.launch(train, Config(**given | {"ae_mult": tuple(given["ae_mult"])}))
+    launch(train, Config(**given | {"ae_mult": tuple(given["ae_mult"])}))

@@ -1,11 +1,12 @@
 """Chapter 1 as it is, but every rank also writes the EMA weights that it samples with."""
 
+from runtime.processes import World
+
 from pathlib import Path
 
 import torch
 
 import ddpm_pixel
-from runtime import World
 
 
 def main():

@@ -1,5 +1,9 @@
 """Small networks trained with their weights split over ranks; each rank writes what it saw."""
 
+from runtime.processes import World, launch
+from runtime.sharding import load_optimizer, shard, unsharded, whole
+from runtime.training import ema_update
+
 import contextlib
 import copy
 import sys
@@ -9,10 +13,8 @@ from types import SimpleNamespace
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-import runtime
 from dit import DiT
-from latent_unet import LatentUNet
-from support.sharding import load_optimizer, shard, unsharded, whole
+from networks.sd_unet import LatentUNet
 
 SHAPE, CLASSES, BATCH, CLIP = (3, 4, 4), 5, 8, 0.1
 KINDS = ("dit", "unet")
@@ -25,9 +27,17 @@ def make(kind, checkpointing=False):
         net = DiT(SHAPE, CLASSES, width=32, depth=2, heads=2, checkpointing=checkpointing)
     else:
         net = LatentUNet(
-            SHAPE[0], CLASSES, width=16, mult=(1, 2), blocks=1, attention=(1,), heads=2,
-            context_width=12, add_label=True, checkpointing=checkpointing,
-        )  # fmt: skip
+            SHAPE[0],
+            CLASSES,
+            width=16,
+            mult=(1, 2),
+            blocks=1,
+            attention=(1,),
+            heads=2,
+            context_width=12,
+            add_label=True,
+            checkpointing=checkpointing,
+        )
     for p in net.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)
@@ -47,9 +57,9 @@ class Training:
     """A network in float64, its running mean and Adam, from scratch or from a whole state."""
 
     def __init__(self, kind, world=None, state=None, checkpointing=False):
-        self.world = world or runtime.World()
+        self.world = world or World()
         self.net = make(kind, checkpointing).double()
-        self.ema = AveragedModel(self.net, multi_avg_fn=runtime.ema_update(0.9))
+        self.ema = AveragedModel(self.net, multi_avg_fn=ema_update(0.9))
         if state:
             self.net.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
@@ -137,4 +147,4 @@ def main():
         saw["autocast"] = under_autocast(world)
         torch.save(saw, folder / f"rank{world.rank}.pt")
 
-    runtime.launch(report, SimpleNamespace(gpus=0))
+    launch(report, SimpleNamespace(gpus=0))

@@ -1,0 +1,304 @@
+"""What can be compared: images wherever they lie, statistics of images, samples of a checkpoint.
+
+    mnist   mnist:train         a data set's test split, or the one that is named
+    photos/   photos.zip        images in a folder or zip
+    samples.npz   samples.npy   uint8 (N, H, W, C); in the .npz arr_0, with labels arr_1 if any
+    stats.npz                   mu and sigma: of this program, pytorch-fid or the ADM suite
+    runs/pixel-mnist/ckpt.pt    a checkpoint of chapter 1 or 3: its samples, drawn once and kept
+
+Images stay on the disk and are mapped into memory, so that N does not matter.
+"""
+
+from runtime.commandline import BadInput, split_list
+from runtime.files import atomic_write, locked
+from runtime.processes import run_alone
+from runtime.run import load_checkpoint
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.features import shape_text
+from image_data import datasets
+
+HERE = Path(__file__).resolve().parent.parent
+SAMPLERS = ("ddpm_pixel", "ldm_cfg")  # whose checkpoints draw samples
+# What reading a torn, foreign or lying file raises; NotImplementedError is zipfile's.
+BROKEN = (
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+    MemoryError,
+)
+
+
+@dataclass
+class Images:
+    """Images uint8 (N, H, W, C) read from `name`; labels (N,) and class names, or None.
+
+    key names the pixels where a data set knows them; set_key those of the whole set that they were
+    drawn from. statistics: of the set that these images are a part of, where the file tells (ADM's
+    reference files).
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] | None = None
+    key: str | None = None
+    set_key: str | None = None
+    statistics: "Statistics | None" = None
+
+
+@dataclass
+class Statistics:
+    """What the distance needs of a set: mu (d,) and sigma (d, d) of n images, and of what kind."""
+
+    name: str
+    mu: np.ndarray
+    sigma: np.ndarray
+    n: int | None = None
+    protocol: str | None = None
+    feature_hash: str | None = None
+
+
+class Chosen:
+    """Some images of an array (N, H, W, C), as an array that is read only where it is looked at."""
+
+    def __init__(self, images, numbers):
+        self.images, self.numbers = images, numbers
+        self.shape, self.dtype = (len(numbers), *images.shape[1:]), images.dtype
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, which):
+        return self.images[self.numbers[which]]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.images[self.numbers], dtype)
+
+
+def as_images(found, name):
+    """Images of an array uint8 (N, H, W, C), or `found` itself where it is some. Else BadInput."""
+    if isinstance(found, Images | Statistics):
+        return found
+    if getattr(found, "dtype", None) != np.uint8 or found.ndim != 4:
+        held = f"{found.dtype} {found.shape}" if hasattr(found, "shape") else type(found).__name__
+        raise BadInput(f"{name} holds {held}; expected images uint8 (N, H, W, C)")
+    if not len(found):
+        raise BadInput(f"{name} holds no images")
+    return Images(name, found)
+
+
+def check_same_size(sides):
+    """Raise BadInput where two sides hold images of different (H, W, C): none is resized here."""
+    for side, other in itertools.pairwise(sides):
+        if side.images.shape[1:] != other.images.shape[1:]:
+            first, second = (f"{s.name} has {shape_text(s.images)}" for s in (side, other))
+            raise BadInput(f"{first}, {second} (HxWxC); make them alike: --size resizes data sets")
+
+
+# ---------------------------------------------------------------------------------- reading
+
+
+def split_name(name):
+    """'mnist:train' -> ('mnist', 'train'); the test split where none is named."""
+    source, _, split = name.rpartition(":")
+    return (source, split) if split in ("train", "test") and source else (name, "test")
+
+
+def load(name, split, cfg, classes=None):
+    """The data set `name` as cfg.data_root, cfg.size and cfg.classes, or `classes`, say."""
+    classes = split_list(cfg.classes) if classes is None else classes
+    return datasets.load(name, cfg.data_root, split=split, size=cfg.size or None, classes=classes)
+
+
+def read(name, cfg, n=0):
+    """Images or Statistics of `name`; with n > 0, n of its images, drawn by cfg.seed."""
+    if name.endswith((".npz", ".npy")):
+        found = read_file(name)
+    else:
+        source, split = split_name(name)
+        ds = load(source, split, cfg)
+        classes = (ds.labels, ds.class_names) if ds.class_names else (None, None)
+        found = Images(name, ds.images, *classes, key=ds.key, set_key=ds.key)
+    return draw(found, n, cfg.seed) if n and isinstance(found, Images) else found
+
+
+def draw(side, n, seed):
+    """n of the images of `side`, in the order of the file. Raises BadInput if there are fewer."""
+    numbers = drawn(n, len(side.images), seed, side.name)
+    return replace(
+        side,
+        images=Chosen(side.images, numbers),
+        labels=None if side.labels is None else side.labels[numbers],
+        key=side.key and f"{side.key}-{n}-{seed}",
+        statistics=None,
+    )
+
+
+def drawn(n, count, seed, name):
+    """The numbers (n,) of n of the `count` images of `name`, rising; of all for n = 0.
+
+    Drawn without replacement, each set of n with the same chance. BadInput if there are fewer.
+    """
+    if n > count:
+        raise BadInput(f"--n {n}: {name} has only {count} images")
+    return np.sort(np.random.default_rng(seed).permutation(count)[: n or None])
+
+
+def read_file(name):
+    """Images or Statistics of an .npz or .npy file; BadInput if it holds neither."""
+    try:
+        if name.endswith(".npy"):
+            arrays = {"arr_0": np.load(name, mmap_mode="r", allow_pickle=False)}
+        else:
+            arrays = _read_npz(name)
+        if not isinstance(arrays.get("arr_0", np.empty(0)), np.ndarray):
+            raise ValueError("it is no array")
+        facts = {k: arrays[k].item() for k in ("n", "protocol", "feature_hash") if k in arrays}
+        for key, kind in (("n", int), ("protocol", str), ("feature_hash", str)):
+            if key in facts and not isinstance(facts[key], kind):
+                raise ValueError(f"{key} is {facts[key]!r}")
+        if facts.get("n", 2) < 2:
+            raise ValueError(f"n is {facts['n']}")
+        if any(arrays[k].dtype.kind not in "fiu" for k in ("mu", "sigma") if k in arrays):
+            raise ValueError("mu and sigma are not real numbers")
+    except FileNotFoundError:
+        raise BadInput(f"{name}: no such file") from None
+    except BROKEN as error:
+        raise BadInput(f"{name} is not a readable {name[-4:]} file ({error})") from None
+    statistics = None
+    if "mu" in arrays and "sigma" in arrays:
+        statistics = Statistics(name, arrays["mu"], arrays["sigma"], **facts)
+        if "arr_0" not in arrays:
+            return statistics
+    images, labels = arrays.get("arr_0", np.empty(0)), arrays.get("arr_1")
+    good = images.dtype == np.uint8 and images.ndim == 4 and len(images)
+    if labels is not None:
+        good = good and labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+    if not good:
+        held = ", ".join(f"{key} {v.dtype} {v.shape}" for key, v in arrays.items()) or "nothing"
+        wanted = "expected arr_0 uint8 (N, H, W, C), arr_1 integers (N,) if any; or mu and sigma"
+        raise BadInput(f"{name} holds {held}; {wanted}")
+    return Images(name, images, labels, statistics=statistics)
+
+
+def _read_npz(name):
+    """{key: array} of an .npz file, arr_0 as a memory map."""
+    with np.load(name, allow_pickle=False) as archive:
+        arrays = {key: archive[key] for key in archive.files if key != "arr_0"}
+        if "arr_0" in archive.files:
+            arrays["arr_0"] = _mapped(name, archive.zip.getinfo("arr_0.npy"), archive.zip)
+    return arrays
+
+
+def _mapped(path, member, archive):
+    """The array in a member of a zip, mapped: in place, or unpacked to a file that has no name.
+
+    It is read once in any case: the zip checks its CRC at the end.
+    """
+    if member.compress_type == zipfile.ZIP_STORED:
+        with archive.open(member) as stream, open(os.devnull, "wb") as nowhere:
+            shutil.copyfileobj(stream, nowhere, 1 << 20)
+        file = open(path, "rb")  # noqa: SIM115 (the map keeps it open)
+        file.seek(member.header_offset + 26)
+        lengths = np.frombuffer(file.read(4), "<u2")  # of the name and the extra field that follow
+        file.seek(int(lengths.sum()), os.SEEK_CUR)
+    else:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 (gone when the map is)
+        with archive.open(member) as stream:
+            shutil.copyfileobj(stream, file, 1 << 20)
+        file.seek(0)
+    start, formats = file.tell(), np.lib.format
+    first = formats.read_magic(file) == (1, 0)
+    read = formats.read_array_header_1_0 if first else formats.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    if file.tell() - start + math.prod(shape) * dtype.itemsize != member.file_size:
+        raise ValueError(f"{member.filename} is not as long as its header says")
+    if not math.prod(shape):
+        return np.empty(shape, dtype)
+    order = "F" if fortran else "C"
+    return np.memmap(file, dtype, "r", offset=file.tell(), shape=shape, order=order)
+
+
+# ----------------------------------------------------------------------- what can be written
+
+
+def save_statistics(path, side, **more):
+    """Write Statistics as an .npz: mu and sigma, which pytorch-fid reads, and what they are of.
+
+    more: further arrays, such as ADM's mu_s, sigma_s and arr_0.
+    """
+    facts = {"n": side.n, "protocol": side.protocol, "feature_hash": side.feature_hash}
+    facts = {key: value for key, value in facts.items() if value is not None}
+    with atomic_write(path) as temporary:
+        np.savez(temporary, mu=side.mu, sigma=side.sigma, **more, **facts)
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+def checkpoint_settings(path):
+    """(script, settings) of a checkpoint that draws samples; BadInput for any other."""
+    state = load_checkpoint(path, mapped=True)
+    if state["script"] not in SAMPLERS or not state.get("config", {}).get("data"):
+        wanted = " or ".join(f"{name}.py" for name in SAMPLERS)
+        raise BadInput(f"{path} was written by {state['script']}, which draws no samples: {wanted}")
+    return state["script"], state["config"]
+
+
+def sampled(checkpoint, script, n, gpus, arguments=""):
+    """The samples.npz of n images that `script` draws from its checkpoint, made unless it is there.
+
+    arguments: more flags of the script, as one string. Several processes may ask; one draws, on
+    `gpus` GPUs. Raises BadInput where it fails.
+    """
+    checkpoint = Path(checkpoint)
+    stat = checkpoint.stat()
+    made_of = json.dumps([stat.st_size, stat.st_mtime_ns, n, arguments])
+    try:
+        arguments = shlex.split(arguments)
+    except ValueError as error:
+        raise BadInput(f"--sample-args {arguments}: {error}") from None
+    digest = hashlib.sha256(made_of.encode()).hexdigest()[:8]
+    folder = checkpoint.with_name(f"eval-{checkpoint.stem}-{digest}")
+    path = folder / "samples.npz"
+    command = [
+        sys.executable,
+        str(HERE / f"{script}.py"),
+        *arguments,
+        "--sample",
+        str(checkpoint),
+        "--n",
+        str(n),
+        "--out",
+        str(folder),
+        "--gpus",
+        str(gpus),
+    ]
+    with locked(checkpoint.with_name(f".{folder.name}.lock")):
+        if not path.exists() and run_alone(command, stdout=sys.stderr):
+            raise BadInput(f"no samples of {checkpoint}; the command was {shlex.join(command)}")
+    return path

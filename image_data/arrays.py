@@ -1,0 +1,167 @@
+"""Data sets that come as arrays: the drawn glyphs, MNIST's idx files, CIFAR-10's batches."""
+
+from runtime.commandline import BadInput
+
+import gzip
+import io
+import pickle
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from image_data import glyphs
+from image_data.source import Contents, Source, stamp
+
+
+def glyph_source(split):
+    def contents():
+        labels = glyphs.labels(glyphs.COUNTS[split])
+        return Contents(labels, glyphs.CLASS_NAMES, drawn=split)
+
+    return Source("drawn with Pillow's font", ["glyphs", glyphs.VERSION, split], contents)
+
+
+FASHION = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "boot",
+)
+
+
+def _idx_path(folder, stem):
+    for name in (stem + ".gz", stem, stem.replace("-idx", ".idx")):
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    return None
+
+
+def _read_idx(path, ndim):
+    """An idx file (LeCun's format): magic 0 0 8 ndim, big-endian sizes, bytes."""
+    try:
+        raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+        sizes = np.frombuffer(raw, ">i4", ndim, 4).astype(int)
+        if raw[:4] != bytes([0, 0, 8, ndim]):
+            raise ValueError(f"it does not start as an idx file of {ndim} dimensions does")
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(sizes)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise BadInput(f"{path} is not a whole idx file ({error}); replace it") from None
+
+
+def idx_source(folder, split, class_names=tuple("0123456789")):
+    """MNIST's four files, gzipped or not, or None if this split's are not in `folder`."""
+    part = "train" if split == "train" else "t10k"
+    paths = [_idx_path(folder, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+    if None in paths:
+        return None
+
+    def contents():
+        images, labels = _read_idx(paths[0], 3), _read_idx(paths[1], 1)
+        if len(images) != len(labels):
+            raise BadInput(f"{paths[0]} has {len(images)} images, {paths[1]} {len(labels)} labels")
+        if len(labels) and labels.max() >= len(class_names):
+            raise BadInput(f"{paths[1]} has the label {labels.max()}, expected 0 to 9")
+        return Contents(labels.astype(np.int64), class_names, arrays=images[..., None])
+
+    return Source(str(folder), stamp(*paths), contents)
+
+
+# What reading, unpacking and unpickling raise for files that are cut or overwritten.
+DAMAGED = (
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    zlib.error,
+    tarfile.TarError,
+    pickle.UnpicklingError,
+)
+CIFAR_NAMES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads CIFAR's pickles, which hold arrays and lists, and refuses to import anything else."""
+
+    ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype"})
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "numpy" and name in self.ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def cifar_source(folder, split):
+    """CIFAR-10's python or binary files, unpacked or still in their .tar.gz; None without them."""
+    folder = Path(folder)
+    python = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    for kind, names in (("py", python), ("bin", [f"{n}.bin" for n in python])):
+        unpacked = [f for f in (folder / f"cifar-10-batches-{kind}", folder) if _has(f, names)]
+        archives = [folder / f"cifar-10-{'python' if kind == 'py' else 'binary'}.tar.gz"]
+        if unpacked:
+            paths = [unpacked[0] / n for n in names]
+            read = lambda paths=paths: [p.read_bytes() for p in paths]  # noqa: E731
+        elif archives[0].is_file():
+            paths = archives
+            read = lambda path=archives[0], names=names: _tar_members(path, names)  # noqa: E731
+        else:
+            continue
+
+        def contents(read=read, kind=kind, where=paths[0].parent):
+            try:
+                parts = [(_cifar_python if kind == "py" else _cifar_binary)(raw) for raw in read()]
+            except DAMAGED as error:
+                raise BadInput(f"CIFAR-10 files in {where} are damaged ({error})") from None
+            images, labels = (np.concatenate(p) for p in zip(*parts, strict=True))
+            images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            return Contents(labels.astype(np.int64), CIFAR_NAMES, arrays=images)
+
+        return Source(str(folder), stamp(*paths), contents)
+    return None
+
+
+def _has(folder, names):
+    return all((folder / name).is_file() for name in names)
+
+
+def _tar_members(path, names):
+    with tarfile.open(path) as tar:
+        members = {Path(m.name).name: m for m in tar if m.isfile()}
+        return [tar.extractfile(members[name]).read() for name in names]
+
+
+def _cifar_python(raw):
+    batch = _PlainUnpickler(io.BytesIO(raw), encoding="bytes").load()
+    return _checked(np.asarray(batch[b"data"]), np.array(batch[b"labels"]))
+
+
+def _cifar_binary(raw):
+    rows = np.frombuffer(raw, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+    return _checked(rows[:, 1:], rows[:, 0])
+
+
+def _checked(rows, labels):
+    if rows.dtype != np.uint8 or rows.shape != (len(labels), 3 * 32 * 32) or labels.max() > 9:
+        raise ValueError("not rows of 3072 bytes and labels of 0 to 9")
+    return rows, labels

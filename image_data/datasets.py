@@ -1,0 +1,108 @@
+"""Every data set as one uint8 memory map (N,H,W,C), int64 labels, class names and a manifest.
+
+    ds = data.load("mnist")                                    downloaded and prepared once
+    idx = data.indices(len(ds), batch_size, seed, step)        which images step `step` sees
+    x, y = data.batch(ds, idx)                                 (B,C,H,W) in [-1,1], (B,)
+
+    python -m image_data cifar10 --size 64        prepares it and draws preview.png beside it
+
+Names: glyphs (drawn here, needs no file), mnist, fashion_mnist, cifar10, afhq, imagenet100, or a
+folder or zip of images. Where raw files are looked for is told in image_data/sources.py.
+"""
+
+from runtime.commandline import BadInput, split_list
+from runtime.files import locked
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from image_data import sources
+from image_data.prepare import PROTOCOL, prepare
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared split. images uint8 (N,H,W,C), read from disk as needed; labels int64 (N,)."""
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray  # zeros where there are no classes
+    class_names: tuple[str, ...]  # () where there are no classes
+    manifest: dict
+
+    def __len__(self):
+        return len(self.images)
+
+    height = property(lambda self: self.images.shape[1])
+    width = property(lambda self: self.images.shape[2])
+    channels = property(lambda self: self.images.shape[3])
+    num_classes = property(lambda self: len(self.class_names))
+    key = property(lambda self: self.manifest["key"], doc="names the pixels and labels themselves")
+
+
+# --------------------------------------------------------------------------------------- loading
+
+
+def load(name, root="data", *, split="train", size=None, classes=(), workers=None):
+    """The prepared data set; prepares it first, in parallel, if that was not done before.
+
+    name     see above; a folder may also hold the raw files of MNIST, CIFAR-10 or ImageNet-100
+    root     where named sets are looked for or downloaded (root/name) and prepared sets are kept
+    split    'train' or 'test' (a folder's test, val or valid; without one, the same images)
+    size     shorter side resized to this, centre cropped; None keeps the size, if there is one
+    classes  names or numbers of the classes to keep, renumbered from 0; empty keeps all
+    workers  processes that prepare, by default one per core
+
+    Raises BadInput for an unknown name, class or split, missing or broken files, images of mixed
+    sizes without `size`, and a full disk; nothing half-prepared stays.
+    """
+    if split not in ("train", "test"):
+        raise BadInput(f"split {split}: there are train and test")
+    if size is not None and size < 1:
+        raise BadInput(f"--size {size} must be at least 1")
+    classes = split_list(classes) if isinstance(classes, str) else list(classes)
+    source = sources.find(str(name), root, split)
+    wanted = json.dumps([source.stamp, split, size, classes, PROTOCOL])
+    digest = hashlib.sha256(wanted.encode()).hexdigest()[:10]
+    path = Path(name).resolve()
+    name = path.stem if path.is_file() else path.name
+    folder = Path(root) / f"{name}-{split}-{size or 'native'}-{digest}"
+    if not (folder / "manifest.json").exists():
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            if not (folder / "manifest.json").exists():  # another process may have been faster
+                prepare(source, folder, split, size, classes, workers or _cores(), name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return Dataset(
+        name,
+        np.load(folder / "images.npy", mmap_mode="r"),
+        np.load(folder / "labels.npy"),
+        tuple(manifest["class_names"]),
+        manifest | {"folder": str(folder)},
+    )
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def held_out(name, root, shape, class_names, *, size=0, classes=""):
+    """The test split of a data set, for a network of images `shape` (C,H,W): (Dataset, known).
+
+    known: whether its classes are the network's `class_names`, so that its labels mean something
+    there. Raises BadInput where no data set is named or its images are of another shape.
+    """
+    if not name:
+        raise BadInput("this network does not say what it was trained on; type --data NAME")
+    ds = load(name, root, split="test", size=size or None, classes=split_list(classes))
+    found = (ds.channels, ds.height, ds.width)
+    if found != tuple(shape):
+        raise BadInput(
+            f"--data {ds.name}: images {found}, but the network takes {tuple(shape)}; "
+            "choose the data it was trained on"
+        )
+    return ds, list(ds.class_names) == list(class_names)

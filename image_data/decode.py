@@ -1,0 +1,154 @@
+"""From image files of any kind to uint8 arrays of one size; what worker processes run."""
+
+from runtime.commandline import BadInput
+
+import functools
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+EXTENSIONS = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".bmp",
+        ".gif",
+        ".webp",
+        ".avif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".tga",
+        ".jp2",
+    ]
+)
+DEEP_MODES = frozenset(["I", "I;16", "I;16B", "I;16L", "I;16N"])  # 16-bit gray
+GRAY_MODES = DEEP_MODES | {"1", "L", "LA"}
+ALPHA_MODES = frozenset(["RGBA", "RGBa", "LA", "PA"])
+UPRIGHT = {  # what turns an image stored in EXIF orientation 2...8 upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def archive(path):
+    """The zip at `path`, kept open. Not shared with a parent process, whose file position it would
+    move, nor with an earlier file of that name."""
+    return _archive(path, os.getpid(), os.stat(path).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _archive(path, process, mtime):
+    return zipfile.ZipFile(path)
+
+
+def _file(container, item):
+    """A file to read: `item` is a path below the folder `container`, or a zip's entry."""
+    if os.path.isdir(container):
+        return open(Path(container) / item, "rb")
+    return archive(container).open(item)
+
+
+def _broken(container, item, error):
+    why = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+    return BadInput(f"{container}/{item} is not a readable image ({why}); repair or remove it")
+
+
+def _orientation(image):
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF: the picture itself may be whole
+        return 1
+
+
+def inspect(container, items, turned=True):
+    """[(width, height, is gray)] of image files, mostly from their headers.
+
+    turned: after EXIF rotation, for which a PNG and a TIFF have to be read to their end.
+    """
+    found = []
+    for item in items:
+        try:
+            with _file(container, item) as file, Image.open(file) as image:
+                if turned and image.format == "TIFF":
+                    image.load()  # Pillow turns these itself while it reads them
+                sideways = turned and _orientation(image) in (5, 6, 7, 8)
+                w, h = image.size[::-1] if sideways else image.size
+                found.append((w, h, image.mode in GRAY_MODES))
+        except Exception as error:
+            raise _broken(container, item, error) from None
+    return found
+
+
+def resize(image, size):
+    """Shorter side to `size` (Lanczos, antialiased), then the central size x size pixels."""
+    w, h = image.size
+    scale = size / min(w, h)
+    w, h = max(size, round(w * scale)), max(size, round(h * scale))
+    if image.size != (w, h):
+        image = image.resize((w, h), Image.Resampling.LANCZOS)
+    left, top = (w - size) // 2, (h - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_array(image, size, channels):
+    """A PIL image of any mode -> uint8 (H, W, channels).
+
+    EXIF rotation is applied, 16-bit values keep their high byte, transparency lies on white, of an
+    animation the first picture counts. Raises ValueError for values without a fixed range.
+    """
+    image.load()
+    orientation = _orientation(image)
+    if image.mode == "F":
+        raise ValueError("floating-point values have no fixed range; save it as 8 or 16 bit")
+    if image.mode in DEEP_MODES:
+        deep = np.asarray(image).astype(np.int64)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise ValueError("its values exceed 16 bits")
+        image = Image.fromarray((deep >> 8).astype(np.uint8))
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+    if size:
+        image = resize(image, size)
+    array = np.asarray(image)
+    return array[:, :, None] if channels == 1 else array
+
+
+def decode(container, items, size, channels):
+    """Image files -> uint8 (len(items), H, W, channels); BadInput names the one that is broken."""
+    arrays = []
+    for item in items:
+        try:
+            with _file(container, item) as file:
+                whole = io.BytesIO(file.read())  # to its end, where a zip checks its CRC
+            arrays.append(to_array(Image.open(whole), size, channels))
+        except Exception as error:
+            raise _broken(container, item, error) from None
+    return np.stack(arrays)
+
+
+def resize_arrays(arrays, size):
+    """uint8 (n, h, w, C) -> (n, size, size, C), as resize() does it; size None keeps them."""
+    if size is None or arrays.shape[1:3] == (size, size):
+        return np.ascontiguousarray(arrays)
+    pictures = (Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays)
+    return np.stack([to_array(picture, size, arrays.shape[3]) for picture in pictures])

@@ -1,0 +1,225 @@
+"""From raw images to the folder that data.load() maps: images.npy, labels.npy, manifest.json."""
+
+from runtime.commandline import BadInput, parse_classes
+from runtime.processes import progress
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+
+import numpy as np
+import PIL
+
+from image_data import decode, glyphs
+
+PROTOCOL = "shorter side to size with Lanczos, centre crop; 16-bit high byte; alpha on white; v1"
+CHUNK = 128  # images a worker prepares at a time, fewer where they would exceed CHUNK_BYTES
+CHUNK_BYTES = 8 << 20
+
+
+def prepare(source, folder, split, size, classes, workers, name):
+    """Make `folder` from a Source, whole or not at all; only one process may do so at a time.
+
+    Memory stays bounded however large the set is: at most two chunks a worker are on their way.
+    Raises BadInput for broken or mixed images, a worker that was killed, and a full disk.
+    """
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a preparation that was killed
+    try:
+        with _unwound_by_sigterm():
+            temporary.mkdir()
+            manifest = _write_all(source, temporary, split, size, classes, workers, name)
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            for path in [*temporary.iterdir(), temporary]:
+                _fsync(path)
+            shutil.rmtree(folder, ignore_errors=True)  # without a manifest: not ours to keep
+            os.replace(temporary, folder)
+    except BrokenProcessPool:
+        raise BadInput(
+            f"a process that prepared {name} was killed, perhaps for lack of memory: "
+            "free some and type the same again"
+        ) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BadInput(
+                f"no space left in {folder.parent} for {name}: free some or change --data-root"
+            ) from None
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_all(source, folder, split, size, classes, workers, name):
+    """images.npy and labels.npy in `folder`; returns the manifest."""
+    contents = source.contents()
+    keep, labels, class_names = _choose(contents, classes)
+    if contents.arrays is not None and size is None:
+        workers = 1  # there is nothing to compute
+    with _pool(min(workers, -(-len(keep) // CHUNK))) as run:
+        shape = _shape(run, contents, keep, size)
+        rows_a_job = max(1, min(CHUNK, CHUNK_BYTES // int(np.prod(shape[1:]))))
+        parts = run(_jobs(contents, keep, rows_a_job, size, shape[3]))
+        with progress(len(keep), f"preparing {name} {split}") as bar:
+            content = _write_images(folder / "images.npy", parts, shape, labels, bar)
+    np.save(folder / "labels.npy", labels)
+    manifest = {
+        "name": name,
+        "split": split,
+        "source": source.origin,
+        "stamp": source.stamp,
+        "count": len(keep),
+        "shape": list(shape[1:]),
+        "protocol": PROTOCOL,
+        "size": size,
+        "class_names": list(class_names),
+        "key": content[:12],
+        "made_with": f"pillow {PIL.__version__}, numpy {np.__version__}",
+    }
+    return manifest | ({"note": contents.note} if contents.note else {})
+
+
+def _choose(contents, classes):
+    """(rows to keep, their labels, class names) for the asked-for classes, or for all."""
+    if not classes:
+        return np.arange(len(contents.labels)), contents.labels, contents.class_names
+    chosen = parse_classes(classes, contents.class_names, contents.aliases)
+    chosen = list(dict.fromkeys(chosen))  # a class named twice is still one class
+    new = np.full(len(contents.class_names), -1)
+    new[chosen] = np.arange(len(chosen))
+    keep = np.flatnonzero(new[contents.labels] >= 0)
+    if len(keep) == 0:
+        raise BadInput(f"--classes {','.join(classes)}: no image of this split has them")
+    return keep, new[contents.labels[keep]], tuple(contents.class_names[c] for c in chosen)
+
+
+def _shape(run, contents, keep, size):
+    """(N,H,W,C) of what will be prepared; C is 1 if all images are gray. BadInput if sizes mix."""
+    if contents.drawn:
+        found = [(glyphs.SIZE, glyphs.SIZE, True)]
+    elif contents.arrays is not None:
+        h, w, c = contents.arrays.shape[1:]
+        found = [(w, h, c == 1)]
+    else:
+        items = [contents.items[i] for i in keep]
+        starts = range(0, len(items), CHUNK)
+        jobs = (
+            (decode.inspect, contents.container, items[i : i + CHUNK], size is None) for i in starts
+        )
+        found = [row for part in run(jobs) for row in part]
+    channels = 1 if all(gray for _, _, gray in found) else 3
+    if size:
+        return len(keep), size, size, channels
+    for i, (w, h, _) in enumerate(found):
+        if (w, h) != found[0][:2]:
+            first = "x".join(map(str, found[0][:2]))
+            raise BadInput(
+                f"{contents.container} mixes sizes: {contents.items[keep[0]]} is {first}, "
+                f"{contents.items[keep[i]]} is {w}x{h}; type --size to resize, such as --size 64"
+            )
+    return len(keep), found[0][1], found[0][0], channels
+
+
+def _jobs(contents, keep, rows_a_job, size, channels):
+    """(function, *arguments) that make some images after the other; no more than these need."""
+    for start in range(0, len(keep), rows_a_job):
+        rows = keep[start : start + rows_a_job]
+        if contents.drawn:
+            yield _draw, contents.drawn, rows, size
+        elif contents.arrays is not None:
+            yield decode.resize_arrays, contents.arrays[rows], size
+        else:
+            items = [contents.items[i] for i in rows]
+            yield decode.decode, contents.container, items, size, channels
+
+
+def _draw(split, rows, size):
+    return decode.resize_arrays(glyphs.draw(split, rows), size)
+
+
+def _write_images(path, parts, shape, labels, bar):
+    """Write uint8 parts (n,H,W,C) as one .npy of `shape`; returns labels' and pixels' SHA-256."""
+    if shutil.disk_usage(path.parent).free < np.prod(shape, dtype=np.int64):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    content = hashlib.sha256(labels.tobytes())
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with open(path, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, header)
+        for part in parts:
+            f.write(part.data)
+            content.update(part.data)
+            bar.update(len(part))
+    return content.hexdigest()
+
+
+def _fsync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --------------------------------------------------------------------------------- many processes
+
+
+@contextmanager
+def _pool(workers):
+    """A function that yields the results of jobs (function, *arguments), in their order.
+
+    They run in worker processes, a bounded number ahead.
+    """
+    if workers <= 1:
+        yield lambda jobs: (fn(*arguments) for fn, *arguments in jobs)
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
+
+        def run(jobs):
+            waiting = deque()
+            for job in jobs:
+                waiting.append(pool.submit(*job))
+                if len(waiting) >= 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+        try:
+            yield run
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _start_worker():
+    """Leave Ctrl-C to the parent, end with it, and do not keep its handler of SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@contextmanager
+def _unwound_by_sigterm():
+    """Inside, SIGTERM ends the program the way Ctrl-C does, so that nothing half-written stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -1,0 +1,353 @@
+"""The U-Net of chapter 1, in the two forms that its papers publish.
+
+Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239), appendix B:
+style "ddpm".
+Nichol, Dhariwal, "Improved DDPM", 2021 (arXiv:2102.09672), section 3 and appendix A, and
+Dhariwal, Nichol, "Diffusion Models Beat GANs", 2021 (arXiv:2105.05233), section 3: style "adm".
+
+On the way down, the image is halved from level to level; on the way up, doubled again. Every
+output on the way down is kept, and joined to the input of one layer on the way up.
+
+Each layer is a residual block that sees the timestep and, at some image heights, self-attention
+after it. The two styles do the same but for four details:
+
+                         ddpm                                   adm
+    timestep embedding   sines, cosines; i / (half - 1)         cosines, sines; i / half
+    halving convolution  zeros below and to the right           zeros all around
+    GroupNorm epsilon    1e-6                                   1e-5
+    used with            one attention head, adds embedding     head_channels=64, scale_shift,
+                                                                updown, learned_variance
+
+networks/published/unet.py reads and writes the weights that others publish for either style.
+"""
+
+from runtime.commandline import BadInput
+
+import inspect
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels import attention, group_norm_silu
+
+
+def timestep_embedding(t, width, style="ddpm"):
+    """(B,) timesteps -> (B,width) sines and cosines of t times 1, ..., 10000^-(i / last), ...
+
+    Vaswani et al. 2017 (arXiv:1706.03762), section 3.5, with all sines together. In float32, in
+    the published order of operations: at t = 1000 a frequency's last bit is a phase of 6e-5.
+    """
+    half = width // 2
+    last = max(half - 1, 1) if style == "ddpm" else half
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * i / last)  # (B,width/2)
+    parts = [angles.sin(), angles.cos()]
+    return torch.cat(parts if style == "ddpm" else parts[::-1], dim=1)
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm, an optional scale and shift (B,C), and with silu the SiLU: in one operation."""
+
+    def __init__(self, groups, channels, eps=1e-5, silu=True):
+        super().__init__(groups, channels, eps)
+        self.silu = silu
+
+    def forward(self, x, scale=None, shift=None):
+        return group_norm_silu(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            scale=scale,
+            shift=shift,
+            silu=self.silu,
+        )
+
+
+def zero(layer):
+    """Start a layer at zero: the residual branch that it ends at first adds nothing."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def halve(x):
+    """(B,C,H,W) -> (B,C,H/2,W/2), means of 2x2 pixels."""
+    return F.avg_pool2d(x, 2)
+
+
+def double(x):
+    """(B,C,H,W) -> (B,C,2H,2W), every pixel four times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Downsample(nn.Conv2d):
+    """(B,C,H,W) -> (B,C,H/2,W/2): a convolution of stride 2."""
+
+    def __init__(self, channels, style):
+        super().__init__(channels, channels, 3, stride=2, padding=0 if style == "ddpm" else 1)
+
+    def forward(self, x):
+        # What TensorFlow calls "SAME" pads an even size by nothing before and by one after.
+        return super().forward(x if self.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """(B,C,H,W) -> (B,C,2H,2W): every pixel four times, then a convolution."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return super().forward(double(x))
+
+
+class ResBlock(nn.Module):
+    """x (B,c_in,H,W), emb (B,c_emb) after its SiLU -> (B,c_out,H,W).
+
+    The embedding is added before the second norm, or, with scale_shift, scales and shifts what
+    that norm gives (ADM eq. 1). resample (halve, double or None) changes the size on both
+    branches, before the first convolution (BigGAN, arXiv:1809.11096, figure 15).
+    """
+
+    def __init__(
+        self, c_in, c_out, c_emb, *, groups, eps=1e-6, dropout=0.0, scale_shift=False, resample=None
+    ):
+        super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
+        self.norm1, self.conv1 = Norm(groups, c_in, eps), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, 2 * c_out if scale_shift else c_out)
+        self.norm2, self.drop = Norm(groups, c_out, eps), nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.norm1(x)
+        if self.resample:
+            h, x = self.resample(h), self.resample(x)  # (B,c_in,H/2,W/2) or (B,c_in,2H,2W)
+        h, emb = self.conv1(h), self.emb(emb)  # (B,c_out,H,W), (B,c_out) or (B,2*c_out)
+        # A convolution's output is needed by nothing else, its own gradient included: add in place.
+        if self.scale_shift:
+            h = self.norm2(h, *emb.chunk(2, dim=1))
+        else:
+            h = self.norm2(h.add_(emb[:, :, None, None]))
+        return self.conv2(self.drop(h)).add_(self.skip(x))
+
+
+def pointwise(linear, x):
+    """A linear layer at every position: (B,C_in,H,W) -> (B,C_out,H,W).
+
+    As a convolution of size 1, because on CPUs its library is up to twice as fast as that of
+    matrix products.
+    """
+    return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
+
+
+class SelfAttention(nn.Module):
+    """Every position (B,C,H,W) attends to all of its image; the heads split the channels."""
+
+    def __init__(self, channels, heads, groups, eps):
+        super().__init__()
+        self.heads, self.norm = heads, Norm(groups, channels, eps, silu=False)
+        self.qkv, self.proj = nn.Linear(channels, 3 * channels), zero(nn.Linear(channels, channels))
+
+    def forward(self, x):
+        qkv = pointwise(self.qkv, self.norm(x))  # (B,3C,H,W)
+        # Views of channels_last memory: three times (B,heads,HW,C/heads).
+        q, k, v = rearrange(qkv, "b (k n d) h w -> k b n (h w) d", k=3, n=self.heads)
+        out = rearrange(attention(q, k, v), "b n (h w) d -> b (n d) h w", h=x.shape[2])  # (B,C,H,W)
+        return pointwise(self.proj, out).add_(x)
+
+
+class Layer(nn.ModuleList):
+    """Parts in a row; only residual blocks see the embedding. skip is joined to the channels."""
+
+    def forward(self, h, emb, skip=None):
+        if skip is not None:
+            h = torch.cat([h, skip], dim=1)  # (B,C+C_skip,H,W)
+        for part in self:
+            h = part(h, emb) if isinstance(part, ResBlock) else part(h)
+        return h
+
+
+def norm_groups(width, channels, groups=0):
+    """GroupNorm groups of a network of this width whose levels have these channels.
+
+    0 chooses: a quarter of width and at most 32, or the largest divisor of width below that.
+    BadInput for groups that do not divide, or of one channel: such a norm would subtract from a
+    channel what the timestep just added to it.
+    """
+    if not groups:
+        groups = max(1, min(32, width // 4))
+        while any(c % groups for c in channels):
+            groups -= 1
+    elif any(c % groups or c == groups for c in channels):
+        raise BadInput(
+            f"{groups} norm groups must divide the channels {sorted(set(channels))} into two or "
+            "more each: type --groups 0 to have them chosen"
+        )
+    return groups
+
+
+class UNet(nn.Module):
+    """net(x, t, y=None) -> (B,C,H,W), or (B,2C,H,W) with learned_variance.
+
+    x (B,C,H,W) in [-1,1] plus noise, t (B,) int timesteps from 0, y (B,) int labels or None;
+    the label num_classes means "no label", and so does None. H and W must halve len(mult)-1 times.
+
+    shape (C,H,W); num_classes 0 is a network without labels.
+    width            channels of the timestep embedding, and with mult of every level
+    mult             channels of each level in units of width; each level but the last is halved
+    blocks           residual blocks of a level on the way down; one more on the way up
+    attention        image heights at which every residual block is followed by self-attention
+    heads            attention heads, or with head_channels > 0 the channels of each head
+    style            "ddpm" or "adm", see above
+    scale_shift      the embedding scales and shifts (ADM) instead of being added (DDPM)
+    updown           sizes change in residual blocks (ADM) instead of convolutions (DDPM)
+    learned_variance the second C channels are v, about -1 ... 1: log beta_tilde ... log beta
+                     (IDDPM eq. 15)
+    groups           of every GroupNorm, 0 chooses (norm_groups); 32 in the published networks
+    checkpointing    in training, keep only the layers' inputs and compute the rest again
+    BadInput for settings that do not fit each other. net.settings holds all but the last.
+    """
+
+    def __init__(
+        self,
+        shape,
+        num_classes,
+        *,
+        width,
+        mult,
+        blocks,
+        attention,
+        heads=1,
+        head_channels=0,
+        dropout=0.0,
+        style="ddpm",
+        scale_shift=False,
+        updown=False,
+        learned_variance=False,
+        groups=0,
+        checkpointing=False,
+    ):
+        super().__init__()
+        (channels, height, _), c_emb = shape, 4 * width
+        levels = [round(width * m) for m in mult]
+        check(width, levels, heads, head_channels, style)
+        groups, eps = norm_groups(width, levels, groups), 1e-6 if style == "ddpm" else 1e-5
+        self.width, self.style, self.checkpointing = width, style, checkpointing
+        self.settings = dict(
+            width=width,
+            mult=tuple(mult),
+            blocks=blocks,
+            attention=tuple(attention),
+            heads=heads,
+            head_channels=head_channels,
+            dropout=dropout,
+            style=style,
+            scale_shift=scale_shift,
+            updown=updown,
+            learned_variance=learned_variance,
+            groups=groups,
+        )
+        self.time = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.label = nn.Embedding(num_classes + 1, c_emb) if num_classes else None
+
+        def block(c_in, c_out, resample=None):
+            return ResBlock(
+                c_in,
+                c_out,
+                c_emb,
+                groups=groups,
+                eps=eps,
+                dropout=dropout,
+                scale_shift=scale_shift,
+                resample=resample,
+            )
+
+        def attend(c):
+            return SelfAttention(c, c // head_channels if head_channels else heads, groups, eps)
+
+        c, skips = levels[0], [levels[0]]
+        self.conv_in = nn.Conv2d(channels, c, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, c_out in enumerate(levels):
+            for _ in range(blocks):
+                parts = [attend(c_out)] if height in attention else []
+                self.down.append(Layer([block(c, c_out), *parts]))
+                c = c_out
+                skips.append(c)
+            if level < len(levels) - 1:
+                self.down.append(Layer([block(c, c, halve) if updown else Downsample(c, style)]))
+                height //= 2
+                skips.append(c)
+        self.middle = Layer([block(c, c), attend(c), block(c, c)])
+        self.up = nn.ModuleList()
+        for level, c_out in reversed(list(enumerate(levels))):
+            for i in range(blocks + 1):
+                parts = [attend(c_out)] if height in attention else []
+                if level > 0 and i == blocks:
+                    parts.append(block(c_out, c_out, double) if updown else Upsample(c_out))
+                    height *= 2
+                self.up.append(Layer([block(c + skips.pop(), c_out), *parts]))
+                c = c_out
+        self.norm_out = Norm(groups, c, eps)
+        self.conv_out = zero(
+            nn.Conv2d(c, 2 * channels if learned_variance else channels, 3, padding=1)
+        )
+
+    def forward(self, x, t, y=None):
+        emb = self.time(timestep_embedding(t, self.width, self.style).to(x.dtype))  # (B,4*width)
+        if self.label is not None:
+            if y is None:
+                y = torch.full_like(t, self.label.num_embeddings - 1, dtype=torch.int64)
+            emb = emb + self.label(y)
+        emb = F.silu(emb)  # every residual block begins with it
+
+        def run(layer, *inputs):
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                return checkpoint(layer, *inputs, use_reentrant=False)
+            return layer(*inputs)
+
+        h = self.conv_in(x)  # (B,C0,H,W)
+        skips = [h]
+        for layer in self.down:
+            h = run(layer, h, emb)
+            skips.append(h)
+        h = run(self.middle, h, emb)  # (B,C_last,H/2^k,W/2^k), k = len(mult) - 1
+        for layer in self.up:
+            h = run(layer, h, emb, skips.pop())
+        return self.conv_out(self.norm_out(h))  # (B,C,H,W) or (B,2C,H,W)
+
+
+def check(width, levels, heads, head_channels, style):
+    """BadInput for a width, channels of levels, heads or a style that make no network."""
+    if style not in ("ddpm", "adm"):
+        raise BadInput(f'--style {style!r} is not known: type "ddpm" or "adm"')
+    if width % 2:
+        raise BadInput(f"--width {width} must be even: half sines, half cosines")
+    name, parts = ("--head-channels", head_channels) if head_channels else ("--heads", heads)
+    if any(c % parts for c in levels):
+        raise BadInput(f"{name} {parts} must divide the channels {sorted(set(levels))}")
+
+
+def make_net(cfg, shape, num_classes):
+    """The UNet that the settings `cfg` (attributes named as UNet's) describe, in channels_last.
+
+    BadInput for images of shape (C,H,W) that it cannot halve, with sizes that it can.
+    """
+    factor = 2 ** (len(cfg.mult) - 1)
+    if shape[1] % factor or shape[2] % factor:
+        near = max(factor, round(min(shape[1:]) / factor) * factor)
+        raise BadInput(
+            f"images of {shape[1]}x{shape[2]} cannot be halved {len(cfg.mult) - 1} times; "
+            f"sizes must be multiples of {factor}: type --size {near}"
+        )
+    names = list(inspect.signature(UNet).parameters)[2:]
+    net = UNet(shape, num_classes, **{name: getattr(cfg, name) for name in names})
+    return net.to(memory_format=torch.channels_last)

@@ -1,0 +1,264 @@
+"""The files of autoencoders that others published, read as plain tensors: nothing is executed.
+
+    a folder of diffusers       config.json and weights of AutoencoderKL or AutoencoderTiny; of a
+                                whole pipeline its vae/ is taken
+    a file of the LDM code      .ckpt, .pt or .safetensors with encoder.down.0.block.0...; of a
+                                whole Stable Diffusion checkpoint its first_stage_model is taken
+    the pair of files of TAESD  ..._encoder and ..._decoder, .pth or .safetensors: their folder, or
+                                either of them
+
+All are returned in the names of the code that the papers published, which kl_autoencoder.py's
+modules carry.
+"""
+
+from runtime.commandline import BadInput
+
+import re
+from pathlib import Path
+
+import torch
+
+from networks.published.files import WEIGHTS, read_json, read_weights
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+HALF = re.compile("(?<!auto)encoder|decoder")
+
+# AutoencoderKL's names -> the LDM code's; both the present names of attention and those of 2022.
+RENAMED = (
+    (r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block."),
+    (r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample."),
+    (r"\.up_blocks\.(\d+)\.resnets\.", r".up.\1.block."),
+    (r"\.up_blocks\.(\d+)\.upsamplers\.0\.", r".up.\1.upsample."),
+    (r"\.mid_block\.resnets\.0\.", r".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", r".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.", r".mid.attn_1."),
+    (r"\.attn_1\.group_norm\.", r".attn_1.norm."),
+    (r"\.attn_1\.(?:to_q|query)\.", r".attn_1.q."),
+    (r"\.attn_1\.(?:to_k|key)\.", r".attn_1.k."),
+    (r"\.attn_1\.(?:to_v|value)\.", r".attn_1.v."),
+    (r"\.attn_1\.(?:to_out\.0|proj_attn)\.", r".attn_1.proj_out."),
+    (r"\.conv_shortcut\.", r".nin_shortcut."),
+    (r"\.conv_norm_out\.", r".norm_out."),
+)
+
+# Settings of a config.json that have no counterpart here, and the values that mean "not used".
+FIXED = {
+    "kl": {
+        "act_fn": ("silu", "swish"),
+        "mid_block_add_attention": (True,),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    },
+    "tiny": {
+        "act_fn": ("relu",),
+        "upsample_fn": ("nearest",),
+        "upsampling_scaling_factor": (2,),
+    },
+}
+CLASSES = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny"}
+
+
+def read_autoencoder(path):
+    """A published autoencoder: (settings, state, facts).
+
+    path      a folder or a file, as above
+    settings  keywords of vae.KLVAE or vae.TinyAutoencoder, read off names, shapes and config.json
+    state     its state_dict, float32
+    facts     dict(kind "kl" or "tiny", source, scaling, shift), as vae.load_pretrained has it
+    BadInput for what is missing, damaged, half a pair, or another network.
+    """
+    path = Path(path)
+    files, config = find_autoencoder(path)
+    config = read_json(config) if config else {}
+    state = {}
+    for file, half in files:
+        found = read_weights(file, inside=("state_dict",))
+        state.update({half + name: value for name, value in found.items()})
+    state, scale = autoencoder_part(state)
+    kind = which(state, path)
+    check_config(config, kind, path)
+    state = tiny_names(state) if kind == "tiny" else ldm_names(state)
+    state = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
+    try:
+        settings = tiny_settings(state) if kind == "tiny" else kl_settings(state, config)
+    except (KeyError, IndexError) as error:
+        raise BadInput(
+            f"{path} lacks tensors of an autoencoder, first {error.args[0]} (as the papers' code "
+            "names it): expected the whole file of encoder and decoder"
+        ) from None
+    scaling, shift = published_scaling(kind, config, scale)
+    return settings, state, dict(kind=kind, source=str(path), scaling=scaling, shift=shift)
+
+
+# ---------------------------------------------------------------------------------------- the files
+
+
+def find_autoencoder(path):
+    """([(weight file, prefix of its names)], config.json or None) of what the user named."""
+    if path.is_file():
+        if not HALF.search(path.name):
+            return [(path, "")], _config(path.parent)
+        return _pair(path), None
+    if not path.is_dir():
+        raise BadInput(f"{path}: no such file or folder: name an autoencoder's")
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    half_precision = [name.replace(".", ".fp16.", 1) for name in WEIGHTS]
+    for name in (*WEIGHTS, *half_precision):
+        if (folder / name).is_file():
+            return [(folder / name, "")], _config(folder)
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    encoders = [file for file in files if HALF.sub("decoder", file.name) != file.name]
+    if len(encoders) == 1:
+        return _pair(encoders[0]), None
+    if len(files) == 1 and not HALF.search(files[0].name):
+        return [(files[0], "")], _config(folder)
+    if not files or not encoders:
+        raise BadInput(
+            f"{folder} holds no autoencoder: expected {WEIGHTS[0]}, or the two files of a tiny "
+            "autoencoder, ..._encoder.pth and ..._decoder.pth"
+        )
+    raise BadInput(
+        f"{folder} holds {len(encoders)} encoders: name the file of one, such as {encoders[0]}"
+    )
+
+
+def _config(folder):
+    config = folder / "config.json"
+    return config if config.is_file() else None
+
+
+def _pair(file):
+    """Both files of a tiny autoencoder, given either."""
+    files = []
+    for half in ("encoder", "decoder"):
+        name = HALF.sub(half, file.name)
+        if not file.with_name(name).is_file():
+            raise BadInput(f"{file} is half of a tiny autoencoder: {name} is not beside it")
+        files.append((file.with_name(name), half + "."))
+    return files
+
+
+# ------------------------------------------------------------------------------------- the networks
+
+
+def autoencoder_part(state):
+    """(the autoencoder's tensors, LDM's scale_factor or None) of a whole checkpoint or its own."""
+    scale, prefix = state.get("scale_factor"), "first_stage_model."
+    if any(name.startswith(prefix) for name in state):
+        state = {n[len(prefix) :]: value for n, value in state.items() if n.startswith(prefix)}
+    else:  # beside an autoencoder, what LDM trained it with: discriminator and averaged weights
+        state = {n: v for n, v in state.items() if not n.startswith(("loss.", "model_ema."))}
+    return state, scale
+
+
+def which(state, path):
+    """ "kl" or "tiny"; BadInput for the tensors of anything else."""
+    if "quantize.embedding.weight" in state:
+        raise BadInput(f"{path} has a codebook (a VQ autoencoder): only those with a KL are read")
+    if any(re.match(r"(encoder|decoder)\.(layers\.)?\d+\.", name) for name in state):
+        return "tiny"
+    if any(re.match(r"(encoder\.down|decoder\.up)(_blocks)?\.\d+\.", name) for name in state):
+        return "kl"
+    found = f"the first of its {len(state)} tensors is {min(state)}" if state else "it is empty"
+    raise BadInput(
+        f"{path} holds no autoencoder: {found}; expected encoder... and decoder... as in "
+        "diffusers' AutoencoderKL, in the LDM code, or in TAESD's pair of files"
+    )
+
+
+def check_config(config, kind, path):
+    """BadInput for a config.json of another network, or a setting without a counterpart here."""
+    name = config.get("_class_name")
+    if name and CLASSES.get(name) != kind:
+        raise BadInput(f"{path}: config.json is of {name}: expected {' or '.join(CLASSES)}")
+    for setting in ("norm_num_groups", "scaling_factor", "shift_factor"):
+        if not isinstance(config.get(setting), int | float | None):
+            raise BadInput(f"{path}: {setting} {config[setting]!r} is no number")
+    for setting, values in FIXED[kind].items():
+        if setting in config and config[setting] not in values:
+            raise BadInput(
+                f"{path}: {setting} {config[setting]!r} is not supported, only {values[0]!r} is"
+            )
+
+
+def tiny_names(state):
+    """AutoencoderTiny's names -> TAESD's, where the decoder's first layer is the clamp."""
+    names = {}
+    for name, value in state.items():
+        match = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)", name)
+        if match:
+            half, i, rest = match.groups()
+            name = f"{half}.{int(i) + (half == 'decoder')}.{rest}"
+        names[name] = value
+    return names
+
+
+def ldm_names(state):
+    """AutoencoderKL's names -> the LDM code's. Its levels of the decoder count the other way."""
+    ups = [re.match(r"decoder\.up_blocks\.(\d+)\.", name) for name in state]
+    last = max((int(match[1]) for match in ups if match), default=0)
+    names = {}
+    for name, value in state.items():
+        name = re.sub(r"\.up_blocks\.(\d+)", lambda m: f".up_blocks.{last - int(m[1])}", name)
+        for pattern, ours in RENAMED:
+            name = re.sub(pattern, ours, name)
+        # Its attention is of linear layers: (c_out, c_in) for a convolution's (c_out, c_in, 1, 1).
+        linear = value.ndim == 2 and ".attn_1." in name
+        names[name] = value[:, :, None, None] if linear else value
+    return names
+
+
+def tiny_settings(state):
+    """Keywords of vae.TinyAutoencoder. A level ends at a convolution that is in no block."""
+    layers, first = {}, state["encoder.0.weight"]
+    for name in state:
+        match = re.match(r"encoder\.(\d+)\.(conv\.)?", name)
+        if match:
+            layers[int(match[1])] = bool(match[2]) or layers.get(int(match[1]), False)
+    blocks = [0]
+    for i in range(1, max(layers)):
+        if layers.get(i):
+            blocks[-1] += 1
+        else:
+            blocks.append(0)
+    return dict(
+        z_channels=len(state[f"encoder.{max(layers)}.weight"]),
+        channels=first.shape[1],
+        width=first.shape[0],
+        blocks=tuple(blocks),
+        pooled=any(".pool." in name for name in state),
+    )
+
+
+def kl_settings(state, config):
+    """Keywords of vae.KLVAE. The groups are not seen in a tensor: config.json's, or 32."""
+    first, conv = state["encoder.conv_in.weight"], "encoder.down.{}.block.{}.conv1.weight"
+    levels, blocks = [], 1
+    while conv.format(len(levels), 0) in state:
+        levels.append(len(state[conv.format(len(levels), 0)]))
+    while conv.format(0, blocks) in state:
+        blocks += 1
+    if not levels:
+        raise KeyError(conv.format(0, 0))
+    return dict(
+        channels=first.shape[1],
+        width=first.shape[0],
+        blocks=blocks,
+        mult=tuple(c / first.shape[0] for c in levels),
+        z_channels=state["decoder.conv_in.weight"].shape[1],
+        groups=config.get("norm_num_groups") or 32,
+        quant="quant_conv.weight" in state,
+    )
+
+
+def published_scaling(kind, config, scale):
+    """(scaling, shift), or (None, None) where nothing tells them.
+
+    A config.json that leaves them out means the class's defaults, Stable Diffusion's 0.18215.
+    """
+    if config:
+        default = 1.0 if kind == "tiny" else 0.18215
+        return config.get("scaling_factor") or default, config.get("shift_factor") or 0.0
+    if kind == "tiny":
+        return 1.0, 0.0  # distilled to latents that were scaled before
+    return (float(scale), 0.0) if scale is not None else (None, None)

@@ -1,0 +1,177 @@
+"""The files of published networks: weights, and the schedule in a scheduler_config.json."""
+
+from runtime.commandline import BadInput
+from runtime.files import atomic_write
+from runtime.training import load_mapped
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+VARIANCES = {
+    "fixed_small": "small",
+    "fixed_large": "large",
+    "learned_range": "learned",
+    "fixed_small_log": "small",
+    "fixed_large_log": "large",
+}
+
+
+def find_files(path):
+    """(weights, config.json or None, scheduler_config.json or None) of what the user named."""
+    if path.is_file():
+        config = path.with_name("config.json")
+        return path, config if config.exists() else None, None
+    if not path.is_dir():
+        raise BadInput(f"{path}: no such file or folder")
+    net = path / "unet" if (path / "unet").is_dir() else path
+    weights = find_weights(net)
+    # Pipelines saved before 2023 keep the scheduler's settings beside the network's.
+    schedulers = [path / "scheduler" / "scheduler_config.json", path / "scheduler_config.json"]
+    scheduler = next((file for file in schedulers if file.is_file()), None)
+    return weights, net / "config.json" if (net / "config.json").exists() else None, scheduler
+
+
+def find_weights(folder):
+    """The file of weights in a folder of diffusers; BadInput where there is none."""
+    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise BadInput(f"{folder} holds no weights: expected {' or '.join(WEIGHTS)} in it")
+    return found
+
+
+def read_weights(path, inside=(), allowed=()):
+    """The state_dict in a file: {name: tensor}, on the CPU, as it is there.
+
+    path     .safetensors, or what torch.save wrote, whatever its name ends in
+    inside   names under which it may lie among other things, such as "state_dict"; the first of
+             them that holds a dictionary is taken, else the whole
+    allowed  classes that may lie beside tensors, such as argparse.Namespace
+
+    Tensors are mapped: of a checkpoint of gigabytes only what is used is read. Nothing in a file is
+    ever executed. BadInput, naming the file, where it is missing, torn, or holds anything else.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file or folder")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else load_mapped(path, allowed)
+    except SafetensorError as error:
+        raise BadInput(f"{path} is no safetensors file, or a torn one: {error}") from None
+    except Exception as error:  # a torn pickle makes torch.load raise nearly anything
+        raise BadInput(
+            f"{path} is no file of plain tensors, or a torn one: {_reason(error)}; expected "
+            ".safetensors, or a file saved without Python objects"
+        ) from None
+    if isinstance(state, dict):
+        state = next((state[key] for key in inside if isinstance(state.get(key), dict)), state)
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
+        raise BadInput(f"{path} is not a state_dict: expected names and tensors and nothing else")
+    return state
+
+
+def _reason(error):
+    """What torch.load found, as one line; the first line of its own says how to run the file."""
+    told = str(error).partition("WeightsUnpickler error: ")[2].strip() or str(error).strip()
+    return told.splitlines()[0].partition(". ")[0] if told else type(error).__name__
+
+
+def read_json(path):
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} must hold settings by name, got a {type(value).__name__}")
+    return value
+
+
+def write_json(path, value):
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def scheduler_config(facts, learned):
+    """DDPMScheduler's settings for a schedule of ours."""
+    alpha_bar = facts["alpha_bar"].double()
+    betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    variance = "learned" if learned else facts.get("variance", "small")
+    names = {ours: theirs for theirs, ours in reversed(VARIANCES.items())}
+    predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    threshold = facts.get("threshold", "clamp")
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": len(betas),
+        "trained_betas": betas.tolist(),
+        "_schedule": facts.get("schedule", "other"),
+        "_alpha_min": facts.get("alpha_min", 0.001),
+        "prediction_type": predictions[facts.get("prediction", "eps")],
+        "variance_type": names[variance],
+        "clip_sample": threshold == "clamp",
+        "clip_sample_range": 1.0,
+        "thresholding": threshold == "dynamic",
+        "dynamic_thresholding_ratio": 0.995,
+        "sample_max_value": 1e4,
+    }
+
+
+def _betas(config, path):
+    """beta_t float64 (T,) of a scheduler's settings, and our name of the schedule."""
+    T, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if config.get("trained_betas") is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+        return betas, config.get("_schedule", "other")
+    if kind == "linear":
+        ours = math.isclose(start * T, 0.1) and math.isclose(end * T, 20)
+        betas = torch.linspace(start, end, T, dtype=torch.float64)
+        return betas, "linear" if ours else "other"
+    if kind == "squaredcos_cap_v2":  # IDDPM eq. 17
+        t = torch.arange(T + 1, dtype=torch.float64) / T
+        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - f[1:] / f[:-1]).clamp(max=0.999), "cosine"
+    raise BadInput(f"{path}: beta_schedule {kind!r} is not supported")
+
+
+def read_schedule(path):
+    """facts of load_published; BadInput for a schedule, prediction or variance unknown here."""
+    config = read_json(path)
+    prediction = config.get("prediction_type", "epsilon")
+    variance = config.get("variance_type", "fixed_small")
+    try:
+        betas, name = _betas(config, path)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{path} holds no schedule that can be read: {error}") from None
+    if config.get("rescale_betas_zero_snr"):
+        raise BadInput(f"{path}: rescale_betas_zero_snr is not supported")
+    if prediction not in PREDICTIONS:
+        raise BadInput(f"{path}: prediction_type {prediction!r} is not supported")
+    if variance not in VARIANCES:
+        raise BadInput(f"{path}: variance_type {variance!r} is not supported")
+    return dict(
+        alpha_bar=(1 - betas).cumprod(0),
+        timesteps=len(betas),
+        schedule=name,
+        alpha_min=config.get("_alpha_min", 0.001),
+        prediction=PREDICTIONS[prediction],
+        variance=VARIANCES[variance],
+    )
+
+
+def is_published(path):
+    """Whether `path` is for load_published: a folder, .safetensors, or .pt in OpenAI's names."""
+    path = Path(path)
+    if path.is_dir() or path.suffix in (".safetensors", ".bin"):
+        return True
+    try:
+        state = load_mapped(path)
+    except Exception:  # missing or damaged: what reads our own checkpoints says so
+        return False
+    return isinstance(state, dict) and "input_blocks.0.0.weight" in state

@@ -1,0 +1,356 @@
+"""Networks that others published, read and written: diffusers' UNet2DModel, OpenAI's .pt files.
+
+    load_published("google-ddpm-cifar10-32")     a folder of diffusers, whole pipeline or U-Net
+    load_published("cifar10_uncond_50M_500K.pt")  of improved-diffusion or guided-diffusion
+    save_diffusers(folder, net.settings, ...)     DDPMPipeline.from_pretrained(folder) reads it
+
+Weights are read as plain tensors only: nothing in such a file is ever executed.
+"""
+
+from runtime.commandline import BadInput
+from runtime.files import atomic_write
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from networks.published.files import (
+    WEIGHTS,
+    find_files,
+    is_published,
+    read_json,
+    read_schedule,
+    read_weights,
+    scheduler_config,
+    write_json,
+)
+from networks.published.unet_names import (
+    Structure,
+    from_published,
+    structure,
+    to_diffusers,
+    with_present_names,
+)
+
+# How UNet2DModel spells the two styles of networks/adm_unet.py.
+STYLES = {
+    "ddpm": dict(flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, downsample_padding=0),
+    "adm": dict(flip_sin_to_cos=True, freq_shift=0, norm_eps=1e-5, downsample_padding=1),
+}
+# What UNet2DModel takes for a setting that config.json leaves out.
+DEFAULTS = dict(STYLES["adm"], attention_head_dim=8, norm_num_groups=32, dropout=0.0)
+# Settings of UNet2DModel that have no counterpart here, and the values that mean "not used".
+FIXED = {
+    "center_input_sample": (False,),
+    "time_embedding_type": ("positional",),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_scale_factor": (1,),
+    "act_fn": ("silu", "swish"),
+    "add_attention": (True,),
+    "class_embed_type": (None,),
+}
+BLOCK_TYPES = (
+    "DownBlock2D",
+    "AttnDownBlock2D",
+    "ResnetDownsampleBlock2D",
+    "UpBlock2D",
+    "AttnUpBlock2D",
+    "ResnetUpsampleBlock2D",
+)
+
+# Image sizes of the published networks, by their levels: DDPM, improved and guided diffusion.
+SIZES = {
+    (1, 2, 2, 2): 32,
+    (1, 2, 3, 4): 64,
+    (1, 1, 2, 3, 4): 128,
+    (1, 1, 2, 2, 4, 4): 256,
+    (0.5, 1, 1, 2, 2, 4, 4): 512,
+}
+
+
+def load_published(
+    path,
+    *,
+    size=None,
+    style=None,
+    heads=None,
+    head_channels=None,
+    groups=None,
+    dropout=None,
+    new_order=None,
+    null_label=None,
+):
+    """A published network: dict(settings, shape, num_classes, state, facts, null_label).
+
+    path     a diffusers folder (of a UNet2DModel, or of a pipeline with unet/ and scheduler/), one
+             .safetensors or .bin in its names (config.json beside it is read), or OpenAI's .pt
+    settings keywords of unet.UNet; shape (C,H,W); state its float32 state_dict
+    facts    what the folder's scheduler tells, {} if there is none: alpha_bar float64 (T,),
+             timesteps, schedule ("linear", "cosine" or "other"), prediction ("eps", "x0", "v"),
+             variance ("small", "large", "learned")
+    null_label  False if the network never learned a "no label": that row of its embedding is zero,
+             and guidance with it means nothing
+
+    The architecture comes from names and shapes of the tensors. They do not tell the keywords; a
+    keyword that is given wins over config.json, and without either the published value is taken:
+    size     height, or (height, width): by the levels, such as 32 for mult (1, 2, 2, 2)
+    style    "ddpm" for UNet2DModel's names, "adm" for OpenAI's
+    heads    1 for UNet2DModel's names. OpenAI's: with updown head_channels 64, but 4 heads at 128
+             pixels (guided-diffusion); else 4 heads with scale_shift, 1 without (improved)
+    groups   32.     dropout  0
+    new_order   OpenAI's use_new_attention_order: true for updown at 64 pixels only
+    null_label  true for folders of save_diffusers: that the last row of labels means "no label"
+    improved-diffusion trained T = 4000 with rescale_timesteps: call net(x, t * 1000 / 4000).
+
+    BadInput, with the first names, for tensors or settings that are not those of such a network.
+    """
+    path = Path(path)
+    weights, config, scheduler = find_files(path)
+    state = with_present_names(read_weights(weights))
+    layout, s = structure(state, weights)
+    told = published_defaults(layout, s)
+    if config and layout == "diffusers":
+        told.update(_of_config(read_json(config), s, config))
+    if heads and not head_channels:
+        told["head_channels"] = 0
+    given = dict(
+        size=size,
+        style=style,
+        heads=heads,
+        head_channels=head_channels,
+        groups=groups,
+        dropout=dropout,
+        new_order=new_order,
+        null_label=null_label,
+    )
+    told.update({name: value for name, value in given.items() if value is not None})
+    height, width = _image_size(told["size"], s, weights)
+    if s.out not in (s.channels, 2 * s.channels):
+        raise BadInput(
+            f"{weights} makes {s.out} channels of {s.channels}: "
+            "only as many, or twice as many with learned variance, can be sampled from"
+        )
+
+    ours = from_published(state, layout, s, weights)
+    if layout == "openai" and not told["new_order"]:
+        _split_heads_last(ours, told["heads"], told["head_channels"], weights)
+    if s.labels and not told["null_label"]:
+        label = ours["label.weight"]
+        ours["label.weight"] = torch.cat([label, label.new_zeros(1, label.shape[1])])
+    settings = dict(
+        width=s.width,
+        mult=_mult(s),
+        blocks=s.blocks,
+        attention=tuple(height >> i for i in s.attention),
+        scale_shift=s.scale_shift,
+        updown=s.updown,
+        learned_variance=s.out != s.channels,
+        **{name: told[name] for name in ("heads", "head_channels", "dropout", "style", "groups")},
+    )
+    return dict(
+        settings=settings,
+        shape=(s.channels, height, width),
+        num_classes=max(s.labels - bool(told["null_label"]), 0),
+        state=ours,
+        facts=read_schedule(scheduler) if scheduler else {},
+        null_label=bool(told["null_label"]),
+    )
+
+
+def check_guidance(net, guidance, path):
+    """Raise BadInput for guidance with a network that never learned to do without a label."""
+    if guidance and net.label is not None and not net.without_label:
+        raise BadInput(f"{path} never learned to do without a label; leave out --guidance")
+
+
+def as_checkpoint(path):
+    """A published network in the form of our checkpoints: dict(config, shape, class_names, ema).
+
+    None where `path` is no published network. config holds what the files tell of the network and
+    its schedule; where there is no scheduler, Ho et al.'s: linear, T = 1000, eps. "alpha_bar" is
+    the scheduler's own table, or None.
+    """
+    if not is_published(path):
+        return None
+    found = load_published(path)
+    facts, learned = found["facts"], found["settings"]["learned_variance"]
+    if facts.get("schedule") == "other":
+        raise BadInput(f"{path}: its noise schedule is neither linear, cosine nor sigmoid")
+    if not facts:
+        facts = dict(timesteps=1000, schedule="linear", prediction="eps", variance="auto")
+        print(
+            f"{path} has no scheduler: taken as linear, T = 1000, predicting eps. For another type "
+            "python ddpm_pixel.py --export it with --schedule, --timesteps, --prediction, --out",
+            file=sys.stderr,
+        )
+    facts = facts | ({"variance": "auto"} if learned else {})
+    alpha_bar = facts.pop("alpha_bar", None)
+    return dict(
+        config={"data": "", **found["settings"], **facts, "conditional": found["num_classes"] > 0},
+        shape=found["shape"],
+        class_names=[str(i) for i in range(found["num_classes"])],
+        ema=found["state"],
+        alpha_bar=alpha_bar,
+        null_label=found["null_label"],
+    )
+
+
+def save_diffusers(folder, settings, state, shape, num_classes, facts):
+    """Write a network as a diffusers pipeline: unet/, scheduler/, model_index.json.
+
+    settings   of the network, as net.settings has them (groups a number, not 0)
+    facts      dict(alpha_bar float64 (T,), prediction "eps", "x0" or "v", variance "small" or
+               "large", which a network with learned variance overrules, schedule: its name)
+    DDPMPipeline.from_pretrained(folder) samples it if it has no labels (that pipeline knows none);
+    UNet2DModel.from_pretrained(folder, subfolder="unet") reads all, num_classes meaning "no label".
+    BadInput for what UNet2DModel cannot express; ValueError for a state of other settings.
+    """
+    height, mult = shape[1], settings["mult"]
+    levels = tuple(round(settings["width"] * m) for m in mult)
+    attention = tuple(i for i in range(len(mult)) if height >> i in settings["attention"])
+    if levels[0] != settings["width"]:
+        raise BadInput(
+            f"UNet2DModel cannot express a first level of {levels[0]} channels beside "
+            f"--width {settings['width']}: it takes one for the other"
+        )
+    head = settings["head_channels"] or None
+    if not head and settings["heads"] > 1:
+        heads = {levels[i] // settings["heads"] for i in (*attention, -1)}
+        if len(heads) > 1:
+            raise BadInput(
+                f"UNet2DModel cannot express {settings['heads']} heads at levels of different "
+                f"channels {levels}: it has one number of channels per head, --head-channels"
+            )
+        (head,) = heads
+    outputs = shape[0] * (1 + settings["learned_variance"])
+    scale_shift, updown, labels = settings["scale_shift"], settings["updown"], num_classes + 1
+    s = Structure(
+        settings["width"],
+        levels,
+        settings["blocks"],
+        attention,
+        scale_shift,
+        updown,
+        shape[0],
+        outputs,
+        labels if num_classes else 0,
+    )
+    down, up = ("ResnetDownsample", "ResnetUpsample") if updown else ("Down", "Up")
+    here = range(len(levels))
+    config = {
+        "_class_name": "UNet2DModel",
+        "sample_size": list(shape[1:]),
+        "in_channels": shape[0],
+        "out_channels": outputs,
+        "time_embedding_type": "positional",
+        "down_block_types": [f"{'AttnDown' if i in attention else down}Block2D" for i in here],
+        "up_block_types": [f"{'AttnUp' if i in attention else up}Block2D" for i in here][::-1],
+        "block_out_channels": levels,
+        "layers_per_block": settings["blocks"],
+        "downsample_type": "resnet" if updown else "conv",
+        "upsample_type": "resnet" if updown else "conv",
+        "dropout": settings["dropout"],
+        "act_fn": "silu",
+        "attention_head_dim": head,
+        "norm_num_groups": settings["groups"],
+        "attn_norm_num_groups": settings["groups"],
+        "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
+        "num_class_embeds": labels if num_classes else None,
+        "_null_label": bool(num_classes),
+        **STYLES[settings["style"]],
+    }
+    folder = Path(folder)
+    with atomic_write(folder / "unet" / WEIGHTS[0]) as temporary:
+        weights = {name: value.cpu() for name, value in to_diffusers(state, s).items()}
+        save_file(weights, temporary, metadata={"format": "pt"})
+    write_json(folder / "unet" / "config.json", config)
+    scheduler = scheduler_config(facts, settings["learned_variance"])
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index = {
+        name: ["diffusers", config["_class_name"]]
+        for name, config in (("scheduler", scheduler), ("unet", config))
+    }
+    write_json(folder / "model_index.json", {"_class_name": "DDPMPipeline", **index})
+
+
+# --------------------------------------------------------------------------------------- settings
+
+
+def _mult(s):
+    """Channels of the levels in units of width, whole numbers where they are."""
+    return tuple(c // s.width if c % s.width == 0 else c / s.width for c in s.levels)
+
+
+def _image_size(size, s, path):
+    """(height, width); BadInput if unknown, or if the levels cannot halve it."""
+    if not size:
+        raise BadInput(f"{path} does not tell its image size: give size, such as size=32")
+    height, width = (size, size) if isinstance(size, int) else size
+    factor = 2 ** (len(s.levels) - 1)
+    if height % factor or width % factor:
+        raise BadInput(f"{path}: images of {height}x{width} cannot be halved to {factor} parts")
+    return height, width
+
+
+def published_defaults(layout, s):
+    """What names and shapes do not tell, as it was in the published networks."""
+    told = dict(size=SIZES.get(_mult(s)), groups=32, dropout=0.0, heads=1, head_channels=0)
+    told.update(style="ddpm", new_order=True, null_label=False)
+    if layout == "openai":
+        told.update(style="adm", new_order=s.updown and told["size"] == 64)
+        if s.updown and told["size"] != 128:
+            told.update(head_channels=64)
+        elif s.updown or s.scale_shift:
+            told.update(heads=4)
+    return told
+
+
+def _of_config(config, s, path):
+    """The same from a config.json; BadInput names a setting that has no counterpart here."""
+    allowed = dict(
+        FIXED,
+        time_embedding_dim=(None, 4 * s.width),
+        block_out_channels=(list(s.levels),),
+        attn_norm_num_groups=(None, config.get("norm_num_groups", 32)),
+    )
+    for name, values in allowed.items():
+        if name in config and config[name] not in values:
+            raise BadInput(
+                f"{path}: {name} {config[name]!r} is not supported, only {values[0]!r} is"
+            )
+    for kind in (*config.get("down_block_types", ()), *config.get("up_block_types", ())):
+        if kind.removeprefix("UNetRes") not in BLOCK_TYPES:
+            raise BadInput(f"{path}: blocks of type {kind} are not supported")
+    config = {**DEFAULTS, **config}
+    halves = len(s.levels) > 1 and not s.updown  # else no convolution to pad
+    marks = [name for name in DEFAULTS if name in STYLES["adm"]]
+    marks = [name for name in marks if halves or name != "downsample_padding"]
+    style = [k for k, v in STYLES.items() if all(config[name] == v[name] for name in marks)]
+    if not style:
+        found = ", ".join(f"{name} {config[name]}" for name in marks)
+        raise BadInput(f"{path}: {found}: neither style ddpm nor style adm has these together")
+    size = config.get("sample_size")
+    return dict(
+        style=style[0],
+        groups=config["norm_num_groups"],
+        dropout=config["dropout"],
+        heads=1,
+        head_channels=config["attention_head_dim"] or 0,
+        null_label=config.get("_null_label", False),
+        **({"size": size if isinstance(size, int) else tuple(size)} if size else {}),
+    )
+
+
+def _split_heads_last(state, heads, head_channels, path):
+    """OpenAI's first order of qkv's channels, (head, q k v, channel), to ours: q k v first."""
+    for name, value in state.items():
+        if ".qkv." in name:
+            channels = len(value) // 3
+            n = channels // head_channels if head_channels else heads
+            if channels % (head_channels or heads):
+                wrong = f"head_channels {head_channels}" if head_channels else f"heads {heads}"
+                raise BadInput(f"{path}: {wrong} does not divide the {channels} channels of {name}")
+            parts = value.unflatten(0, (n, 3, channels // n))  # (heads,3,channels,...)
+            state[name] = parts.transpose(0, 1).flatten(0, 2).contiguous()

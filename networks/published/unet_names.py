@@ -1,0 +1,244 @@
+"""What the tensors of a U-Net are called: here, in diffusers' UNet2DModel, in OpenAI's code.
+
+All three are the same network; two rows of names and a shape per tensor say everything.
+It is written from the state_dict of diffusers' UNet2DModel and of UNetModel in OpenAI's
+improved-diffusion and guided-diffusion.
+"""
+
+from runtime.commandline import BadInput
+
+import re
+from typing import NamedTuple
+
+import torch
+
+BLOCK = (  # of a residual block: ours, UNet2DModel's, OpenAI's
+    ("norm1", "norm1", "in_layers.0"),
+    ("conv1", "conv1", "in_layers.2"),
+    ("emb", "time_emb_proj", "emb_layers.1"),
+    ("norm2", "norm2", "out_layers.0"),
+    ("conv2", "conv2", "out_layers.3"),
+    ("skip", "conv_shortcut", "skip_connection"),
+)
+ATTENTION = (
+    ("norm", "group_norm", "norm"),
+    ("qkv", ("to_q", "to_k", "to_v"), "qkv"),
+    ("proj", "to_out.0", "proj_out"),
+)
+ENDS = (
+    ("time.0", "time_embedding.linear_1", "time_embed.0"),
+    ("time.2", "time_embedding.linear_2", "time_embed.2"),
+    ("conv_in", "conv_in", "input_blocks.0.0"),
+    ("norm_out", "conv_norm_out", "out.0"),
+    ("conv_out", "conv_out", "out.2"),
+)
+EARLIER = (  # what UNet2DModel once called the parts of its attention
+    (".query.", ".to_q."),
+    (".key.", ".to_k."),
+    (".value.", ".to_v."),
+    (".proj_attn.", ".to_out.0."),
+)
+
+
+class Structure(NamedTuple):
+    """What names and shapes of tensors tell of a network."""
+
+    width: int  # of the timestep embedding
+    levels: tuple[int, ...]  # channels of each
+    blocks: int
+    attention: tuple[int, ...]  # the levels that attend
+    scale_shift: bool
+    updown: bool
+    channels: int  # of its input
+    out: int  # channels of its output
+    labels: int  # rows of the label embedding, 0 for none
+
+
+class Row(NamedTuple):
+    """A tensor of ours, and the tensors that it is made of (joined along their first axis)."""
+
+    ours: str
+    diffusers: tuple[str, ...]
+    openai: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+def modules(s):
+    """(kind, our name, UNet2DModel's, OpenAI's, channels in, channels out) of every part."""
+    per, c, skips = s.blocks + 1, s.levels[0], [s.levels[0]]
+    for level, c_out in enumerate(s.levels):
+        theirs = f"down_blocks.{level}"
+        for r in range(s.blocks):
+            n = level * per + r
+            at = f"input_blocks.{n + 1}"
+            yield "block", f"down.{n}.0", f"{theirs}.resnets.{r}", f"{at}.0", c, c_out
+            if level in s.attention:
+                name = f"{theirs}.attentions.{r}"
+                yield "attention", f"down.{n}.1", name, f"{at}.1", c_out, c_out
+            c = c_out
+            skips.append(c)
+        if level < len(s.levels) - 1:
+            n, kind = level * per + s.blocks, "block" if s.updown else "op"
+            at = f"input_blocks.{n + 1}.0"
+            yield kind, f"down.{n}.0", f"{theirs}.downsamplers.0", at, c, c
+            skips.append(c)
+    yield "block", "middle.0", "mid_block.resnets.0", "middle_block.0", c, c
+    yield "attention", "middle.1", "mid_block.attentions.0", "middle_block.1", c, c
+    yield "block", "middle.2", "mid_block.resnets.1", "middle_block.2", c, c
+    for i, level in enumerate(reversed(range(len(s.levels)))):
+        theirs, c_out = f"up_blocks.{i}", s.levels[level]
+        for r in range(per):
+            n = i * per + r
+            at, c_in = f"output_blocks.{n}", c + skips.pop()
+            yield "block", f"up.{n}.0", f"{theirs}.resnets.{r}", f"{at}.0", c_in, c_out
+            if level in s.attention:
+                name = f"{theirs}.attentions.{r}"
+                yield "attention", f"up.{n}.1", name, f"{at}.1", c_out, c_out
+            c = c_out
+        if level > 0:
+            j, kind = 2 if level in s.attention else 1, "block" if s.updown else "conv"
+            yield kind, f"up.{n}.{j}", f"{theirs}.upsamplers.0", f"{at}.{j}", c, c
+
+
+def rows(s):
+    """A Row for every tensor of a network of this Structure."""
+    c_emb = 4 * s.width
+    shapes = {
+        "time.0": (c_emb, s.width),
+        "time.2": (c_emb, c_emb),
+        "conv_in": (s.levels[0], s.channels, 3, 3),
+        "norm_out": (s.levels[0],),
+        "conv_out": (s.out, s.levels[0], 3, 3),
+    }
+    for ours, diffusers, openai in ENDS:
+        yield from _weight_and_bias(ours, diffusers, openai, shapes[ours])
+    if s.labels:
+        label = ("class_embedding.weight",), ("label_emb.weight",)
+        yield Row("label.weight", *label, (s.labels, c_emb))
+    for kind, ours, diffusers, openai, c_in, c in modules(s):
+        if kind == "block":
+            shapes = {
+                "norm1": (c_in,),
+                "conv1": (c, c_in, 3, 3),
+                "emb": (c * (1 + s.scale_shift), c_emb),
+                "norm2": (c,),
+                "conv2": (c, c, 3, 3),
+                "skip": (c, c_in, 1, 1),
+            }
+            parts = BLOCK if c_in != c else BLOCK[:-1]
+        elif kind == "attention":
+            shapes = {"norm": (c,), "qkv": (3 * c, c), "proj": (c, c)}
+            parts = ATTENTION
+        else:  # a convolution that halves or doubles; here it is the part itself
+            yield from _weight_and_bias(ours, f"{diffusers}.conv", f"{openai}.{kind}", (c, c, 3, 3))
+            continue
+        for a, b, d in parts:
+            names = f"{diffusers}.{b}" if isinstance(b, str) else [f"{diffusers}.{q}" for q in b]
+            yield from _weight_and_bias(f"{ours}.{a}", names, f"{openai}.{d}", shapes[a])
+
+
+def _weight_and_bias(ours, diffusers, openai, shape):
+    diffusers = [diffusers] if isinstance(diffusers, str) else diffusers
+    for kind, size in (("weight", shape), ("bias", shape[:1])):
+        theirs = tuple(f"{name}.{kind}" for name in diffusers)
+        yield Row(f"{ours}.{kind}", theirs, (f"{openai}.{kind}",), size)
+
+
+def structure(state, path):
+    """("diffusers" or "openai", Structure) of a state_dict; BadInput if it is neither's U-Net."""
+
+    def size(key, axis):
+        if key not in state or state[key].ndim <= axis:
+            raise BadInput(f"{path} is no U-Net of the published kinds: it has no {key}")
+        return state[key].shape[axis]
+
+    def count(pattern):
+        return len({m.group(1) for m in map(re.compile(pattern).match, state) if m})
+
+    levels = count(r"down_blocks\.(\d+)\.")
+    if levels:
+        layout, ends = "diffusers", {ours: name for ours, name, _ in ENDS}
+        blocks = count(r"down_blocks\.0\.resnets\.(\d+)\.")
+        first = [f"down_blocks.{i}.resnets.0" for i in range(levels)]
+        attends = [f"down_blocks.{i}.attentions.0.to_q.weight" for i in range(levels)]
+        updown = "down_blocks.0.downsamplers.0.conv1.weight" in state
+        conv, emb, label = "conv1", "time_emb_proj", "class_embedding.weight"
+    else:
+        layout, ends = "openai", {ours: name for ours, _, name in ENDS}
+        # Each level but the last built ends by doubling: by a second residual block or by conv.
+        doubling = r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers\.2)\.weight"
+        levels = count(doubling) + 1
+        blocks = count(r"output_blocks\.(\d+)\.") // levels - 1
+        at = [f"input_blocks.{i * (blocks + 1) + 1}" for i in range(levels)]
+        first, attends = [f"{name}.0" for name in at], [f"{name}.1.qkv.weight" for name in at]
+        updown = any(re.match(r"output_blocks\.\d+\.[12]\.in_layers", key) for key in state)
+        conv, emb, label = "in_layers.2", "emb_layers.1", "label_emb.weight"
+    channels = tuple(size(f"{name}.{conv}.weight", 0) for name in first)
+    return layout, Structure(
+        width=size(f"{ends['time.0']}.weight", 1),
+        levels=channels,
+        blocks=blocks,
+        attention=tuple(i for i, key in enumerate(attends) if key in state),
+        scale_shift=size(f"{first[0]}.{emb}.weight", 0) == 2 * channels[0],
+        updown=updown,
+        channels=size(f"{ends['conv_in']}.weight", 1),
+        out=size(f"{ends['conv_out']}.weight", 0),
+        labels=len(state[label]) if label in state else 0,
+    )
+
+
+def check_keys(state, wanted, path):
+    """BadInput, naming some, where the state_dict from `path` lacks keys or has others."""
+    lacking = [key for key in wanted if key not in state]
+    if lacking:
+        raise BadInput(f"{path} lacks tensors of a U-Net like it: {_first(lacking)}")
+    unknown = sorted(state.keys() - set(wanted))
+    if unknown:
+        raise BadInput(f"{path} has tensors that this U-Net has no place for: {_first(unknown)}")
+
+
+def from_published(state, layout, s, path):
+    """Our state_dict of a published one, float32; BadInput names keys that do not fit."""
+    table = list(rows(s))
+    check_keys(state, [key for row in table for key in getattr(row, layout)], path)
+    ours = {}
+    for row in table:
+        parts = [state[key].float() for key in getattr(row, layout)]
+        # OpenAI's attention has convolutions of length 1: (c_out, c_in, 1) for our (c_out, c_in).
+        value = torch.cat([p[..., 0] if p.ndim == 3 else p for p in parts])
+        if value.shape != row.shape:
+            raise BadInput(
+                f"{path}: {getattr(row, layout)[0]} is {tuple(parts[0].shape)}, "
+                f"expected {(row.shape[0] // len(parts), *row.shape[1:])}"
+            )
+        ours[row.ours] = value
+    return ours
+
+
+def to_diffusers(state, s):
+    """UNet2DModel's state_dict of ours, float32; ValueError for a state of another network."""
+    theirs, table = {}, list(rows(s))
+    if {row.ours: row.shape for row in table} != {k: tuple(v.shape) for k, v in state.items()}:
+        raise ValueError("the weights are not those of a network with these settings")
+    for row in table:
+        parts = state[row.ours].detach().float().chunk(len(row.diffusers))
+        for key, part in zip(row.diffusers, parts, strict=True):
+            theirs[key] = part.clone(memory_format=torch.contiguous_format)
+    return theirs
+
+
+def with_present_names(state):
+    """The state_dict with UNet2DModel's earlier names of attention replaced by today's."""
+
+    def renamed(key):
+        if ".attentions." in key:
+            for old, new in EARLIER:
+                key = key.replace(old, new)
+        return key
+
+    return {renamed(key): value for key, value in state.items()}
+
+
+def _first(keys, n=3):
+    more = f" and {len(keys) - n} more" if len(keys) > n else ""
+    return ", ".join(keys[:n]) + more

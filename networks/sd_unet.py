@@ -1,0 +1,318 @@
+"""The U-Net of latent diffusion, as Stable Diffusion 1 and 2 have it.
+
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022
+(arXiv:2112.10752), section 3.3 and appendix E.2.1: LDM below.
+
+Chapter 1's U-Net in style "adm", with the timestep added, and with one new part: where that has
+self-attention, this has a transformer, whose positions look at each other and then at a context y,
+tokens that say what to draw:
+
+    Q = W_Q x,   K = W_K y,   V = W_V y,   softmax(Q K' / sqrt(d)) V            LDM section 3.3
+
+The context is the text, as any encoder gives it, or a single token: the embedding of a class
+(LDM's network for ImageNet). A softmax over one token is 1, whatever W_Q and W_K are. The class
+then adds the same vector at all positions, and W_Q and W_K learn only from longer contexts.
+
+networks/published/sd_unet.py reads the weights that others published for this network.
+"""
+
+from runtime.commandline import BadInput
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels import attention as attend
+from networks.adm_unet import Norm, timestep_embedding, zero
+
+
+class ResBlock(nn.Module):
+    """x (B,c_in,h,w), emb (B,c_emb) after its SiLU -> (B,c_out,h,w)."""
+
+    def __init__(self, c_in, c_out, c_emb, groups):
+        super().__init__()
+        self.norm1, self.conv1 = Norm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, c_out)
+        self.norm2, self.conv2 = Norm(groups, c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        # A convolution's output is needed by nothing else, its own gradient included: add in place.
+        h = self.conv1(self.norm1(x)).add_(self.emb(emb)[:, :, None, None])  # (B,c_out,h,w)
+        return self.conv2(self.norm2(h)).add_(self.skip(x))
+
+
+class SelfAttention(nn.Module):
+    """Every token of (B,N,C) looks at all tokens of its sample; the heads split the channels."""
+
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads, self.qkv = heads, nn.Linear(channels, 3 * channels, bias=False)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        # Views of the projection's memory: three times (B,heads,N,C/heads).
+        q, k, v = rearrange(self.qkv(x), "b n (k h d) -> k b h n d", k=3, h=self.heads)
+        return self.proj(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))  # (B,N,C)
+
+
+class CrossAttention(nn.Module):
+    """Every token of x (B,N,C) looks at the L tokens of context (B,L,D)."""
+
+    def __init__(self, channels, heads, context_width):
+        super().__init__()
+        self.heads, self.q = heads, nn.Linear(channels, channels, bias=False)
+        self.kv = nn.Linear(context_width, 2 * channels, bias=False)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x, context):
+        q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads)
+        k, v = rearrange(self.kv(context), "b l (k h d) -> k b h l d", k=2, h=self.heads)
+        return self.proj(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))  # (B,N,C)
+
+
+class FeedForward(nn.Module):
+    """(B,N,C) -> (B,N,C) through 4C hidden units, gated: W_2 (a * gelu(b)), where (a, b) = W_1 x.
+
+    GEGLU of Shazeer, "GLU Variants Improve Transformer", 2020 (arXiv:2002.05202), eq. 6.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.widen = nn.Linear(channels, 8 * channels)
+        self.narrow = nn.Linear(4 * channels, channels)
+
+    def forward(self, x):
+        a, b = self.widen(x).chunk(2, dim=-1)  # (B,N,4C) each
+        return self.narrow(a * F.gelu(b))
+
+
+class TransformerBlock(nn.Module):
+    """Tokens x (B,N,C) and a context (B,L,D) -> (B,N,C); each part adds to x."""
+
+    def __init__(self, channels, heads, context_width):
+        super().__init__()
+        self.norm1, self.self_attention = nn.LayerNorm(channels), SelfAttention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.cross_attention = CrossAttention(channels, heads, context_width)
+        self.norm3, self.feed_forward = nn.LayerNorm(channels), FeedForward(channels)
+
+    def forward(self, x, context):
+        x = x + self.self_attention(self.norm1(x))
+        x = x + self.cross_attention(self.norm2(x), context)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """`depth` transformer blocks over the positions of (B,C,h,w), on a residual branch."""
+
+    def __init__(self, channels, heads, context_width, depth, groups):
+        super().__init__()
+        self.norm = Norm(groups, channels, eps=1e-6, silu=False)
+        self.proj_in = nn.Linear(channels, channels)
+        self.proj_out = zero(nn.Linear(channels, channels))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_width) for _ in range(depth)
+        )
+
+    def forward(self, x, context):
+        # A view of channels_last memory: (B,C,h,w) -> (B,hw,C).
+        tokens = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        return x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Downsample(nn.Conv2d):
+    """(B,C,h,w) -> (B,C,ceil(h/2),ceil(w/2)): a convolution of stride 2."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Conv2d):
+    """(B,C,h,w) -> (B,C,*size): the nearest pixel, then a convolution. An odd side halves to one
+    that doubles to too many, so size is that of the skip connection to come."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x, size):
+        return super().forward(F.interpolate(x, size=size, mode="nearest"))
+
+
+class Layer(nn.ModuleList):
+    """Parts in a row, each with what it sees. skip is joined to the channels of what comes in."""
+
+    def forward(self, h, emb, context, skip=None, size=None):
+        if skip is not None:
+            h = torch.cat([h, skip], dim=1)  # (B,C+C_skip,h,w)
+        for part in self:
+            if isinstance(part, ResBlock):
+                h = part(h, emb)
+            elif isinstance(part, Transformer):
+                h = part(h, context)
+            else:
+                h = part(h, size) if isinstance(part, Upsample) else part(h)
+        return h
+
+
+class LatentUNet(nn.Module):
+    """net(z, t, y=None, context=None) -> (B,channels,h,w), the estimate of eps or v; with
+    learned_variance (B,2*channels,h,w).
+
+    z (B,channels,h,w) of any sides, t (B,) timesteps from 0, and what to draw, one of
+    y        (B,) int labels; net.null, which is num_classes, means "no label", and so does None
+    context  (B,L,context_width), such as an encoded text; y is then not looked at
+
+    num_classes      None: there are no labels, a context must be given. 0: the only label is "none"
+    width            channels of the timestep embedding, and with mult of every level
+    mult             channels of each level in units of width; each level but the last is halved
+    blocks           residual blocks of a level on the way down; one more on the way up
+    attention        the levels, from 0, at which a transformer follows every residual block; one
+                     always stands in the middle, so that the context is seen in any case
+    heads            attention heads, or with head_channels > 0 the channels of each head
+    depth            transformer blocks in each transformer
+    context_width    channels of the context's tokens; 0 chooses 4 * width
+    add_label        the class token is also added, through a linear layer that starts at zero, to
+                     the timestep embedding, which every residual block sees. Not in LDM
+    learned_variance the second half of the channels tells the variance, about -1 ... 1: log
+                     beta_tilde ... log beta (IDDPM eq. 15). Not in LDM
+    groups           of every GroupNorm, 0 chooses: 32, fewer where a group would have one channel
+    checkpointing    in training, keep only the layers' inputs and compute the rest again
+    BadInput for settings that do not fit each other. net.settings holds all but the last.
+
+    Stable Diffusion 1: channels 4, num_classes None, width 320, mult (1, 2, 4, 4), blocks 2,
+    attention (0, 1, 2), heads 8, context_width 768. 2: head_channels 64, context_width 1024.
+    LDM's ImageNet: 3, 1000, width 192, mult (1, 2, 3, 5), blocks 2, attention (1, 2, 3), heads 1,
+    context_width 512.
+    """
+
+    def __init__(
+        self,
+        channels,
+        num_classes,
+        *,
+        width,
+        mult,
+        blocks,
+        attention,
+        heads=8,
+        head_channels=0,
+        depth=1,
+        context_width=0,
+        add_label=False,
+        learned_variance=False,
+        groups=0,
+        checkpointing=False,
+    ):
+        super().__init__()
+        levels, c_emb = [round(width * m) for m in mult], 4 * width
+        attention, context_width = tuple(attention), context_width or c_emb
+        # A group of one channel would subtract from it what the timestep just added to it.
+        groups = groups or math.gcd(32, max(1, math.gcd(*levels) // 2))
+        check(width, levels, attention, heads, head_channels, groups)
+        self.width, self.null, self.checkpointing = width, num_classes, checkpointing
+        self.settings = dict(
+            width=width,
+            mult=tuple(mult),
+            blocks=blocks,
+            attention=attention,
+            heads=heads,
+            head_channels=head_channels,
+            depth=depth,
+            context_width=context_width,
+            add_label=add_label,
+            learned_variance=learned_variance,
+            groups=groups,
+        )
+
+        def block(c_in, c_out):
+            return ResBlock(c_in, c_out, c_emb, groups)
+
+        def transformer(c):
+            n = c // head_channels if head_channels else heads
+            return Transformer(c, n, context_width, depth, groups)
+
+        self.time = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        labels = num_classes is not None
+        self.label = nn.Embedding(num_classes + 1, context_width) if labels else None
+        self.label_emb = zero(nn.Linear(context_width, c_emb)) if labels and add_label else None
+        c, skips = levels[0], [levels[0]]
+        self.conv_in = nn.Conv2d(channels, c, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, c_out in enumerate(levels):
+            for _ in range(blocks):
+                parts = [transformer(c_out)] if level in attention else []
+                self.down.append(Layer([block(c, c_out), *parts]))
+                c = c_out
+                skips.append(c)
+            if level < len(levels) - 1:
+                self.down.append(Layer([Downsample(c)]))
+                skips.append(c)
+        self.middle = Layer([block(c, c), transformer(c), block(c, c)])
+        self.up = nn.ModuleList()
+        for level, c_out in reversed(list(enumerate(levels))):
+            for i in range(blocks + 1):
+                parts = [transformer(c_out)] if level in attention else []
+                if level > 0 and i == blocks:
+                    parts.append(Upsample(c_out))
+                self.up.append(Layer([block(c + skips.pop(), c_out), *parts]))
+                c = c_out
+        out = 2 * channels if learned_variance else channels
+        self.norm_out, self.conv_out = Norm(groups, c), zero(nn.Conv2d(c, out, 3, padding=1))
+
+    def forward(self, z, t, y=None, context=None):
+        emb = self.time(timestep_embedding(t, self.width, "adm").to(z.dtype))  # (B,4*width)
+        if context is None:
+            if self.label is None:
+                raise ValueError("a network without labels needs a context")
+            if y is None:
+                y = torch.full_like(t, self.null, dtype=torch.int64)
+            context = self.label(y)[:, None]  # (B,1,context_width)
+            if self.label_emb is not None:
+                emb = emb + self.label_emb(context[:, 0])
+        emb = F.silu(emb)  # every residual block begins with it
+
+        def run(layer, *inputs):
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                return checkpoint(layer, *inputs, use_reentrant=False)
+            return layer(*inputs)
+
+        h = self.conv_in(z)  # (B,C0,h,w)
+        skips = [h]
+        for layer in self.down:
+            h = run(layer, h, emb, context)
+            skips.append(h)
+        h = run(self.middle, h, emb, context)  # (B,C_last,h/2^k,w/2^k), k = len(mult) - 1
+        for layer in self.up:
+            skip = skips.pop()
+            size = skips[-1].shape[2:] if skips else None
+            h = run(layer, h, emb, context, skip, size)
+        return self.conv_out(self.norm_out(h))  # (B,channels,h,w) or (B,2*channels,h,w)
+
+
+def check(width, levels, attention, heads, head_channels, groups):
+    """BadInput for a width, levels and channels of them, heads or groups that make no network."""
+    channels = sorted(set(levels))
+    if width % 2:
+        raise BadInput(f"--width {width} must be even: half cosines, half sines")
+    if any(level not in range(len(levels)) for level in attention):
+        raise BadInput(
+            f"--attention {' '.join(map(str, attention))} must be levels of --mult, counted from "
+            f"0 to {len(levels) - 1}"
+        )
+    # The middle always attends, at the last level's channels.
+    attends = sorted({levels[level] for level in (*attention, -1)})
+    name, parts = ("--head-channels", head_channels) if head_channels else ("--heads", heads)
+    if any(c % parts for c in attends):
+        raise BadInput(f"{name} {parts} must divide the channels {attends} that attend")
+    if any(c % groups for c in channels):
+        raise BadInput(
+            f"{groups} norm groups must divide the channels {channels}: leave out --groups to "
+            "have them chosen"
+        )

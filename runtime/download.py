@@ -1,0 +1,107 @@
+"""Files from the internet: several mirrors, checksum, resume, progress, never half a file."""
+
+from runtime.commandline import BadInput
+from runtime.files import locked
+from runtime.processes import progress
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+import zipfile
+from http.client import HTTPException
+from pathlib import Path
+
+TIMEOUT = 30  # seconds without an answer before the next mirror is tried
+
+
+def file_hash(path, algorithm="sha256"):
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fetch(name, mirrors, folder, md5=None, sha256=None):
+    """folder/name, downloaded from the first of `mirrors` that works; several processes may ask.
+
+    A mirror is an address that the name is put behind, or in place of '{}'. What has arrived is
+    kept in folder/name.part, and a later call asks for the rest only. With `md5` or `sha256`, hex
+    digits with which the checksum begins, a file of another content is thrown away. The environment
+    variable DIFFUSION_MIRROR, an address, replaces all mirrors. Raises BadInput, telling what to
+    put where by hand.
+    """
+    path = Path(folder) / name
+    checksums = {"md5": md5, "sha256": sha256}
+    if path.exists():
+        return path
+    if "DIFFUSION_MIRROR" in os.environ:
+        mirrors = [os.environ["DIFFUSION_MIRROR"]]
+    with locked(path.with_name(f".{name}.lock")):
+        if not path.exists():  # another process may have been faster
+            _fetch(path, path.with_name(f"{name}.part"), mirrors, checksums)
+    return path
+
+
+def _fetch(path, part, mirrors, checksums):
+    failures = []
+    for mirror in mirrors:
+        mirror = mirror if "{}" in mirror else mirror.rstrip("/") + "/{}"
+        address = mirror.replace("{}", path.name)
+        try:
+            resumed = part.exists()
+            _append(address, part)
+            if (fault := _fault(part, checksums)) and resumed:
+                part.unlink()  # perhaps the part of another file: once more from the start
+                _append(address, part)
+                fault = _fault(part, checksums)
+            if fault:
+                part.unlink()
+                raise OSError(fault)
+            os.replace(part, path)
+            return
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: not an address
+            failures.append(f"{address}: {getattr(error, 'reason', None) or error}")
+    raise BadInput(
+        f"could not download {path.name} ({'; '.join(failures)}); get it by other means and put "
+        f"it at {path}"
+    )
+
+
+def _fault(part, checksums):
+    """What is wrong with a file that arrived whole, '' if nothing is."""
+    for algorithm, expected in checksums.items():
+        if expected and not (found := file_hash(part, algorithm)).startswith(expected):
+            return f"{algorithm} {found}, expected {expected}"
+    if any(checksums.values()):
+        return ""
+    whole = not part.name.endswith(".zip.part") or zipfile.is_zipfile(part)
+    return "" if whole else "what arrived is not a zip"
+
+
+def _append(address, part):
+    """Download `address` onto the end of `part`; raises OSError if less arrives than promised."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing is left to send: the checksum will tell
+            return
+        raise
+    with answer:
+        if answer.status != 206:  # a server that cannot resume sends everything
+            have = 0
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        bar = progress(total, part.stem, initial=have, unit="B")
+        with bar, open(part, "ab" if have else "wb") as f:
+            while piece := answer.read(1 << 16):
+                f.write(piece)
+                bar.update(len(piece))
+            f.flush()
+            os.fsync(f.fileno())
+    if total is not None and part.stat().st_size != total:
+        raise OSError(f"the connection ended after {part.stat().st_size} of {total} bytes")

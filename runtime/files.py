@@ -1,0 +1,56 @@
+"""Files that are written whole or not at all, and by one process at a time."""
+
+from runtime.commandline import BadInput
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary Path beside `path`; on success it is flushed to disk and takes its name.
+
+    Raises BadInput where the folder cannot be made.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot make the folder {path.parent} ({error.strerror})") from None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def also_named(path, name):
+    """Give the file `path` a second name in its folder, at once, whatever had that name before."""
+    link = name.with_suffix(".link")
+    link.unlink(missing_ok=True)
+    os.link(path, link)
+    os.replace(link, name)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Only one process is inside for a given `path`, a file made for this; the others wait.
+
+    The lock is gone when its process is, however it ended. Raises BadInput where it cannot write.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115
+    except OSError as error:
+        raise BadInput(
+            f"cannot write in {path.parent} ({error.strerror}); choose another --data-root"
+        ) from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,73 @@
+"""Grids and GIFs of uint8 images."""
+
+from runtime.files import atomic_write
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def to_uint8(x):
+    """(B, C, H, W) floats in [-1, 1] -> (B, H, W, C) uint8 on the CPU."""
+    x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return x.permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def tile(images, columns=None, pad=2):
+    """(N, H, W, C) uint8 -> one picture (rows·(H+pad)+pad, columns·(W+pad)+pad, C)."""
+    images = np.asarray(images)
+    n, h, w, c = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    sheet = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, c), 32, np.uint8)
+    for i, image in enumerate(images):
+        y, x = pad + i // columns * (h + pad), pad + i % columns * (w + pad)
+        sheet[y : y + h, x : x + w] = image
+    return sheet
+
+
+def _picture(images, columns):
+    sheet = tile(images, columns)
+    return Image.fromarray(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet)
+
+
+def save_grid(images, path, columns=None):
+    """Write (N, H, W, C) uint8 images, C 1 or 3, as one PNG."""
+    with atomic_write(path) as temporary:
+        _picture(images, columns).save(temporary)
+
+
+def save_gif(frames, path, columns=None, seconds=4.0):
+    """Write a list of (N, H, W, C) uint8 image sets as the frames of a GIF; the last one stays."""
+    pictures = [_picture(images, columns) for images in frames]
+    each = max(20, int(1000 * seconds / len(pictures)))
+    with atomic_write(path) as temporary:
+        durations = [each] * (len(pictures) - 1) + [2000]
+        pictures[0].save(
+            temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0
+        )
+
+
+def save_film(frames, path, columns=None, most=50):
+    """PATH.gif of at most `most` frames (N, H, W, C) uint8, and PATH.png: those at 0, 25, 50, 75
+    and 99 % of the way, one below the other."""
+    strip = [frames[int(part * len(frames))] for part in (0, 0.25, 0.5, 0.75, 0.99)]
+    save_grid(np.concatenate(strip), f"{path}.png", columns)
+    kept = frames[::-1][:: -(-len(frames) // most)][::-1]  # the last is always among them
+    save_gif(kept, f"{path}.gif", columns)
+
+
+def save_samples(folder, images, labels, columns=None):
+    """samples.png (a grid of the first 100) and samples.npz (arr_0 images, arr_1 labels if any).
+
+    What was written down of the samples that lay there before is removed first.
+    """
+    folder = Path(folder)
+    for stale in ("samples.json", "eval.json"):
+        (folder / stale).unlink(missing_ok=True)
+    save_grid(images[:100], folder / "samples.png", columns)
+    arrays = [np.asarray(images)] + ([] if labels is None else [np.asarray(labels)])
+    with atomic_write(folder / "samples.npz") as temporary:
+        np.savez(temporary, *arrays)

@@ -1,0 +1,341 @@
+"""metrics.py: moments, the Fréchet distance, inception score and kernel distance in closed form."""
+
+from runtime.commandline import BadInput
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from evaluation import metrics
+from evaluation.metrics import (
+    Moments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    statistics,
+)
+
+# ---------------------------------------------------------------------------------- the moments
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_streamed_moments_equal_numpy(chunk):
+    rng = np.random.default_rng(5)
+    rows = (100 + rng.normal(size=(501, 9)) @ rng.normal(size=(9, 9))).astype(np.float32)
+    mu, sigma = statistics(rows, chunk)
+    exact = rows.astype(np.float64)
+    np.testing.assert_allclose(mu, exact.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(exact, rowvar=False), rtol=1e-9, atol=1e-10)
+
+
+def test_merged_parts_equal_the_whole_in_any_order():
+    rng = np.random.default_rng(6)
+    rows = rng.normal(5, 2, size=(300, 4))
+    parts = [Moments(4) for _ in range(4)]  # the last one stays empty
+    for part, piece in zip(parts, np.split(rows, [11, 200]), strict=False):
+        part.update(piece)
+    for order in ([0, 1, 2, 3], [3, 2, 0, 1]):
+        whole = metrics.joined([parts[i] for i in order])
+        assert whole.n == 300
+        np.testing.assert_allclose(whole.mu_sigma()[0], rows.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(whole.mu_sigma()[1], np.cov(rows, rowvar=False), rtol=1e-10)
+
+
+def test_what_was_added_can_be_taken_away():
+    rng = np.random.default_rng(7)
+    rows = rng.normal(50, 1, size=(300, 4))
+    rest = metrics.moments(rows).without(metrics.moments(rows, which=np.arange(40, 90)))
+    kept = np.delete(rows, np.arange(40, 90), axis=0)
+    assert rest.n == 250
+    np.testing.assert_allclose(rest.mu_sigma()[0], kept.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(rest.mu_sigma()[1], np.cov(kept, rowvar=False), rtol=1e-10)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_distance_does_not_depend_on_how_many_processes_share_the_images(parts):
+    rng = np.random.default_rng(8)
+    rows, real = rng.normal(size=(2, 400, 30))
+    shares = [metrics.moments(rows[rank::parts]) for rank in range(parts)]
+    got = frechet_distance(*metrics.joined(shares).mu_sigma(), *statistics(real))
+    whole = frechet_distance(rows.mean(0), np.cov(rows, rowvar=False), *statistics(real))
+    assert got == pytest.approx(whole, rel=1e-11)
+
+
+# ------------------------------------------------------------------------- the Fréchet distance
+
+METHODS = pytest.mark.parametrize("method", ["eigen", "sqrtm"])
+
+
+def random_covariance(rng, d, rank=None):
+    a = rng.normal(size=(d, rank or 2 * d))
+    return a @ a.T / a.shape[1]
+
+
+def of_features(x, y):
+    """The distance without any covariance: tr (C C_w)^½ is the nuclear norm of X Yᵀ, centred."""
+    x, y = (np.asarray(v, np.float64) for v in (x, y))
+    a, b = ((v - v.mean(0)) / math.sqrt(len(v) - 1) for v in (x, y))
+    shift = ((x.mean(0) - y.mean(0)) ** 2).sum()
+    return shift + (a**2).sum() + (b**2).sum() - 2 * scipy.linalg.svdvals(a @ b.T).sum()
+
+
+@METHODS
+@pytest.mark.parametrize("rank", [None, 40])
+def test_equal_statistics_are_at_distance_zero(method, rank):
+    rng = np.random.default_rng(0)
+    mu, sigma = rng.normal(size=128), random_covariance(rng, 128, rank)
+    bound = (1e-9 if method == "sqrtm" and rank is None else 1e-5) * np.trace(sigma)
+    bound = 1e-13 * np.trace(sigma) if method == "eigen" else bound  # no square root of rounding
+    assert 0 <= frechet_distance(mu, sigma, mu, sigma, method=method) <= bound
+
+
+@METHODS
+def test_a_shifted_mean_costs_its_squared_length(method):
+    rng = np.random.default_rng(1)
+    sigma, shift = random_covariance(rng, 20), rng.normal(size=20)
+    got = frechet_distance(np.zeros(20), sigma, shift, sigma, method=method)
+    assert got == pytest.approx((shift**2).sum(), rel=1e-9)
+
+
+@METHODS
+def test_one_dimension(method):
+    # Two normal distributions on a line: (m1 - m2)² + (s1 - s2)².
+    got = frechet_distance([1.0], [[4.0]], [-2.0], [[0.25]], method=method)
+    assert got == pytest.approx(3.0**2 + (2.0 - 0.5) ** 2, rel=1e-12)
+
+
+@METHODS
+def test_diagonal_covariances(method):
+    rng = np.random.default_rng(2)
+    s1, s2 = rng.uniform(0.1, 3, (2, 50))
+    zero = np.zeros(50)
+    got = frechet_distance(zero, np.diag(s1**2), zero, np.diag(s2**2), method=method)
+    assert got == pytest.approx(((s1 - s2) ** 2).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("digits", [2, 6, 10, 14])
+def test_covariances_that_commute_however_badly_conditioned(digits):
+    # With one set of eigenvectors the distance is Σ (√λ − √λ_w)².
+    rng, d = np.random.default_rng(3), 200
+    axes, _ = np.linalg.qr(rng.normal(size=(d, d)))
+    values = 10 * np.logspace(0, -digits, d)
+    others = 1.05 * values
+    sigma, sigma_w = ((axes * v) @ axes.T for v in (values, others))
+    got = frechet_distance(np.zeros(d), sigma, np.zeros(d), sigma_w)
+    assert got == pytest.approx(((values**0.5 - others**0.5) ** 2).sum(), rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(300, 400, 2), (300, 400, 17), (500, 300, 128), (40, 300, 128), (40, 50, 128)]
+)
+def test_features_fewer_and_more_than_their_number(n, m, d):
+    rng = np.random.default_rng(d)
+    scale = np.arange(1, d + 1) ** -0.7
+    x, y = rng.normal(size=(n, d)) * scale, 0.1 + 0.9 * rng.normal(size=(m, d)) * scale[::-1]
+    sides = [*statistics(x), *statistics(y)]
+    expected = of_features(x, y)
+    assert frechet_distance(*sides) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(*sides[2:], *sides[:2]) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(*sides, method="sqrtm") == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nearly_equal_sets_of_fewer_images_than_features(seed):
+    """A distance so small that squared singular values would be off by 0.01 to 2 %."""
+    rng, d = np.random.default_rng(seed), 300
+    scale = np.arange(1, d + 1) ** -2.0
+    x = rng.normal(size=(150, d)) * scale
+    y = x + 0.01 * rng.normal(size=(150, d)) * scale
+    got = frechet_distance(*statistics(x), *statistics(y))
+    assert got == pytest.approx(of_features(x, y), rel=1e-6)
+
+
+def test_statistics_kept_in_float32():
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(2, 60, 100))
+    sides = [v.astype(np.float32) for v in (*statistics(x), *statistics(y))]
+    assert np.linalg.eigvalsh(sides[1].astype(np.float64)).min() < -1e-9  # of rank 59
+    assert frechet_distance(*sides) == pytest.approx(of_features(x, y), rel=1e-4)
+
+
+@METHODS
+@pytest.mark.parametrize("zeros", [1, 2])
+def test_a_covariance_of_zeros(method, zeros):
+    rng = np.random.default_rng(4)
+    sigma = random_covariance(rng, 8) * (zeros == 1)
+    zero = np.zeros(8)
+    got = frechet_distance(zero, np.zeros((8, 8)), zero, sigma, method=method)
+    assert got == pytest.approx(np.trace(sigma), rel=1e-9)
+
+
+def test_a_failed_square_root_is_tried_again_beside_the_singular_point(monkeypatch):
+    """Some versions of sqrtm answer an exactly singular matrix with NaN."""
+    plain = scipy.linalg.sqrtm
+
+    def fragile(a):
+        whole = np.linalg.matrix_rank(a, tol=1e-20) == len(a)
+        return plain(a) if whole else np.full_like(a, np.nan)
+
+    monkeypatch.setattr(scipy.linalg, "sqrtm", fragile)
+    sigma, zero = np.diag([4.0, 1.0, 0.0]), np.zeros(3)
+    got = frechet_distance(zero, sigma, zero, np.eye(3), method="sqrtm")
+    assert got == pytest.approx((2 - 1) ** 2 + 0 + 1, rel=1e-5)
+    monkeypatch.setattr(scipy.linalg, "sqrtm", lambda a: np.full_like(a, np.nan))
+    with pytest.raises(BadInput, match="eigen"):
+        frechet_distance(zero, sigma, zero, np.eye(3), method="sqrtm")
+
+
+@METHODS
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(
+    ("mu", "sigma", "word"),
+    [
+        (np.zeros(2), np.diag([1.0, -1.0]), "covariance"),
+        (np.zeros(2), np.diag([1.0, -1e-5]), "covariance"),
+        (np.zeros(2), np.diag([-1.0, -1e-9]), "covariance"),
+        (np.zeros(2), np.diag([1.0, np.nan]), "finite"),
+        (np.array([0, np.inf]), np.eye(2), "finite"),
+        (np.zeros(3), np.eye(3), "\\(d,\\)"),
+        (np.zeros(3), np.eye(2), "\\(d,\\)"),
+        (np.zeros((1, 2)), np.eye(2), "\\(d,\\)"),
+    ],
+    ids=["negative", "slightly", "all-negative", "nan", "inf", "other-d", "sigma-d", "mu-2d"],
+)
+def test_what_is_no_statistics_is_refused(mu, sigma, word, swap, method):
+    sides = [(mu, sigma), (np.zeros(2), np.diag([1.0, 0.0]))]
+    first, second = sides[::-1] if swap else sides
+    with pytest.raises(BadInput, match=word):
+        frechet_distance(*first, *second, method=method)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="eigen"):
+        frechet_distance([0.0], [[1.0]], [0.0], [[1.0]], method="fast")
+
+
+# --------------------------------------------------------------------------------- within classes
+
+
+def test_each_class_is_compared_with_its_own():
+    rng = np.random.default_rng(9)
+    real_labels = rng.integers(0, 3, 900)
+    labels = rng.integers(0, 3, 600)
+    real = rng.normal(size=(900, 5)) + 10 * real_labels[:, None]
+    feats = rng.normal(size=(600, 5)) + 10 * labels[:, None]
+    feats[labels == 1] += 2.0
+    each, mean = metrics.intra_class(feats, labels, real, real_labels, 3)
+    for c in range(3):
+        assert each[c] == pytest.approx(of_features(feats[labels == c], real[real_labels == c]))
+    assert each[1] == pytest.approx(5 * 2.0**2, rel=0.1) and max(each[0], each[2]) < 0.3
+    assert mean == pytest.approx(each.mean())
+    # Labels that tell nothing: the classes together are alike, and each one is not.
+    shuffled, _ = metrics.intra_class(feats, rng.permutation(labels), real, real_labels, 3)
+    assert min(shuffled) > 10 > frechet_distance(*statistics(feats), *statistics(real))
+
+
+def test_a_class_that_is_missing_on_a_side_is_nan_and_left_out():
+    rng = np.random.default_rng(10)
+    feats, real = rng.normal(size=(2, 40, 3))
+    labels = np.arange(40) % 2
+    labels_w = np.where(np.arange(40) == 0, 2, labels)  # class 2: a single image, class 3: none
+    each, mean = metrics.intra_class(feats, labels, real, labels_w, 4)
+    assert np.isnan(each[2:]).all() and mean == pytest.approx(each[:2].mean())
+    for wrong in (labels + 3, labels[:-1], labels - 1, labels + 0.5):
+        with pytest.raises(BadInput, match="labels from 0 to 3"):
+            metrics.intra_class(feats, wrong, real, labels_w, 4)
+    with pytest.raises(BadInput, match="no class"):
+        metrics.intra_class(feats, labels, real, labels + 2, 4)
+
+
+# ------------------------------------------------------------------------------- inception score
+
+
+def test_logits_that_say_nothing_score_one():
+    assert inception_score(np.full((50, 7), 3.0)) == pytest.approx((1.0, 0.0), abs=1e-12)
+
+
+@pytest.mark.parametrize("sure", [60.0, 1e4])
+def test_all_classes_equally_often_score_their_number(sure):
+    logits = sure * np.eye(10)[np.arange(200) % 10]  # e⁻⁶⁰ is small, e⁻¹⁰⁰⁰⁰ is zero
+    assert inception_score(logits, splits=4) == pytest.approx((10.0, 0.0), abs=1e-9)
+
+
+def test_one_class_alone_scores_one_however_sure():
+    assert inception_score(1e4 * np.eye(10)[np.zeros(40, int)])[0] == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_score_in_closed_form_and_its_spread_over_the_parts():
+    # A half of the images is sure of class 0, a half of class 1 with odds 3 : 1.
+    logits = np.log([[1.0, 1e-300], [0.25, 0.75]])[np.arange(80) % 2]
+    p = np.array([0.625, 0.375])
+    score = math.exp((-math.log(p[0]) + 0.25 * math.log(0.25 / p[0]) + 0.75 * math.log(2)) / 2)
+    assert inception_score(logits, splits=2) == pytest.approx((score, 0.0), abs=1e-12)
+    halves = np.concatenate([logits, np.zeros((80, 2))])  # the second part scores 1
+    expected = ((score + 1) / 2, (score - 1) / 2)
+    assert inception_score(halves, splits=2) == pytest.approx(expected, rel=1e-12)
+
+
+def test_logits_that_cannot_be_scored_are_refused():
+    with pytest.raises(BadInput, match="10 images, got 9"):
+        inception_score(np.zeros((9, 3)))
+    with pytest.raises(BadInput, match="finite"):
+        inception_score(np.full((10, 3), np.nan))
+
+
+# ------------------------------------------------------------------------------- kernel distance
+
+
+def test_two_points_in_closed_form():
+    # k(x, y) = (x·y / d + 1)³ of constant features a, b: k(a, a) + k(b, b) - 2 k(a, b).
+    a, b = np.full((20, 4), 1.0), np.full((30, 4), 2.0)
+    expected = (1 + 1) ** 3 + (4 + 1) ** 3 - 2 * (2 + 1) ** 3
+    assert kernel_distance(a, b, subsets=3, subset_size=10) == pytest.approx((expected, 0.0))
+
+
+def test_normal_distributions_on_a_line_in_closed_form():
+    # In one dimension the kernel is Σ C(3, k) xᵏ yᵏ, so the distance Σ C(3, k) (E xᵏ - E yᵏ)².
+    rng = np.random.default_rng(11)
+    x, y = rng.normal(0.5, 1, (4000, 1)), rng.normal(0, 2, (3000, 1))
+    mean, second, third = 0.5, 1.25 - 4, 0.5**3 + 3 * 0.5
+    expected = 3 * mean**2 + 3 * second**2 + third**2
+    got, error = kernel_distance(x, y, subsets=50, subset_size=500)
+    assert abs(got - expected) < 3 * error < expected
+
+
+def test_all_rows_at_once_equal_the_double_sums_of_the_definition():
+    rng = np.random.default_rng(12)
+    x, y = rng.normal(size=(12, 3)), rng.normal(0.3, 1, size=(12, 3))
+
+    def mean(a, b, same):
+        pairs = [(i, j) for i in range(12) for j in range(12) if not (same and i == j)]
+        return np.mean([(a[i] @ b[j] / 3 + 1) ** 3 for i, j in pairs])
+
+    expected = mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+    assert kernel_distance(x, y, subsets=1)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_equal_distributions_are_at_zero_on_average():
+    rng = np.random.default_rng(13)
+    draws = rng.normal(size=(150, 2, 120, 8))
+    got = np.array([kernel_distance(x, y, subsets=4, subset_size=60) for x, y in draws])
+    spread = got[:, 0].std(ddof=1)
+    assert abs(got[:, 0].mean()) < 3 * spread / math.sqrt(len(got))
+    assert (got[:, 0] < 0).any() and got[:, 1].mean() > spread  # on the safe side where alike
+
+
+def test_the_standard_error_is_the_spread_over_new_images():
+    rng = np.random.default_rng(14)
+    draws = zip(rng.normal(0.3, 1, (200, 150, 8)), rng.normal(size=(200, 250, 8)), strict=True)
+    got = np.array([kernel_distance(x, y, subsets=10, subset_size=150) for x, y in draws])
+    assert got[:, 1].mean() == pytest.approx(got[:, 0].std(ddof=1), rel=0.2)
+
+
+def test_the_same_seed_draws_the_same_subsets():
+    rng = np.random.default_rng(15)
+    x, y = rng.normal(size=(2, 100, 4))
+    one, again, other = (
+        kernel_distance(x, y, subsets=3, subset_size=20, seed=s) for s in (1, 1, 2)
+    )
+    assert one == again != other

@@ -1,0 +1,130 @@
+"""The machine code of sampling_update's kernel at the chapters' shapes, with no GPU."""
+
+import importlib.util
+import re
+
+import pytest
+import torch
+
+from kernels import sampling_table
+from kernels.dispatch import INTERPRET
+from kernels.sampling_update import _launch
+
+if INTERPRET or importlib.util.find_spec("triton") is None:
+    pytest.skip("compiling needs triton, not interpreting", allow_module_level=True)
+
+from bench.offline import compiled_for, inspect_kernel
+
+ALPHA_BAR = torch.linspace(0.99, 0.01, 9, dtype=torch.float64)
+PAIRS = [(8, 4), (4, 2), (2, -1)]
+SHAPES = [(64, 3, 32, 32), (64, 4, 16, 16), (64, 4, 32, 32), (64, 1, 28, 28)]
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = [torch.float32, torch.bfloat16]
+# table, and whether the call has guidance: chapter 1's two, chapter 2's and 3's, and a solver
+CALLS = {
+    "ddpm": ({}, False),
+    "everything": ({"variance": "learned"}, True),
+    "ddim, guided": ({"eta": 0.0}, True),
+    "dpm-solver++": ({"multistep": True}, False),
+}
+
+
+def compiled(target, call, shape, layout, out_dtype, want_x0=True):
+    """The Launch of one step."""
+    sampler, guided = CALLS[call]
+    learned = sampler.get("variance") == "learned"
+    x = torch.zeros(shape).to(memory_format=LAYOUTS[layout])
+    out = torch.zeros(shape[0], (1 + learned) * shape[1], *shape[2:], dtype=out_dtype)
+    out = out.to(memory_format=LAYOUTS[layout])
+    table, seeds = sampling_table(ALPHA_BAR, PAIRS, **sampler), torch.arange(shape[0])
+    with compiled_for(target) as launches:
+        _launch(x, out, table, 1, out if guided else None, 1.5, x, seeds, True, want_x0)
+    assert len(launches) == 1
+    return launches[0]
+
+
+def noisy(call):
+    return call in ("ddpm", "everything")
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("call", CALLS)
+def test_small_and_wide_on_hopper(call, shape, layout, out_dtype):
+    report = inspect_kernel(compiled("sm_90", call, shape, layout, out_dtype).kernel)
+    assert report.spill_bytes == 0
+    assert report.registers <= 40
+    assert report.instructions <= (650 if noisy(call) else 250)
+    assert report.occupancy >= 0.75
+    if layout == "nchw":
+        # Each of x, history and an fp32 out takes 128 bits at a time; four values of a bf16 out 64.
+        # One more load of 64 bits is that of the seed.
+        outs = {"ddpm": 1, "everything": 3, "ddim, guided": 2, "dpm-solver++": 1}[call]
+        wide = 2 if call == "dpm-solver++" else 1
+        fp32 = out_dtype == torch.float32
+        narrow = (0 if fp32 else outs) + noisy(call)
+        expected = {64: narrow, 128: wide + outs * fp32}
+        assert report.load_widths == {bits: n for bits, n in expected.items() if n}
+        assert report.store_widths == {128: 2}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_compiles_without_spills_elsewhere(target, shape, layout):
+    report = inspect_kernel(compiled(target, "everything", shape, layout, torch.bfloat16).kernel)
+    assert report.spill_bytes == 0
+    assert report.registers <= 48
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 7, 5), (2, 70, 6, 6)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_odd_shapes_compile_within_the_same_bounds(shape, layout):
+    report = inspect_kernel(compiled("sm_90", "everything", shape, layout, torch.float32).kernel)
+    assert report.spill_bytes == 0
+    assert report.registers <= 40 and report.instructions <= 650
+
+
+def test_what_a_call_does_not_use_is_not_compiled():
+    """Loads and stores of each call, for one tile of NCHW."""
+    counts = {}
+    for call in CALLS:
+        for want_x0 in (True, False):
+            launch = compiled("sm_90", call, SHAPES[0], "nchw", torch.float32, want_x0)
+            report = inspect_kernel(launch.kernel)
+            counts[call, want_x0] = report.load_widths[128], report.store_widths[128]
+    assert counts == {
+        ("ddpm", True): (2, 2),
+        ("ddpm", False): (2, 1),
+        ("everything", True): (4, 2),
+        ("everything", False): (4, 1),
+        ("ddim, guided", True): (3, 2),
+        ("ddim, guided", False): (3, 1),
+        ("dpm-solver++", True): (3, 2),
+        ("dpm-solver++", False): (3, 1),
+    }
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_the_clamp_lets_nan_through(target):
+    """A GPU's plain min and max drop NaN; only their .NaN forms keep it, as torch.clamp does."""
+    kernel = compiled(target, "ddim, guided", SHAPES[0], "nchw", torch.float32).kernel
+    clamps = re.findall(r"\b(?:min|max)\.\S*f32\b", kernel.asm["ptx"])
+    assert clamps and all(".NaN" in name for name in clamps)
+
+
+def test_every_step_of_a_sampler_is_the_same_code():
+    """Rows 0 and 1 differ in numbers only: nothing is compiled again while sampling."""
+    x, table, seeds = torch.zeros(4, 3, 8, 8), sampling_table(ALPHA_BAR, PAIRS), torch.arange(4)
+    with compiled_for("sm_90") as launches:
+        for step in (0, 1):
+            _launch(x, x, table, step, None, 0.0, None, seeds, True, True)
+    assert launches[0].kernel is launches[1].kernel
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_batch_fits_the_grid(layout):
+    """All programs are on the grid's first axis, which goes to 2³¹ - 1; others stop at 65535."""
+    launch = compiled("sm_90", "ddpm", (70_000, 2, 4, 4), layout, torch.float32)
+    assert launch.grid == (70_000,)

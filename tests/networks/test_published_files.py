@@ -1,0 +1,115 @@
+"""Files of weights: what is read of them, how much, and what is said of damaged ones."""
+
+from runtime.commandline import BadInput
+
+import argparse
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dit
+from networks.published.files import is_published, read_weights
+
+MAPS = Path("/proc/self/maps")
+STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2, dtype=torch.half)}
+
+
+def same(found, state=STATE):
+    return found.keys() == state.keys() and all(
+        found[name].dtype == value.dtype and torch.equal(found[name], value)
+        for name, value in state.items()
+    )
+
+
+def save(path, content, form="zip"):
+    if form == "safetensors":
+        save_file(content, path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    return path
+
+
+@pytest.mark.parametrize(
+    "form, name",
+    [("zip", "x.ckpt"), ("old", "x.pt"), ("zip", "x.bin"), ("safetensors", "x.safetensors")],
+)
+def test_tensors_come_as_they_were_saved(tmp_path, form, name):
+    assert same(read_weights(save(tmp_path / name, STATE, form)))
+    assert same(read_weights(tmp_path / name, inside=("state_dict",)))
+
+
+@pytest.mark.parametrize("form", ["zip", "old"])
+def test_the_first_dictionary_of_those_named_is_taken(tmp_path, form):
+    other = {"other": torch.zeros(1)}
+    path = save(tmp_path / "x.pt", {"model": other, "ema": STATE, "step": 5}, form)
+    assert same(read_weights(path, inside=("ema", "model")))
+    assert same(read_weights(path, inside=("absent", "model", "ema")), other)
+    assert same(read_weights(path, inside=("step", "ema")))  # a number is no state_dict
+    with pytest.raises(BadInput, match=r"x\.pt is not a state_dict"):
+        read_weights(path)
+
+
+def test_only_the_classes_that_are_allowed_may_lie_beside_tensors(tmp_path):
+    path = save(tmp_path / "x.pt", {"ema": STATE, "args": argparse.Namespace(lr=1e-4)})
+    assert same(read_weights(path, inside=("ema",), allowed=[argparse.Namespace]))
+    with pytest.raises(BadInput, match=r"argparse\.Namespace was not .*saved without Python"):
+        read_weights(path, inside=("ema",))  # nor does the call before this one leave it allowed
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs /proc")
+@pytest.mark.parametrize("form, name", [("zip", "x.pt"), ("safetensors", "x.safetensors")])
+def test_files_are_mapped_not_read(tmp_path, form, name):
+    found = read_weights(save(tmp_path / name, STATE, form))
+    assert str(tmp_path / name) in MAPS.read_text() and same(found)
+
+
+@pytest.mark.parametrize("form, name", [("zip", "x.pt"), ("safetensors", "x.safetensors")])
+def test_a_transformer_that_was_read_no_longer_needs_its_file(tmp_path, form, name):
+    """A mapped file that is written over, in place, would change the weights with it."""
+    torch.manual_seed(0)
+    net = dit.DiT((4, 4, 4), 3, width=32, depth=1, heads=2, patch=2)
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    path = save(tmp_path / name, state, form)
+    read = dit.load_published(path, heads=2)
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert same(read.state_dict(), state)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["zip", "old", "safetensors"])
+def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, form):
+    """Without checksums some wrong bytes go unnoticed; none of them ends in a traceback."""
+    name = "x.safetensors" if form == "safetensors" else "x.pt"
+    path = save(tmp_path / name, STATE, form)
+    whole, chance, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(200):
+        content = bytearray(whole)
+        for _ in range(chance.choice((1, 2, 5))):
+            content[chance.randrange(min(len(content), 800))] = chance.randrange(256)
+        path.write_bytes(content[: chance.choice((len(content), chance.randrange(len(content))))])
+        try:
+            read_weights(path)
+        except BadInput as error:
+            refused += 1
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+    assert refused > 50
+
+
+def test_what_is_missing_or_a_folder_is_named(tmp_path):
+    for path in (tmp_path / "none.pt", tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(BadInput, match=f"{path}: no such file"):
+            read_weights(path)
+
+
+@pytest.mark.parametrize("form", ["zip", "old"])
+def test_a_file_in_published_names_is_told_from_a_checkpoint_of_ours(tmp_path, form):
+    theirs = {"input_blocks.0.0.weight": torch.ones(1)}
+    assert is_published(save(tmp_path / "theirs.pt", theirs, form))
+    assert not is_published(save(tmp_path / "ours.pt", {"script": "ddpm_pixel"}, form))
+    assert not is_published(tmp_path / "absent.pt")
+    (tmp_path / "theirs.pt").write_bytes((tmp_path / "theirs.pt").read_bytes()[:100])
+    assert not is_published(tmp_path / "theirs.pt")

@@ -1,0 +1,136 @@
+"""Files that hold no published autoencoder, or a part of one, are refused in one line."""
+
+from runtime.commandline import BadInput
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from networks.kl_autoencoder import KLVAE, TinyAutoencoder, load_pretrained
+
+
+class Trap:
+    """Unpickled by anything but weights_only, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    torch.save({"state_dict": {"x": Trap(tmp_path / "made")}}, tmp_path / "vae.ckpt")
+    with pytest.raises(BadInput, match="no file of plain tensors"):
+        load_pretrained(tmp_path / "vae.ckpt")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.fixture
+def halves(tmp_path):
+    """A folder of the two files of a tiny autoencoder."""
+    ae = TinyAutoencoder(4, width=8, blocks=(1, 1))
+    for half in ("encoder", "decoder"):
+        state = {k[8:]: v for k, v in ae.state_dict().items() if k.startswith(half)}
+        torch.save(state, tmp_path / f"tae_{half}.pth")
+    return tmp_path
+
+
+def change(path, **changes):
+    """Tensors of a file replaced, or with None removed."""
+    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+    state.update({name.replace("__", "."): value for name, value in changes.items()})
+    state = {name: value for name, value in state.items() if value is not None}
+    (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
+
+
+def test_half_a_pair_is_refused_and_the_missing_file_named(halves):
+    (halves / "tae_decoder.pth").unlink()
+    for path in (halves, halves / "tae_encoder.pth"):
+        with pytest.raises(BadInput, match="tae_decoder.pth is not beside it"):
+            load_pretrained(path)
+
+
+def test_a_folder_of_several_pairs_asks_for_one(halves):
+    shutil.copy(halves / "tae_encoder.pth", halves / "other_encoder.pth")
+    with pytest.raises(BadInput, match="holds 2 encoders: name the file of one"):
+        load_pretrained(halves)
+
+
+def test_halves_of_two_networks_are_refused(halves):
+    change(halves / "tae_decoder.pth", **{"1__weight": torch.zeros(8, 16, 3, 3)})
+    with pytest.raises(BadInput, match=r"decoder.1.weight is \(8, 16, 3, 3\), expected \(8, 4, 3"):
+        load_pretrained(halves)
+
+
+def test_missing_and_unknown_tensors_are_named(tmp_path):
+    path = tmp_path / "kl.safetensors"
+    save_file(KLVAE(width=32, mult=(1,), blocks=1).state_dict(), path)
+    change(path, decoder__mid__attn_1__k__bias=None)
+    with pytest.raises(BadInput, match="lacks 1 tensors .* decoder.mid.attn_1.k.bias"):
+        load_pretrained(path)
+    change(path, decoder__mid__attn_1__k__bias=torch.zeros(32), bn__mean=torch.zeros(4))
+    with pytest.raises(BadInput, match="1 tensors that this .* no place for, first bn.mean"):
+        load_pretrained(path)
+    change(path, bn__mean=None, encoder__conv_in__weight=None)
+    with pytest.raises(BadInput, match="first encoder.conv_in.weight"):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lora_unet_down_blocks_0.lora_up.weight", "holds no autoencoder: the first .* lora_unet"),
+        ("input_blocks.0.0.weight", "holds no autoencoder: .* input_blocks.0.0.weight"),
+        ("quantize.embedding.weight", r"has a codebook \(a VQ autoencoder\)"),
+    ],
+)
+def test_other_networks_are_refused_by_name(tmp_path, name, expected):
+    torch.save({name: torch.zeros(2, 2)}, tmp_path / "x.pt")
+    with pytest.raises(BadInput, match=expected):
+        load_pretrained(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"<html>not found</html>", "no file of plain tensors"), (b"", "no file of plain tensors")],
+)
+def test_torn_files_are_refused(tmp_path, content, expected):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(BadInput, match=expected):
+        load_pretrained(tmp_path / "x.ckpt")
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(BadInput, match="no safetensors file, or a torn one"):
+        load_pretrained(tmp_path / "x.safetensors")
+
+
+def test_missing_and_empty_paths_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="nowhere: no such file or folder"):
+        load_pretrained(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="holds no autoencoder: expected diffusion_pytorch_model"):
+        load_pretrained(tmp_path)
+    torch.save([torch.zeros(1)], tmp_path / "x.pt")
+    with pytest.raises(BadInput, match="is not a state_dict"):
+        load_pretrained(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("_class_name", "AutoencoderKLFlux2", "config.json is of AutoencoderKLFlux2"),
+        ("_class_name", "AutoencoderTiny", "config.json is of AutoencoderTiny"),
+        ("act_fn", "relu", "act_fn 'relu' is not supported, only 'silu' is"),
+        ("norm_num_groups", 5, r"5 norm groups do not divide .* \[16, 32\]"),
+        ("scaling_factor", "big", "scaling_factor 'big' is no number"),
+    ],
+)
+def test_settings_of_another_network_are_refused(tmp_path, setting, value, expected):
+    state = KLVAE(width=16, mult=(1, 2), blocks=1).state_dict()
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "AutoencoderKL", "act_fn": "silu", "norm_num_groups": 8}
+    (tmp_path / "config.json").write_text(json.dumps({**config, setting: value}))
+    with pytest.raises(BadInput, match=expected):
+        load_pretrained(tmp_path)
