@@ -1,5 +1,6 @@
 # Two commands: `make demo` trains and samples, `make test` proves. Both make their own .venv first.
 # `make test-all` adds the kernels' whole matrix of shapes, types and targets.
+# Both install the versions of constraints.txt; pyproject.toml says which others are right, too.
 # On a machine without a GPU, TORCH_INDEX saves a download of several GB:
 #     make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
@@ -33,11 +34,11 @@ bench: $(VENV)/.installed
 	$(PY) bench/unet.py
 	$(PY) bench/inception.py
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is older than 3.10: make PYTHON=/path/to/newer"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check $(INDEX) -e ".[test]"
+	$(PY) -m pip install --disable-pip-version-check $(INDEX) -c constraints.txt -e ".[test]"
 	touch $@
 
 clean:

@@ -1,260 +1,254 @@
-"""The first stage of chapter 3: an autoencoder.
+"""Autoencoders: the first stage of latent diffusion.
 
-Kingma, Welling, "Auto-Encoding Variational Bayes", 2014 (arXiv:1312.6114).
-Rombach et al., "Latent Diffusion Models", 2022 (arXiv:2112.10752), section 3.1: LDM.
-Esser et al., "Taming Transformers", 2021 (arXiv:2012.09841): the loss of sharp images.
+Kingma, Welling, "Auto-Encoding Variational Bayes", 2014 (arXiv:1312.6114): VAE.
+van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2017
+(arXiv:1711.00937): VQ-VAE. Esser, Rombach, Ommer, "Taming Transformers", 2021 (arXiv:2012.09841):
+VQGAN. Rombach et al., "Latent Diffusion Models", 2022 (arXiv:2112.10752), section 3.1: LDM.
 
-The encoder gives the mean and variance of a Gaussian q(z|x), the decoder an image for any z drawn
-from it. A weak pull of q towards N(0, I) keeps latents near each other without blurring the images;
-`image_data/latents.py` measures afterwards what is left of their scale.
+An encoder makes an image x small, and a decoder D makes the image again. What lies between them
+should be small, and smooth enough that a diffusion model can learn it. Two ways lead there:
 
-    python ldm_cfg.py --stage autoencoder       trains only this; look at
-    runs/ldm-glyphs/autoencoder/reconstructions.png
-    python eval_fid.py runs/ldm-glyphs/autoencoder/reconstructions.npz glyphs:test
+    kl, ldm   the encoder gives a Gaussian q(z|x) = N(mean, sigma^2), the decoder sees a draw from
+              it, and a weak pull towards N(0, 1) keeps all latents near each other (LDM):
 
-`--ae` chooses which: kl (this), vq (this with the codebook of `networks/vq.py`), ldm (the network
-of `networks/kl_autoencoder.py`), or a published one by its path, which is not trained.
-`networks/perceptual.py` has the further terms of the loss and the figures. `ldm_cfg.py` holds the
-settings and calls train().
+              |x - D(z)| + kl_weight KL(q(z|x) || N(0, 1)),  z = mean + sigma eps    VAE eq. 4, 10
+
+    vq        the encoder gives a vector z_e at each place, the decoder sees the nearest of K
+              learned vectors, z_q = e_k, through which gradients pass as if it were z_e:
+
+              |x - D(z_q)| + beta ||z_e - sg(z_q)||^2                                VQ-VAE eq. 3
+
+|x - x_hat| alone prefers a blur to a sharp guess. Two further terms ask for what eyes look at: the
+distance of what VGG16 sees in both images, and a discriminator of patches, weighted so that it
+pulls at the decoder's last layer as hard as all else (VQGAN eq. 7).
+
+    python autoencoder.py --data mnist          TIME1; runs/ae-kl-mnist
+    python autoencoder.py --data mnist --ae vq          TIME2
+    python autoencoder.py --sample FOLDER --data photos --size 256          a published one, TIME3
 """
 
+from runtime import checkpoints
+from runtime import commandline as cli
+from runtime.files import atomic_write
+from runtime.pictures import save_grid, to_uint8
+from runtime.processes import launch
+from runtime.run import Run
+
 import json
-import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
 
-from image_data import batches, datasets
-from kernels import gaussian
-from networks import adm_unet as unet
-from networks.kl_autoencoder import KLVAE, build, load_pretrained
-from networks.perceptual import Adversary, load_perceptual, psnr, ssim
-from networks.vq import Codebook, VQAutoencoder
-from runtime.commandline import (
-    BadInput,
-    check_fraction,
-    check_not_negative,
-    check_positive,
-    split_list,
-)
-from runtime.files import atomic_write
-from runtime.pictures import save_grid, to_uint8
-from runtime.run import Run, load_checkpoint
-from runtime.training import LossMeter, learning_rate, plot_loss, weights_hash
+from image_data import datasets
+from networks.autoencoders import build, latent_shape, load_autoencoder, own_checkpoint
+from networks.perceptual import Discriminator, load_perceptual, psnr, ssim
+from networks.vq import CHUNK, rows
 
 
-class Norm(unet.Norm):
-    """Chapter 1's, of at most 32 groups, and never of one channel: that would lose what is added to
-    the channel."""
+@dataclass
+class Config(cli.RunConfig):
+    steps: int = 1000  # optimizer steps
+    lr: float = 2e-3  # peak learning rate
+    warmup: int = 100  # steps over which the learning rate rises from zero
+    ema: tuple[float, ...] = (0.998,)
+    """decays of running means of the weights, which are kept beside them. Later chapters take the
+    weights themselves, to which a codebook belongs; and so does --sample, unless --ema is typed"""
+    sample_every: int = 500  # steps between two grids of reconstructions; 0 for none but the last
 
-    def __init__(self, channels):
-        super().__init__(1 if channels % 2 else math.gcd(32, channels // 2), channels)
+    ae: Literal["kl", "vq", "ldm"] = "kl"
+    """kl and vq: small networks with a Gaussian or a codebook; ldm: Stable Diffusion's structure"""
+    patch: int = 4  # kl and vq first fold patches of this side into channels
+    model_channels: int = 64  # channels at the first resolution, after folding
+    channel_mult: tuple[int, ...] = (1,)
+    """channels at each resolution, in model_channels; each but the first halves the image"""
+    num_res_blocks: int = 2  # residual blocks per resolution
+    z_channels: int = 4  # channels of the latent
+    kl_weight: float = 3e-3  # kl, ldm: weight of the pull towards N(0, 1)
+    codebook: int = 512  # vq: K, how many vectors there are to choose from
+    commitment: float = 0.25  # vq: beta, weight of the pull of latents towards their vectors
+
+    perceptual: str = ""  # file of VGG16 or LPIPS weights: compare their features of images, too
+    perceptual_weight: float = 1.0  # weight of that beside |x - x_hat|
+    discriminator: float = 0.0  # weight of a patch discriminator; 0 for none
+    disc_start: int = 1000  # step at which it starts
+
+    sample: str = ""
+    """do not train: reconstruct held-out images of --data with this checkpoint, or with a published
+    AutoencoderKL, AutoencoderTiny or TAESD, a file or a folder"""
+    n: int = 1000  # held-out images that are reconstructed and measured at the end
+
+    # Not `accumulate`: VQGAN's lambda is a number of each part.
+    FREE = (cli.RunConfig.FREE | cli.names("sample n")) - cli.names("accumulate")
 
 
-def conv(c_in, c_out, kernel=3, stride=1):
-    return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2)
+def make_autoencoder(cfg, shape):
+    """The autoencoder cfg.ae for images of `shape` (C,H,W); BadInput for sizes that do not fit."""
+    names = ["model_channels", "channel_mult", "num_res_blocks", "z_channels"]
+    names += {"kl": ["patch"], "vq": ["patch", "codebook"], "ldm": []}[cfg.ae]
+    ae = build(cfg.ae, channels=shape[0], **{name: getattr(cfg, name) for name in names})
+    if ae.factor == 1 and cfg.ae == "ldm":
+        raise cli.BadInput("--ae ldm halves at every level: type --channel-mult 1 2 4 4")
+    latent_shape(ae, shape)
+    return ae
 
 
-class ResBlock(nn.Module):
-    """Two convolutions on a residual branch."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm1, self.conv1 = Norm(channels), conv(channels, channels)
-        self.norm2, self.conv2 = Norm(channels), unet.zero(conv(channels, channels))
-
-    def forward(self, x):
-        return x + self.conv2(self.norm2(self.conv1(self.norm1(x))))  # (B,C,H,W)
-
-
-class Autoencoder(nn.Module):
-    """KL-regularised autoencoder (LDM section 3.1): images (B,C,H,W) <-> latents (B,z,H/f,W/f).
-
-    f = patch * 2^(len(mult)-1). The image is folded by `patch` at once (space to depth), because
-    convolutions at full resolution would cost most and see least. Without `variance` the latents
-    are no distribution: encode gives log-variances of -30.
-    """
-
-    def __init__(self, channels, patch, width, mult, blocks, z_channels, variance=True):
-        super().__init__()
-        widths = [width * m for m in mult]
-        self.factor, self.z_channels = patch * 2 ** (len(mult) - 1), z_channels
-        self.variance = variance
-        encoder = [nn.PixelUnshuffle(patch), conv(channels * patch**2, widths[0])]
-        decoder = [conv(z_channels, widths[-1])]
-        for level, c in enumerate(widths):
-            if level:
-                encoder.append(conv(widths[level - 1], c, stride=2))
-            encoder += [ResBlock(c) for _ in range(blocks)]
-        for level, c in reversed(list(enumerate(widths))):
-            decoder += [ResBlock(c) for _ in range(blocks)]
-            if level:
-                decoder += [nn.Upsample(scale_factor=2.0), conv(c, widths[level - 1])]
-        numbers = 2 * z_channels if variance else z_channels
-        self.encoder = nn.Sequential(*encoder, Norm(widths[-1]), conv(widths[-1], numbers))
-        self.decoder = nn.Sequential(
-            *decoder, Norm(widths[0]), conv(widths[0], channels * patch**2), nn.PixelShuffle(patch)
-        )
-
-    def encode(self, x):
-        """(mean, log-variance) of q(z|x), both (B,z,H/f,W/f), float32 under autocast, too."""
-        if not self.variance:
-            mean = self.encoder(x).float()
-            return mean, torch.full_like(mean, -30.0)
-        mean, log_var = self.encoder(x).float().chunk(2, dim=1)
-        return mean, log_var.clamp(-30, 20)
-
-    def decode(self, z):
-        """(B,C,H,W), not clamped."""
-        return self.decoder(z)
-
-    def forward(self, x, noise):
-        mean, log_var = self.encode(x)
-        return self.decode(mean + (0.5 * log_var).exp() * noise), mean, log_var
+# ----------------------------------------------------------------------- what pulls at the latents
 
 
 def kl_divergence(mean, log_var):
-    """Of each image, (B,): KL(q(z|x) || N(0, 1)), a mean over the numbers of z."""
+    """KL(q(z|x) || N(0, 1)) of each image, (B,), a mean over the numbers of z: VAE appendix B."""
     mean, log_var = mean.float(), log_var.float()
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean(dim=(1, 2, 3))
 
 
-TRAINED = ("kl", "vq", "ldm")  # kinds of autoencoders; other names are paths
+def commitment(z, z_q):
+    """Mean square of z - sg(z_q), both (B,C,h,w), of each image, (B,): VQ-VAE eq. 3."""
+    return (z.float() - z_q.detach()).square().mean(dim=(1, 2, 3))
 
 
-def make_autoencoder(cfg, shape, made_of=None):
-    """The autoencoder `cfg.ae` for images of `shape` (C,H,W).
+# ----------------------------------------------------------------------- how the codebook learns
 
-    A path is that of a published one, or of a checkpoint of one trained here. ae.made_of are plain
-    settings that tell its network; with them nothing is read, and weights are to be loaded. Raises
-    BadInput for sizes that it cannot halve, other channels than the images', and unknown names.
+
+@torch.no_grad()
+def update_codebook(book, z, codes, world, rng, decay=0.99, dead=0.1):
+    """One step of the codebook's running means, over all processes: VQ-VAE appendix A.1.
+
+        N_k = decay N_k + (1 - decay) n_k                                  VQ-VAE eq. 6
+        m_k = decay m_k + (1 - decay) sum of the n_k vectors that chose k  eq. 7
+        e_k = m_k / N_k                                                    eq. 8
+
+    It is k-means, batch by batch. Nothing moves a code that none chooses: chosen less often than
+    `dead` times the average code, it starts anew as a vector of this batch (Dhariwal et al.,
+    "Jukebox", 2020, arXiv:2005.00341, section 3.2), and counts as chosen as often as the average.
+    That gives it log(dead) / log(decay) steps, here 229, to attract something. The first update
+    makes every code such a vector.
+
+    z (b,C,h,w) and its codes (b,h,w) are this process's equal share of the batch. rng, the same on
+    every process, decides which vectors may become codes.
     """
-    if made_of and made_of["kind"] == "here":
-        known = {k: v for k, v in (LATER | made_of["settings"]).items() if hasattr(cfg, k)}
-        ae = make_autoencoder(replace(cfg, **known), shape)
-        ae.made_of = made_of
-        return ae
-    sizes = (cfg.ae_width, cfg.ae_mult, cfg.ae_blocks, cfg.z_channels)
-    if cfg.ae == "kl":
-        ae = Autoencoder(shape[0], cfg.patch, *sizes)
-    elif cfg.ae == "vq":
-        ae = Autoencoder(shape[0], cfg.patch, *sizes, variance=False)
-        ae = VQAutoencoder(ae, Codebook(cfg.codebook, cfg.z_channels))
-    elif cfg.ae == "ldm":
-        ae = KLVAE(shape[0], *sizes)
-        if ae.factor == 1:
-            raise BadInput("--ae ldm halves at every level: type --ae-mult 1 2 4 4")
-    elif made_of:
-        ae = build(**made_of)
-    elif own := own_checkpoint(cfg.ae):
-        ae = make_autoencoder(cfg, shape, {"kind": "here", "settings": own["config"]})
-        ae.load_state_dict(own["model"])
-        return ae
-    elif cfg.ae and Path(cfg.ae).exists():
-        ae, _ = load_pretrained(cfg.ae)
-        if ae.channels != shape[0]:
-            raise BadInput(
-                f"--ae {cfg.ae} takes images of {ae.channels} channels, these have {shape[0]}; "
-                "leave it out to train one"
+    z, codes = rows(z), codes.flatten()  # (n,C), (n,)
+    here, everywhere = len(z), len(z) * world.size
+    found = z.new_zeros(book.size, 1 + z.shape[1])  # (K,1+C): n_k, and the sum of its vectors
+    for part, chosen in zip(z.split(CHUNK), codes.split(CHUNK), strict=True):
+        # A matrix product, because adding rows one by one has no fixed order on a GPU.
+        one_hot = z.new_zeros(len(part), book.size).scatter_(1, chosen[:, None], 1.0)
+        found += one_hot.t() @ F.pad(part, (1, 0), value=1.0)
+
+    picks = rng.choice(everywhere, book.size, everywhere < book.size)
+    picks = torch.from_numpy(picks).to(z.device) - world.rank * here  # (K,)
+    mine = ((picks >= 0) & (picks < here))[:, None]
+    fresh = torch.where(mine, z[picks.clamp(0, here - 1)], 0.0)  # (K,C), one process adds it
+    found = world.sum(torch.cat([found, fresh], dim=1))
+    counts, sums, fresh = found.split([1, z.shape[1], z.shape[1]], dim=1)
+
+    average, first = everywhere / book.size, book.counts.sum() == 0
+    book.counts.lerp_(counts[:, 0], 1 - decay)
+    book.sums.lerp_(sums, 1 - decay)
+    anew = first | (book.counts < dead * average)  # (K,)
+    book.counts.masked_fill_(anew, average)
+    book.sums.copy_(torch.where(anew[:, None], average * fresh, book.sums))
+    # Laplace smoothing: as if each code had been chosen a little more often (VQ-VAE-2, 2019).
+    total, eps = book.counts.sum(), 1e-5
+    smoothed = (book.counts + eps) / (total + book.size * eps) * total  # (K,)
+    book.vectors.copy_(book.sums / smoothed[:, None])
+    book.hits += counts[:, 0]
+
+
+def code_use(hits):
+    """{'usage', 'perplexity'} of codes that were chosen so often, (K,).
+
+    usage       share of the codes that were chosen at all, 0 ... 1
+    perplexity  e^entropy of the choices, 1 ... K: as many equally likely codes say as much
+    """
+    share = (hits / hits.sum().clamp(min=1)).double()  # (K,)
+    perplexity = torch.special.entr(share).sum().exp()
+    return {"usage": (hits > 0).double().mean().item(), "perplexity": perplexity.item()}
+
+
+def read_hits(book):
+    """code_use of all choices since the last call, or {} without a codebook."""
+    if book is None:
+        return {}
+    values = code_use(book.hits)
+    book.hits.zero_()
+    return values
+
+
+# ------------------------------------------------------------------------------------- the loss
+
+
+class Adversary:
+    """A discriminator D that learns beside an autoencoder, and its term of the loss: VQGAN.
+
+    shape (C,H,W) of the images; BadInput for sides below 24. weight multiplies the term, on top of
+    the adaptive lambda; width are the discriminator's channels.
+    """
+
+    def __init__(self, shape, weight, width, batch_size, world):
+        if min(shape[1:]) < 24:
+            raise cli.BadInput(
+                f"--discriminator: its patches need images of at least 24x24, not {shape[1]}x"
+                f"{shape[2]}; leave it out"
             )
-    else:
-        raise BadInput(
-            f"--ae {cfg.ae}: expected {', '.join(TRAINED)}, or the file or folder of a published "
-            "autoencoder, which is not there"
-        )
-    if shape[1] % ae.factor or shape[2] % ae.factor:
-        near = -(-min(shape[1:]) // ae.factor) * ae.factor
-        raise BadInput(
-            f"images of {shape[1]}x{shape[2]} cannot be made {ae.factor} times smaller by the "
-            f"autoencoder; sizes must be multiples of {ae.factor}: type --size {near}"
-        )
-    ae.made_of = getattr(ae, "made_of", None)
-    return ae.to(memory_format=torch.channels_last)
+        self.weight, self.batch_size, self.world = weight, batch_size, world
+        net = Discriminator(shape[0], width)
+        self.net = net.to(world.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(net.parameters(), betas=(0.5, 0.9))
 
+    def generator_losses(self, x_hat, reconstruction, last):
+        """What is added to the loss of each image, (b,): weight lambda (-mean D(x_hat)).
 
-def own_checkpoint(path):
-    """The checkpoint of an autoencoder trained here, or None where `path` is something else."""
-    if not path.endswith(".pt"):
-        return None
-    try:
-        return load_checkpoint(path, "autoencoder")
-    except BadInput:
-        return None
+        lambda = |grad L_rec| / (|grad -D| + 1e-6), gradients by `last`, the weight of the decoder's
+        last layer (VQGAN eq. 7): there both terms pull equally, whatever their units.
+        reconstruction (b,): the loss of x_hat (b,C,H,W) without this term.
+        """
+        self.net.requires_grad_(False)
+        losses = -self.net(x_hat).float().mean(dim=(1, 2))
+        self.net.requires_grad_(True)
+        lengths = []
+        for term in (reconstruction, losses):
+            (gradient,) = torch.autograd.grad(term.mean(), last, retain_graph=True)
+            lengths.append((self.world.sum(gradient.float()) / self.world.size).norm())
+        lambda_ = (lengths[0] / (lengths[1] + 1e-6)).clamp(max=1e4)
+        return self.weight * lambda_ * losses
 
+    def learn(self, x, x_hat):
+        """The hinge loss, (b,), of D above 1 for x and below -1 for x_hat; keeps its gradient."""
+        with self.world.autocast():
+            real, fake = self.net(torch.cat([x, x_hat.detach()])).float().chunk(2)  # (b,h,w)
+        losses = 0.5 * (F.relu(1 - real) + F.relu(1 + fake)).mean(dim=(1, 2))
+        (losses.sum() / self.batch_size).backward()
+        return losses.detach()
 
-def check(cfg):
-    """Raise BadInput for a setting of the autoencoder out of its range."""
-    check_positive(
-        cfg,
-        "patch",
-        "ae_width",
-        "ae_mult",
-        "ae_blocks",
-        "z_channels",
-        "ae_steps",
-        "ae_lr",
-        "codebook",
-        "commitment",
-        "perceptual_weight",
-    )
-    check_not_negative(cfg, "discriminator", "disc_start")
-    check_fraction(cfg, "kl_weight")
-    if cfg.discriminator and cfg.disc_start >= cfg.ae_steps:
-        told = f"--disc-start {cfg.disc_start} is not before --ae-steps {cfg.ae_steps}"
-        raise BadInput(f"{told}: the discriminator would never start")
+    def step(self, lr):
+        """Descend along the gradients of all learn() since the last step, on all processes."""
+        for p in self.net.parameters():
+            self.world.sum(p.grad)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
+    def state_dict(self):
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-# ------------------------------------------------------------------------------------- training
-
-LATER = {  # settings that came later, and what they were before: see settings()
-    "ae": "kl",
-    "codebook": 512,
-    "commitment": 0.25,
-    "perceptual_weight": 1.0,
-    "discriminator": 0.0,
-    "disc_start": 1000,
-}
-
-
-def settings(cfg):
-    """The part of the configuration that decides what the autoencoder's weights are.
-
-    Those of LATER stand in it only where they are not as before, so that older runs go on.
-    """
-    names = (
-        "data",
-        "size",
-        "classes",
-        "flip",
-        "patch",
-        "ae_width",
-        "ae_mult",
-        "ae_blocks",
-        "z_channels",
-        "kl_weight",
-        "ae_steps",
-        "ae_lr",
-        "batch_size",
-        "warmup",
-        "clip_grad",
-        "seed",
-    )
-    later = {name: getattr(cfg, name) for name in LATER}
-    return {name: getattr(cfg, name) for name in names} | {
-        name: value for name, value in later.items() if value != LATER[name]
-    }
+    def load_state_dict(self, state):
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def loss_terms(cfg, ae, model, x, noise, perceptual):
-    """(losses by name, the reconstruction loss, what the network gave); losses of each image, (B,).
+    """(losses by name, the reconstruction loss, what the network gave); losses of each image, (b,).
 
     The reconstruction loss is mean |x - x_hat|, by name "l1", and the perceptual distance, if any.
     "loss" is that and the pull on the latents: KL for a Gaussian q(z|x), commitment for a codebook.
-    model is ae, or what wraps it for training; it gives x_hat (B,C,H,W), the latents' means
-    (B,z,h,w), and their log-variances, or the codes (B,h,w).
+    model is ae, or what wraps it for training; it gives x_hat (b,C,H,W), the latents' means
+    (b,z,h,w), and their log-variances, or the codes (b,h,w).
     """
     x_hat, z, rest = model(x, noise)
     terms = {"l1": (x - x_hat.float()).abs().mean(dim=(1, 2, 3))}
@@ -262,8 +256,8 @@ def loss_terms(cfg, ae, model, x, noise, perceptual):
     if perceptual is not None:
         terms["perceptual"] = perceptual(x, x_hat)
         reconstruction = reconstruction + cfg.perceptual_weight * terms["perceptual"]
-    if isinstance(ae, VQAutoencoder):
-        terms["commitment"] = ae.codebook.commitment(z, rest)
+    if cfg.ae == "vq":
+        terms["commitment"] = commitment(z, ae.codebook.lookup(rest))
         pull = cfg.commitment * terms["commitment"]
     else:
         terms["kl"] = kl_divergence(z, rest)
@@ -271,167 +265,206 @@ def loss_terms(cfg, ae, model, x, noise, perceptual):
     return {"loss": reconstruction + pull, **terms}, reconstruction, (x_hat, z, rest)
 
 
-def train(cfg, world, ds):
-    """The autoencoder, on every rank, frozen: trained, or going on where it stopped, or read.
+# ------------------------------------------------------------------------------------- training
 
-    Beside its checkpoints lie pictures and figures of images that it has not seen: see report().
-    """
+
+def train(cfg, world):
+    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
     torch.manual_seed(cfg.seed)
-    shape, folder = (ds.channels, ds.height, ds.width), Path(cfg.out) / "autoencoder"
-    ae = make_autoencoder(cfg, shape).to(world.device)
-    count = sum(p.numel() for p in ae.parameters()) / 1e6
-    if cfg.ae not in TRAINED:
-        if world.is_main:
-            print(f"autoencoder: {count:.2f} M parameters, read from {cfg.ae}")
-        report(cfg, world, ae, ds, folder)
-        return ae
-    optimizer = torch.optim.Adam(ae.parameters(), cfg.ae_lr, fused=world.device.type == "cuda")
-    made_of, perceptual, adversary = {"data_key": ds.key}, None, None
-    if cfg.perceptual:
-        perceptual = load_perceptual(cfg.perceptual, shape).to(world.device)
-        made_of["perceptual"] = weights_hash(perceptual)
-    if cfg.discriminator:
-        width = min(64, cfg.ae_width)
-        adversary = Adversary(shape, cfg.discriminator, width, cfg.ae_lr, world)
-    run = Run(
-        folder,
-        "autoencoder",
-        settings(cfg),
-        world,
-        made_of=made_of,
-        tensorboard=cfg.tensorboard,
-        resume=cfg.resume if cfg.resume == "never" else "auto",
-        defaults=LATER,
-    )
-    state, start = run.restore(), 0
-    if state:
-        ae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if adversary:
-            adversary.load_state_dict(state["adversary"])
-        start = state["step"]
-    if world.is_main:
-        done = ", done before" if start == cfg.ae_steps else ""
-        print(f"autoencoder: {count:.2f} M parameters, {cfg.ae_steps} steps{done}")
-    if start < cfg.ae_steps:
-        fit(cfg, world, ds, run, start, ae, optimizer, perceptual, adversary)
-    ae.eval().requires_grad_(False)
-    report(cfg, world, ae, ds, folder)
-    return ae
-
-
-def fit(cfg, world, ds, run, start, ae, optimizer, perceptual, adversary):
-    """Train `ae` in place from step `start` to cfg.ae_steps, with log and checkpoints in `run`."""
-    if adversary and cfg.compile:  # its weight needs two more passes backwards through one graph
-        torch._functorch.config.donated_buffer = False
-    model = world.wrap(torch.compile(ae) if cfg.compile else ae)
+    ae = make_autoencoder(cfg, ds.shape).to(world.device)
+    z_shape, book = latent_shape(ae, ds.shape), getattr(ae, "codebook", None)
     last_layer = [p for p in ae.decoder.parameters() if p.ndim > 1][-1]  # its weight
-    codebook = ae.codebook if isinstance(ae, VQAutoencoder) else None
-    mine, meters = world.share(cfg.batch_size), {}
-    z_shape = (ae.z_channels, ds.height // ae.factor, ds.width // ae.factor)
-    bar = world.progress(cfg.ae_steps, start, "autoencoder")
-    for step in range(start, cfg.ae_steps):
-        rng, batch = np.random.default_rng([cfg.seed, step, 1]), cfg.batch_size
-        noise_seeds = torch.from_numpy(rng.integers(2**62, size=batch))[mine].to(world.device)
-        noise = gaussian((len(noise_seeds), *z_shape), noise_seeds, step, world.device)
-        idx = batches.indices(len(ds), batch, cfg.seed, step, world.rank, world.size)
-        flips = batches.flips(batch, cfg.seed, step, world.rank, world.size) if cfg.flip else None
-        x = batches.batch(ds, idx, flip=flips)[0].to(world.device)  # (B,C,H,W)
+    perceptual, adversary, keep, made_of = None, None, {}, {}
+    if cfg.perceptual:
+        perceptual = load_perceptual(cfg.perceptual, ds.shape).to(world.device)
+        made_of["perceptual"] = checkpoints.weights_hash(perceptual)  # wherever the file lies
+    if cfg.discriminator:
+        width = min(64, cfg.model_channels)
+        adversary = Adversary(ds.shape, cfg.discriminator, width, cfg.batch_size, world)
+        keep["adversary"] = adversary
+        if cfg.compile:  # lambda needs two more passes backwards through one graph
+            torch._functorch.config.donated_buffer = False
+    adam = partial(torch.optim.Adam, lr=cfg.lr)
+    run = Run(cfg, world, ds, net=ae, optimizer=adam, keep=keep, made_of=made_of)
+    if world.is_main:
+        print(f"{ds.name}: {len(ds)} images {ds.shape}; {about(ae)}: latents {z_shape}")
+        print(f"step {run.first} of {cfg.steps}")
 
-        lr = learning_rate(step, cfg.ae_steps, cfg.ae_lr, cfg.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        with world.autocast():
-            terms, reconstruction, given = loss_terms(cfg, ae, model, x, noise, perceptual)
-            loss, (x_hat, z, rest) = terms["loss"].mean(), given
-            if adversary and step >= cfg.disc_start:
-                loss = loss + adversary.generator_loss(x_hat, reconstruction.mean(), last_layer)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(ae.parameters(), cfg.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if codebook:
-            codebook.update(z.detach(), rest, world, [cfg.seed, step, 3])
-        if adversary and step >= cfg.disc_start:
-            terms["disc"] = adversary.learn(x, x_hat.float(), lr)
-
-        for name, losses in terms.items():
-            meters.setdefault(name, LossMeter(world.device)).add(step, losses)
-        step, last = step + 1, step + 1 == cfg.ae_steps
-        bar.update()
-        if step % cfg.log_every == 0 or last:
-            values = {name: meter.read(world, run)["loss"] for name, meter in meters.items()}
-            values |= codebook.report() if codebook else {}
-            run.log(step, **values, lr=lr, images_per_s=run.rate((step - start) * batch))
-            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-        if step % cfg.save_every == 0 or last:
-            more = {"adversary": adversary.state_dict()} if adversary else {}
-            run.save(step, model=ae.state_dict(), optimizer=optimizer.state_dict(), **more)
-    bar.close()
-    plot_loss(run)
+    for step in run.steps():  # goes on where it stopped; saves between two steps
+        seen = []  # what this process's share of the step gave the codebook
+        fooling = adversary is not None and step >= cfg.disc_start
+        for part in run.parts(step):
+            x, _ = run.images(part)  # (b,C,H,W)
+            noise = run.noise(part, (len(x), *z_shape), "posterior")  # of z ~ q(z|x), (b,z,h,w)
+            with world.autocast():
+                terms, reconstruction, given = loss_terms(cfg, ae, run.model, x, noise, perceptual)
+                losses, (x_hat, z, rest) = terms.pop("loss"), given
+                if fooling:
+                    terms["generator"] = adversary.generator_losses(
+                        x_hat, reconstruction, last_layer
+                    )
+                    terms["disc"] = adversary.learn(x, x_hat)
+            if fooling:  # a gradient, but no value: the log's loss stays comparable
+                losses = losses + terms["generator"] - terms["generator"].detach()
+            run.backward(losses, **terms)
+            seen.append((z.detach(), rest))
+        if book is not None:
+            z, codes = (torch.cat(parts) for parts in zip(*seen, strict=True))
+            update_codebook(book, z, codes, world, run.rng(step, "codes"))
+        if fooling:
+            adversary.step(run.optimizer.param_groups[0]["lr"])
+        run.descend(also=partial(read_hits, book))  # clip, Adam, running means, log
+        if run.due(cfg.sample_every):
+            chosen = np.linspace(0, len(ds) - 1, min(50, len(ds))).astype(np.int64)
+            run.save_grid(pairs(*reconstruct(ae, ds, chosen, world.device)))
+    ae.eval().requires_grad_(False)
+    report(ae, cfg, world, run.folder)
 
 
 # ------------------------------------------------------------------------------ reconstructions
 
 
-def held_out(cfg, ds):
-    """(images not trained on, ""); without such images (training images, why)."""
-    classes, size = split_list(cfg.classes), cfg.size or None
+def about(ae):
+    """What an autoencoder is, in a few words."""
+    count = sum(p.numel() for p in ae.parameters()) / 1e6
+    return f"autoencoder {ae.settings['kind']} of {count:.2f} M parameters"
+
+
+@torch.no_grad()
+def reconstruct(ae, ds, chosen, device):
+    """(x, x_hat), (b,C,H,W) in [-1,1] on the device, of images `chosen` int64 (b,), without noise.
+
+    x_hat is decoded from the mean of q(z|x), in fp32.
+    """
+    x = ds.batch(chosen)[0].to(device)
+    return x, ae.decode(ae.encode(x)[0]).float().clamp(-1, 1)
+
+
+def pairs(x, x_hat):
+    """uint8 (2b,H,W,C): each row of ten images above the row of their reconstructions."""
+    parts = zip(to_uint8(x).split(10), to_uint8(x_hat).split(10), strict=True)
+    return torch.cat([half for part in parts for half in part])
+
+
+def held_out(cfg):
+    """(images that training does not see, ""); without such images (training images, why)."""
+    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+    how = {"split": "test", "size": cfg.size, "classes": cfg.classes}
     try:
-        test = datasets.load(cfg.data, cfg.data_root, split="test", size=size, classes=classes)
-    except BadInput as error:
+        test = datasets.load(cfg.data, cfg.data_root, **how)
+    except cli.BadInput as error:
         return ds, f"no test images ({error})"
-    if (test.channels, test.height, test.width) != (ds.channels, ds.height, ds.width):
+    if test.shape != ds.shape:
         return ds, "the test images are of another size"
     return test, "" if test.key != ds.key else "there are no others"
 
 
-@torch.inference_mode()
-def report(cfg, world, ae, ds, folder, batch=64):
-    """Encode and decode held-out images, at least 50 and at most cfg.n_eval, without noise.
+@torch.no_grad()
+def report(ae, cfg, world, folder, batch=64):
+    """Encode and decode cfg.n held-out images of cfg.data, without noise.
 
     reconstructions.png   fifty images, each row of ten above the row of their reconstructions
-    reconstructions.npz   with cfg.n_eval, all reconstructions: eval_fid.py tells their distance
-    reconstructions.json  mean PSNR (dB) and SSIM, of what, and by which weights; one line is
-                          printed. Nothing is done where just this has been reported before.
+    reconstructions.npz   all reconstructions: eval_fid.py measures their distance
+    reconstructions.json  mean PSNR (dB) and SSIM, with a codebook its use, of what, and by which
+                          weights; one line is printed. Nothing is done where just this has been
+                          reported before. BadInput for images that do not fit.
     """
-    path = folder / "reconstructions.json"
-    images, why = held_out(cfg, ds)
-    count = min(len(images), max(50, cfg.n_eval))
-    made_by, known = {"autoencoder": weights_hash(ae), "data": images.key, "n": count}, False
-    if world.is_main and path.exists():
-        told = json.loads(path.read_text())
-        known = made_by.items() <= told.items()
-        known = known and (not cfg.n_eval or (folder / "reconstructions.npz").exists())
+    images, why = held_out(cfg)
+    latent_shape(ae, images.shape, flag="--data")
+    count, path = min(len(images), cfg.n), Path(folder) / "reconstructions.json"
+    made_by = {"autoencoder": checkpoints.weights_hash(ae), "data": images.key, "n": count}
+    known = False
+    if world.is_main and path.exists() and path.with_suffix(".npz").exists():
+        known = made_by.items() <= json.loads(path.read_text()).items()
     if world.sum(torch.tensor(float(known), device=world.device)) > 0:
         return
     chosen = np.linspace(0, len(images) - 1, count).astype(np.int64)  # of all classes
-    found, figures = [], []
-    for part in np.split(chosen[world.share(count)], range(batch, count, batch)):
-        if len(part):
-            x = batches.batch(images, part)[0].to(world.device)  # (B,C,H,W)
-            x_hat = ae.decode(ae.encode(x)[0]).clamp(-1, 1)
-            found.append(to_uint8(x_hat))
-            figures.append(torch.stack([psnr(x, x_hat), ssim(x, x_hat)], dim=1))  # (B,2)
-    empty = torch.empty(0, ds.height, ds.width, ds.channels, dtype=torch.uint8)
-    found = world.collect(torch.cat([empty, *found]).to(world.device), count).cpu()
-    figures = torch.cat([torch.zeros(0, 2, dtype=torch.float64, device=world.device), *figures])
-    decibels, similar = world.collect(figures, count).mean(0).tolist()
+    book, device = getattr(ae, "codebook", None), world.device
+    found, hits = [], torch.zeros(book.size if book else 1, device=device)
+
+    def measure(part, tick):
+        """What is collected of the images `part`, (b,2): PSNR and SSIM."""
+        x, x_hat = reconstruct(ae, images, chosen[part], device)
+        if book:
+            hits.add_(torch.bincount(ae.codes(x).flatten(), minlength=book.size))
+        found.append(to_uint8(x_hat))
+        tick()
+        return torch.stack([psnr(x, x_hat), ssim(x, x_hat)], dim=1)
+
+    figures = world.in_parts(measure, count, batch * world.size, 1, "reconstructions")
+    made = world.collect(torch.cat(found).to(device), count).cpu()
+    decibels, similar = figures.mean(0).tolist()
+    words = code_use(world.sum(hits)) if book else {}
     if not world.is_main:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    shown = np.linspace(0, count - 1, min(50, count)).astype(np.int64)
-    x = torch.from_numpy(images.images[chosen[shown]])
-    rows = zip(x.split(10), found[shown].split(10), strict=True)
-    picture = folder / "reconstructions.png"
     for stale in ("reconstructions.json", "reconstructions.npz", "eval.json"):
-        (folder / stale).unlink(missing_ok=True)  # what is told must never be of others
-    save_grid(torch.cat([half for row in rows for half in row]), picture, columns=10)
-    if cfg.n_eval:
-        with atomic_write(folder / "reconstructions.npz") as temporary:
-            np.savez(temporary, found.numpy(), images.labels[chosen])
-    told = made_by | {"held_out": not why, "psnr": decibels, "ssim": similar}
+        (path.parent / stale).unlink(missing_ok=True)  # figures must never be of other images
+    shown = np.linspace(0, count - 1, min(50, count)).astype(np.int64)
+    x, _ = images.batch(chosen[shown])
+    save_grid(pairs(x, made[shown].permute(0, 3, 1, 2) / 127.5 - 1), path.with_suffix(".png"), 10)
+    with atomic_write(path.with_suffix(".npz")) as temporary:
+        np.savez(temporary, made.numpy(), images.labels[chosen])
+    values = made_by | {"held_out": not why, "psnr": decibels, "ssim": similar, **words}
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(told, indent=2) + "\n")
-    whose = f"training images: {why}" if why else "held-out images"
-    print(f"reconstructions: PSNR {decibels:.1f} dB, SSIM {similar:.3f} over {count} {whose}")
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+    which = f"training images: {why}" if why else "held-out images"
+    told = f"PSNR {decibels:.1f} dB, SSIM {similar:.3f}"
+    if book:
+        told += f", {words['usage']:.0%} of the codes in use, perplexity {words['perplexity']:.0f}"
+    print(f"reconstructions: {told} over {count} {which}; see {path.with_suffix('.png')}")
+
+
+# ------------------------------------------------------------------------------------- commands
+
+
+def sample_checkpoint(cfg, world):
+    """report() of any autoencoder, of ours on held-out images of its own data, unless --data is typed.
+
+    Beside a checkpoint of ours, or in a folder runs/ae-NAME-DATA.
+    """
+    state, path = own_checkpoint(cfg.sample), Path(cfg.sample)
+    ema = checkpoints.typed_ema(cfg)
+    ae = load_autoencoder(path, world.device, ema, flag="--sample")
+    if state:
+        names = cli.not_given(cfg, ("data", "data_root", "size", "classes"))
+        cfg = replace(cfg, **{name: state["config"][name] for name in names})
+    beside = path.parent if state else f"runs/ae-{path.stem}-{Path(cfg.data).stem}"
+    if world.is_main:
+        small = f"{ae.z_channels} channels, {ae.factor} times smaller"
+        print(f"{about(ae)}, latents of {small}")
+    report(ae, cfg, world, Path(cfg.out or beside))
+
+
+def check(cfg):
+    """Raise BadInput for a setting out of its range."""
+    cli.check_run(cfg)
+    cli.check_ranges(
+        cfg,
+        positive="patch model_channels channel_mult num_res_blocks z_channels codebook commitment "
+        "perceptual_weight n",
+        not_negative="discriminator disc_start",
+        fraction="kl_weight",
+    )
+    if cfg.discriminator and cfg.disc_start >= cfg.steps:
+        found = f"--disc-start {cfg.disc_start} is not before --steps {cfg.steps}"
+        raise cli.BadInput(f"{found}: the discriminator would never start")
+
+
+def main():
+    cfg = cli.parse(Config, __doc__)
+    if cfg.smoke:
+        tiny = {"steps": 4, "batch_size": 8, "model_channels": 32, "disc_start": 1, "warmup": 1}
+        tiny |= {"log_every": 1, "save_every": 2, "sample_every": 2, "keep_every": 0, "n": 8}
+        tiny |= {"resume": "never", "out": "runs/smoke-autoencoder"}
+        cfg = cli.smaller(cfg, **tiny)
+    check(cfg)
+    if cfg.sample:
+        launch(sample_checkpoint, cfg)
+        return
+    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+    make_autoencoder(cfg, ds.shape)  # what does not fit says so before there are processes
+    launch(train, replace(cfg, out=cfg.out or f"runs/ae-{cfg.ae}-{Path(cfg.data).stem}"))
+
+
+if __name__ == "__main__":
+    cli.entry(main)

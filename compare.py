@@ -16,6 +16,8 @@ It leaves beside the checkpoint, or in --out,
                                 its images are in compare-cells/
 """
 
+from runtime.commandline import folder_of, parse_classes, parse_seeds
+
 import shlex
 import sys
 import time
@@ -35,7 +37,6 @@ from ddim import (
 )
 from evaluation import comparison
 from evaluation import scores as evaluation
-from runtime.commandline import folder_of, parse_classes, parse_seeds
 
 SHOWN = 16  # images in a cell of the grids
 

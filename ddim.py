@@ -1,12 +1,11 @@
-"""Chapter 2: the same network, few steps, and no noise on the way.
+"""DDIM: the same network, few steps, and no noise on the way.
 
-Song, Meng, Ermon, "Denoising Diffusion Implicit Models", 2021 (arXiv:2010.02502), whose alpha_t is
-our alpha_bar_t. Lu et al., "DPM-Solver++", 2022 (arXiv:2211.01095). Karras et al., "Elucidating the
-Design Space of Diffusion-Based Generative Models", 2022 (arXiv:2206.00364), for Heun's method.
+Song, Meng, Ermon, "Denoising Diffusion Implicit Models", 2021 (arXiv:2010.02502). The paper's
+alpha_t is our alpha_bar_t.
 
-Chapter 1's loss knows only the marginals q(x_t | x_0), not the chain between them. Every process
-with these marginals is therefore served by the same network, and one may visit any sub-sequence of
-the timesteps. From x_t and the network's noise, first guess the image,
+The loss of ddpm_pixel.py knows only the marginals q(x_t | x_0), not the chain between them. Every
+process with these marginals is therefore served by the same network, and one may visit any
+sub-sequence of the timesteps. From x_t and the network's noise, first guess the image,
 
     x0_hat = (x_t - sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_bar_t)                     eq. 9
 
@@ -18,115 +17,91 @@ then go to the earlier timestep t_prev, keeping a part of that noise and replaci
 
     sigma = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_prev))
                                                                                           eq. 16
-With eta = 1 this is chapter 1's ancestral step (small variance). With eta = 0 there is no fresh
-noise: the image is a function of x_T, and the walk an Euler scheme for an ODE (section 4.3), smooth
-enough for few steps. But fresh noise also corrects the network's mistakes: where a short training
-leaves specks, try --eta 1. An ODE can also be solved better, and walked upwards, from an image to
-the x_T that gives it:
+With eta = 1 this is the ancestral step of DDPM (small variance). With eta = 0 there is no fresh
+noise: the image is a function of x_T, and the way there an Euler scheme for an ODE (section 4.3),
+smooth enough for few steps. But fresh noise also corrects the network's mistakes: where a short
+training leaves specks, try --eta 1. The ODE can be followed upwards, too, from an image to the x_T
+that gives it, its code. Between two codes lie the codes of images that change smoothly from the one
+into the other:
 
     python ddim.py --sample runs/pixel-mnist/ckpt.pt                  100 images in 50 steps
     python ddim.py --sample runs/pixel-mnist/ckpt.pt --sample-steps 10 --classes 3,7 --guidance 1
-    python ddim.py --sample runs/pixel-mnist/ckpt.pt --sample-steps 10 --sampler dpmpp
     python ddim.py --sample runs/pixel-mnist/ckpt.pt --seeds 0-7 --gif       watch eight of them
-    python ddim.py --encode runs/pixel-mnist/ckpt.pt --n 8    test images to codes and back
+    python ddim.py --encode runs/pixel-mnist/ckpt.pt --n 8            test images to codes and back
     python ddim.py --interpolate runs/pixel-mnist/ckpt.pt --seeds 3,9        from one to the other
-    python ddim.py --compare runs/pixel-mnist/ckpt.pt --n 1000 --compare-steps 5,10,20,50
+    python ddim.py --interpolate runs/pixel-mnist/ckpt.pt --seeds 0,1 --data mnist    test images
 
-All need a checkpoint of ddpm_pixel.py and leave their files beside it. With the network of
-configs/mnist_pixel.yaml one CPU core draws 100 images in 50 steps in 30 seconds.
+All leave their files beside the checkpoint, or in --out. One CPU core draws 100 digits of the
+network of configs/mnist_pixel.yaml in 50 steps in 30 seconds. Solvers of second order for the same
+ODE: dpm_solver.py. All of them side by side: compare_samplers.py.
 """
 
+from runtime import commandline as cli
+from runtime.pictures import save_film, save_grid, save_samples, to_uint8
+from runtime.plots import plot_lines
+from runtime.processes import launch
+
+import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 
-from ddpm_pixel import alpha_bar_of, labels_for, load_net
-from kernels import gaussian, sampling_table, sampling_update
-from networks.published.unet import check_guidance
-from runtime.commandline import (
-    BadInput,
-    check_fraction,
-    check_positive,
-    check_processes,
-    default_gpus,
-    entry,
-    folder_of,
-    parse,
-    parse_classes,
-    parse_seeds,
-    smaller,
-    split_list,
-)
-from runtime.pictures import save_film, save_samples, to_uint8
-from runtime.processes import launch
-
-SAMPLERS = ("ddim", "dpmpp", "heun", "ddpm")
+from ddpm_pixel import guided_pass, x0_coefficients
+from image_data import datasets
+from improved_ddpm import load_net
+from kernels import Row, gaussian, sampling_update
 
 
 @dataclass
-class Config:
-    config: str = ""  # YAML file of these settings; flags override it
-    sample: str = ""  # the checkpoint of ddpm_pixel.py to sample from
-    encode: str = ""  # a checkpoint: held-out images to their x_T and back, in ever more steps
+class Config(cli.Command):
+    sample: str = ""
+    """draw from this network: a checkpoint of ddpm_pixel.py or improved_ddpm.py, or published"""
+    encode: str = ""  # of this network: held-out images to their x_T and back, in ever more steps
     interpolate: str = ""
-    """a checkpoint: eleven images on the way from one x_T to another, a row for each two seeds"""
-    compare: str = ""  # a checkpoint: every sampler, at every number of steps, and every guidance
-    out: str = ""  # folder for what is made (default: beside the checkpoint)
-    smoke: bool = False  # eight images in four steps, to see that everything works
+    """of this network: eleven images from one x_T to another, a row for each two seeds"""
 
-    n: int = 0  # how many; 0 is 100 samples, 1000 with --compare, 8 images or x_T with the others
+    n: int = 0  # how many; 0 is 100 samples, 8 images or x_T with the others
     seeds: str = ""
     """sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1); with --encode, and
     with --interpolate and --data, the numbers of the test images"""
     classes: str = ""
     """comma-separated names or numbers: draw these (default all in turn; --interpolate: none)"""
-    sampler: Literal["ddim", "dpmpp", "heun", "ddpm"] = "ddim"
-    """DDIM; DPM-Solver++(2M) and Heun's method, of second order; chapter 1's ancestral sampling"""
     sample_steps: int = 50  # how many of the T timesteps to visit
     spacing: Literal["linear", "quadratic", "leading", "trailing"] = "linear"
     """where they lie: even from end to end; denser near the image; even from 0 up; from T-1 down"""
-    eta: float = 0.0  # noise of a ddim step: 0 deterministic, 1 like ddpm
-    variance: Literal["auto", "small", "large", "learned"] = "auto"
-    """of a ddpm step: beta_tilde, beta, or the network's; auto is what it was trained with"""
+    eta: float = 0.0  # fresh noise of a step: 0 none, 1 as much as DDPM
     guidance: float = 0.0
     """w in (1+w) eps(x,y) - w eps(x): -1 unconditional, 0 conditional; others write s = 1+w"""
     gif: bool = False
     """also draw reverse.gif and reverse.png: x_t and x0_hat of the first eight on their way"""
 
     data: str = ""
-    """--encode, --compare: data other than the checkpoint's; --interpolate: take images from it"""
-    data_root: str = ""  # where data sets are looked for (default: where the checkpoint's was)
+    """--encode: data other than the network was trained on; --interpolate: take images from it"""
+    data_root: str = ""  # where data sets are looked for (default: where the training found them)
     encode_steps: str = "10,20,50,100,200,500,1000"  # numbers of steps to encode in; T at most
-    compare_steps: str = "5,10,20,50,100,250,1000"  # numbers of steps to compare; T at most
-    compare_guidance: str = "-1,0,0.5,1,2,4"
-    """values of w to compare at --sample-steps of --sampler, where there are labels"""
-
-    batch_size: int = 64  # images drawn at a time, over all processes
-    gpus: int = field(default_factory=default_gpus)
-    """number of GPUs; 0 is the CPU; more than one starts that many processes"""
 
 
 # ------------------------------------------------------------------------------------ timesteps
 
 
 def subsequence(T, steps, spacing="linear"):
-    """tau of DDIM section 4.2: `steps` of the timesteps 0..T-1, all different.
+    """tau of section 4.2: `steps` of the timesteps 0..T-1, all different.
 
     linear     evenly spaced, both ends included
     quadratic  floor(c i^2) for i = 0, 1, ... with c such that the last is T-1 (appendix D.2); one
                that would repeat its neighbour is moved up to the next free timestep
-    leading    multiples of floor(T / steps) from 0 up: the walk starts below T-1, at less noise
-    trailing   T / steps apart from T-1 down, rounded: the walk ends above 0
+    leading    multiples of floor(T / steps) from 0 up: the first lies below T-1, at less noise
+    trailing   T / steps apart from T-1 down, rounded: the last lies above 0
                (both as Lin et al. 2023, arXiv:2305.08891, table 2, with timesteps from 0)
 
-    Returns the walk over them as [(t, t_prev), ...], downwards; the last t_prev is -1, where
-    alpha_bar is 1. One linear or quadratic step is T-1 alone. Raises BadInput unless
-    1 <= steps <= T.
+    Returns [(t, t_prev), ...], downwards; the last t_prev is -1, where alpha_bar is 1. One linear
+    or quadratic step is T-1 alone. Raises BadInput unless 1 <= steps <= T.
     """
     if not 1 <= steps <= T:
-        raise BadInput(
+        raise cli.BadInput(
             f"--sample-steps {steps}: the network was trained on a chain of {T} timesteps; "
             f"type a number from 1 to {T}"
         )
@@ -144,302 +119,305 @@ def subsequence(T, steps, spacing="linear"):
     return list(zip(tau, [*tau[1:], -1], strict=True))
 
 
-def evaluations(sampler, steps, guided):
-    """How often the network sees an image (NFE): Heun looks twice but in its last step, and
-    guidance needs a pass with the label and one without."""
-    return (2 * steps - 1 if sampler == "heun" else steps) * (1 + guided)
+def at(alpha_bar, t):
+    """alpha_bar_t of a table float64 (T,) as a number; at t = -1, the image itself, it is 1."""
+    return alpha_bar[t].item() if t >= 0 else 1.0
 
 
-# ------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------ down: from x_T to x_0
 
 
-def evaluate(net, x, t, y, guidance):
-    """The network's output at x (B,C,H,W) and the timestep t, a number; and that without labels.
+def ddim_row(a, a_prev, eta=0.0, prediction="eps"):
+    """The step from alpha_bar_t = a to a_prev > a, eta in 0..1: eq. 12 and 16.
 
-    (B,C,H,W) each, or (B,2C,H,W) where it learned its variance. With y (B,) and guidance w != 0
-    the two passes are one batch of 2B; otherwise the second is None.
+    Put eps_hat = (x_t - sqrt(a) x0_hat) / sqrt(1 - a), which is eq. 9 turned around, into eq. 12:
+        x_prev = A x0_hat + B x_t + sigma z,
+        B = sqrt((1 - a_prev - sigma^2) / (1 - a)),  A = sqrt(a_prev) - B sqrt(a)
+    so that eps_hat stays consistent with an x0_hat that was clipped. 1 - a_prev - sigma^2 is
+    written as a product, which keeps its digits where it is small. The last step, a_prev = 1, is
+    x0_hat.
     """
-    t = torch.full((len(x),), t, device=x.device)  # (B,)
-    if y is None or guidance == 0:
-        return net(x, t, y), None
-    null = torch.full_like(y, net.label.num_embeddings - 1)
-    return net(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, null])).chunk(2)
+    ratio = (1 - a / a_prev) / (1 - a)
+    sigma = eta * math.sqrt((1 - a_prev) * ratio)  # eq. 16
+    B = math.sqrt((1 - a_prev) * (1 - eta**2 * ratio) / (1 - a))  # eq. 12
+    A = math.sqrt(a_prev) - B * math.sqrt(a)
+    return Row(*x0_coefficients(a, prediction), A, B, S=sigma)
 
 
-@torch.inference_mode()
-def walk(
-    net,
-    alpha_bar,
-    pairs,
-    x,
-    y=None,
-    *,
-    sampler="ddim",
-    seeds=None,
-    eta=0.0,
-    variance="small",
-    guidance=0.0,
-    prediction="eps",
-    clip=True,
+def guided(net, x, t, y, w):
+    """The network's output at x (B,C,H,W) and timestep t as arguments of sampling_update."""
+    out, out_uncond = guided_pass(net, x, t, y, w)  # (B,C,H,W); 2C channels with learned variance
+    return {"out": out, "out_uncond": out_uncond, "guidance": 0.0 if out_uncond is None else w}
+
+
+@torch.no_grad()
+def decode(
+    net, alpha_bar, pairs, x, y=None, w=0.0, *, eta=0.0, seeds=None, prediction="eps", clip=True
 ):
-    """From x at pairs[0][0] down to an image; yields (t_prev, x, x0_hat) after every step.
+    """From x (B,C,H,W) at pairs[0][0] down to an image; yields x_prev and x0_hat, like x.
 
-    alpha_bar (T,) float64; pairs from subsequence(); x (B,C,H,W); y (B,) int64 labels or None;
-    seeds (B,) int64 for the samplers that add noise; eta in 0..1 is ddim's and variance ddpm's;
-    prediction is what the network gives. clip: keep x0_hat in [-1, 1], as images are. Raises
-    ValueError for what makes no sampler.
-
-    ddim   Step k is row k of the sampling table. Put eps_hat = (x_t - sqrt(alpha_bar_t) x0_hat) /
-           sqrt(1 - alpha_bar_t), which is eq. 9 turned around, into eq. 12, and it reads
-               x_prev = A x0_hat + B x_t + sigma z
-               B = sqrt((1 - alpha_bar_prev - sigma^2) / (1 - alpha_bar_t))
-               A = sqrt(alpha_bar_prev) - B sqrt(alpha_bar_t)
-           so that eps_hat stays consistent with an x0_hat that was clipped.
-    dpmpp  The line through this x0_hat and the one before, instead of this one alone (Lu et al.
-           algorithm 2), makes it second order at no cost. The first and last step are DDIM's.
-    heun   Take DDIM's step, ask the network there too, and take the step again with the mean of the
-           two x0_hat: second order, at twice the cost. This is Heun's method (Karras et al.
-           algorithm 1) for u = x / sqrt(1 - alpha_bar), in which DDIM's ODE reads du/ds = x0_hat
-           with s = sqrt(alpha_bar / (1 - alpha_bar)) = 1/sigma. Karras et al. count in sigma, where
-           the slope is eps_hat (DDIM eq. 14). But the cosine schedule starts at sigma = 20000; the
-           first of 50 steps, to sigma = 32, would enlarge an error of eps_hat 630 times. An error
-           of x0_hat is never enlarged. The last step, to s = infinity, is DDIM's.
-    ddpm   The ancestral step of chapter 1, between the timesteps of `pairs`.
+    alpha_bar float64 (T,), on the CPU; pairs from subsequence(); y (B,) int64 labels or None; w
+    guides; seeds (B,) int64 of the fresh noise, which eta > 0 needs; prediction is what the network
+    gives. clip keeps x0_hat in [-1, 1], as images are.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if sampler == "ddpm":
-        table = sampling_table(alpha_bar, pairs, variance=variance, prediction=prediction)
-    elif sampler == "dpmpp":
-        table = sampling_table(alpha_bar, pairs, prediction=prediction, multistep=True)
-    else:
-        own = eta if sampler == "ddim" else 0.0
-        table = sampling_table(alpha_bar, pairs, eta=own, prediction=prediction)
-    if sampler == "heun":  # DDIM's step from a given x0_hat
-        from_x0 = sampling_table(alpha_bar, pairs, eta=0.0, prediction="x0")
-
-    def update(x, t, step, history):
-        out, out_uncond = evaluate(net, x, t, y, guidance)
-        return sampling_update(
-            x,
-            out,
-            table,
-            step,
-            out_uncond=out_uncond,
-            guidance=guidance,
-            history=history,
-            seeds=seeds,
-            clip=clip,
-        )
-
-    x0_hat = None
     for step, (t, t_prev) in enumerate(pairs):
-        x_prev, x0_hat = update(x, t, step, x0_hat)  # (B,C,H,W) each
-        if sampler == "heun" and t_prev >= 0:
-            _, x0_there = update(x_prev, t_prev, step + 1, None)
-            mean = (x0_hat + x0_there) / 2
-            x_prev, x0_hat = sampling_update(x, mean, from_x0, step, clip=clip)
-        x = x_prev
-        yield t_prev, x, x0_hat
+        row = ddim_row(at(alpha_bar, t), at(alpha_bar, t_prev), eta, prediction)
+        out = guided(net, x, t, y, w)
+        x, x0_hat = sampling_update(x, row=row, step=step, seeds=seeds, clip=clip, **out)
+        yield x, x0_hat
 
 
-def sampler(net, alpha_bar, pairs, shape, seeds, y=None, **how):
-    """walk() from noise: shape (C,H,W); seeds (B,) int64, one per image, on the net's device.
+def noise(seeds, shape):
+    """x_T (B,C,H,W) of seeds (B,) for images shape (C,H,W): the same for every sampler."""
+    x = gaussian((len(seeds), *shape), seeds, -1, seeds.device)
+    return x.to(memory_format=torch.channels_last)
 
-    x_T, and the z of every step, are functions of the seed alone, the same for every sampler and
-    in chapter 1.
+
+def sample(net, alpha_bar, pairs, shape, seeds, y=None, w=0.0, **how):
+    """decode() from noise. An image is a function of its seed (B,) and label alone."""
+    return decode(net, alpha_bar, pairs, noise(seeds, shape), y, w, seeds=seeds, **how)
+
+
+# -------------------------------------------------------------------------- up: from x_0 to x_T
+
+
+def encode_row(a, b, prediction="eps"):
+    """The step up from alpha_bar = a to b < a with the eps_hat found at a: eq. 12, sigma = 0.
+
+        x_next = A x0_hat + B x,  B = sqrt((1 - b) / (1 - a)),  A = sqrt(b) - B sqrt(a)
+
+    The first step leaves the image itself, where a = 1 and no network was trained: eps_hat is asked
+    for at the lowest timestep, b, and in x_next = sqrt(b) x + sqrt(1 - b) eps_hat it is written as
+    sqrt(1 - b) eps_hat = x - sqrt(b) x0_hat. That is eq. 9 at b, so A = -sqrt(b), B = 1 + sqrt(b).
     """
-    x = gaussian((len(seeds), *shape), seeds, -1, seeds.device)  # x_T (B,C,H,W)
-    x = x.to(memory_format=torch.channels_last)
-    return walk(net, alpha_bar, pairs, x, y, seeds=seeds, **how)
+    if a == 1:
+        return Row(*x0_coefficients(b, prediction), A=-math.sqrt(b), B=1 + math.sqrt(b))
+    B = math.sqrt((1 - b) / (1 - a))
+    return Row(*x0_coefficients(a, prediction), A=math.sqrt(b) - B * math.sqrt(a), B=B)
 
 
-def settings(cfg, prediction):
-    """The arguments of walk() that say how, from a Config."""
-    names = ("sampler", "eta", "variance", "guidance")
-    return {name: getattr(cfg, name) for name in names} | {"prediction": prediction}
+@torch.no_grad()
+def encode(net, alpha_bar, pairs, x0, y=None, w=0.0, *, prediction="eps", clip=True):
+    """The ODE of section 4.3 upwards, eq. 14 reversed; yields x and x0_hat, like x0.
 
-
-def finish(way, bar):
-    """What `way` yields last; the progress bar counts its steps."""
-    for state in way:  # noqa: B007
-        bar.update()
-    return state
-
-
-def in_parts(work, n, steps, batch_size, world, desc):
-    """The n rows that work(part, bar) makes, the same on every rank: each makes its share.
-
-    A part is some numbers of rows (B,) int64, at most `batch_size` over all ranks; the bar counts
-    `steps` for each.
+    x0 (B,C,H,W) in [-1,1]; the rest as for decode(). The last x is the code of x0: from it decode()
+    returns to x0, the closer the more steps there are (section 5.4). `clip` must be the same there:
+    a clipped x0_hat makes another ODE.
     """
-    parts = torch.arange(n)[world.share(n)].split(max(1, batch_size // world.size))
-    with world.progress(len(parts) * steps, desc=desc) as bar:
-        rows = torch.cat([work(part, bar) for part in parts])
-    return world.collect(rows.to(world.device), n).cpu()
+    x, ts = x0, [t for t, _ in reversed(pairs)]
+    for step, (t, t_next) in enumerate(zip([-1, *ts], ts, strict=False)):
+        row = encode_row(at(alpha_bar, t), at(alpha_bar, t_next), prediction)
+        out = guided(net, x, max(t, ts[0]), y, w)
+        x, x0_hat = sampling_update(x, row=row, step=step, clip=clip, **out)
+        yield x, x0_hat
 
 
-def part_of(rows, part, device):
+def slerp(a, b, weights):
+    """Spherical interpolation (appendix D.5) of codes a, b (B,C,H,W): (B,K,C,H,W).
+
+    sin((1-w) theta) / sin(theta) a + sin(w theta) / sin(theta) b for each weight w of (K,), theta
+    being the angle between a and b. Between Gaussians this stays as far out as Gaussians lie; on
+    the straight line the middle would be too near the origin. Parallel codes, where the formula is
+    0 / 0, take the straight line.
+    """
+    cosine = torch.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())  # (B,)
+    theta = cosine.clamp(-1, 1).acos()[:, None]  # (B,1)
+    w = weights.double().to(a.device)[None]  # (1,K)
+    straight = theta.sin() < 1e-6
+    safe = torch.where(straight, 1.0, theta)
+    to_a = torch.where(straight, 1 - w, ((1 - w) * safe).sin() / safe.sin())  # (B,K)
+    to_b = torch.where(straight, w, (w * safe).sin() / safe.sin())
+    to_a, to_b = (k.to(a.dtype)[:, :, None, None, None] for k in (to_a, to_b))
+    return to_a * a[:, None] + to_b * b[:, None]  # (B,K,C,H,W)
+
+
+# ----------------------------------------------------------------------------------- commands
+
+
+def passes(y, w):
+    """How often the network sees each image in a step: guidance needs it with and without y."""
+    return 1 if y is None or w in (0, -1) else 2
+
+
+def sample_checkpoint(cfg, world):
+    """--sample: images of the seeds, and with --gif the way of the first eight."""
+    net, trained, shape, names, alpha_bar = load_net(cfg.sample, world.device)
+    seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
+    pairs = subsequence(trained.timesteps, cfg.sample_steps, cfg.spacing)
+    how = {"w": cfg.guidance, "eta": cfg.eta, "prediction": trained.prediction}
+    trajectory = partial(sample, net, alpha_bar, pairs, shape, **how)
+    calls = len(pairs) * passes(labels, cfg.guidance)
+    draw_samples(cfg, world, trajectory, seeds, labels, len(pairs), calls, f"eta {cfg.eta:g}")
+
+
+def draw_samples(cfg, world, trajectory, seeds, labels, steps, calls, name):
+    """Write what trajectory(seeds, labels) ends in, in so many steps, and print what it cost."""
+    start = time.perf_counter()
+    images = world.draw(trajectory, seeds, labels, cfg.batch_size, steps)
+    seconds = (time.perf_counter() - start) / len(seeds)
+    if not world.is_main:
+        return
+    folder = cli.folder_of(cfg, cfg.sample)
+    save_samples(folder, images, labels, 10)
+    print(f"{len(seeds)} images, {name}, {steps} steps, guidance w = {cfg.guidance:g}")
+    print(f"{calls} network evaluations and {seconds:.3f} s per image")
+    print(f"samples: {folder / 'samples.png'}")
+    if cfg.gif:
+        save_film(world.frames(trajectory, seeds[:8], labels), folder / "reverse", len(seeds[:8]))
+        print(f"their way: {folder / 'reverse.gif'}, {folder / 'reverse.png'}")
+
+
+def held_out(cfg, trained, shape, names, numbers):
+    """Test images `numbers` (N,): x (N,C,H,W), and y (N,) if their classes are the network's."""
+    name, root = cfg.data or trained.data, cfg.data_root or trained.data_root
+    how = {"size": trained.size, "classes": trained.classes}
+    ds, known = datasets.held_out(name, root, shape, names, **how)
+    if numbers.max() >= len(ds):
+        raise cli.BadInput(
+            f"--seeds {int(numbers.max())}: {ds.name} has test images 0 to {len(ds) - 1}"
+        )
+    x, y = ds.batch(numbers.numpy())
+    return x, y if known and names else None
+
+
+def on(device, rows, part):
     """Rows `part` on the device; None of None."""
     return None if rows is None else rows[part].to(device)
 
 
-def draw(
-    net, alpha_bar, pairs, cfg, world, shape, labels, seeds, prediction="eps", desc="sampling"
-):
-    """uint8 images (N,H,W,C), on every rank, of the N seeds.
-
-    shape (C,H,W); labels (N,) int64 or None; seeds (N,) int64.
-    """
-
-    def images(part, bar):
-        y, own = (part_of(rows, part, world.device) for rows in (labels, seeds))
-        way = sampler(net, alpha_bar, pairs, shape, own, y, **settings(cfg, prediction))
-        return to_uint8(finish(way, bar)[1])
-
-    with world.autocast():
-        return in_parts(images, len(seeds), len(pairs), cfg.batch_size, world, desc)
+def end_of(trajectory, tick):
+    """The last x of a trajectory; tick() is called at each of its steps."""
+    for x, _ in trajectory:  # noqa: B007
+        tick()
+    return x
 
 
-# ----------------------------------------------------------------------------------------- main
+def reconstruct(cfg, world, solve=decode):
+    """--encode: test images to codes and, by `solve`, back (section 5.4, table 2)."""
+    net, trained, shape, names, alpha_bar = load_net(cfg.encode, world.device)
+    seeds, _ = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
+    x0, y = held_out(cfg, trained, shape, names, seeds)
+    if cfg.guidance and y is None:
+        raise cli.BadInput("--guidance needs images of the network's own classes")
+    T, how = trained.timesteps, {"w": cfg.guidance, "prediction": trained.prediction}
+    rows, errors = [to_uint8(x0)], {}
+    for steps in sorted({min(k, T) for k in numbers_of(cfg.encode_steps, "--encode-steps")}):
+        pairs = subsequence(T, steps, cfg.spacing)
+
+        def there_and_back(part, tick, pairs=pairs):  # in fp32: bf16 would be the larger error
+            x, label = on(world.device, x0, part), on(world.device, y, part)
+            code = end_of(encode(net, alpha_bar, pairs, x, label, **how), tick)
+            return end_of(solve(net, alpha_bar, pairs, code, label, **how), tick)
+
+        desc = f"{steps} steps"
+        back = world.in_parts(there_and_back, len(x0), cfg.batch_size, 2 * steps, desc)
+        errors[steps] = ((back - x0) / 2).square().mean().item()
+        rows.append(to_uint8(back))
+    if world.is_main:
+        folder = cli.folder_of(cfg, cfg.encode)
+        picture, curve = folder / "reconstruction.png", folder / "reconstruction-error.png"
+        save_grid(torch.cat([row[:16] for row in rows]), picture, min(len(x0), 16))
+        panel = {"mean squared error": {"": (list(errors), list(errors.values()))}}
+        plot_lines(curve, panel, xlabel="steps each way", logx=True, logy=tuple(panel))
+        print(f"{len(x0)} test images; mean squared error per dimension, images in [0, 1]")
+        print("\n".join(f"{steps:5d} steps  {error:.6f}" for steps, error in errors.items()))
+        print(f"the images, and below them what came back: {picture}; {curve}")
 
 
-def open_net(path, cfg, world):
-    """(net, Config of its training, shape (C,H,W), class names, alpha_bar, cfg) of a checkpoint.
-
-    The cfg that comes back has a variance of ddpm decided. Raises BadInput for what the network
-    cannot do.
-    """
-    net, trained, shape, names = load_net(path, world.device)
-    check_guidance(net, cfg.guidance, path)
-    if net.label is None and (cfg.classes or cfg.guidance):
-        raise BadInput(f"{path} was trained without labels; leave out --classes and --guidance")
-    if cfg.variance == "learned" and not trained.learned_variance:
-        raise BadInput(
-            f"--variance learned: {path} did not learn its variance; type small or large"
-        )
-    if cfg.variance == "auto":
-        usual = "learned" if trained.learned_variance else "small"
-        cfg = replace(cfg, variance=usual if trained.variance == "auto" else trained.variance)
-    return net, trained, shape, names, alpha_bar_of(trained), cfg
-
-
-def labels_of(net, cfg, names, seeds):
-    """The label of each sample (N,), a function of its seed, or None."""
-    chosen = [] if net.label is None else parse_classes(cfg.classes, names)
-    return labels_for(seeds, chosen)
-
-
-def film(net, alpha_bar, pairs, cfg, shape, labels, seeds, frames=50, prediction="eps"):
-    """The way of these samples: a list of uint8 (2N,H,W,C), the N x_t and then the N x0_hat.
-
-    At most `frames` of the steps, evenly spaced; the last is always among them.
-    """
-    x, way = gaussian((len(seeds), *shape), seeds, -1, seeds.device), []
-    kept = {pairs[-1 - i][1] for i in range(0, len(pairs), -(-len(pairs) // frames))}
-    steps = sampler(net, alpha_bar, pairs, shape, seeds, labels, **settings(cfg, prediction))
-    for t_prev, x_prev, x0_hat in steps:
-        if t_prev in kept:
-            way.append(to_uint8(torch.cat([x, x0_hat])))
-        x = x_prev
-    return way
-
-
-def sample(cfg, world):
-    net, trained, shape, names, alpha_bar, cfg = open_net(cfg.sample, cfg, world)
-    seeds = parse_seeds(cfg.seeds, cfg.n)
-    labels = labels_of(net, cfg, names, seeds)
+def interpolate(cfg, world, solve=decode):
+    """--interpolate: eleven images, by `solve`, between each two codes (section 5.3)."""
+    net, trained, shape, names, alpha_bar = load_net(cfg.interpolate, world.device)
+    if cfg.guidance and not cfg.classes:
+        raise cli.BadInput("--interpolate draws without labels; give --guidance some --classes")
+    seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
+    if len(seeds) % 2:
+        raise cli.BadInput(f"--seeds: two make a row, so not {len(seeds)}; type 3,9 or 0-7")
+    n = len(seeds) // 2
+    if cfg.classes:  # one for a row
+        labels = cli.labels_for(torch.arange(n), cli.parse_classes(cfg.classes, names))
+    else:
+        labels = None
+    ends = held_out(cfg, trained, shape, names, seeds)[0] if cfg.data else None
     pairs = subsequence(trained.timesteps, cfg.sample_steps, cfg.spacing)
-    given = trained.prediction
+    how = {"w": cfg.guidance, "prediction": trained.prediction}
 
-    start = time.perf_counter()
-    images = draw(net, alpha_bar, pairs, cfg, world, shape, labels, seeds, given)
-    seconds = time.perf_counter() - start
-    if not world.is_main:
-        return
-    folder = folder_of(cfg, cfg.sample)
-    save_samples(folder, images, labels, 10)
-    guided = labels is not None and cfg.guidance != 0
-    print(
-        f"{len(seeds)} images, {cfg.sampler}, {len(pairs)} steps, eta {cfg.eta:g}, "
-        f"guidance w = {cfg.guidance:g}: {evaluations(cfg.sampler, len(pairs), guided)} network "
-        f"evaluations and {seconds / len(seeds):.3f} s per image"
-    )
-    print(f"samples: {folder / 'samples.png'}")
-    if cfg.gif:
-        y = None if labels is None else labels[:8].to(world.device)
-        first = seeds[:8].to(world.device)
-        with world.autocast():
-            way = film(net, alpha_bar, pairs, cfg, shape, y, first, prediction=given)
-        save_film(way, folder / "reverse", len(first))
-        print(f"their way: {folder / 'reverse.gif'}, {folder / 'reverse.png'}")
+    def between(part, tick):
+        two = torch.stack([2 * part, 2 * part + 1], dim=1).flatten()  # (2B,)
+        y = on(world.device, labels, part)  # (B,)
+        if ends is None:
+            codes = noise(on(world.device, seeds, two), shape)  # (2B,C,H,W)
+        else:
+            label = None if y is None else y.repeat_interleave(2)
+            x = on(world.device, ends, two)
+            codes = end_of(encode(net, alpha_bar, pairs, x, label, **how), tick)
+        x = slerp(codes[0::2], codes[1::2], torch.linspace(0, 1, 11)).flatten(0, 1)  # (11B,C,H,W)
+        label = None if y is None else y.repeat_interleave(11)
+        images = to_uint8(end_of(solve(net, alpha_bar, pairs, x, label, **how), tick))
+        return images.unflatten(0, (len(part), 11))  # (B,11,H,W,C)
+
+    steps, rows_at_once = len(pairs) * (1 if ends is None else 2), cfg.batch_size // 11
+    images = world.in_parts(between, n, rows_at_once, steps, "interpolating")  # (n,11,H,W,C)
+    if world.is_main:
+        path = cli.folder_of(cfg, cfg.interpolate) / "interpolation.png"
+        save_grid(images.flatten(0, 1), path, 11)
+        print(f"{n} rows of eleven: {path}")
 
 
 def numbers_of(text, flag, kind=int):
     """'5,10' -> [5, 10], whole numbers from 1; any numbers for kind float. Else BadInput."""
     try:
-        numbers = [kind(part) for part in split_list(text)]
+        numbers = [kind(part) for part in cli.split_list(text)]
     except ValueError:
         numbers = []
     if not numbers or (kind is int and min(numbers) < 1):
-        raise BadInput(f"{flag} {text}: expected numbers with commas between, such as 1,4")
+        raise cli.BadInput(f"{flag} {text}: expected numbers with commas between, such as 1,4")
     return numbers
 
 
-TASKS = {"sample": 100, "encode": 8, "interpolate": 8, "compare": 1000}  # and how many by default
+TASKS = {"sample": 100, "encode": 8, "interpolate": 8}  # and how many by default
+
+
+def task_of(cfg, script="ddim.py"):
+    """What is asked for, a name of TASKS. Raises BadInput unless it is one."""
+    asked = [task for task in TASKS if getattr(cfg, task)]
+    if not asked:
+        raise cli.BadInput(
+            "--sample is missing, a checkpoint of ddpm_pixel.py or improved_ddpm.py; "
+            f"type python {script} --sample runs/pixel-mnist/ckpt.pt"
+        )
+    if len(asked) > 1:
+        raise cli.BadInput(f"--{asked[0]} and --{asked[1]}: one at a time")
+    return asked[0]
+
+
+def check_task(cfg):
+    """Raise BadInput for a setting out of its range, of all but eta."""
+    cli.check_ranges(cfg, positive="n sample_steps batch_size")
+    cli.check_processes(cfg.gpus, cfg.batch_size)
+    numbers_of(cfg.encode_steps, "--encode-steps")
+    if cfg.encode and cfg.classes:
+        raise cli.BadInput("--encode takes the test images in order: choose them by --seeds")
 
 
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
-    asked = [task for task in TASKS if getattr(cfg, task)]
-    if len(asked) != 1:
-        raise BadInput(
-            "--sample is missing, a checkpoint of ddpm_pixel.py; "
-            "type python ddim.py --sample runs/pixel-mnist/ckpt.pt"
-            if not asked
-            else f"--{asked[0]} and --{asked[1]}: one at a time"
-        )
-    check_positive(cfg, "n", "sample_steps", "batch_size")
-    if cfg.compare and cfg.n < 2:
-        raise BadInput("--compare needs --n of at least 2: a covariance is compared")
-    if cfg.encode and cfg.classes:
-        raise BadInput("--encode takes the test images in order: choose them by --seeds")
-    check_fraction(cfg, "eta")
-    if cfg.eta and cfg.sampler != "ddim" and asked != ["compare"]:
-        raise BadInput(f"--eta {cfg.eta:g} is for --sampler ddim, not {cfg.sampler}")
-    if asked[0] in ("encode", "interpolate") and (cfg.eta or cfg.sampler == "ddpm"):
-        raise BadInput(
-            f"--{asked[0]} needs a walk without fresh noise; leave out --eta and --sampler ddpm"
-        )
-    numbers_of(cfg.encode_steps, "--encode-steps")
-    numbers_of(cfg.compare_steps, "--compare-steps")
-    numbers_of(cfg.compare_guidance, "--compare-guidance", float)
-    check_processes(cfg.gpus, cfg.batch_size)
+    check_task(cfg)
+    cli.check_ranges(cfg, fraction="eta")
+    if cfg.eta and not cfg.sample:
+        raise cli.BadInput(f"--{task_of(cfg)} needs a way without fresh noise; leave out --eta")
 
 
 def main():
-    cfg = parse(Config, __doc__)
+    cfg = cli.parse(Config, __doc__)
     if cfg.smoke:
-        cfg = smaller(
-            cfg,
-            n=8,
-            sample_steps=4,
-            encode_steps="2,4",
-            compare_steps="2,4",
-            compare_guidance="0,1",
-        )
-    task = next((task for task in TASKS if getattr(cfg, task)), "sample")
+        cfg = cli.smaller(cfg, n=8, sample_steps=4, encode_steps="2,4")
+    task = task_of(cfg)
     cfg = replace(cfg, n=cfg.n or TASKS[task])
     check(cfg)
-    if task == "sample":
-        launch(sample, cfg)
-        return
-    from compare import compare  # these two import this file
-    from inversion import interpolate, reconstruct
-
-    task = reconstruct if cfg.encode else interpolate if cfg.interpolate else compare
-    launch(task, cfg)
+    launch(
+        {"sample": sample_checkpoint, "encode": reconstruct, "interpolate": interpolate}[task], cfg
+    )
 
 
 if __name__ == "__main__":
-    entry(main)
+    cli.entry(main)

@@ -1,572 +1,500 @@
 """Chapter 1: denoising diffusion in pixel space.
 
-Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239): DDPM.
-Nichol, Dhariwal, "Improved DDPM", 2021 (arXiv:2102.09672): IDDPM.
+Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239).
 
 A fixed Markov chain turns an image x_0 into noise x_T in T small steps (in code t is 1 less),
 
-    q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)              DDPM eq. 4
+    q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)                      eq. 4
 
-A network eps_hat(x_t, t) learns to tell which noise was mixed in,
+A network eps_hat(x_t, t) learns which noise was mixed in (Algorithm 1),
 
     L_simple = E || eps - eps_hat(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t) ||^2  eq. 14
 
 and with it the chain is walked backwards, from noise to an image (Algorithm 2).
 
-    python ddpm_pixel.py --data mnist                     train; grids appear in runs/pixel-mnist
-    python ddpm_pixel.py --sample runs/pixel-mnist/ckpt.pt --n 100 --classes 3,7
-    python ddpm_pixel.py --nll runs/pixel-mnist/ckpt.pt   bits per dimension of held-out images
-    torchrun --nproc-per-node 8 ddpm_pixel.py --config configs/cifar10_ddpm.yaml
+    python ddpm_pixel.py --data mnist          half an hour of one CPU core; see runs/pixel-mnist
+    python ddpm_pixel.py --sample runs/pixel-mnist/ckpt.pt --n 100 --classes 3,7      one minute
+    torchrun --nproc-per-node 8 ddpm_pixel.py --config configs/cifar10_ddpm.yaml      8 GPUs
 
-The first takes about 15 minutes on two CPU cores (figures: README); `--smoke` takes seconds.
-Schedules are in schedules.py, the network in networks/, the variational bound in likelihood.py.
+Beyond the paper: other schedules and targets, labels with guidance; each stands beside its source.
 """
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from runtime import checkpoints
+from runtime import commandline as cli
+from runtime.pictures import save_film, save_samples, to_uint8
+from runtime.processes import launch
+from runtime.run import Run
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-import likelihood
-from evaluation.scores import Judge
-from image_data import batches, datasets
-from kernels import gaussian, sampling_table, sampling_update
-from networks.adm_unet import make_net
-from networks.published.unet import as_checkpoint, check_guidance, save_diffusers
-from runtime.commandline import (
-    BadInput,
-    check_fraction,
-    check_not_negative,
-    check_positive,
-    check_run,
-    default_gpus,
-    entry,
-    folder_of,
-    labels_for,
-    not_given,
-    parse,
-    parse_classes,
-    parse_seeds,
-    smaller,
-    split_list,
-)
-from runtime.pictures import save_film, save_grid, save_samples, to_uint8
-from runtime.plots import plot_metrics
-from runtime.processes import launch
-from runtime.run import Run, load_checkpoint
-from runtime.training import LossMeter, ema_update, learning_rate, peak_memory, plot_loss
-from schedules import (
-    check_schedule,
-    dynamic_threshold,
-    forward_film,
-    make_alpha_bar,
-    min_snr_weight,
-    plot_schedules,
-    q_sample,
-    target_of,
-    timestep_pairs,
-)
+from image_data import datasets
+from kernels import Row, attention, gaussian, group_norm_silu, sampling_update
+from networks.sizes import check_unet, groups_for
 
 
 @dataclass
-class Config:
-    config: str = ""  # YAML of these settings, under the flags (default configs/DATA_pixel.yaml)
-    out: str = ""  # run directory (default runs/pixel-DATA)
-    smoke: bool = False  # a few tiny steps, to see that everything works
-
-    data: str = "glyphs"
-    """glyphs, mnist, fashion_mnist, cifar10, afhq, imagenet100, or a folder or zip of images"""
-    data_root: str = "data"  # where data sets are looked for, downloaded to and prepared
-    size: int = 0  # resize the shorter side to this and crop the centre; 0 keeps the images' size
-    flip: bool = False  # flip half of the training images left to right
-    classes: str = ""
-    """comma-separated names or numbers: train on these classes; with --sample, draw these"""
-
+class Config(cli.RunConfig):
     timesteps: int = 1000  # T, the length of the chain
-    schedule: Literal["linear", "cosine", "sigmoid"] = "cosine"
-    """noise schedule: linear in beta (DDPM), cosine (IDDPM) or sigmoid (Jabri) in alpha_bar"""
+    schedule: Literal["linear", "cosine", "sigmoid"] = "linear"  # of the noise; DDPM's is linear
     alpha_min: float = 0.001  # smallest alpha_t, so that no step of cosine or sigmoid erases all
     prediction: Literal["eps", "x0", "v"] = "eps"  # what the network gives: noise, image or v
     loss: Literal["l2", "l1", "huber"] = "l2"  # distance of prediction and target
-    min_snr: float = 0.0  # gamma of the min-SNR weights (their paper: 5); 0 weighs all t alike
-    learned_variance: bool = False  # the network also gives it, by L_simple + 0.001 L_vlb (IDDPM)
-    timestep_sampling: Literal["uniform", "loss_second_moment"] = "uniform"  # IDDPM section 3.3
 
-    style: Literal["ddpm", "adm"] = "ddpm"  # U-Net of DDPM, or of Improved and Guided Diffusion
-    width: int = 32  # channels at full resolution
-    mult: tuple[int, ...] = (1, 2, 4)
-    """channels at each resolution, in units of width; each but the first halves the image"""
-    blocks: int = 1  # residual blocks per resolution (DDPM: 2)
-    attention: tuple[int, ...] = (7, 8)  # image heights at which blocks attend (DDPM: 16)
-    heads: int = 1  # attention heads (DDPM: 1)
-    head_channels: int = 0  # channels of a head (ADM: 64), instead of --heads
-    scale_shift: bool = False  # the timestep scales and shifts the second norm (IDDPM)
-    updown: bool = False  # residual blocks resize the image (BigGAN), not convolutions
-    groups: int = 0  # of the norms; 0: 32, or fewer where the network is narrow
+    model_channels: int = 32  # channels at full resolution
+    channel_mult: tuple[int, ...] = (1, 2, 4)  # the same at each resolution, in model_channels
+    num_res_blocks: int = 1  # residual blocks per resolution (DDPM: 2)
+    attention_resolutions: tuple[int, ...] = (7, 8)  # heights at which blocks attend (DDPM: 16)
+    num_heads: int = 1  # attention heads
+    norm_groups: int = 0  # groups of the norms (DDPM: 32); 0 chooses fewer for a narrow network
     dropout: float = 0.0  # dropout in residual blocks (DDPM: 0.1 on CIFAR-10)
-    conditional: bool = True  # give the network the class label, where the data has classes
+    use_checkpoint: bool = False  # compute activations twice instead of keeping them
+    class_cond: bool = True  # give the network the class label, where the data has classes
     label_dropout: float = 0.1  # how often training hides it, for guidance's unconditional half
 
-    steps: int = 3000  # optimizer steps
-    batch_size: int = 64  # images per step over all processes
-    accumulate: int = 1  # parts in which a process handles its share of the batch, to save memory
-    checkpointing: bool = False  # compute activations twice instead of keeping them
-    lr: float = 1e-3  # peak learning rate
-    lr_decay: Literal["cosine", "none"] = "cosine"
-    """times half a cosine from 1 at step 0 to 0 at --steps, or constant after warm-up (DDPM)"""
-    warmup: int = 200  # steps over which the learning rate rises from zero
-    clip_grad: float = 1.0  # largest gradient norm
-    ema: tuple[float, ...] = (0.998,)
-    """decays of running means of the weights, all kept; the first is what gets sampled (DDPM:
-    0.9999). After n steps a decay is at most (1+n)/(10+n). With --sample: the one to use"""
-    seed: int = 0  # everything random in training is a function of this and the step
-
-    gpus: int = field(default_factory=default_gpus)  # 0: CPU; N > 1 starts N processes
-    resume: str = "auto"  # auto (go on where the run stopped), never, or a checkpoint
-    compile: bool = False  # torch.compile the network
-    tensorboard: bool = False  # write TensorBoard files too
-    log_every: int = 50  # steps between two lines of log.jsonl
-    save_every: int = 500  # steps between two checkpoints, a multiple of --log-every
-    keep_every: int = 0  # steps between checkpoints kept as ckpt-STEP.pt, for eval_fid.py --curve
-    sample_every: int = 1000  # steps between two sample grids; 0 for none but the last
     metric_every: int = 0  # steps between two scores of --metric-n samples by eval_fid.py; 0: never
     metric_n: int = 500  # samples that are scored
-
     sample: str = ""
-    """do not train: sample from this checkpoint, by its settings where not given; published ones
-    too: a diffusers folder or .safetensors of a UNet2DModel, or OpenAI's .pt"""
-    nll: str = ""  # do not train: bits per dimension of --n held-out images under this checkpoint
-    export: str = ""  # do not train: write this checkpoint as a diffusers pipeline into --out
-    plot_schedule: bool = False  # do not train: draw alpha_bar and log-SNR of all schedules
+    """do not train: sample this checkpoint, by its settings where none are typed; or a published
+    UNet2DModel of this form, a folder of diffusers or .safetensors"""
     n: int = 100  # how many samples
     seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
-    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ancestral (DDPM Algorithm 2), or chapter 2's
-    variance: Literal["auto", "small", "large", "learned"] = "auto"
-    """of an ancestral step: beta_tilde_t, beta_t (DDPM section 3.2), or learned; auto: if it was"""
-    threshold: Literal["clamp", "dynamic", "none"] = "clamp"
-    """x0_hat: clamp to [-1, 1], or divide by its 99.5th percentile (Imagen), or leave"""
+    variance: Literal["small", "large"] = "small"  # of a step: beta_tilde_t or beta_t (section 3.2)
+    clip_denoised: bool = True  # keep x0_hat in [-1, 1], where images lie
     sample_steps: int = 100  # how many of the T timesteps the sampler visits, evenly spaced
-    visit: str = ""  # the timesteps that it visits, such as 0-9,49,99; overrides --sample-steps
-    eta: float = 0.0  # noise of a ddim step: 0 deterministic, 1 like ddpm with small variance
     guidance: float = 0.0
     """w in (1+w) eps(x,y) - w eps(x): -1 unconditional, 0 conditional; others write s = 1+w"""
 
+    FREE = cli.RunConfig.FREE | cli.names(
+        "use_checkpoint metric_every metric_n sample n seeds variance clip_denoised sample_steps "
+        "guidance"
+    )
 
-# ----------------------------------------------------------------------------------------- loss
+
+# -------------------------------------------------------------------------- the forward process
 
 
-def simple_loss(
-    net, x0, y, t, eps, alpha_bar, *, prediction="eps", loss="l2", min_snr=0.0, chain=None
-):
-    """L_simple of each image, (B,): DDPM eq. 14, the mean over its pixels.
+def make_alpha_bar(schedule, T, alpha_min=0.001):
+    """alpha_bar_t for t = 0..T-1, float64 (T,): the share of the image's variance that is left.
 
-    chain: likelihood.make_chain(alpha_bar) for a network with learned variance, which learns from
-    L_hybrid = L_simple + 0.001 L_vlb (IDDPM eq. 16).
+    linear   beta_t from 1e-4 to 0.02 at T = 1000, times 1000/T for others (section 4)
+    cosine   f(t+1) / f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), s = 0.008 (2102.09672, eq. 17)
+    sigmoid  the same, f(t) = S(3) - S(6t/T - 3), S(u) = 1/(1 + e^-u) (2212.11972, tau = 1)
+    alpha_t stays above alpha_min: the last steps of the latter two would erase all that is left.
     """
-    x_t = q_sample(x0, t, eps, alpha_bar)
-    out = net(x_t, t, y).float()  # (B,C,H,W), or (B,2C,H,W) with the variance
-    distance = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}[loss]
-    target = target_of(prediction, x0, eps, alpha_bar[t])
-    losses = distance(out[:, : x0.shape[1]], target, reduction="none").mean(dim=(1, 2, 3))
-    if min_snr:
-        losses = losses * min_snr_weight(prediction, alpha_bar[t], min_snr).float()
-    if chain is not None:
-        vlb = likelihood.hybrid(out, x0, x_t, t, chain, prediction=prediction)
-        losses = losses + 0.001 * vlb.float()
-    return losses
-
-
-# ------------------------------------------------------------------------------------- sampling
-
-
-@torch.inference_mode()
-def sampler(
-    net,
-    alpha_bar,
-    pairs,
-    shape,
-    seeds,
-    y=None,
-    *,
-    eta=None,
-    variance="small",
-    guidance=0.0,
-    prediction="eps",
-    threshold="clamp",
-):
-    """Walk from noise to images; yields (t_prev, x, x0_hat) after every step (DDPM Algorithm 2).
-
-        x0_hat = clamp((x_t - sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_bar_t), -1, 1)      eq. 15
-        x_prev = A x0_hat + B x_t + sigma z         mean and variance of q(x_prev | x_t, x0_hat),
-        A = sqrt(alpha_bar_prev) beta / (1 - alpha_bar_t),                                    eq. 7
-        B = sqrt(1 - beta) (1 - alpha_bar_prev) / (1 - alpha_bar_t)
-    where beta = 1 - alpha_bar_t / alpha_bar_prev (IDDPM eq. 19). Without the clamp it is eq. 11.
-    seeds (B,) int64, one per image: the image is a function of its seed and label alone.
-    y (B,) labels or None; eta None is the ancestral step, a number is DDIM's.
-    With guidance w != 0 the conditional and unconditional passes are one batch of 2B.
-    """
-    device, null = seeds.device, getattr(net.label, "num_embeddings", 1) - 1
-    table = sampling_table(alpha_bar, pairs, eta=eta, variance=variance, prediction=prediction)
-    if threshold == "dynamic":
-        from_x0 = sampling_table(alpha_bar, pairs, eta=eta, variance=variance, prediction="x0")
-    x = gaussian((len(seeds), *shape), seeds, -1, device).to(memory_format=torch.channels_last)
-    for step, (t, t_prev) in enumerate(pairs):
-        t = torch.full((len(seeds),), t, device=device)
-        if y is None or guidance == 0:
-            out, out_uncond = net(x, t, y), None
-        else:
-            both = torch.cat([y, torch.full_like(y, null)])
-            out, out_uncond = net(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-        x_prev, x0_hat = sampling_update(
-            x,
-            out,
-            table,
-            step,
-            out_uncond=out_uncond,
-            guidance=guidance,
-            seeds=seeds,
-            clip=threshold == "clamp",
-        )
-        if threshold == "dynamic":  # the same step, from another guess
-            out = torch.cat([dynamic_threshold(x0_hat), out[:, shape[0] :]], dim=1)
-            x_prev, x0_hat = sampling_update(x, out, from_x0, step, seeds=seeds, clip=False)
-        x = x_prev
-        yield t_prev, x, x0_hat
+    t = torch.arange(T + 1, dtype=torch.float64)
+    if schedule == "linear":
+        return (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)).cumprod(0)
+    if schedule == "cosine":
+        f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    else:
+        f = torch.sigmoid(t.new_tensor(3.0)) - torch.sigmoid(6 * t / T - 3)
+    return (f[1:] / f[:-1]).clamp(min=alpha_min).cumprod(0)
 
 
 def alpha_bar_of(cfg):
+    """alpha_bar_t, float64 (T,), of the settings."""
     return make_alpha_bar(cfg.schedule, cfg.timesteps, cfg.alpha_min)
 
 
-def walk_options(cfg):
-    """The keyword arguments of `sampler`, from the settings."""
-    if cfg.eta and cfg.sampler != "ddim":
-        raise BadInput(f"--eta {cfg.eta:g} is for --sampler ddim, not {cfg.sampler}")
-    auto = "learned" if cfg.learned_variance else "small"
-    return dict(
-        eta=cfg.eta if cfg.sampler == "ddim" else None,
-        variance=auto if cfg.variance == "auto" else cfg.variance,
-        guidance=cfg.guidance,
-        prediction=cfg.prediction,
-        threshold=cfg.threshold,
-    )
+def q_sample(x0, t, eps, alpha_bar):
+    """x_t ~ q(x_t | x_0) for images x0 and noise eps (B,C,H,W), timesteps t (B,): eq. 4."""
+    a = alpha_bar[t].view(-1, 1, 1, 1)  # (B,1,1,1)
+    return a.sqrt().to(x0.dtype) * x0 + (1 - a).sqrt().to(x0.dtype) * eps
 
 
-def draw(net, cfg, world, shape, labels, seeds, desc="sampling"):
-    """uint8 images (N,H,W,C), the same on every rank: each draws its share of the N seeds.
+# --------------------------------------------------------------------- the network: appendix B
 
-    seeds (N,) int64; labels (N,) int64 or None; shape (C,H,W).
+
+def timestep_embedding(t, channels):
+    """(B,) timesteps -> (B,channels) sines, then cosines, of t times 1, ..., 1/10000.
+
+    Vaswani et al. 2017, section 3.5, in float32 and the published order of operations.
     """
-    alpha_bar, options = alpha_bar_of(cfg), walk_options(cfg)
-    pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
-    part = -(-cfg.batch_size // world.size)
-    parts = torch.arange(len(seeds))[world.share(len(seeds))].split(part)
-    images = [torch.empty(0, *shape[1:], shape[0], dtype=torch.uint8)]
-    with world.progress(len(parts) * len(pairs), desc=desc) as bar, world.autocast():
-        for part in parts:
-            y = None if labels is None else labels[part].to(world.device)
-            walk = sampler(net, alpha_bar, pairs, shape, seeds[part].to(world.device), y, **options)
-            for _, x, _ in walk:  # noqa: B007
-                bar.update()
-            images.append(to_uint8(x))
-    return world.collect(torch.cat(images).to(world.device), len(seeds)).cpu()
+    half = channels // 2
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * i / max(half - 1, 1))
+    angles = t[:, None].float() * frequencies  # (B,channels/2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)  # (B,channels)
 
 
-def save_reverse(net, cfg, world, shape, labels, seeds, folder):
-    """reverse.gif and reverse.png: the first eight samples x_t, and below them their x0_hat."""
-    y, seeds = None if labels is None else labels[:8].to(world.device), seeds[:8].to(world.device)
-    pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
-    walk = sampler(net, alpha_bar_of(cfg), pairs, shape, seeds, y, **walk_options(cfg))
-    with world.autocast():
-        frames = [to_uint8(torch.cat([x, x0_hat])) for _, x, x0_hat in walk]
-    save_film(frames, folder / "reverse", len(seeds))
+def norm_silu(norm, x, silu=True):
+    """GroupNorm and, unless silu is False, SiLU in one operation; x (B,C,H,W)."""
+    groups, weight, bias = norm.num_groups, norm.weight, norm.bias
+    return group_norm_silu(x, groups, weight, bias, eps=norm.eps, silu=silu)
 
 
-# ------------------------------------------------------------------------------------- training
+def zero(layer):
+    """Start a layer at zero: the residual branch that it ends at first adds nothing."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
-PICKERS = {"uniform": likelihood.Uniform, "loss_second_moment": likelihood.LossSecondMoment}
+
+class ResBlock(nn.Module):
+    """x (B,c_in,H,W), emb (B,c_emb) after its SiLU -> (B,c_out,H,W)."""
+
+    def __init__(self, c_in, c_out, c_emb, groups, dropout):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, c_out)
+        self.norm2, self.drop = nn.GroupNorm(groups, c_out, eps=1e-6), nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        # A convolution's output is needed by nothing else, its own gradient included: add in place.
+        shift = self.emb(emb)[:, :, None, None]  # (B,c_out,1,1)
+        h = self.conv1(norm_silu(self.norm1, x)).add_(shift)  # (B,c_out,H,W)
+        return self.conv2(self.drop(norm_silu(self.norm2, h))).add_(self.skip(x))
 
 
-def load_data(cfg):
-    classes = split_list(cfg.classes)
-    return datasets.load(cfg.data, cfg.data_root, size=cfg.size or None, classes=classes)
+class SelfAttention(nn.Module):
+    """Every position (B,C,H,W) attends to all of its image; the heads split the channels."""
+
+    def __init__(self, channels, heads, groups):
+        super().__init__()
+        self.heads, self.norm = heads, nn.GroupNorm(groups, channels, eps=1e-6)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        qkv = self.qkv(norm_silu(self.norm, x, silu=False))  # (B,3C,H,W)
+        q, k, v = rearrange(qkv, "b (k n d) h w -> k b n (h w) d", k=3, n=self.heads)
+        out = rearrange(attention(q, k, v), "b n (h w) d -> b (n d) h w", h=x.shape[2])  # (B,C,H,W)
+        return self.proj(out).add_(x)
+
+
+class Downsample(nn.Conv2d):
+    """(B,C,H,W) -> (B,C,H/2,W/2): a convolution of stride 2, padded below and to the right."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """(B,C,H,W) -> (B,C,2H,2W): every pixel four times, then a convolution."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Layer(nn.ModuleList):
+    """Parts in a row; only residual blocks see the embedding. skip is joined to the channels."""
+
+    def forward(self, h, emb, skip=None):
+        if skip is not None:
+            h = torch.cat([h, skip], dim=1)  # (B,C+C_skip,H,W)
+        for part in self:
+            h = part(h, emb) if isinstance(part, ResBlock) else part(h)
+        return h
+
+
+class UNet(nn.Module):
+    """net(x, t, y=None) -> (B,C,H,W): the noise in x, or what else it learned to predict.
+
+    x (B,C,H,W) in [-1,1] plus noise, t (B,) int timesteps from 0, y (B,) int labels or None; the
+    label net.null, which is num_classes, means "no label", and so does None. On the way down the
+    image is halved from level to level; every output is kept, and joined to the input of one layer
+    on the way up. shape is (C,H,W), cfg a Config.
+    """
+
+    def __init__(self, shape, num_classes, cfg):
+        super().__init__()
+        (channels, height, _), c_emb = shape, 4 * cfg.model_channels
+        levels = [cfg.model_channels * m for m in cfg.channel_mult]
+        groups = groups_for(cfg.model_channels, levels, cfg.norm_groups)
+        check_unet(shape, cfg.model_channels, levels, cfg.num_heads)
+        self.cfg, self.null = cfg, num_classes
+        first, second = nn.Linear(cfg.model_channels, c_emb), nn.Linear(c_emb, c_emb)
+        self.time = nn.Sequential(first, nn.SiLU(), second)
+        self.label = nn.Embedding(num_classes + 1, c_emb) if num_classes else None
+
+        def block(c_in, c_out):
+            return ResBlock(c_in, c_out, c_emb, groups, cfg.dropout)
+
+        def attend(c):
+            here = height in cfg.attention_resolutions
+            return [SelfAttention(c, cfg.num_heads, groups)] if here else []
+
+        c, skips = levels[0], [levels[0]]
+        self.conv_in = nn.Conv2d(channels, c, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, c_out in enumerate(levels):
+            for _ in range(cfg.num_res_blocks):
+                self.down.append(Layer([block(c, c_out), *attend(c_out)]))
+                c = c_out
+                skips.append(c)
+            if level < len(levels) - 1:
+                self.down.append(Layer([Downsample(c)]))
+                height //= 2
+                skips.append(c)
+        self.middle = Layer([block(c, c), SelfAttention(c, cfg.num_heads, groups), block(c, c)])
+        for level, c_out in reversed(list(enumerate(levels))):
+            for i in range(cfg.num_res_blocks + 1):
+                parts = [block(c + skips.pop(), c_out), *attend(c_out)]
+                if level > 0 and i == cfg.num_res_blocks:
+                    parts.append(Upsample(c_out))
+                    height *= 2
+                self.up.append(Layer(parts))
+                c = c_out
+        self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
+        self.conv_out = zero(nn.Conv2d(c, channels, 3, padding=1))
+
+    def forward(self, x, t, y=None):
+        emb = self.time(timestep_embedding(t, self.cfg.model_channels).to(x.dtype))
+        if self.label is not None:
+            if y is None:
+                y = torch.full_like(t, self.null, dtype=torch.int64)
+            emb = emb + self.label(y)
+        emb = F.silu(emb)  # every residual block begins with it
+
+        def run(layer, *inputs):
+            if self.cfg.use_checkpoint and self.training and torch.is_grad_enabled():
+                return checkpoint(layer, *inputs, use_reentrant=False)
+            return layer(*inputs)
+
+        h = self.conv_in(x)  # (B,C0,H,W)
+        skips = [h]
+        for layer in self.down:
+            h = run(layer, h, emb)
+            skips.append(h)
+        h = run(self.middle, h, emb)  # (B,C_last,H/2^k,W/2^k), k = len(channel_mult) - 1
+        for layer in self.up:
+            h = run(layer, h, emb, skips.pop())
+        return self.conv_out(norm_silu(self.norm_out, h))  # (B,C,H,W)
+
+
+# ------------------------------------------------------------------------ the loss: Algorithm 1
+
+
+def target_of(prediction, x0, eps, a):
+    """What the network should give for x0, eps (B,C,H,W) and a = alpha_bar_t (B,), like x0.
+
+    eps, x0, or v = sqrt(a) eps - sqrt(1-a) x0 (Salimans, Ho 2022, arXiv:2202.00512), which is the
+    noise where there is little of it, and minus the image where there is little else.
+    """
+    a = a.view(-1, 1, 1, 1)
+    v = a.sqrt().to(x0.dtype) * eps - (1 - a).sqrt().to(x0.dtype) * x0
+    return {"eps": eps, "x0": x0, "v": v}[prediction]
+
+
+def simple_loss(net, x0, t, eps, alpha_bar, y=None, prediction="eps", loss="l2"):
+    """L_simple of each image, (B,), the mean over its pixels: eq. 14."""
+    out = net(q_sample(x0, t, eps, alpha_bar), t, y)  # (B,C,H,W)
+    distance = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}[loss]
+    target = target_of(prediction, x0, eps, alpha_bar[t])
+    return distance(out, target, reduction="none").mean(dim=(1, 2, 3))
+
+
+# ------------------------------------------------------------------------ sampling: Algorithm 2
+
+
+def x0_coefficients(a, prediction="eps"):
+    """(p, q): x0_hat = p x_t - q out at alpha_bar_t = a. Of eps it is eq. 15."""
+    if prediction == "eps":
+        return 1 / math.sqrt(a), math.sqrt((1 - a) / a)
+    return (math.sqrt(a), math.sqrt(1 - a)) if prediction == "v" else (0.0, -1.0)
+
+
+def ancestral_row(a, a_prev, prediction="eps", variance="small"):
+    """The step from alpha_bar_t = a to a_prev: x_{t-1} = A x0_hat + B x_t + S z.
+
+    Over several timesteps beta is that of all of them. The last step, a_prev = 1, is x0_hat.
+    """
+    p, q = x0_coefficients(a, prediction)
+    beta = 1 - a / a_prev
+    A = math.sqrt(a_prev) * beta / (1 - a)  # the mean of q(x_{t-1} | x_t, x0_hat): eq. 7
+    B = math.sqrt(a / a_prev) * (1 - a_prev) / (1 - a)
+    beta_tilde = (1 - a_prev) / (1 - a) * beta  # its variance: eq. 7
+    sigma = math.sqrt(beta_tilde if variance == "small" else beta)  # section 3.2
+    return Row(p, q, A, B, S=sigma if a_prev < 1 else 0.0)
+
+
+def guided_pass(net, x, t, y, w):
+    """(out, out_uncond), like x: one batch of 2B; w = 0 and w = -1 need one of them only."""
+    t = torch.full((len(x),), t, device=x.device)  # (B,)
+    if y is None or w == 0:
+        return net(x, t, y), None
+    none = torch.full_like(y, net.null)
+    if w == -1:
+        return net(x, t, none), None
+    return net(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, none])).chunk(2)
+
+
+def timestep_pairs(T, steps):
+    """A walk down the chain, [(t, t_prev), ...], the last t_prev is -1: `steps` of its timesteps,
+    evenly spaced, both ends included. Algorithm 2 takes all T. BadInput for more.
+    """
+    if steps > T:
+        raise cli.BadInput(f"--sample-steps {steps} exceeds the chain's --timesteps {T}")
+    ts = torch.linspace(T - 1, 0, steps).round().long().unique().flip(0).tolist()
+    return list(zip(ts, [*ts[1:], -1], strict=True))
+
+
+@torch.no_grad()
+def sample(net, alpha_bar, pairs, shape, seeds, y=None, w=0.0, make_row=ancestral_row, clip=True):
+    """Walk from noise to images of the seeds (B,); yields x_{t-1} and x0_hat, (B,C,H,W) each.
+
+    An image is a function of its seed and label y alone. make_row(a, a_prev) makes the step; clip
+    keeps x0_hat in [-1, 1]. alpha_bar (T,) lies on the CPU: reading it never waits for a GPU.
+    """
+    x = gaussian((len(seeds), *shape), seeds, -1, seeds.device)  # x_T ~ N(0, I), (B,C,H,W)
+    x = x.to(memory_format=torch.channels_last)
+    for step, (t, t_prev) in enumerate(pairs):
+        out, out_uncond = guided_pass(net, x, t, y, w)
+        row = make_row(alpha_bar[t].item(), alpha_bar[t_prev].item() if t_prev >= 0 else 1.0)
+        how = {"out_uncond": out_uncond, "guidance": 0.0 if out_uncond is None else w}
+        x, x0_hat = sampling_update(x, out, row, step=step, seeds=seeds, clip=clip, **how)
+        yield x, x0_hat
+
+
+def trajectory(net, cfg, shape, seeds, y=None):
+    """sample() as the settings say."""
+    pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps)
+    make_row = partial(ancestral_row, prediction=cfg.prediction, variance=cfg.variance)
+    alpha_bar = alpha_bar_of(cfg)
+    return sample(net, alpha_bar, pairs, shape, seeds, y, cfg.guidance, make_row, cfg.clip_denoised)
+
+
+def draw(net, cfg, world, shape, seeds, labels, desc="sampling"):
+    """uint8 images (N,H,W,C) of the seeds (N,), the same on every rank: each draws its share."""
+    walk = partial(trajectory, net, cfg, shape)
+    return world.draw(walk, seeds, labels, cfg.batch_size, cfg.sample_steps, desc)
+
+
+# ------------------------------------------------------------------------ training: Algorithm 1
 
 
 def train(cfg, world):
-    ds = load_data(cfg)
-    shape, k = (ds.channels, ds.height, ds.width), ds.num_classes * cfg.conditional
-    torch.manual_seed(cfg.seed)
-    net = make_net(cfg, shape, k).to(world.device)
-    emas = [AveragedModel(net, multi_avg_fn=ema_update(d)).eval() for d in cfg.ema]
-    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
+    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
     alpha_bar = alpha_bar_of(cfg).to(world.device)
-    picker = PICKERS[cfg.timestep_sampling](cfg.timesteps)
-    judge = cfg.metric_every and Judge(
-        cfg.data,
-        cfg.data_root,
-        shape=shape,
-        class_names=ds.class_names,
-        size=cfg.size,
-        classes=cfg.classes,
-        device=world.device,
-    )
-    run = Run(
-        cfg.out,
-        "ddpm_pixel",
-        asdict(cfg),
-        world,
-        made_of={"data_key": ds.key},
-        resume=cfg.resume,
-        tensorboard=cfg.tensorboard,
-        defaults=asdict(Config()),
-    )
-    state, start = run.restore(), 0
-    if state:
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        picker.load_state_dict(state["picker"])
-        start = state["step"]
-        for ema, saved in zip(emas, [state["ema"], *state["more_emas"]], strict=True):
-            ema.module.load_state_dict(saved)
-            ema.n_averaged.fill_(start)
-    sampled, model = emas[0].module, world.wrap(torch.compile(net) if cfg.compile else net)
-    options = dict(
-        prediction=cfg.prediction,
-        loss=cfg.loss,
-        min_snr=cfg.min_snr,
-        chain=likelihood.make_chain(alpha_bar) if cfg.learned_variance else None,
-    )
-    mine, meter = world.share(cfg.batch_size), LossMeter(world.device)
-    seeds = parse_seeds(cfg.seeds, cfg.n)
-    labels = labels_for(seeds, range(k), cfg.guidance)
+    torch.manual_seed(cfg.seed)
+    net = UNet(ds.shape, ds.num_classes * cfg.class_cond, cfg)
+    net = net.to(world.device, memory_format=torch.channels_last)
+    run = Run(cfg, world, ds, net=net, optimizer=lambda params: torch.optim.Adam(params, lr=cfg.lr))
+    evaluator = None
+    if cfg.metric_every:
+        from eval_fid import Evaluator
+
+        evaluator = Evaluator.of_run(cfg, ds, world)
+    seeds = cli.parse_seeds(cfg.seeds, cfg.n)
+    labels = cli.labels_for(seeds, range(net.null))
     if world.is_main:
-        size = sum(p.numel() for p in net.parameters()) / 1e6
-        print(f"{ds.name}: {len(ds)} images {shape}, {k} classes; network {size:.2f} M parameters")
-        x0, _ = batches.batch(ds, np.arange(min(8, len(ds))))
-        save_film(forward_film(x0, alpha_bar.cpu()), run.folder / "forward", len(x0))
+        count = sum(p.numel() for p in net.parameters()) / 1e6
+        print(f"{ds.name}: {len(ds)} images {ds.shape}, {net.null} classes")
+        print(f"U-Net of {count:.2f} M parameters predicts {cfg.prediction}, loss {cfg.loss}")
+        print(f"{cfg.schedule} schedule, T = {cfg.timesteps}; step {run.first} of {cfg.steps}")
+        save_forward(ds, alpha_bar.cpu(), run.folder / "forward")
 
-    bar = world.progress(cfg.steps, start, "training")
-    for step in range(start, cfg.steps):
-        # All that is random is drawn for the global batch from (seed, step), then shared out.
-        rng, batch = np.random.default_rng([cfg.seed, step]), cfg.batch_size
-        t_all, weights = picker.sample(rng, batch)
-        t = torch.from_numpy(t_all)[mine].to(world.device)
-        weights = torch.from_numpy(weights)[mine].to(world.device, torch.float32)
-        hide = torch.from_numpy(rng.random(batch) < cfg.label_dropout)[mine]
-        noise_seeds = torch.from_numpy(rng.integers(2**62, size=batch))[mine].to(world.device)
-        torch.manual_seed(int(rng.integers(2**31)) + world.rank)  # what dropout draws from
+    for step in run.steps():  # goes on where it stopped; saves between two steps
+        for part in run.parts(step):  # this process's share, in --accumulate parts
+            x0, y = run.images(part)  # (b,C,H,W), (b,)
+            y = run.hide(part, y, cfg.label_dropout) if cfg.class_cond else None
+            t, eps = run.uniform(part, cfg.timesteps), run.noise(part, x0.shape)
+            losses = simple_loss(run.model, x0, t, eps, alpha_bar, y, cfg.prediction, cfg.loss)
+            run.backward(losses, t / cfg.timesteps)
+        run.descend()  # clip the gradient, Adam, running means, log
+        if evaluator and (run.due(cfg.metric_every) or run.done):
+            drawn = partial(draw, run.ema, cfg, world, ds.shape)
+            run.log_metrics(evaluator.score(drawn, cfg.metric_n, net.null))
+        if run.due(cfg.sample_every):
+            run.save_grid(draw(run.ema, cfg, world, ds.shape, seeds, labels))
+    save_images(run.ema, cfg, world, ds.shape, seeds, labels, run.folder)
 
-        idx = batches.indices(len(ds), batch, cfg.seed, step, world.rank, world.size)
-        flips = batches.flips(batch, cfg.seed, step, world.rank, world.size) if cfg.flip else None
-        x0, y = batches.batch(ds, idx, flip=flips)  # (B,C,H,W), (B,)
-        y = torch.where(hide, k, y).to(world.device) if k else None
-        x0 = x0.to(world.device, non_blocking=True)
-        eps = gaussian(x0.shape, noise_seeds, step, world.device)
 
-        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.lr_decay)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        parts, losses = torch.arange(len(x0)).chunk(cfg.accumulate), []
-        for part in parts:
-            with world.no_sync(model, part is not parts[-1]), world.autocast():
-                y_part = None if y is None else y[part]
-                loss = simple_loss(
-                    model, x0[part], y_part, t[part], eps[part], alpha_bar, **options
-                )  # (b,)
-                (loss * weights[part]).sum().div(len(x0)).backward()
-            losses.append(loss.detach())
-        losses = torch.cat(losses)  # (B,)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for ema in emas:
-            ema.update_parameters(net)
-        if cfg.timestep_sampling != "uniform":
-            picker.update(t_all, world.collect(losses, batch).cpu())
+def save_forward(ds, alpha_bar, path):
+    """PATH.gif and .png: the first eight images, and at most 50 of their x_t."""
+    x0, _ = ds.batch(np.arange(min(8, len(ds))))
+    eps = gaussian(x0.shape, torch.arange(len(x0)), 0, "cpu")
+    ts = torch.linspace(0, len(alpha_bar) - 1, min(50, len(alpha_bar))).round().long()
+    noisy = [q_sample(x0, t.repeat(len(x0)), eps, alpha_bar) for t in ts]
+    save_film([to_uint8(x) for x in (x0, *noisy)], path, len(x0))
 
-        meter.add(step, losses, t * 4 // cfg.timesteps)
-        step, last = step + 1, step + 1 == cfg.steps
-        bar.update()
-        if step % cfg.log_every == 0 or last:
-            values = meter.read(world, run)
-            rate, memory = run.rate((step - start) * batch), peak_memory(world.device)
-            run.log(step, **values, lr=lr, images_per_s=rate, peak_memory_mb=memory)
-            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-        if judge and (step % cfg.metric_every == 0 or last):
-            scored = torch.arange(cfg.metric_n)
-            asked = labels_for(scored, range(k))
-            images = draw(sampled, cfg, world, shape, asked, scored, "scoring")
-            run.log(step, **judge(images, asked, world))
-            if world.is_main:
-                plot_metrics(run)
-        if step % cfg.save_every == 0 or last:
-            averages = [ema.module.state_dict() for ema in emas]
-            run.save(
-                step,
-                model=net.state_dict(),
-                ema=averages[0],
-                more_emas=averages[1:],
-                optimizer=optimizer.state_dict(),
-                picker=picker.state_dict(),
-                shape=list(shape),
-                class_names=list(ds.class_names),
-            )
-        if cfg.sample_every and step % cfg.sample_every == 0 and not last:
-            images = draw(sampled, cfg, world, shape, labels, seeds)
-            if world.is_main:
-                save_grid(images[:100], run.folder / f"samples-{step:06d}.png", 10)
-                plot_loss(run)
-    bar.close()
-    images = draw(sampled, cfg, world, shape, labels, seeds)
+
+def save_images(net, cfg, world, shape, seeds, labels, folder):
+    """samples.png and .npz; reverse.gif and .png: x_t of the first eight, and below it x0_hat."""
+    images = draw(net, cfg, world, shape, seeds, labels)
     if world.is_main:
-        plot_loss(run)
-        save_samples(run.folder, images, labels, 10)
-        save_reverse(sampled, cfg, world, shape, labels, seeds, run.folder)
-        print(f"samples: {run.folder / 'samples.png'}")
-
-
-# ----------------------------------------------------------------------------------------- main
-
-
-def load_net(path, device, decay=None):
-    """(network with the EMA weights, its Config, image shape, class names) from a checkpoint.
-
-    decay chooses among several running means; the first without it. BadInput if it is not there.
-    """
-    state = as_checkpoint(path) or load_checkpoint(path, "ddpm_pixel")
-    known = {f.name for f in fields(Config)}
-    cfg = Config(**{k: v for k, v in state["config"].items() if k in known})
-    told = state.get("alpha_bar")  # by a published network's scheduler
-    if told is not None and not torch.allclose(told, alpha_bar_of(cfg), rtol=1e-3, atol=1e-9):
-        raise BadInput(f"{path}: its {cfg.schedule} schedule has other constants than ours")
-    averages = dict(zip(cfg.ema, [state["ema"], *state.get("more_emas", ())], strict=True))
-    if decay not in (None, *averages):
-        raise BadInput(f"--ema {decay:g}: {path} has {', '.join(map(str, averages))}")
-    net = make_net(cfg, state["shape"], len(state["class_names"]) * cfg.conditional)
-    net.load_state_dict(averages[cfg.ema[0] if decay is None else decay])
-    net.without_label = state.get("null_label", True)  # whether it has learned to do without one
-    return net.to(device).eval(), cfg, state["shape"], state["class_names"]
-
-
-# What a command over a checkpoint decides itself; where it is silent, as in training.
-SAMPLING = ("sampler", "variance", "threshold", "sample_steps", "visit", "eta", "guidance")
-SAMPLING += ("batch_size", "data", "data_root", "size")
-FORWARD = ("timesteps", "schedule", "alpha_min", "prediction")  # and of a published network
-
-
-def open_checkpoint(cfg, path, world):
-    """(network, settings, shape, class names), the settings of SAMPLING being those of `cfg`."""
-    decay = None if not_given(cfg, ("ema",)) else cfg.ema[0]
-    net, trained, shape, classes = load_net(path, world.device, decay)
-    names = SAMPLING if trained.data else SAMPLING + FORWARD  # published ones name no data
-    given = set(names).difference(not_given(cfg, names))
-    given |= {"sample_steps", "batch_size"} if cfg.smoke else set()
-    trained = replace(trained, **{name: getattr(cfg, name) for name in given})
-    if cfg.nll and not given & {"sample_steps", "visit"}:  # the whole bound
-        trained.sample_steps, trained.visit = trained.timesteps, ""
-    elif "visit" not in given and "sample_steps" in given:
-        trained.visit = ""
-    check_guidance(net, trained.guidance, path)
-    if trained.variance == "learned" and not trained.learned_variance:
-        raise BadInput(f"{path} has no learned variance; type --variance small or large")
-    return net, trained, shape, classes
-
-
-def sample(cfg, world):
-    net, trained, shape, names = open_checkpoint(cfg, cfg.sample, world)
-    chosen = parse_classes(cfg.classes, names if trained.conditional else ())
-    seeds = parse_seeds(cfg.seeds, cfg.n)
-    labels = labels_for(seeds, chosen, trained.guidance)
-    images = draw(net, trained, world, shape, labels, seeds)
-    if world.is_main:
-        folder = folder_of(cfg, cfg.sample)
         save_samples(folder, images, labels, 10)
-        save_reverse(net, trained, world, shape, labels, seeds, folder)
-        print(f"samples: {folder / 'samples.png'}, their way: {folder / 'reverse.gif'}")
+        walk = partial(trajectory, net, cfg, shape)
+        save_film(world.frames(walk, seeds[:8], labels), folder / "reverse", len(seeds[:8]))
+        print(f"samples: {folder / 'samples.png'}, how they came: {folder / 'reverse.gif'}")
 
 
-def nll(cfg, world):
-    """Bits per dimension of --n held-out images, over all T timesteps where no others are named."""
-    net, trained, shape, names = open_checkpoint(cfg, cfg.nll, world)
-    pairs = timestep_pairs(trained.timesteps, trained.sample_steps, trained.visit)
-    chain = likelihood.make_chain(alpha_bar_of(trained), [t for t, _ in pairs])
-    options = {name: walk_options(trained)[name] for name in ("prediction", "variance")}
-    where = (chain, world, folder_of(cfg, cfg.nll))
-    likelihood.evaluate_held_out(net, trained, shape, names, *where, n=cfg.n, **options)
+# ----------------------------------------------------------------------------------- commands
 
 
-def export(cfg, world):
-    net, trained, shape, names = open_checkpoint(cfg, cfg.export, world)
-    save_diffusers(
-        cfg.out,
-        net.settings,
-        net.state_dict(),
-        shape,
-        len(names) * trained.conditional,
-        asdict(trained) | walk_options(trained) | {"alpha_bar": alpha_bar_of(trained)},
-    )
-    print(f"{cfg.out}: open it with diffusers.DDPMPipeline.from_pretrained")
+def load_net(path, device, ema=None):
+    """(network, its Config, shape (C,H,W), class names, alpha_bar) of a checkpoint, EMA weights.
+
+    ema: which decay, of several. BadInput for files of other networks, and decays not there.
+    """
+    from networks.published.unet import read_network
+
+    state = read_network(path, "ddpm_pixel")
+    cfg, shape = checkpoints.trained_config(Config, state), tuple(state["shape"])
+    names = state["class_names"] if cfg.class_cond else []
+    net = UNet(shape, len(names), cfg).to(device, memory_format=torch.channels_last)
+    checkpoints.load_weights(net, checkpoints.chosen_ema(state, path, ema))
+    net.null_label = state.get("null_label", True)  # whether it has learned to do without a label
+    return net.eval(), cfg, shape, names, alpha_bar_of(cfg)
+
+
+def sample_checkpoint(cfg, world):
+    net, trained, shape, names, _ = load_net(cfg.sample, world.device, checkpoints.typed_ema(cfg))
+    how = ("variance", "clip_denoised", "sample_steps", "guidance", "batch_size")
+    trained = checkpoints.overlaid(trained, cfg, how)
+    seeds, labels = cli.seeds_and_labels(cfg, net, names, trained.guidance)
+    save_images(net, trained, world, shape, seeds, labels, cli.folder_of(cfg, cfg.sample))
 
 
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
-    check_run(cfg)
-    sizes = ("timesteps", "width", "mult", "blocks", "heads", "accumulate", "sample_steps")
-    check_positive(cfg, *sizes, "metric_n", "ema")
-    check_not_negative(cfg, "min_snr", "head_channels", "groups", "metric_every")
-    check_fraction(cfg, "dropout", "label_dropout", "eta", "alpha_min", "ema")
-    if cfg.export and not cfg.out:
-        raise BadInput("--export needs --out, the folder to write")
-    tasks = [task for task in ("sample", "nll", "export", "plot_schedule") if getattr(cfg, task)]
-    if len(tasks) > 1:
-        raise BadInput(f"--{tasks[0]} and --{tasks[1]}: one at a time")
-    if tasks:
-        return  # what follows is of training; those go by what the checkpoint was trained with
-    check_schedule(alpha_bar_of(cfg), cfg.prediction)
-    if cfg.variance == "learned" and not cfg.learned_variance:
-        raise BadInput("--variance learned needs a network with --learned-variance")
-    if cfg.metric_every and cfg.metric_n < 2:
-        raise BadInput("--metric-n must be at least 2: a covariance is compared")
-    walk_options(cfg), timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.visit)
+    cli.check_run(cfg)
+    cli.check_ranges(
+        cfg,
+        positive="timesteps model_channels channel_mult num_res_blocks num_heads sample_steps n",
+        not_negative="norm_groups metric_every metric_n",
+        fraction="dropout label_dropout alpha_min",
+    )
+    cli.check_sampling(cfg)
+    alpha_bar = alpha_bar_of(cfg)
+    if not (alpha_bar.diff() < 0).all() or not 0 <= alpha_bar[-1] <= alpha_bar[0] < 1:
+        raise cli.BadInput("--alpha-min, --timesteps: alpha_bar must fall at every step")
+    if cfg.prediction == "eps" and alpha_bar[-1] < 1e-12:
+        raise cli.BadInput("--alpha-min leaves no image at T; type --prediction v or x0")
 
 
 def main():
     preset = str(Path(__file__).parent / "configs/{data}_pixel.yaml")
-    cfg = parse(Config, __doc__, preset=preset)
-    if cfg.smoke:
-        cfg = smaller(
-            cfg,
-            steps=4,
-            batch_size=8,
-            width=16,
-            n=8,
-            sample_steps=4,
-            warmup=1,
-            log_every=1,
-            save_every=2,
-            sample_every=2,
-            metric_every=0,
-            heads=1,
-            head_channels=0,
-            groups=0,
-            resume="never",
-            out="runs/smoke-pixel",
-        )
+    cfg = cli.parse(Config, __doc__, preset=preset)
+    small = {"model_channels": 16, "num_heads": 1, "norm_groups": 0, "n": 8, "sample_steps": 4}
+    cfg = cli.smoke(cfg, **small, metric_every=0, out="runs/smoke-pixel")
     check(cfg)
-    if cfg.plot_schedule:
-        path = Path(cfg.out or "runs") / "schedules.png"
-        plot_schedules(path, cfg.timesteps, cfg.alpha_min)
-        print(f"schedules: {path}")
-    elif cfg.sample or cfg.nll or cfg.export:
-        launch(sample if cfg.sample else nll if cfg.nll else export, cfg)
+    if cfg.sample:
+        launch(sample_checkpoint, cfg)
     else:
-        load_data(cfg)  # prepared once, before there are several processes
+        datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)  # by one process
         launch(train, replace(cfg, out=cfg.out or f"runs/pixel-{Path(cfg.data).stem}"))
 
 
 if __name__ == "__main__":
-    entry(main)
+    cli.entry(main)

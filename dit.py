@@ -23,6 +23,8 @@ Parts and weights bear the names of the published checkpoints:
 Guidance is the sampler's: the net answers for a label, or for none of them (`net.null`).
 """
 
+from runtime.commandline import BadInput
+
 import argparse
 import re
 from pathlib import Path
@@ -36,7 +38,6 @@ from torch.utils.checkpoint import checkpoint
 from kernels import attention
 from networks.adm_unet import timestep_embedding
 from networks.published.files import find_weights, read_json, read_weights
-from runtime.commandline import BadInput
 
 EPS = 1e-6  # of every layer norm
 FREQUENCIES = 256  # sines and cosines that tell the timestep, at any width

@@ -1,76 +1,86 @@
-"""Numbers people can trust: how far are samples from real images, and are they what was asked for?
+"""FID and IS by hand: how far are generated images from real ones, how sure and how varied?
 
-Two sets of images are compared by the distributions of their features under one fixed network
-(the mathematics: `evaluation/`): the Fréchet distance, which with the Inception network is the
-FID; the inception score; the kernel distance (KID); precision and recall, density and coverage; how
-many samples are read as the class they were asked for; and whether they are copies.
+Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium",
+2017 (arXiv:1706.08500). Salimans et al., "Improved Techniques for Training GANs", 2016
+(arXiv:1606.03498).
 
-Such a figure can be compared only with figures of the same features, the same N and the same
-reference, so all three are printed with it, and with an estimate of its error where there is one.
+A network turns every image into a vector f of d features, so a set of images is a cloud of points.
+A Gaussian stands for the cloud, with mean m and covariance C, and one for the real images (w),
 
-    python eval_fid.py runs/ldm-glyphs/samples.npz glyphs:test     # a minute at first, then seconds
-    python eval_fid.py mnist:train mnist:test --n 10000      # real against real: 0.03, the floor
-    python eval_fid.py samples.npz cifar10:train --features inception --resize clean
-    python eval_fid.py runs/pixel-mnist/ckpt.pt --metrics all      # draws 1,000 samples itself
-    python eval_fid.py runs/pixel-mnist mnist:test --curve   # its checkpoints, one after the other
-    python eval_fid.py stats glyphs:test --out glyphs.npz    # keep the statistics of a reference
+    m = 1/N Σ f_i,   C = 1/(N - 1) Σ (f_i - m)(f_i - m)ᵀ
 
-What A and B may be is told in `image_sets.py`. Features are those of the Inception network
-(`inception.py`), or of a small classifier of the data set itself (`features.py`): a network made
-for photographs has little to say about gray digits. `evaluation.evaluate` takes any function.
-The last line printed is one JSON object that holds the same.
+The Fréchet distance of the two Gaussians is FID where the features are Inception's,
+
+    d² = ‖m - m_w‖² + tr(C + C_w - 2 (C C_w)^½)                     Heusel et al. 2017, eq. 6
+
+The inception score asks that the network be sure of each image, p(y|x), and see all classes, p(y),
+
+    IS = exp(E_x KL(p(y|x) ‖ p(y)))                                 Salimans et al. 2016, section 4
+
+    python eval_fid.py glyphs:train glyphs:test     real against real, the floor: THIS
+    python eval_fid.py mnist:train mnist:test --n 10000     THAT
+    python eval_fid.py samples.npz cifar10:train --features inception     FID, as in papers: THOSE
+
+A figure can be compared only with figures of the same features, the same N and the same reference.
+So all three are printed with it, with an estimate of its error, and with what `evaluation/` adds:
+kernel distance, precision and recall, density and coverage, the share of samples that are read as
+the class they were asked for, and whether they are copies. The last line is one JSON object.
+
+    python eval_fid.py runs/pixel-mnist/ckpt.pt --metrics all      draws 1,000 samples itself
+    python eval_fid.py runs/pixel-mnist mnist:test --curve         its checkpoints, one by one
+    python eval_fid.py stats glyphs:test --out glyphs.npz          keeps m and C of a reference
+
+What A and B may be: evaluation/image_sets.py. Which features: evaluation/choice.py; the network of
+Inception: networks/inception.py. From Python: `evaluate`; within training: `Evaluator`.
 """
 
-import json
-import shlex
-import sys
+from runtime import commandline as cli
+from runtime.commandline import BadInput
+from runtime.processes import launch
+
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+import scipy.linalg
+import scipy.special
+import torch
 import tyro
 
-from evaluation import image_sets
-from evaluation.features import ClassifierFeatures, classifier_of, share_right, warn
-from evaluation.image_sets import Images, Statistics, check_same_size
-from evaluation.metrics import statistics
-from evaluation.scores import METRICS, Asked, check_same_features, look, scores, scratch
-from networks import inception
-from runtime.commandline import (
-    BadInput,
-    check_not_negative,
-    check_positive,
-    check_processes,
-    default_gpus,
-    entry,
-    not_given,
-    parse,
-    parse_classes,
-    split_list,
-)
-from runtime.files import atomic_write
-from runtime.plots import plot_lines
-from runtime.processes import launch
-from runtime.run import load_checkpoint
+from evaluation import checkpoint_samples, report
+from evaluation.against import against, save_statistics
+from evaluation.checkpoint_samples import is_checkpoint
+from evaluation.classifier import classifier_of
+from evaluation.features import extract, share_right
+from evaluation.image_sets import Images, Statistics, as_images, check_same_size
+from evaluation.intervals import frechet_interval
+from evaluation.scores import FURTHER, Asked, scores
+from evaluation.sides import check_same_features, look
+from evaluation.words import warn
+from image_data import datasets
+
+EPS = np.finfo(np.float64).eps
+ENOUGH = 100  # images, for an interval of the distance: five in each of its groups
 
 
 @dataclass
-class Config:
-    a: Annotated[str, tyro.conf.Positional]
+class Config(cli.Command):
+    a: Annotated[str, tyro.conf.Positional] = ""
     """generated images or a checkpoint; or the word `stats`, to write B's statistics to --out"""
     b: Annotated[str, tyro.conf.Positional] = ""
     """reference images; of a data set the test split, unless its name ends in :train; of a
     checkpoint that is A, by default, what it was trained on"""
     metrics: str = "frechet,is,kid,prdc"  # of frechet is kid prdc classes memorisation; or all
-    features: Literal["classifier", "inception"] = "classifier"  # whose features are compared
+    features: Literal["auto", "inception", "classifier"] = "auto"
+    """whose features are compared; auto: Inception's for colour images where its weights are there
+    or can be downloaded, else those of a classifier of the data set"""
     weights: str = ""  # file of Inception's weights; empty: downloaded to --data-root once
     resize: Literal["pytorch-fid", "tf1", "clean"] = "pytorch-fid"  # how images become 299x299
     data: str = ""  # labelled data set that the classifier is trained on; empty: B
-    data_root: str = "data"  # where data sets, trained classifiers and features are kept
     size: int = 0  # resize data sets and folders as in training; 0 keeps their size
-    classes: str = ""  # comma-separated: keep these classes of the data sets, as in training
     n: int = 0
     """images of each side, drawn without replacement; 0: all. Of a checkpoint: how many samples
     (0: 1,000), scored against all of B"""
@@ -80,372 +90,391 @@ class Config:
     curve: bool = False  # A is a run: score each of its checkpoints; draws curve.png there
     sample_args: str = ""  # flags for sampling a checkpoint: --sample-args="--sampler ddim"
     batch_size: int = 256  # images at a time when features are computed
-    gpus: int = default_gpus()  # 0: compute on the CPU
     layout: Literal["pytorch-fid", "adm"] = "pytorch-fid"  # of the file that `stats` writes
     out: str = ""  # the .npz that `stats` writes
     json: str = ""  # also write the JSON object into this file
 
 
-# ------------------------------------------------------------------------ what A and B are
+# ----------------------------------------------------------------- the Gaussian of a set of images
 
 
-def is_checkpoint(name):
-    return name.endswith(".pt")
+def statistics(feats, chunk=4096):
+    """m (d,) and C (d, d), float64, of features (N, d). Raises BadInput when N < 2.
 
-
-def generated(cfg, name):
-    """Images or Statistics of A; of a checkpoint its samples, drawn here if need be."""
-    if not is_checkpoint(name):
-        return image_sets.read(name, cfg, cfg.n)
-    script, _ = image_sets.checkpoint_settings(name)
-    found = image_sets.sampled(name, script, cfg.n or 1000, cfg.gpus, cfg.sample_args)
-    return replace(image_sets.read_file(str(found)), name=name)
-
-
-def reference(cfg):
-    """Images or Statistics of B."""
-    drawn = is_checkpoint(cfg.a) or cfg.curve
-    return image_sets.read(cfg.b, cfg, 0 if drawn else cfg.n)
-
-
-def as_trained(cfg, checkpoint):
-    """cfg, but what is not typed is as the checkpoint was trained: B, its size and classes."""
-    _, trained = image_sets.checkpoint_settings(checkpoint)
-    names = not_given(cfg, ("size", "classes", "data_root"))
-    names = [name for name in names if name in trained]
-    b = cfg.b or f"{trained['data']}:test"
-    return replace(cfg, b=b, **{name: trained[name] for name in names})
-
-
-# ---------------------------------------------------------------------------- which features
-
-
-def asked_labels(side, class_names):
-    """The labels (N,) of `side`; None where it has none, or names other classes."""
-    labels, last = side.labels, len(class_names) - 1
-    if labels is None or last < 0 or side.class_names not in (None, class_names):
-        return None
-    if labels.min() < 0 or labels.max() > last:
-        found = f"labels from {labels.min()} to {labels.max()}"
-        raise BadInput(f"{side.name} has {found}; there are classes 0 to {last}")
-    return labels
-
-
-def labelled_set(cfg):
-    """The data set that the classifier learns, and whose training images A may be copies of; or
-    the name of a file."""
-    return cfg.data or image_sets.split_name(cfg.b)[0]
-
-
-def is_file(name):
-    return name.endswith((".npz", ".npy"))
-
-
-def choose(cfg, pictures):
-    """(extractor, class names, what else is known) for the Images `pictures`.
-
-    Raises BadInput where sizes differ or nothing labelled is there to train the classifier on.
+    In two passes over `chunk` rows at a time: the features may lie on the disk.
     """
-    device = "cuda" if cfg.gpus else "cpu"
-    if cfg.features == "inception":
-        check_same_size(pictures)
-        names = [side.class_names for side in pictures if side.class_names]
-        extractor = inception.load(cfg.weights, cfg.data_root, cfg.resize, device)
-        return extractor, next(iter(names), ()), {}
-    source = labelled_set(cfg)
-    if is_file(source):
-        why = "is no data set to train the feature classifier on"
-        raise BadInput(f"{source} {why}; name a labelled data set of such images with --data")
-    extractor, train = classifier_of(
-        source,
-        cfg.data_root,
-        size=cfg.size,
-        seed=cfg.seed,
-        steps=cfg.classifier_steps,
-        device=device,
-    )
-    check_same_size([*pictures, Images(source, train.images)])
-    numbers = parse_classes(cfg.classes, train.class_names)
-    names = tuple(train.class_names[i] for i in numbers)
-    return extractor, names, {"classifier_test_accuracy": extractor.facts["test_accuracy"]}
+    if len(feats) < 2:
+        raise BadInput(f"a covariance needs at least 2 images, got {len(feats)}")
+    parts = [slice(start, start + chunk) for start in range(0, len(feats), chunk)]
+    m = sum(np.asarray(feats[part], np.float64).sum(0) for part in parts) / len(feats)  # (d,)
+    C = np.zeros((len(m), len(m)))  # (d, d)
+    for part in parts:
+        centred = feats[part] - m  # f_i - m, (chunk, d)
+        C += centred.T @ centred
+    return m, C / (len(feats) - 1)
 
 
-# ------------------------------------------------------------------------------- comparing
+class Gaussian(NamedTuple):
+    """A mean (d,), a covariance (d, d), and its factor F (d, r): F Fᵀ = C, of rank r."""
+
+    m: np.ndarray
+    C: np.ndarray
+    factor: np.ndarray
 
 
-def figures(cfg, world, names):
-    """The figures of each A of `names` against B, in turn, as dictionaries that become JSON.
+def gaussian(mu, sigma):
+    """The Gaussian of these statistics; BadInput where they cannot be of any features.
 
-    All processes compute features, the first one alone the figures: to the others none are given.
+    F is Cholesky's lower triangle, or where C is singular V Λ^½ from its eigenvalues, without
+    those that rounding made of zeros (where float32 kept C: down to -1e-6 of the largest).
     """
-    b, seen = reference(cfg), None  # first: what is wrong with it is known before A is drawn
-    for name in names:
-        a = generated(cfg, name)
-        pictures = [side for side in (a, b) if isinstance(side, Images)]
-        if seen is None:  # the features, and those of B, are the same for all
-            extractor, class_names, known = choose(cfg, pictures) if pictures else NOTHING
-            see = partial(
-                look,
-                extractor=extractor,
-                batch_size=cfg.batch_size,
-                world=world,
-                store=partial(scratch, cfg.data_root),
-            )
-            seen = see(labelled(b, class_names), keep=cfg.data_root, reference=True)
-            train = training_images(cfg, b)
-        check_same_size(pictures)
-        side = see(labelled(a, class_names))
-        check_same_features(side, seen, extractor)
-        if side.n == 1:  # on every process, before one of them goes on alone
-            raise BadInput(f"a covariance needs at least 2 images, {name} has 1")
-        if not world.is_main:
-            continue
-        side.moments()
-        warn_of(side)
-        warn_of(seen)
-        asked = Asked(
-            metrics=chosen_metrics(cfg),
-            method="sqrtm" if cfg.sqrtm else "eigen",
-            seed=cfg.seed,
-            device="cuda" if cfg.gpus else "cpu",
-            class_names=class_names,
-            train=train,
-            figure=pairs_path(name),
+    m, C = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
+    if (m.shape, C.shape) != ((m.size,), (m.size, m.size)):
+        raise BadInput(f"mu and sigma must be (d,) and (d, d), got {m.shape} and {C.shape}")
+    if not (np.isfinite(m).all() and np.isfinite(C).all()):
+        raise BadInput("mu and sigma must be finite numbers")
+    if abs(C - C.T).max(initial=0) > 1e-5 * abs(C).max(initial=0):
+        raise BadInput("sigma is not symmetric: it is not the covariance of any features")
+    try:  # what LAPACK reads by columns is C.T: no copies
+        return Gaussian(m, C, scipy.linalg.cholesky(C.T, check_finite=False).T)
+    except scipy.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(C)  # ascending
+    if values[0] < -1e-6 * abs(values[-1]):
+        found = f"eigenvalues from {values[0]:.3g} to {values[-1]:.3g}"
+        raise BadInput(f"sigma has {found}: it is not the covariance of any features")
+    keep = values > max(values[0], len(m) * EPS * values[-1])
+    return Gaussian(m, C, vectors[:, keep] * np.sqrt(values[keep]))
+
+
+# ---------------------------------------------------------------------------- the Fréchet distance
+
+
+def frechet_distance(mu, sigma, mu_w, sigma_w, *, method="eigen"):
+    """d² = ‖m - m_w‖² + tr(C + C_w - 2 (C C_w)^½), eq. 6; 0 for equal ones.
+
+    mu (d,) and sigma (d, d) are m and C; in float64. method "sqrtm" is the equation as it stands,
+    "eigen" the same figure ten times as fast. Raises BadInput for other shapes, values that are not
+    finite, and negative eigenvalues, which no covariance has.
+    """
+    if method not in ("eigen", "sqrtm"):
+        raise ValueError(f'method must be "eigen" or "sqrtm", got {method!r}')
+    own, real = gaussian(mu, sigma), gaussian(mu_w, sigma_w)
+    return by_sqrtm(own, real) if method == "sqrtm" else by_eigenvalues(own, real)
+
+
+def by_sqrtm(own, real):
+    """d² of two Gaussians, through scipy's square root of a matrix: the reference.
+
+    C C_w is not symmetric. It has the eigenvalues of C^½ C_w C^½, which is: the traces of their
+    roots agree, and the root of a symmetric matrix is the more exact one.
+    """
+    apart = squared_distance(own, real)
+    root = sqrt_covariance(own.C)  # C^½ (d, d)
+    cross = sqrt_covariance(root @ real.C @ root)  # (C^½ C_w C^½)^½ (d, d)
+    # Rounding can leave -1e-12 where the truth is 0.
+    return max(0.0, float(apart + np.trace(own.C + real.C - 2 * cross)))
+
+
+def by_eigenvalues(own, real, rtol=1e-7):
+    """d² of two Gaussians without the root of a matrix, to a relative rtol or much better.
+
+    tr (C C_w)^½ is the sum of the roots of the eigenvalues of C C_w = F Fᵀ F_w F_wᵀ, and these are
+    the squared singular values of Fᵀ F_w: so it is the sum of these singular values.
+    """
+    traces = (np.vdot(side.factor, side.factor) for side in (own, real))  # tr F Fᵀ = ‖F‖²
+    apart = squared_distance(own, real) + sum(traces)
+    if own.factor.shape == real.factor.shape == own.C.shape:
+        # Of full rank the eigenvalues cost a quarter: of Lᵀ C_w L, which LAPACK makes of triangles.
+        product = scipy.linalg.lapack.dsygst(real.C.T, own.factor.T, itype=2, lower=0)[0]
+        values = scipy.linalg.eigvalsh(
+            product, lower=False, overwrite_a=True, check_finite=False, driver="evd"
         )
-        origin = extractor or next((s.known for s in (side, seen) if s.known.protocol), side.known)
-        yield scores(side, seen, asked) | {
-            "class_accuracy": class_accuracy(side, extractor, class_names),
-            "n_generated": side.n,
-            "n_reference": seen.n,
-            "features": origin.protocol,
-            "feature_hash": origin.feature_hash,
-            **known,
-            "a": name,
-            "b": cfg.b,
-            "seed": cfg.seed,
+        roots = np.sqrt(values.clip(0))
+        # Rounding moves a value by about `noise`, its root doubled by noise / root.
+        noise, distance = EPS * values[-1], apart - 2 * roots.sum()
+        if np.linalg.norm(noise / np.sqrt(roots**2 + noise)) <= rtol * distance:
+            return float(distance)
+    roots = np.linalg.svd(own.factor.T @ real.factor, compute_uv=False)
+    return max(0.0, float(apart - 2 * roots.sum()))
+
+
+def squared_distance(own, real):
+    """‖m - m_w‖² of two Gaussians; BadInput where their d differ."""
+    if own.m.shape != real.m.shape:
+        raise BadInput(f"mu must be (d,) with one d, got {own.m.shape} and {real.m.shape}")
+    return ((own.m - real.m) ** 2).sum()
+
+
+def sqrt_covariance(sigma):
+    """The symmetric square root of a positive semi-definite matrix (d, d), by scipy's sqrtm.
+
+    It may leave a small imaginary part where an eigenvalue was rounded below zero, and some
+    versions answer an exactly singular matrix with NaN: then once more beside it.
+    """
+    sigma = (sigma + sigma.T) / 2
+    beside = 1e-14 * np.trace(sigma) / len(sigma)
+    for shift in (0.0, beside):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the matrix is singular
+            root = scipy.linalg.sqrtm(sigma + shift * np.eye(len(sigma)))
+        if np.isfinite(root).all():
+            return (root.real + root.real.T) / 2
+    raise BadInput('scipy found no square root of this sigma; method "eigen" needs none')
+
+
+def distance_from(mu_w, sigma_w, rtol=1e-5):
+    """The function (mu, sigma) -> d² from this reference, for `frechet_interval`."""
+    real = gaussian(mu_w, sigma_w)
+    return lambda mu, sigma: by_eigenvalues(gaussian(mu, sigma), real, rtol)
+
+
+def rows_distance(feats, feats_w):
+    """d² of two sets of features (N, d), (M, d), for the distance within classes."""
+    return frechet_distance(*statistics(feats), *statistics(feats_w))
+
+
+# ----------------------------------------------------------------------------- the inception score
+
+
+def inception_score(logits, splits=10):
+    """exp(E_x KL(p(y|x) ‖ p(y))) of logits (N, K): Salimans et al. 2016; from 1 to K.
+
+    The mean over `splits` consecutive parts and, as usual, the standard deviation over them
+    (divided by their number); p(y) is each part's own. In float64, from logarithms alone, so that
+    no class is too unlikely. Raises BadInput for N < splits and logits that are not finite.
+    """
+    n, found = len(logits), []
+    if n < splits:
+        raise BadInput(f"the inception score in {splits} parts needs {splits} images, got {n}")
+    for i in range(splits):
+        part = np.asarray(logits[i * n // splits : (i + 1) * n // splits], np.float64)  # (n, K)
+        if not np.isfinite(part).all():
+            raise BadInput("logits must be finite numbers")
+        log_p_yx = scipy.special.log_softmax(part, axis=1)  # log p(y|x) (n, K)
+        log_p_y = scipy.special.logsumexp(log_p_yx, axis=0) - np.log(len(part))  # log p(y) (K,)
+        kl = (np.exp(log_p_yx) * (log_p_yx - log_p_y)).sum(1)  # KL(p(y|x) ‖ p(y)) (n,)
+        found.append(np.exp(kl.mean()))
+    return float(np.mean(found)), float(np.std(found))
+
+
+# --------------------------------------------------------------------------------- within training
+
+
+class Evaluator:
+    """Scores sets of samples against the test split of a data set, many in one process.
+
+    Always by a classifier of the data set: its features need no download, cost little, say
+    something about a few hundred samples, and it reads whether these are what was asked for.
+
+    name: a labelled data set, folder or zip; root: where it and its classifier are kept. shape
+    (C,H,W) and class_names (in the order of its labels): of the network that makes the samples;
+    size and classes: as it was trained; steps: of the classifier. `protocol` is one line for
+    people, `reference` and `n_reference` say what is compared with.
+    Raises BadInput for data without classes, or of another shape.
+    """
+
+    def __init__(
+        self,
+        name,
+        root,
+        *,
+        shape,
+        class_names=(),
+        size=0,
+        classes="",
+        device="cpu",
+        batch_size=256,
+        steps=1500,
+    ):
+        held_out, _ = datasets.held_out(name, root, shape, (), size=size, classes=classes)
+        self.extractor, train = classifier_of(name, root, size=size, steps=steps, device=device)
+        self.protocol, self.batch_size, self.world = self.extractor.protocol, batch_size, None
+        known = [n for n in class_names if n in train.class_names]
+        self.classes = np.array([train.class_names.index(n) for n in known], np.int64)
+        self.labelled = len(known) == len(class_names) > 0
+        self.reference, self.n_reference = f"{name}:test", len(held_out)
+        feats, _ = extract(self.extractor, held_out.images, batch_size, name=self.reference)
+        self.statistics_w = statistics(feats)  # m_w, C_w
+
+    @classmethod
+    def of_run(cls, cfg, ds, world):
+        """For the network that a run with these settings (RunConfig) trains on the Dataset ds."""
+        trained = {"shape": ds.shape, "size": cfg.size, "classes": cfg.classes}
+        found = cls(
+            cfg.data, cfg.data_root, class_names=ds.class_names, device=world.device, **trained
+        )
+        found.world = world
+        return found
+
+    def score(self, draw, n, num_labels):
+        """The figures of n images: draw(seeds (n,), labels (n,) or None, a word for the bar)."""
+        seeds = torch.arange(n)
+        labels = cli.labels_for(seeds, range(num_labels))
+        return self(draw(seeds, labels, "scoring"), labels, self.world)
+
+    def __call__(self, images, labels=None, world=None):
+        """{'frechet', 'class_accuracy'} of uint8 images (N, H, W, C) asked for by labels (N,).
+
+        With a World of several processes, each of them holds all images and looks at its share.
+        The accuracy (0..1) is None without labels, or where they are of other classes. Raises
+        BadInput when N < 2.
+        """
+        feats, logits = extract(self.extractor, images, self.batch_size, world, name="samples")
+        right = None
+        if labels is not None and self.labelled:
+            right = share_right(logits, self.classes[np.asarray(labels)])
+        return {
+            "frechet": frechet_distance(*statistics(feats), *self.statistics_w),
+            "class_accuracy": right,
         }
 
 
-def class_accuracy(side, extractor, names):
-    """The share of A (0..1) that the data set's classifier reads as labelled, or None."""
-    if not isinstance(extractor, ClassifierFeatures) or side.labels is None:
-        return None
-    numbers = np.array([extractor.class_names.index(name) for name in names])  # among all classes
-    return share_right(side.logits, numbers[side.labels])
+# ------------------------------------------------------------------------------------- all figures
 
 
-NOTHING = None, (), {}  # the extractor, class names and facts where both sides are statistics
+def statistics_of(side):
+    """m and C of a Side, computed once."""
+    if side.known is None:
+        side.known = Statistics(side.name, *statistics(side.feats), n=len(side.feats))
+    return side.known.mu, side.known.sigma
 
 
-def labelled(source, class_names):
-    """`source` without labels that do not mean `class_names`."""
-    if not isinstance(source, Images):
-        return source
-    return replace(source, labels=asked_labels(source, class_names))
+def frechet(a, b, asked):
+    """The distance; of images A also how sure it is, and what it would be with endless images."""
+    reference = statistics_of(b)
+    found = {"frechet": frechet_distance(*statistics_of(a), *reference, method=asked.method)}
+    if a.feats is not None and len(a.feats) < max(ENOUGH, 2 * a.feats.shape[1] + 1):
+        few = f"{a.name} has N = {len(a.feats)}, of {a.feats.shape[1]} features"
+        warn(f"no interval of the Fréchet distance: {few}; it wants more than twice as many images")
+    elif a.feats is not None:
+        sure = frechet_interval(a.feats, distance_from(*reference), seed=asked.seed)
+        found |= {
+            "frechet_error": sure["standard_error"],
+            "frechet_interval": sure["interval"],
+            "frechet_infinity": sure["frechet_infinity"],
+        }
+    return found
 
 
-def training_images(cfg, b):
-    """The Images that A may be copies of; None where nobody asks or they are unknown."""
-    source = labelled_set(cfg)
-    if "memorisation" not in chosen_metrics(cfg) or is_file(source):
-        return None
-    train = image_sets.read(f"{source}:train", cfg)
-    if train.set_key == getattr(b, "set_key", None):
-        warn(f"{source} has no held-out images that could tell copies from good samples")
-        return None
-    return train
+def sure_and_varied(a, b, asked):
+    """The inception score in ten parts, drawn by asked.seed: images may be sorted by class."""
+    order = np.random.default_rng(asked.seed).permutation(len(a.logits))
+    mean, std = inception_score(a.logits[order])
+    return {"inception_score": mean, "inception_score_std": std}
 
 
-def pairs_path(name):
-    """Where the closest pairs of A are drawn: beside its file, else here."""
-    path = Path(name)
-    return str(path.with_name(f"{path.stem}-nearest.png")) if path.is_file() else "nearest.png"
+# Of each figure: what computes it, and what it needs besides the features of A.
+FIGURES = {"frechet": (frechet, ()), "is": (sure_and_varied, ("logits",)), **FURTHER}
 
 
-def chosen_metrics(cfg):
-    """The names in --metrics, the distance first. Raises BadInput for others."""
-    names = METRICS if cfg.metrics == "all" else split_list(cfg.metrics)
-    if wrong := [name for name in names if name not in METRICS]:
-        raise BadInput(f"--metrics {wrong[0]}: there are {', '.join(METRICS)}, or all")
-    return tuple(dict.fromkeys(["frechet", *names]))
+def scored(a, b, **asked):
+    """All figures of two Sides that the fields of `Asked` ask for, as a dictionary."""
+    return scores(a, b, Asked(distance=rows_distance, **asked), FIGURES)
 
 
-def warn_of(side):
-    """A line on stderr for what makes the figure of this side misleading."""
-    least = 2048 if side.n and side.n < 2048 else 10_000
-    if side.n and side.n < least:
-        why = "the Fréchet distance is biased upward with few samples"
-        warn(f"{side.name} has N = {side.n:,} images, fewer than {least:,}: {why}")
-    dim = len(side.moments()[0])
-    if side.n and side.n <= dim:
-        warn(f"{side.name}: N = {side.n} does not exceed the {dim} features")
-    if side.known.protocol is None and (side.feats is None or side.known.n is None):
-        warn(f"{side.name} does not say which features its statistics were made with")
+def evaluate(generated, reference, extractor, *, batch_size=256, world=None, train=None, **asked):
+    """All figures of two sets of images, as a dictionary.
+
+    generated, reference   arrays uint8 (N, H, W, C), `Images` (with labels), or `Statistics`
+    extractor              any callable: see evaluation/features.py; a plain function from a uint8
+                           tensor (B, H, W, C) to features (B, d), or features and logits, will do
+    train                  the images that the generator was trained on, for "memorisation"
+    asked                  fields of `Asked`, such as metrics=("frechet", "kid")
+
+    Raises BadInput for images of another form, for fewer than two, and for statistics of other
+    features.
+    """
+    sources = as_images(generated, "generated"), as_images(reference, "reference")
+    check_same_size([source for source in sources if isinstance(source, Images)])
+    see = partial(look, extractor=extractor, batch_size=batch_size, world=world)
+    a, b = see(sources[0]), see(sources[1], reference=True)
+    check_same_features(a, b, extractor)
+    train = None if train is None else as_images(train, "train")
+    return scored(a, b, train=train, **asked) | {"n_generated": a.n, "n_reference": b.n}
 
 
-# -------------------------------------------------------------------------------- the output
-
-# Label, format of a line for people; it is left out where one of its figures is missing.
-LINES = (
-    ("Fréchet distance", "{frechet:.4f}"),
-    ("  95 % interval", "{frechet_interval[0]:.4f} to {frechet_interval[1]:.4f} at this N"),
-    ("  endless samples", "{frechet_infinity:.4f}, extrapolated"),
-    ("Fréchet per class", "{class_frechet:.4f} in the mean"),
-    ("inception score", "{inception_score:.3f} ± {inception_score_std:.3f} over 10 parts"),
-    ("kernel distance", "{kid:.5f} ± {kid_error:.5f}, standard error"),
-    ("precision, recall", "{precision:.3f}, {recall:.3f}"),
-    ("density, coverage", "{density:.3f}, {coverage:.3f}"),
-    ("class accuracy", "{class_accuracy:.2%}"),
-    ("copies of training", "{memorisation_copies}"),
-    (
-        "  very near",
-        "{memorisation_near_share:.1%}, by chance {memorisation_near_expected:.1%} "
-        "(p = {memorisation_near_p:.2g})",
-    ),
-    ("  nearer than B", "{memorisation_share:.1%}, by chance 50 % (p = {memorisation_p:.2g})"),
-    ("generated  A", "{a}, N = {n_generated}"),
-    ("reference  B", "{b}, N = {n_reference}"),
-    ("features", "{features}"),
-)
-
-
-def show(found):
-    """The figures `found` as a table for people."""
-    for label, form in LINES:
-        try:
-            print(f"{label:<18} {form.format(**found)}")
-        except (KeyError, TypeError):
-            continue
+# ------------------------------------------------------------------------------------- the command
 
 
 def compare(cfg, world):
     """Print the figures of A against B; the first process does."""
-    for found in figures(cfg, world, [cfg.a]):
-        show(found)
-        finish(cfg, found)
+    for found in against(cfg, world, [cfg.a], chosen_metrics(cfg), scored):
+        report.show(found)
+        report.finish(cfg, found)
 
 
 def curve(cfg, world):
     """Every kept checkpoint of the run A against B: curve.png and curve.json in its folder."""
     folder, rows = Path(cfg.a), []
-    kept = checkpoints(folder)
-    for step, found in zip(kept, figures(cfg, world, kept.values()), strict=False):
-        rows.append({"step": step, **found})
+    kept = checkpoint_samples.of_run(folder)
+    found = against(cfg, world, kept.values(), chosen_metrics(cfg), scored)
+    for step, figures in zip(kept, found, strict=False):
+        rows.append({"step": step, **figures})
         print(f"step {step}")
-        show(found)
-        panels = {
-            title: {
-                label: ([row["step"] for row in rows], [row[key] for row in rows])
-                for label, key in lines.items()
-                if found.get(key) is not None
-            }
-            for title, lines in CURVES.items()
-        }
-        panels = {title: lines for title, lines in panels.items() if lines}
-        title = f"{folder}, N = {found['n_generated']}"
-        plot_lines(folder / "curve.png", panels, xlabel="step", title=title)
-        with atomic_write(folder / "curve.json") as temporary:
-            temporary.write_text(json.dumps(rows) + "\n")
+        report.show(figures)
+        report.draw_curve(folder, rows)
     if rows:
-        finish(cfg, {"curve": rows, "figure": str(folder / "curve.png")})
+        report.finish(cfg, {"curve": rows, "figure": str(folder / "curve.png")})
 
 
-CURVES = {
-    "Fréchet distance": {"at this N": "frechet", "endless samples": "frechet_infinity"},
-    "share": {"precision": "precision", "recall": "recall"},
-    "class accuracy": {"class accuracy": "class_accuracy"},
-}
+def save(cfg, world):
+    """Write m, C and what they are of to cfg.out."""
+    facts = save_statistics(cfg, world, statistics)
+    if world.is_main:
+        report.finish(cfg, facts)
 
 
-def checkpoints(folder):
-    """The checkpoints that a run kept, and its last one, by their steps: {step: path}."""
-    kept = {int(path.stem.split("-")[1]): str(path) for path in folder.glob("ckpt-[0-9]*.pt")}
-    last = folder / "ckpt.pt"
-    if last.is_file():
-        kept.setdefault(load_checkpoint(last, mapped=True)["step"], str(last))
-    if not kept:
-        raise BadInput(f"--curve: {folder} holds no ckpt.pt; expected the folder of a run")
-    return dict(sorted(kept.items()))
+def chosen_metrics(cfg):
+    """The names in --metrics, the distance first. Raises BadInput for others."""
+    names = FIGURES if cfg.metrics == "all" else cli.split_list(cfg.metrics)
+    if wrong := [name for name in names if name not in FIGURES]:
+        raise BadInput(f"--metrics {wrong[0]}: there are {', '.join(FIGURES)}, or all")
+    return tuple(dict.fromkeys(["frechet", *names]))
 
 
-class WithSpatial:
-    """The Inception extractor, with its spatial features in the place of the logits."""
-
-    def __init__(self, extractor):
-        self.extractor, self.device = extractor, extractor.device
-
-    def __call__(self, images):
-        feats, _, spatial = self.extractor(images, spatial=True)
-        return feats, spatial
-
-
-def save_statistics(cfg, world):
-    """Write mu, sigma and what they are of to cfg.out, in the layout that is asked for."""
-    b = reference(cfg)
-    if not isinstance(b, Images):
-        raise BadInput(f"{cfg.b} already holds statistics; expected images")
-    extractor, _, _ = choose(cfg, [b])
-    store = partial(scratch, cfg.data_root)
-    see = partial(look, batch_size=cfg.batch_size, world=world, store=store)
-    more = {}
-    if cfg.layout == "adm":
-        side = see(b, WithSpatial(extractor))
-        mu_s, sigma_s = statistics(side.logits)
-        more = {"arr_0": b.images, "mu_s": mu_s, "sigma_s": sigma_s}
-        more |= {} if b.labels is None else {"arr_1": b.labels}
-    else:
-        side = see(b, extractor, keep=cfg.data_root)
-    if not world.is_main:
-        return
-    warn_of(side)
-    facts = dict(n=side.n, protocol=extractor.protocol, feature_hash=extractor.feature_hash)
-    image_sets.save_statistics(cfg.out, Statistics(b.name, *side.moments(), **facts), **more)
-    print(f"statistics of      {b.name}, N = {side.n}, in {cfg.out}")
-    print(f"features           {extractor.protocol}")
-    finish(cfg, {"out": cfg.out, "b": cfg.b, "seed": cfg.seed, **facts})
-
-
-def finish(cfg, found):
-    """The last lines: the command, and one JSON object, which goes into cfg.json too."""
-    print(f"command            {shlex.join(['python', *sys.argv])}, seed {cfg.seed}")
-    line = json.dumps(found)
-    if cfg.json:
-        with atomic_write(cfg.json) as temporary:
-            temporary.write_text(line + "\n")
-    print(line)
-
-
-def main():
-    cfg = parse(Config, __doc__)
-    check_positive(cfg, "batch_size", "classifier_steps")
-    check_processes(cfg.gpus, 0)
+def check(cfg):
+    """Raise BadInput for settings that are out of range or mean nothing together."""
+    cli.check_positive(cfg, "batch_size", "classifier_steps")
+    cli.check_processes(cfg.gpus, 0)
     chosen_metrics(cfg)
-    check_not_negative(cfg, "seed")
+    cli.check_not_negative(cfg, "seed")
     if cfg.n < 0:
         raise BadInput(f"--n must be 0 (all images) or a number of images, got {cfg.n}")
     if cfg.out[-4:] != (".npz" if cfg.a == "stats" else ""):
         raise BadInput("only `stats` takes --out, and needs it: eval_fid.py stats B --out F.npz")
-    drawn = cfg.curve or is_checkpoint(cfg.a)
     for flag, used, needs in (
         ("weights", cfg.features == "inception", "--features inception"),
         ("resize", cfg.features == "inception", "--features inception"),
         ("layout", cfg.a == "stats", "`stats`"),
-        ("sample_args", drawn, "a checkpoint, or a run and --curve"),
+        ("sample_args", cfg.curve or is_checkpoint(cfg.a), "a checkpoint, or a run and --curve"),
     ):
-        if not used and not not_given(cfg, (flag,)):
+        if not used and not cli.not_given(cfg, (flag,)):
             raise BadInput(f"--{flag.replace('_', '-')} means nothing without {needs}")
     if cfg.layout == "adm" and cfg.features != "inception":
         raise BadInput("--layout adm holds Inception's features: add --features inception")
     if Path(cfg.json or ".json").is_dir() or Path(cfg.out or ".npz").is_dir():
         raise BadInput(f"{cfg.json or cfg.out} is a folder; expected the name of a file")
+
+
+def main():
+    cfg = cli.parse(Config, __doc__)
+    if cfg.smoke:
+        cfg = cli.smaller(cfg, n=100, classifier_steps=20)
+        cfg = cfg if cfg.a else replace(cfg, a="glyphs:train", b="glyphs:test")
+    of_inception = cli.not_given(cfg, ("weights", "resize", "layout"))
+    if cfg.features == "auto" and len(of_inception) < 3:  # they say what is wanted
+        cfg = replace(cfg, features="inception")
+    check(cfg)
     if cfg.curve:
-        cfg = as_trained(cfg, list(checkpoints(Path(cfg.a)).values())[-1])
+        cfg = checkpoint_samples.as_trained(
+            cfg, [*checkpoint_samples.of_run(Path(cfg.a)).values()][-1]
+        )
     elif is_checkpoint(cfg.a):
-        cfg = as_trained(cfg, cfg.a)
+        cfg = checkpoint_samples.as_trained(cfg, cfg.a)
     if not cfg.b:
         raise BadInput(f"nothing to compare {cfg.a} with: eval_fid.py A B")
-    launch(save_statistics if cfg.a == "stats" else curve if cfg.curve else compare, cfg)
+    launch(save if cfg.a == "stats" else curve if cfg.curve else compare, cfg)
 
 
 if __name__ == "__main__":
-    entry(main)
+    cli.entry(main)

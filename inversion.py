@@ -12,6 +12,10 @@ two of them lie the codes of images that change smoothly from the one into the o
     python ddim.py --interpolate runs/pixel-mnist/ckpt.pt --seeds 0,1 --data mnist   two test images
 """
 
+from runtime.commandline import BadInput, folder_of, parse_seeds
+from runtime.pictures import save_grid, to_uint8
+from runtime.plots import plot_lines
+
 import torch
 
 from ddim import (
@@ -28,9 +32,6 @@ from ddim import (
 )
 from image_data import batches, datasets
 from kernels import gaussian, sampling_table, sampling_update
-from runtime.commandline import BadInput, folder_of, parse_seeds
-from runtime.pictures import save_grid, to_uint8
-from runtime.plots import plot_lines
 
 # --------------------------------------------------------------------------------- up and between
 

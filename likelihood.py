@@ -21,6 +21,9 @@ Chapter 3 learns the variances of latents from the same terms, by `hybrid`. They
 0 is then a density, and the sum no code length of an image.
 """
 
+from runtime.files import atomic_write
+from runtime.plots import plot_lines
+
 import json
 import math
 from typing import NamedTuple
@@ -30,8 +33,6 @@ import torch
 
 from image_data import datasets
 from kernels import gaussian
-from runtime.files import atomic_write
-from runtime.plots import plot_lines
 
 # ------------------------------------------------------------------------------------- the chain
 

@@ -18,6 +18,9 @@ autoencoder. The paper's scale of guidance is s = 1 + w. The published code guid
 latent channels, chapter 3 all of them: their images at one s are not the same.
 """
 
+from runtime.commandline import BadInput, entry, parse
+from runtime.files import atomic_write
+
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -31,8 +34,6 @@ import dit
 import ldm_cfg
 from networks.kl_autoencoder import load_pretrained
 from networks.published.files import read_json, read_schedule
-from runtime.commandline import BadInput, entry, parse
-from runtime.files import atomic_write
 
 SCALING = 0.18215  # of Stable Diffusion's latents, whose autoencoder has 4 channels and factor 8
 BATCH = 8  # samples at a time by default: decoding 256x256 images takes 0.2 GB for each

@@ -7,14 +7,15 @@ signal-to-noise ratio SNR_t = alpha_bar_t / (1 - alpha_bar_t) tells.
     python ddpm_pixel.py --plot-schedule          draws alpha_bar and log SNR of all of them
 """
 
+from runtime.commandline import BadInput, parse_seeds
+from runtime.pictures import to_uint8
+from runtime.plots import plot_lines
+
 import math
 
 import torch
 
 from kernels import gaussian
-from runtime.commandline import BadInput, parse_seeds
-from runtime.pictures import to_uint8
-from runtime.plots import plot_lines
 
 SCHEDULES = ("linear", "cosine", "sigmoid")  # of chapter 1; chapter 3 has scaled_linear, too
 

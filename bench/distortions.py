@@ -39,9 +39,11 @@ from runtime.processes import progress  # noqa: E402
 import numpy as np  # noqa: E402
 import scipy.ndimage  # noqa: E402
 
-from evaluation import features, image_sets, metrics  # noqa: E402
+from eval_fid import frechet_distance, statistics  # noqa: E402
+from evaluation import features, image_sets, inception_features  # noqa: E402
+from evaluation.classifier import classifier_of  # noqa: E402
+from evaluation.kid import kernel_distance  # noqa: E402
 from image_data import datasets  # noqa: E402
-from networks import inception  # noqa: E402
 
 CHUNK = 500  # images distorted at a time
 BATCH = 100  # images at a time when features are computed
@@ -133,7 +135,7 @@ def measure(images, others, extractor, reference, seed=0, names=tuple(STUDY)):
     images, others: uint8 (N, H, W, C); extractor: as features.extract takes it; reference:
     features (M, d) of the undistorted set that all are compared with.
     """
-    goal, curves = metrics.statistics(reference), {}
+    goal, curves = statistics(reference), {}
     points = [(name, alpha) for name in names for alpha in STUDY[name][1]]
     for name, alpha in progress(None, "levels", over=points):
         feats = []
@@ -143,10 +145,10 @@ def measure(images, others, extractor, reference, seed=0, names=tuple(STUDY)):
             distorted = STUDY[name][0](images[some], alpha, rng, others[some])
             feats.append(features.extract(extractor, distorted, BATCH)[0])
         feats = np.concatenate(feats)
-        kid, error = metrics.kernel_distance(feats, reference, subsets=KERNEL_SUBSETS, seed=seed)
+        kid, error = kernel_distance(feats, reference, subsets=KERNEL_SUBSETS, seed=seed)
         curve = curves.setdefault(name, {"alpha": [], "frechet": [], "kid": [], "kid_error": []})
         curve["alpha"].append(alpha)
-        curve["frechet"].append(metrics.frechet_distance(*metrics.statistics(feats), *goal))
+        curve["frechet"].append(frechet_distance(*statistics(feats), *goal))
         curve["kid"].append(kid)
         curve["kid_error"].append(error)
     return curves
@@ -262,8 +264,8 @@ def extractor(args):
     """The network whose features are compared: images uint8 (B, H, W, C) -> features, logits."""
     device = "cuda" if args.gpus else "cpu"
     if args.features == "inception":
-        return inception.load(args.weights, args.data_root, args.resize, device=device)
-    return features.classifier_of(args.data, args.data_root, size=args.size or 0, device=device)[0]
+        return inception_features.load(args.weights, args.data_root, args.resize, device=device)
+    return classifier_of(args.data, args.data_root, size=args.size or 0, device=device)[0]
 
 
 def main(arguments=None):

@@ -29,8 +29,8 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from bench import unet as instruments  # noqa: E402
-from bench.reference_networks import needing_diffusers  # noqa: E402
 from dit import DiT, parse_size  # noqa: E402
+from tests.cases.reference_networks import needing_diffusers  # noqa: E402
 
 SHAPE, CLASSES = (4, 16, 16), 1000
 QUICK = dict(width=32, depth=2, heads=2, patch=2)

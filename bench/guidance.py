@@ -24,7 +24,7 @@ from runtime.pictures import tile  # noqa: E402
 
 import numpy as np  # noqa: E402
 
-from evaluation import image_sets  # noqa: E402
+from evaluation import checkpoint_samples  # noqa: E402
 
 SHOWN = 50  # samples in a grid, in rows of ten
 CURVES = {
@@ -37,7 +37,7 @@ CURVES = {
 def score(args, w):
     """(figures of eval_fid.py as a dictionary, the samples uint8 (N,H,W,C)) at guidance w."""
     how = f"--guidance {w:g} {args.sample_args}".strip()
-    script, trained = image_sets.checkpoint_settings(args.checkpoint)
+    script, trained = checkpoint_samples.checkpoint_settings(args.checkpoint)
     command = [
         sys.executable,
         str(REPO / "eval_fid.py"),
@@ -49,13 +49,15 @@ def score(args, w):
         args.data_root or trained["data_root"],
         "--gpus",
         str(args.gpus),
+        "--features",
+        "classifier",  # it reads the classes that guidance is about
         f"--sample-args={how}",
         *args.eval_args.split(),
     ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise BadInput(f"eval_fid.py failed at w = {w:g}; see above")
-    samples = image_sets.sampled(args.checkpoint, script, args.n, args.gpus, how)
+    samples = checkpoint_samples.sampled(args.checkpoint, script, args.n, args.gpus, how)
     with np.load(samples) as held:
         return json.loads(done.stdout.splitlines()[-1]) | {"w": w}, held["arr_0"][:SHOWN]
 

@@ -8,7 +8,7 @@ seeded random weights. Here the same call also computes the logits. Before that,
 same features. Contenders take turns. Rates and ratios are medians over the rounds, by the clock on
 the wall and by processor time, which says more on a machine that does other work.
 
-The distance of two Gaussians in 2048 dimensions: `metrics.frechet_distance` against the way of the
+The distance of two Gaussians in 2048 dimensions: `eval_fid.frechet_distance` against the way of the
 first implementations, scipy's square root of the product of the covariances, once (half a minute
 on an idle machine).
 
@@ -32,10 +32,10 @@ import scipy.linalg  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from bench.reference_networks import pytorch_fid_network, random_weights  # noqa: E402
 from bench.unet import cpu_name, take_turns  # noqa: E402
-from evaluation import metrics  # noqa: E402
-from networks import inception  # noqa: E402
+from eval_fid import frechet_distance  # noqa: E402
+from evaluation.inception_features import Extractor  # noqa: E402
+from tests.cases.reference_networks import pytorch_fid_network, random_weights  # noqa: E402
 
 SAME = 1e-4  # relative: how far the features may be apart
 OURS, THEIRS = "here", "pytorch-fid"
@@ -51,7 +51,7 @@ def contenders(images):
             f"pytorch-fid, which this compares with, cannot be loaded (no module {error.name}): "
             'type pip install -e ".[test]"'
         ) from None
-    extractor = inception.Extractor(state, resize="pytorch-fid")
+    extractor = Extractor(state, resize="pytorch-fid")
     pixels = images.permute(0, 3, 1, 2).contiguous().float() / 255  # as its data loader has them
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ def distance_table(dim, rounds):
         found[THEIRS] = by_square_root(*moments)
 
     def fast():
-        found[OURS] = metrics.frechet_distance(*moments, method="eigen")
+        found[OURS] = frechet_distance(*moments, method="eigen")
 
     wall, cpu = time.perf_counter(), time.process_time()
     slow()

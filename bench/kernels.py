@@ -33,7 +33,8 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from bench import measure  # noqa: E402
-from bench.cases import add_filters, chosen  # noqa: E402
+from bench.measure import add_filters, chosen  # noqa: E402
+from tests.cases import verify  # noqa: E402
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 OFFLINE = {  # heading: width
@@ -157,7 +158,7 @@ def timed_cells(case, backward, device, timer, compile, bandwidth):
     torch.manual_seed(0)
     inputs = case.inputs(device)
     dy = torch.randn_like(case.reference(inputs)[0]) if backward else None
-    errors = measure.verify(case, inputs, dy)
+    errors = verify.verify(case, inputs, dy)
     worst = max(errors, key=lambda error: error.share)
     if not worst.right:
         text = f"WRONG: error {worst.value:.1e} of {worst.name}, bound {worst.bound:.0e}"
@@ -166,7 +167,7 @@ def timed_cells(case, backward, device, timer, compile, bandwidth):
     functions, failed = measure.contenders(case, inputs, dy, compile)
     for name, error in failed.items():
         say(f"{case.name}: {name} failed: {error}")
-    if not measure.runs_kernel(case, inputs, dy):
+    if not verify.runs_kernel(case, inputs, dy):
         del functions["kernel"]  # it is the reference
     times = measure.take_turns(timer, functions)
     cells = {name: f"{1e3 * t:.1f}" for name, t in times.items()} | dict.fromkeys(failed, "failed")
@@ -190,7 +191,7 @@ def offline_rows(cases, targets, counts, progress=iter):
 
     `right` is false where the counting found a fault, or counted other launches than these.
     """
-    from bench.offline import compiled_for, inspect_kernel
+    from tests.cases.offline import compiled_for, inspect_kernel
 
     for case, backward in progress([(c, b) for c in cases for b in c.directions]):
         first = {"shape": case.name, "pass": "bwd" if backward else "fwd"}

@@ -23,8 +23,8 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from bench.cases import add_filters, chosen  # noqa: E402
-from bench.traffic import count_traffic  # noqa: E402
+from bench.measure import add_filters, chosen  # noqa: E402
+from tests.cases.traffic import count_traffic  # noqa: E402
 
 
 @contextlib.contextmanager

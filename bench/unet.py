@@ -44,12 +44,12 @@ from torch.optim.swa_utils import AveragedModel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from bench.reference_networks import needing_diffusers  # noqa: E402
 from ddpm_pixel import simple_loss  # noqa: E402
 from kernels import sampling_table, sampling_update  # noqa: E402
 from networks.adm_unet import UNet  # noqa: E402
 from networks.published.unet import save_diffusers  # noqa: E402
 from schedules import make_alpha_bar  # noqa: E402
+from tests.cases.reference_networks import needing_diffusers  # noqa: E402
 
 CONFIG = REPO / "configs" / "cifar10_ddpm.yaml"
 SETTINGS = ("width", "mult", "blocks", "attention", "heads", "dropout")

@@ -1,40 +1,31 @@
-"""What can be compared: images wherever they lie, statistics of images, samples of a checkpoint.
+"""What can be compared: images wherever they lie, and statistics of images.
 
     mnist   mnist:train         a data set's test split, or the one that is named
     photos/   photos.zip        images in a folder or zip
     samples.npz   samples.npy   uint8 (N, H, W, C); in the .npz arr_0, with labels arr_1 if any
     stats.npz                   mu and sigma: of this program, pytorch-fid or the ADM suite
-    runs/pixel-mnist/ckpt.pt    a checkpoint of chapter 1 or 3: its samples, drawn once and kept
 
-Images stay on the disk and are mapped into memory, so that N does not matter.
+A checkpoint's samples: checkpoint_samples.py. Images stay on the disk and are mapped into memory,
+so that N does not matter.
 """
 
 from runtime.commandline import BadInput, split_list
-from runtime.files import atomic_write, locked
-from runtime.processes import run_alone
-from runtime.run import load_checkpoint
+from runtime.files import atomic_write
 
-import hashlib
 import itertools
-import json
 import math
 import os
-import shlex
 import shutil
-import sys
 import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from evaluation.features import shape_text
+from evaluation.words import shape_text
 from image_data import datasets
 
-HERE = Path(__file__).resolve().parent.parent
-SAMPLERS = ("ddpm_pixel", "ldm_cfg")  # whose checkpoints draw samples
 # What reading a torn, foreign or lying file raises; NotImplementedError is zipfile's.
 BROKEN = (
     OSError,
@@ -255,50 +246,3 @@ def save_statistics(path, side, **more):
     facts = {key: value for key, value in facts.items() if value is not None}
     with atomic_write(path) as temporary:
         np.savez(temporary, mu=side.mu, sigma=side.sigma, **more, **facts)
-
-
-# ----------------------------------------------------------------------------- checkpoints
-
-
-def checkpoint_settings(path):
-    """(script, settings) of a checkpoint that draws samples; BadInput for any other."""
-    state = load_checkpoint(path, mapped=True)
-    if state["script"] not in SAMPLERS or not state.get("config", {}).get("data"):
-        wanted = " or ".join(f"{name}.py" for name in SAMPLERS)
-        raise BadInput(f"{path} was written by {state['script']}, which draws no samples: {wanted}")
-    return state["script"], state["config"]
-
-
-def sampled(checkpoint, script, n, gpus, arguments=""):
-    """The samples.npz of n images that `script` draws from its checkpoint, made unless it is there.
-
-    arguments: more flags of the script, as one string. Several processes may ask; one draws, on
-    `gpus` GPUs. Raises BadInput where it fails.
-    """
-    checkpoint = Path(checkpoint)
-    stat = checkpoint.stat()
-    made_of = json.dumps([stat.st_size, stat.st_mtime_ns, n, arguments])
-    try:
-        arguments = shlex.split(arguments)
-    except ValueError as error:
-        raise BadInput(f"--sample-args {arguments}: {error}") from None
-    digest = hashlib.sha256(made_of.encode()).hexdigest()[:8]
-    folder = checkpoint.with_name(f"eval-{checkpoint.stem}-{digest}")
-    path = folder / "samples.npz"
-    command = [
-        sys.executable,
-        str(HERE / f"{script}.py"),
-        *arguments,
-        "--sample",
-        str(checkpoint),
-        "--n",
-        str(n),
-        "--out",
-        str(folder),
-        "--gpus",
-        str(gpus),
-    ]
-    with locked(checkpoint.with_name(f".{folder.name}.lock")):
-        if not path.exists() and run_alone(command, stdout=sys.stderr):
-            raise BadInput(f"no samples of {checkpoint}; the command was {shlex.join(command)}")
-    return path

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.stats
 import torch
 
-from evaluation.metrics import neighbours
+from evaluation.neighbours import neighbours
 
 SIDE = 16  # pixels, at most, of the images that are compared
 
@@ -65,7 +65,7 @@ def memorisation(generated, train, held_out, *, device="cpu"):
     held_out       the nearness of the held-out rows
 
     near_share finds a few copies among many new images, share all images that lean towards the
-    training set. Raises BadInput as metrics.check_rows does, and for fewer than 2 training rows.
+    training set. Raises BadInput as check_rows does, and for fewer than 2 training rows.
     """
     ratio, distance, index = nearness(generated, train, device=device)
     reference, _, _ = nearness(held_out, train, device=device)

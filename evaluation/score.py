@@ -1,4 +1,8 @@
-"""The last stages of a run, done once: its samples, and eval_fid.py's figures of them."""
+"""The last stages of a latent run, done once: its samples, and eval_fid.py's figures of them.
+
+For every chapter that leaves samples.npz in its folder, and reconstructions.npz in a folder of its
+autoencoder. Which of its settings decide a sample is said by the chapter.
+"""
 
 from runtime.commandline import BadInput
 from runtime.files import atomic_write
@@ -8,22 +12,28 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+ALWAYS = ("seeds", "classes")  # settings of every chapter that draws samples
+
 
 def drawn_by(cfg, names, n):
-    """What decides n samples of the checkpoint cfg.sample: its file as it is now, and settings."""
-    names, file = (*names, "seeds", "classes"), Path(cfg.sample).stat()
-    found = {name: getattr(cfg, name) for name in names} | {"n": n}
+    """What decides n samples of the checkpoint cfg.sample: its file as it is now, and settings.
+
+    names: the chapter's settings that do, besides ALWAYS.
+    """
+    file = Path(cfg.sample).stat()
+    found = {name: getattr(cfg, name) for name in (*names, *ALWAYS)} | {"n": n}
     return json.loads(json.dumps(found | {"checkpoint": [file.st_size, file.st_mtime_ns]}))
 
 
 def note_samples(folder, made_of):
-    """Write down beside samples.npz in `folder` what drawn_by told before the checkpoint was read.
+    """Write down beside samples.npz in `folder` what drawn_by said before the checkpoint was read.
 
-    runtime.save_samples removes the note of the samples before these.
+    runtime.pictures.save_samples removes the note of the samples before these.
     """
     with atomic_write(Path(folder) / "samples.json") as path:
         path.write_text(json.dumps(made_of, indent=2) + "\n")
@@ -37,43 +47,46 @@ def drawn_before(cfg, names, n, world):
     return world.sum(torch.tensor(float(known), device=world.device)).item() > 0
 
 
-def score(cfg, script):
+def last_samples(cfg, world, names, draw):
+    """The samples of a finished run, unless just these lie there: max(n, n_eval) of them.
+
+    draw(settings, world, n) draws them from settings.sample; names: settings that decide them.
+    Where samples are scored, --seeds does not choose them.
+    """
+    if cfg.stage != "all":
+        return
+    end = replace(cfg, sample=str(Path(cfg.out, "ckpt.pt")), classes="")
+    end, n = replace(end, seeds="") if cfg.n_eval else end, max(cfg.n, cfg.n_eval)
+    if not drawn_before(end, names, n, world):
+        draw(end, world, n)
+
+
+def score(cfg, ds, script):
     """Compare what a run drew with the test split of cfg.data, by eval_fid.py in its own process.
 
-    reconstructions.npz in autoencoder/ tells what the autoencoder alone costs, samples.npz the
-    rest. What is found lies beside each as eval.json and is told in a line; of samples eval_fid.py
-    prints its table, too. script: the path of eval_fid.py. A figure that is newer than its images
-    is not computed again. Raises BadInput with the command when it fails.
+    reconstructions.npz says what the autoencoder alone costs, samples.npz the rest. The figures lie
+    beside each as eval.json, and a line prints two of them; of samples eval_fid.py prints its
+    table, too. They are of the data set's classifier, which reads classes, and to which the
+    thousand samples of a run are enough. script: the path of eval_fid.py. A figure that is newer
+    than its images is not computed again. Raises BadInput with the command when it fails.
     """
+    if ds.num_classes < 2:
+        print(f"no evaluation: {ds.name} has no classes to train its classifier on")
+        return
     folder = Path(cfg.out)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what sampling has left is the other process's to use
-    for images in (folder / "autoencoder" / "reconstructions.npz", folder / "samples.npz"):
-        told = images.with_name("eval.json")
+    for images in (*sorted(folder.glob("*/reconstructions.npz")), folder / "samples.npz"):
+        result = images.with_name("eval.json")
         if not images.is_file():
             continue
-        found = known_figures(told, images)
+        found = known_figures(result, images)
         if found is None:
-            command = [
-                sys.executable,
-                str(script),
-                str(images),
-                f"{cfg.data}:test",
-                "--data-root",
-                cfg.data_root,
-                "--json",
-                str(told),
-                "--gpus",
-                str(min(cfg.gpus, 1)),
-            ]
-            if cfg.size:
-                command += ["--size", str(cfg.size)]
-            if cfg.classes:
-                command += ["--classes", cfg.classes]
+            command = command_of(cfg, script, images, result)
             quiet = subprocess.DEVNULL if images.stem == "reconstructions" else None
             if run_alone(command, quiet):
                 raise BadInput(f"the evaluation failed; its command was {shlex.join(command)}")
-            found = json.loads(told.read_text())
+            found = json.loads(result.read_text())
         print(
             f"{images.with_suffix('.png')}: class accuracy {100 * found['class_accuracy']:.1f} %, "
             f"Fréchet distance {found['frechet']:.2f} (N = {found['n_generated']}, {cfg.data} "
@@ -82,9 +95,32 @@ def score(cfg, script):
         )
 
 
-def known_figures(told, images):
-    """Those in the file `told`, if of these images by the data set's classifier, else None."""
-    if not told.is_file() or told.stat().st_mtime_ns < images.stat().st_mtime_ns:
+def command_of(cfg, script, images, result):
+    """The command that scores the file `images` and writes the figures into the file `result`."""
+    command = [
+        sys.executable,
+        str(script),
+        str(images),
+        f"{cfg.data}:test",
+        "--data-root",
+        cfg.data_root,
+        "--json",
+        str(result),
+        "--gpus",
+        str(min(cfg.gpus, 1)),
+        "--features",
+        "classifier",
+    ]
+    if cfg.size:
+        command += ["--size", str(cfg.size)]
+    if cfg.classes:
+        command += ["--classes", cfg.classes]
+    return command
+
+
+def known_figures(result, images):
+    """Those in the file `result`, if of these images by the data set's classifier, else None."""
+    if not result.is_file() or result.stat().st_mtime_ns < images.stat().st_mtime_ns:
         return None
-    found = json.loads(told.read_text())
+    found = json.loads(result.read_text())
     return None if found.get("class_accuracy") is None else found

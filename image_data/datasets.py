@@ -1,8 +1,7 @@
 """Every data set as one uint8 memory map (N,H,W,C), int64 labels, class names and a manifest.
 
-    ds = data.load("mnist")                                    downloaded and prepared once
-    idx = data.indices(len(ds), batch_size, seed, step)        which images step `step` sees
-    x, y = data.batch(ds, idx)                                 (B,C,H,W) in [-1,1], (B,)
+    ds = datasets.load("mnist")                downloaded and prepared once
+    x, y = ds.batch(rows, flip)                (b,C,H,W) in [-1,1], (b,), of image numbers (b,)
 
     python -m image_data cifar10 --size 64        prepares it and draws preview.png beside it
 
@@ -16,58 +15,37 @@ from runtime.files import locked
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from image_data import sources
-from image_data.prepare import PROTOCOL, prepare
+from image_data.batches import Dataset
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """A prepared split. images uint8 (N,H,W,C), read from disk as needed; labels int64 (N,)."""
-
-    name: str
-    images: np.ndarray
-    labels: np.ndarray  # zeros where there are no classes
-    class_names: tuple[str, ...]  # () where there are no classes
-    manifest: dict
-
-    def __len__(self):
-        return len(self.images)
-
-    height = property(lambda self: self.images.shape[1])
-    width = property(lambda self: self.images.shape[2])
-    channels = property(lambda self: self.images.shape[3])
-    num_classes = property(lambda self: len(self.class_names))
-    key = property(lambda self: self.manifest["key"], doc="names the pixels and labels themselves")
-
-
-# --------------------------------------------------------------------------------------- loading
-
-
-def load(name, root="data", *, split="train", size=None, classes=(), workers=None):
+def load(name, root="data", *, split="train", size=0, classes=(), workers=None):
     """The prepared data set; prepares it first, in parallel, if that was not done before.
 
     name     see above; a folder may also hold the raw files of MNIST, CIFAR-10 or ImageNet-100
     root     where named sets are looked for or downloaded (root/name) and prepared sets are kept
     split    'train' or 'test' (a folder's test, val or valid; without one, the same images)
-    size     shorter side resized to this, centre cropped; None keeps the size, if there is one
+    size     shorter side resized to this, centre cropped; 0 keeps the size, if there is one
     classes  names or numbers of the classes to keep, renumbered from 0; empty keeps all
     workers  processes that prepare, by default one per core
 
     Raises BadInput for an unknown name, class or split, missing or broken files, images of mixed
     sizes without `size`, and a full disk; nothing half-prepared stays.
     """
+    # What reads archives and image files is needed only where images are not prepared yet.
+    from image_data import prepare, sources
+
     if split not in ("train", "test"):
         raise BadInput(f"split {split}: there are train and test")
+    size = size or None
     if size is not None and size < 1:
-        raise BadInput(f"--size {size} must be at least 1")
+        raise BadInput(f"--size {size} must be at least 1, or 0 for the images' own")
     classes = split_list(classes) if isinstance(classes, str) else list(classes)
     source = sources.find(str(name), root, split)
-    wanted = json.dumps([source.stamp, split, size, classes, PROTOCOL])
+    wanted = json.dumps([source.stamp, split, size, classes, prepare.PROTOCOL])
     digest = hashlib.sha256(wanted.encode()).hexdigest()[:10]
     path = Path(name).resolve()
     name = path.stem if path.is_file() else path.name
@@ -75,7 +53,7 @@ def load(name, root="data", *, split="train", size=None, classes=(), workers=Non
     if not (folder / "manifest.json").exists():
         with locked(folder.with_name(f".{folder.name}.lock")):
             if not (folder / "manifest.json").exists():  # another process may have been faster
-                prepare(source, folder, split, size, classes, workers or _cores(), name)
+                prepare.prepare(source, folder, split, size, classes, workers or _cores(), name)
     manifest = json.loads((folder / "manifest.json").read_text())
     return Dataset(
         name,
@@ -98,11 +76,10 @@ def held_out(name, root, shape, class_names, *, size=0, classes=""):
     """
     if not name:
         raise BadInput("this network does not say what it was trained on; type --data NAME")
-    ds = load(name, root, split="test", size=size or None, classes=split_list(classes))
-    found = (ds.channels, ds.height, ds.width)
-    if found != tuple(shape):
+    ds = load(name, root, split="test", size=size, classes=classes)
+    if ds.shape != tuple(shape):
         raise BadInput(
-            f"--data {ds.name}: images {found}, but the network takes {tuple(shape)}; "
+            f"--data {ds.name}: images {ds.shape}, but the network takes {tuple(shape)}; "
             "choose the data it was trained on"
         )
     return ds, list(ds.class_names) == list(class_names)

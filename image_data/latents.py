@@ -1,4 +1,4 @@
-"""The latents of a whole data set, encoded once and kept: chapter 3 trains on these.
+"""The latents of a whole data set, encoded once and kept: latent diffusion trains on these.
 
 Rombach et al., "Latent Diffusion Models", 2022 (arXiv:2112.10752), section 3.1 and appendix G.
 
@@ -7,98 +7,167 @@ waste: it costs several times what a step on its latent does. What is kept of an
 and log-variance of q(z|x), from which each step draws its own z, as if it had encoded the image.
 (A codebook has no distribution: its log-variance is -30, and z what the encoder gave.)
 
-    moments, scale = cache_latents(cfg, world, ds, ae)        once; the next time it is found
-    z0 = scale * latent_batch(moments, rows, noise)           in every step
+    latents = cache_latents(folder, world, ds, ae.encode, ...)      once; the next time it is found
+    run = Run(cfg, world, latents, net=net, ...)                    a data set like any other
+    moments, y = run.images(part)                                   (b,2z,h,w), (b,)
+    mean, log_var = moments.chunk(2, dim=1)
+    z0 = latents.scale * (mean + (0.5 * log_var).exp() * noise)     of unit variance
 """
 
 from runtime.commandline import BadInput
 from runtime.files import atomic_write
-from runtime.training import weights_hash
 
 import json
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from image_data import batches
 
-MADE_OF = {
-    "data_key": "other images",
-    "autoencoder": "another autoencoder",
-    "flip": "another --flip",
-}
+@dataclass(frozen=True)
+class Latents:
+    """What an encoder says of every image of a data set, in the place of that data set.
 
-
-@torch.inference_mode()
-def cache_latents(cfg, world, ds, ae, batch=64):
-    """(moments, scale): what the encoder says of every image, and what makes latents unit variance.
-
-    moments  memory map (N, h, w, 2z) float32: mean and log-variance; with cfg.flip N doubles and
-             row len(ds) + i is image i flipped
+    moments  memory map, or tensor on a GPU, (N * views, h, w, 2z) float32: mean and log-variance.
+             There are two views where images are flipped, and row N + i is image i flipped
     scale    1 / the standard deviation of all numbers of all latents, about their mean
              (LDM appendix G)
-
-    Kept in out/latents with a manifest of the data (whose key names the pixels, so their size too)
-    and the weights that it came from; made anew, with one line that says why, when they are others.
+    z_shape  (z,h,w) of a latent
+    shape    (C,H,W) of the images; key names their pixels
     """
-    folder = Path(cfg.out) / "latents"
-    made_of = {"data_key": ds.key, "autoencoder": weights_hash(ae), "flip": cfg.flip}
-    manifest, path = folder / "manifest.json", folder / "moments.npy"
-    if manifest.exists() and path.exists():
-        kept = json.loads(manifest.read_text())
-        if kept["made_of"] == made_of:
-            return np.load(path, mmap_mode="r"), kept["scale"]
-        others = [told for name, told in MADE_OF.items() if kept["made_of"][name] != made_of[name]]
-        if world.is_main:
-            print(f"latents: made anew, those in {folder} are of {' and of '.join(others)}")
-    world.barrier()  # every rank has read the old manifest before it goes
 
-    n, views = len(ds), 2 if cfg.flip else 1
-    shape = (n * views, ds.height // ae.factor, ds.width // ae.factor, 2 * ae.z_channels)
+    name: str
+    moments: np.ndarray | torch.Tensor
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    z_shape: tuple[int, int, int]
+    scale: float
+    key: str
+
+    def __len__(self):
+        return len(self.labels)
+
+    num_classes = property(lambda self: len(self.class_names))
+
+    def batch(self, rows, flip=None):
+        """Moments float32 (b,2z,h,w), channels_last in memory, where they are kept; y int64 (b,).
+
+        rows: int64 (b,), numbers of images. flip: bool (b,), which of them are flipped.
+        """
+        where = rows if flip is None else rows + len(self) * flip
+        if isinstance(self.moments, torch.Tensor):
+            part = self.moments[torch.from_numpy(where).to(self.moments.device)]  # (b,h,w,2z)
+        else:
+            part = torch.from_numpy(self.moments[where])
+        return part.permute(0, 3, 1, 2), torch.from_numpy(self.labels[rows])
+
+
+def cache_latents(folder, world, ds, encode, *, z_channels, factor, made_of, flip, batch=64):
+    """Latents of the data set ds, on every rank, kept in `folder`.
+
+    encode      function of images (b,C,H,W) on the device -> (mean, log-variance), each
+                (b,z_channels,H/factor,W/factor)
+    made_of     {name: plain value} of what else decides the latents, such as the encoder's weights
+    flip        keep the latents of flipped images, too
+
+    Beside them lies a manifest of the data (its key names the pixels, so their size too), made_of
+    and flip. Where these are others the latents are made anew, and one line says why. Raises
+    BadInput for a disk without room for them.
+    """
+    folder = Path(folder)
+    made_of = {"data_key": ds.key, **made_of, "flip": flip}
+    manifest, path = folder / "manifest.json", folder / "moments.npy"
+    scale = _kept_scale(manifest, path, made_of, world)
+    if scale is None:
+        world.barrier()  # every rank has read the old manifest before it goes
+        z_shape = (ds.shape[1] // factor, ds.shape[2] // factor, 2 * z_channels)
+        if world.is_main:
+            _make_room(folder, manifest, path, (len(ds) * (1 + flip), *z_shape))
+        world.barrier()
+        scale = _encode_all(path, world, ds, encode, flip, batch)
+        if world.is_main:
+            with atomic_write(manifest) as temporary:
+                temporary.write_text(json.dumps({"made_of": made_of, "scale": scale}))
+        world.barrier()
+    moments = np.load(path, mmap_mode="r")  # (N * views, h, w, 2z)
+    h, w, _ = moments.shape[1:]
+    return Latents(
+        name=ds.name,
+        moments=moments_on(moments, world.device),
+        labels=np.asarray(ds.labels),
+        class_names=tuple(ds.class_names),
+        shape=tuple(ds.shape),
+        z_shape=(z_channels, h, w),
+        scale=scale,
+        key=ds.key,
+    )
+
+
+def _kept_scale(manifest, path, made_of, world):
+    """The scale of the latents on the disk, or None where there are none of just this."""
+    if not (manifest.exists() and path.exists()):
+        return None
+    kept = json.loads(manifest.read_text())
+    if kept["made_of"] == made_of:
+        return kept["scale"]
+    words = {"data_key": "other images", "flip": "another --flip"}
+    others = [
+        words.get(name, f"another {name}")
+        for name, value in made_of.items()
+        if kept["made_of"].get(name) != value
+    ]
     if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-        need, free = 4 * math.prod(shape), shutil.disk_usage(folder).free
-        if free < need:  # asked first, because a full disk kills whoever writes a memory map
-            raise BadInput(
-                f"{folder} needs {need >> 20} MiB for latents and has {free >> 20}: free some, or "
-                "type another --out"
-            )
-        np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
-    world.barrier()
-    moments, mine = np.load(path, mmap_mode="r+"), np.arange(n)[world.share(n)]
+        where = manifest.parent
+        print(f"latents: made anew, those in {where} are of {' and of '.join(others)}")
+    return None
+
+
+def _make_room(folder, manifest, path, shape):
+    """An empty memory map of `shape` at `path`; BadInput where the disk cannot hold it.
+
+    It is asked first, because a full disk kills whoever writes a memory map.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    need, free = 4 * math.prod(shape), shutil.disk_usage(folder).free
+    if free < need:
+        raise BadInput(
+            f"{folder} needs {need >> 20} MiB for latents and has {free >> 20}: free some, or type "
+            "another --out"
+        )
+    np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+
+
+@torch.no_grad()
+def _encode_all(path, world, ds, encode, flip, batch):
+    """Fill the memory map at `path`, each rank its share; the scale of all latents."""
+    moments, mine = np.load(path, mmap_mode="r+"), np.arange(len(ds))[world.share(len(ds))]
+    views = (False, True) if flip else (False,)
     sums = torch.zeros(3, dtype=torch.float64)  # of 1, z and z^2
-    with world.progress(len(mine) * views, desc="latents") as bar:
-        for view in range(views):
-            for idx in (mine[i : i + batch] for i in range(0, len(mine), batch)):
-                flips = np.full(len(idx), bool(view))
-                x, _ = batches.batch(ds, idx, flip=flips)
-                mean, log_var = ae.encode(x.to(world.device))
-                rows = torch.cat([mean, log_var], dim=1).permute(0, 2, 3, 1)  # (B,h,w,2z)
-                moments[view * n + idx] = rows.cpu().numpy()
+    with world.progress(len(mine) * len(views), desc="latents") as bar:
+        for view in views:
+            for rows in (mine[i : i + batch] for i in range(0, len(mine), batch)):
+                x, _ = ds.batch(rows, np.full(len(rows), view))
+                mean, log_var = encode(x.to(world.device))
+                both = torch.cat([mean, log_var], dim=1).permute(0, 2, 3, 1)  # (b,h,w,2z)
+                moments[view * len(ds) + rows] = both.float().cpu().numpy()
                 mean, var = mean.double(), log_var.double().exp()
-                sums += torch.stack(
-                    [
-                        torch.tensor(float(mean.numel())),
-                        mean.sum().cpu(),
-                        (mean**2 + var).sum().cpu(),
-                    ]
-                )
-                bar.update(len(idx))
+                count = mean.new_tensor(mean.numel())
+                sums += torch.stack([count, mean.sum(), (mean**2 + var).sum()]).cpu()
+                bar.update(len(rows))
     moments.flush()
     count, total, square = world.sum(sums.to(world.device)).tolist()
     scale = (square / count - (total / count) ** 2) ** -0.5
     world.barrier()
     if world.is_main:
-        with atomic_write(manifest) as temporary:
-            temporary.write_text(json.dumps({"made_of": made_of, "scale": scale}))
-        print(f"latents: {shape[0]} of {shape[1]}x{shape[2]}x{ae.z_channels}, scale {scale:.4f}")
-    world.barrier()
-    return np.load(path, mmap_mode="r"), scale
+        n, h, w, c = moments.shape
+        print(f"latents: {n} of {h}x{w}x{c // 2}, scale {scale:.4f}")
+    return scale
 
 
 def moments_on(moments, device, share=1 / 3):
@@ -109,16 +178,3 @@ def moments_on(moments, device, share=1 / 3):
     if device.type != "cuda" or moments.nbytes > share * torch.cuda.mem_get_info(device)[0]:
         return moments
     return torch.from_numpy(np.array(moments)).to(device)
-
-
-def latent_batch(moments, rows, noise):
-    """Latents z ~ q(z|x), (B,z,h,w) float32 channels_last, for rows of the cache and noise.
-
-    moments: of cache_latents or moments_on; noise (B,z,h,w) is where the latents are wanted.
-    """
-    if isinstance(moments, torch.Tensor):
-        part = moments[torch.from_numpy(rows).to(moments.device)]  # (B,h,w,2z)
-    else:
-        part = torch.from_numpy(moments[rows]).to(noise.device)
-    mean, log_var = part.permute(0, 3, 1, 2).chunk(2, dim=1)  # (B,z,h,w), channels_last memory
-    return mean + (0.5 * log_var).exp() * noise

@@ -1,25 +1,28 @@
 """One sampling step x_t -> x_{t_prev}.
 
-Every sampler here is one affine update; samplers differ only in the rows of a small table, which
-`sampling_table` makes:
+Every sampler here is one affine update of x, of the network's output, and of fresh noise. What
+makes it DDPM or DDIM are eight numbers, a `Row`, which the chapter of that paper computes:
 
     m      = (1 + w) · out - w · out_uncond        classifier-free guidance (Ho & Salimans, eq. 6)
     x0_hat = clamp(p · x - q · m, -1, 1)
     x_prev = A · x0_hat + B · x + H · x0_hist + S · exp(½ logvar) · z,    z ~ N(0, I)
     logvar = f · log_var_max + (1 - f) · log_var_min,    f = (v + 1) / 2   (IDDPM eq. 15)
 
-p and q turn the network's output into x0_hat (Ho et al. 2020 eq. 15; v of Salimans & Ho 2022).
-A, B and S are the Gaussian posterior q(x_prev | x, x0_hat) of Ho et al. 2020 eq. 6-7, or the
-non-Markovian one of DDIM (Song et al. 2021 eq. 12 and 16). H weighs the x0_hat of the step before:
-only DPM-Solver++(2M) uses it (Lu et al. 2022, algorithm 2). Fixed variances live in S alone, with
-both log-variances 0; learned ones have S = 1 and out carries v in its second C channels. z is
-`gaussian(x.shape, seeds, step)`.
+p and q turn the network's output into x0_hat: p = 1/√ᾱ and q = √(1/ᾱ - 1) for ε (Ho et al. 2020
+eq. 15), p = √ᾱ and q = √(1 - ᾱ) for v (Salimans & Ho 2022), p = 0 and q = -1 for x0 itself.
+A, B and S are the Gaussian posterior q(x_prev | x, x0_hat) of DDPM (Ho et al. 2020 eq. 6-7), or the
+non-Markovian one of DDIM (Song et al. 2021 eq. 12 and 16), or one Euler step of an ODE, such as
+p = c_skip, q = -c_out, B = σ_prev / σ, A = 1 - B (Karras et al. 2022). H weighs the x0_hat of the
+step before, for DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). A fixed variance is S² and leaves
+both log variances 0; a learned one has S = 1, and out carries v in its second C channels. S = 0 at
+the last step. z is `gaussian(x.shape, seeds, step)`.
 
 Written line by line in PyTorch this reads and writes memory at every operator. The kernel reads
 each input once, makes z in registers, and writes each result once.
 """
 
 import math
+from ctypes import c_float
 from typing import NamedTuple
 
 import torch
@@ -29,32 +32,22 @@ from kernels.dispatch import check_devices, tl, triton, use_kernels
 from kernels.philox import check_seeds, four_normals, gaussian, one_normal
 
 
-class _Row(NamedTuple):
-    """A row of the table as numbers, with what it asks for checked."""
+class Row(NamedTuple):
+    """The numbers of one step: Python floats, which the chapters compute in float64."""
 
-    p: float
+    p: float  # x0_hat = p · x - q · m
     q: float
-    A: float
+    A: float  # x_prev = A · x0_hat + B · x + H · x0_hist + S · exp(½ logvar) · z
     B: float
-    H: float
-    S: float
-    std: float  # S · exp(½ log_var_min)
-    half_range: float  # ½ (log_var_max - log_var_min); 0 where the variance is not learned
+    H: float = 0.0
+    S: float = 0.0
+    log_var_min: float = 0.0  # where the two differ, out's second C channels say how far
+    log_var_max: float = 0.0
 
 
-def _read_row(x, out, table, step, history, seeds):
-    p, q, A, B, H, S, log_var_min, log_var_max = table[step].tolist()
-    if H != 0 and history is None:
-        raise ValueError(f"history is needed: row {step} uses the x0_hat of the step before")
-    if S != 0 and seeds is None:
-        raise ValueError(f"seeds are needed: row {step} adds noise")
-    if S != 0:
-        check_seeds(seeds, x.shape[0])
-    learned = S != 0 and log_var_min != log_var_max
-    if learned and out.shape[1] == x.shape[1]:
-        raise ValueError(f"out must have {2 * x.shape[1]} channels: row {step} learns its variance")
-    half_range = 0.5 * (log_var_max - log_var_min) if learned else 0.0
-    return _Row(p, q, A, B, H, S, S * math.exp(0.5 * log_var_min), half_range)
+def _rounded(row, dtype):
+    """The row in the precision of the arithmetic: float32, or float64 as it is."""
+    return row if dtype == torch.float64 else Row(*(c_float(number).value for number in row))
 
 
 def _to(t, dtype):
@@ -62,9 +55,23 @@ def _to(t, dtype):
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def _reference(x, out, table, step, out_uncond, guidance, history, seeds, clip):
-    row, channels = _read_row(x, out, table, step, history, seeds), x.shape[1]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+def _noise_factors(row):
+    """exp(½ log_var_min), and half the range of log variances: 0 where nothing is learned."""
+    return math.exp(0.5 * row.log_var_min), 0.5 * (row.log_var_max - row.log_var_min)
+
+
+def _standard_deviation(row, out, S, dtype):
+    """S · exp(½ logvar): a float, or (B, C, ...) of `dtype` where out's second half has a say."""
+    least, half_range = _noise_factors(row)
+    if half_range == 0:
+        return S * least
+    f = (out[:, out.shape[1] // 2 :].to(dtype) + 1) / 2
+    return S * least * torch.exp(half_range * f)
+
+
+def _reference(x, out, row, step, out_uncond, guidance, history, seeds, clip):
+    dtype, channels = torch.float64 if x.dtype == torch.float64 else torch.float32, x.shape[1]
+    row = _rounded(row, dtype)
     x_t, m = _to(x, dtype), _to(out, dtype)
     if out_uncond is not None:
         m = (1 + guidance) * m - guidance * out_uncond.to(dtype)
@@ -78,14 +85,13 @@ def _reference(x, out, table, step, out_uncond, guidance, history, seeds, clip):
     if row.H != 0:
         x_prev.add_(history.to(dtype), alpha=row.H)
     if row.S != 0:
-        std = row.std
-        if row.half_range != 0:
-            f = (out[:, channels:].to(dtype) + 1) / 2
-            std = std * torch.exp(row.half_range * f)
-        x_prev.add_(std * gaussian(x.shape, seeds, step, x.device))
+        z = gaussian(x.shape, seeds, step, x.device)
+        x_prev.add_(_standard_deviation(row, out, row.S, dtype) * z)
     return _to(x_prev, x.dtype), _to(x0_hat, x.dtype)
 
 
+# -------------------------------------------------------------------------------------- kernel
+#
 # One sample is a matrix of POSITIONS x CHANNELS, in memory row after row. That is what
 # channels_last means; a sample in the usual order C, H, W is taken as C·H·W positions of a single
 # channel. In both, element (i, c) is number c · POSITIONS + i in the order C, H, W, by which noise
@@ -157,6 +163,9 @@ def _update_kernel(
         tl.store(x0_hat + at, x0.to(x0_hat.dtype.element_ty), mask)
 
 
+# -------------------------------------------------------------------------------------- launch
+
+
 def _is_channels_last(x):
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
@@ -173,9 +182,10 @@ def _as_rows(t, channels_last):
     return rows if inner == 1 else rows.contiguous()
 
 
-def _launch(x, out, table, step, out_uncond, guidance, history, seeds, clip, want_x0):
-    """Checks the row's needs, plans and launches. Returns x_prev and x0_hat, or x_prev and None."""
-    row = _read_row(x, out, table, step, history, seeds)
+def _launch(x, out, row, step, out_uncond, guidance, history, seeds, clip, want_x0):
+    """Plans and launches. Returns x_prev and x0_hat, or x_prev and None."""
+    row = _rounded(row, torch.float32)
+    least, half_range = _noise_factors(row)
     x = _dense(x)
     x_prev = torch.empty_like(x)
     x0_hat = torch.empty_like(x) if want_x0 else None
@@ -201,100 +211,90 @@ def _launch(x, out, table, step, out_uncond, guidance, history, seeds, clip, wan
     grid = batch * triton.cdiv(positions, rows) * triton.cdiv(channels, columns)
     with torch.cuda.device_of(x):
         _update_kernel[(grid,)](
-            x_rows,
-            out_rows,
-            uncond_rows,
-            history_rows,
-            seeds,
-            _as_rows(x_prev, channels_last),
-            x0_rows,
-            positions,
-            out_rows.stride(0),
-            step,
-            *(row.p, row.q, row.A, row.B, row.H, row.std, row.half_range),
-            *(1 + guidance, guidance),
+            x_rows, out_rows, uncond_rows, history_rows, seeds,
+            _as_rows(x_prev, channels_last), x0_rows,
+            positions, out_rows.stride(0), step,
+            row.p, row.q, row.A, row.B, row.H, row.S * least, half_range,
+            1 + guidance, guidance,
             CHANNELS=channels,
             OUT_ROW=out_rows.stride(1),
             CHANNELS_LAST=channels_last,
-            LEARNED=row.half_range != 0,
+            LEARNED=row.S != 0 and half_range != 0,
             CLIP=clip,
             ROWS=rows,
             COLUMNS=columns,
             FOURS=fours,
             num_warps=4,
             enable_fp_fusion=False,  # multiply, then add, as PyTorch does, whatever the layout
-        )
+        )  # fmt: skip
     return x_prev, x0_hat
+
+
+# -------------------------------------------------------------------------------------- wiring
 
 
 @torch.library.custom_op("diffusion_book::sampling_update", mutates_args=())
 def _update(
-    x: Tensor,
-    out: Tensor,
-    table: Tensor,
-    step: int,
-    out_uncond: Tensor | None,
-    guidance: float,
-    history: Tensor | None,
-    seeds: Tensor | None,
-    clip: bool,
-    want_x0: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, out: Tensor, row: list[float], step: int, out_uncond: Tensor | None,
+    guidance: float, history: Tensor | None, seeds: Tensor | None, clip: bool, want_x0: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`_launch` as one operation that tracers do not look into; an unwanted x0_hat is empty."""
     x_prev, x0_hat = _launch(
-        x, out, table, step, out_uncond, guidance, history, seeds, clip, want_x0
+        x, out, Row(*row), step, out_uncond, guidance, history, seeds, clip, want_x0
     )
     return x_prev, x.new_empty(0) if x0_hat is None else x0_hat
 
 
 @_update.register_fake
-def _(x, out, table, step, out_uncond, guidance, history, seeds, clip, want_x0):
+def _(x, out, row, step, out_uncond, guidance, history, seeds, clip, want_x0):
     x_prev = torch.empty_like(_dense(x))
     return x_prev, torch.empty_like(x_prev) if want_x0 else x.new_empty(0)
 
 
 def sampling_update(
-    x,
-    out,
-    table,
-    step,
-    *,
-    out_uncond=None,
-    guidance=0.0,
-    history=None,
-    seeds=None,
-    clip=True,
+    x, out, row, *, step, out_uncond=None, guidance=0.0, history=None, seeds=None, clip=True,
     want_x0=True,
-):
-    """One row of the table applied: x at t -> (x at t_prev, x0_hat).
+):  # fmt: skip
+    """One step of a sampler: x at t -> (x at t_prev, x0_hat).
 
     x: (B, C, ...), B may be 0. out: (B, C, ...), or (B, 2C, ...) from a network that also gives the
-    variance's v. table: of `sampling_table`; it stays on the CPU so that reading a row never waits
-    for a GPU. step: the row, from 0. out_uncond: out under the null label, same shape as out; the
-    guided output is (1 + guidance) · out - guidance · out_uncond on the first C channels, v comes
-    from out. history: the x0_hat of the step before, for rows with H != 0. seeds: (B,) int64, for
-    rows with S > 0; the noise is gaussian(x.shape, seeds, step). clip: clamp x0_hat to [-1, 1].
+    variance's v. row: the step's `Row`. step: its number, from 0; with the seeds it keys the noise.
+    out_uncond: out under the null label, same shape as out; the guided output is
+    (1 + guidance) · out - guidance · out_uncond on the first C channels, v comes from out.
+    history: the x0_hat of the step before, for rows with H != 0. seeds: (B,) int64, for rows with
+    S != 0; the noise is gaussian(x.shape, seeds, step). clip: clamp x0_hat to [-1, 1].
     want_x0: False returns None for x0_hat, which then costs no memory traffic.
 
-    Arithmetic is fp32 (float64 for float64 x). Returns x_prev and x0_hat in x's shape, dtype and
-    memory format. Raises ValueError for what does not fit or is missing. The kernel is for
-    sampling and has no gradient: where an input requires one, the PyTorch reference runs. A CUDA
-    graph remembers the row: capture a whole walk, after one that was not captured.
+    An estimate of x0 that the chapter has changed goes in as out, with p = 0 and q = -1.
+
+    Arithmetic is fp32, to which the row's numbers are rounded first; for float64 x it is float64
+    throughout. Returns x_prev and x0_hat in x's shape, dtype and memory format. Raises ValueError
+    for what does not fit, is missing or is not finite. The kernel is for sampling and has no
+    gradient: where an input requires one, the PyTorch reference runs. A CUDA graph remembers the
+    row: leave the update outside, or capture a whole walk.
     """
-    _check_update(x, out, table, step, out_uncond, guidance, history)
+    _check_update(x, out, row, step, out_uncond, guidance, history, seeds)
     inputs = [t for t in (x, out, out_uncond, history) if t is not None]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     too_large = math.prod(x.shape[1:]) >= 2**30  # offsets in a sample of out have 32 bits
     if needs_grad or too_large or not use_kernels(x):
-        x_prev, x0_hat = _reference(x, out, table, step, out_uncond, guidance, history, seeds, clip)
+        x_prev, x0_hat = _reference(x, out, row, step, out_uncond, guidance, history, seeds, clip)
     else:
         x_prev, x0_hat = _update(
-            x, out, table, step, out_uncond, float(guidance), history, seeds, clip, want_x0
+            x, out, list(row), step, out_uncond, float(guidance), history, seeds, clip, want_x0
         )
     return x_prev, x0_hat if want_x0 else None
 
 
-def _check_update(x, out, table, step, out_uncond, guidance, history):
+def _check_row(row):
+    if not isinstance(row, Row):
+        raise ValueError(f"row must be a Row, got {type(row).__name__}")
+    for name, number in zip(Row._fields, row, strict=True):
+        if not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ValueError(f"{name} of the row must be a finite number, got {number!r}")
+
+
+def _check_update(x, out, row, step, out_uncond, guidance, history, seeds):
     if x.ndim < 2:
         raise ValueError(f"x must be (B, C, ...), got {tuple(x.shape)}")
     batch, channels, *size = x.shape
@@ -303,10 +303,9 @@ def _check_update(x, out, table, step, out_uncond, guidance, history):
             f"out must be {tuple(x.shape)} like x, or with twice the channels, "
             f"got {tuple(out.shape)}"
         )
-    if table.device.type != "cpu" or table.ndim != 2 or table.shape[1] != 8:
-        raise ValueError(f"table must be (S, 8) on the CPU, got {tuple(table.shape)}")
-    if not 0 <= step < len(table):
-        raise ValueError(f"step must be a row of the table, 0 .. {len(table) - 1}, got {step}")
+    _check_row(row)
+    if not 0 <= step < 2**31:
+        raise ValueError(f"step must be in 0 .. 2**31 - 1, got {step}")
     if out_uncond is None and guidance != 0:
         raise ValueError(f"out_uncond is needed for guidance {guidance}")
     if out_uncond is not None and out_uncond.shape != out.shape:
@@ -317,4 +316,28 @@ def _check_update(x, out, table, step, out_uncond, guidance, history):
         raise ValueError(
             f"history must have x's shape {tuple(x.shape)}, got {tuple(history.shape)}"
         )
+    if row.H != 0 and history is None:
+        raise ValueError(f"history is needed: step {step} uses the x0_hat of the step before")
+    if row.S != 0 and seeds is None:
+        raise ValueError(f"seeds are needed: step {step} adds noise")
+    if row.S != 0:
+        check_seeds(seeds, batch)
+    if row.S != 0 and row.log_var_min != row.log_var_max and out.shape[1] == channels:
+        raise ValueError(f"out must have {2 * channels} channels: step {step} learns its variance")
     check_devices(x, out=out, out_uncond=out_uncond, history=history)
+
+
+def step_variance(row, out):
+    """exp(logvar) of a row (IDDPM eq. 15), the variance that a network learns.
+
+    out: the network's output, (B, 2C, ...) where the row's two log variances differ. Returns
+    (B, C, ...) in float32 (float64 for float64 out), or a float where they do not differ. A row of
+    fixed variance has it in S and gives 1 here. At the last step S = 0 adds no noise; the log
+    variances are there nevertheless, so that guidance by a classifier can go on (Dhariwal & Nichol
+    2021, algorithm 1). Raises ValueError for a row that is none, and for an out without v.
+    """
+    _check_row(row)
+    if row.log_var_min != row.log_var_max and out.shape[1] % 2:
+        raise ValueError(f"out must have 2C channels, the row learns its variance: {out.shape[1]}")
+    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    return _standard_deviation(_rounded(row, dtype), out, 1.0, dtype) ** 2

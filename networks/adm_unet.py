@@ -1,4 +1,4 @@
-"""The U-Net of chapter 1, in the two forms that its papers publish.
+"""The U-Net of pixel space, in the two forms that its papers publish.
 
 Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239), appendix B:
 style "ddpm".
@@ -15,15 +15,16 @@ after it. The two styles do the same but for four details:
     timestep embedding   sines, cosines; i / (half - 1)         cosines, sines; i / half
     halving convolution  zeros below and to the right           zeros all around
     GroupNorm epsilon    1e-6                                   1e-5
-    used with            one attention head, adds embedding     head_channels=64, scale_shift,
-                                                                updown, learned_variance
+    used with            one attention head, adds embedding     num_head_channels=64, learn_sigma,
+                                                                use_scale_shift_norm,
+                                                                resblock_updown
 
+ddpm_pixel.py spells out the first by itself; improved_ddpm.py trains both.
 networks/published/unet.py reads and writes the weights that others publish for either style.
 """
 
 from runtime.commandline import BadInput
 
-import inspect
 import math
 
 import torch
@@ -33,18 +34,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, group_norm_silu
+from networks.sizes import check_unet, groups_for
 
 
-def timestep_embedding(t, width, style="ddpm"):
-    """(B,) timesteps -> (B,width) sines and cosines of t times 1, ..., 10000^-(i / last), ...
+def timestep_embedding(t, channels, style="ddpm"):
+    """(B,) timesteps -> (B,channels) sines and cosines of t times 1, ..., 10000^-(i / last), ...
 
     Vaswani et al. 2017 (arXiv:1706.03762), section 3.5, with all sines together. In float32, in
     the published order of operations: at t = 1000 a frequency's last bit is a phase of 6e-5.
     """
-    half = width // 2
+    half = channels // 2
     last = max(half - 1, 1) if style == "ddpm" else half
     i = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t[:, None].float() * torch.exp(-math.log(10000) * i / last)  # (B,width/2)
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * i / last)  # (B,channels/2)
     parts = [angles.sin(), angles.cos()]
     return torch.cat(parts if style == "ddpm" else parts[::-1], dim=1)
 
@@ -110,18 +112,27 @@ class Upsample(nn.Conv2d):
 class ResBlock(nn.Module):
     """x (B,c_in,H,W), emb (B,c_emb) after its SiLU -> (B,c_out,H,W).
 
-    The embedding is added before the second norm, or, with scale_shift, scales and shifts what
-    that norm gives (ADM eq. 1). resample (halve, double or None) changes the size on both
+    The embedding is added before the second norm, or, with use_scale_shift_norm, scales and shifts
+    what that norm gives (ADM eq. 1). resample (halve, double or None) changes the size on both
     branches, before the first convolution (BigGAN, arXiv:1809.11096, figure 15).
     """
 
     def __init__(
-        self, c_in, c_out, c_emb, *, groups, eps=1e-6, dropout=0.0, scale_shift=False, resample=None
+        self,
+        c_in,
+        c_out,
+        c_emb,
+        *,
+        groups,
+        eps=1e-6,
+        dropout=0.0,
+        use_scale_shift_norm=False,
+        resample=None,
     ):
         super().__init__()
-        self.scale_shift, self.resample = scale_shift, resample
+        self.use_scale_shift_norm, self.resample = use_scale_shift_norm, resample
         self.norm1, self.conv1 = Norm(groups, c_in, eps), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.emb = nn.Linear(c_emb, 2 * c_out if scale_shift else c_out)
+        self.emb = nn.Linear(c_emb, 2 * c_out if use_scale_shift_norm else c_out)
         self.norm2, self.drop = Norm(groups, c_out, eps), nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -132,7 +143,7 @@ class ResBlock(nn.Module):
             h, x = self.resample(h), self.resample(x)  # (B,c_in,H/2,W/2) or (B,c_in,2H,2W)
         h, emb = self.conv1(h), self.emb(emb)  # (B,c_out,H,W), (B,c_out) or (B,2*c_out)
         # A convolution's output is needed by nothing else, its own gradient included: add in place.
-        if self.scale_shift:
+        if self.use_scale_shift_norm:
             h = self.norm2(h, *emb.chunk(2, dim=1))
         else:
             h = self.norm2(h.add_(emb[:, :, None, None]))
@@ -175,44 +186,27 @@ class Layer(nn.ModuleList):
         return h
 
 
-def norm_groups(width, channels, groups=0):
-    """GroupNorm groups of a network of this width whose levels have these channels.
-
-    0 chooses: a quarter of width and at most 32, or the largest divisor of width below that.
-    BadInput for groups that do not divide, or of one channel: such a norm would subtract from a
-    channel what the timestep just added to it.
-    """
-    if not groups:
-        groups = max(1, min(32, width // 4))
-        while any(c % groups for c in channels):
-            groups -= 1
-    elif any(c % groups or c == groups for c in channels):
-        raise BadInput(
-            f"{groups} norm groups must divide the channels {sorted(set(channels))} into two or "
-            "more each: type --groups 0 to have them chosen"
-        )
-    return groups
-
-
 class UNet(nn.Module):
-    """net(x, t, y=None) -> (B,C,H,W), or (B,2C,H,W) with learned_variance.
+    """net(x, t, y=None) -> (B,C,H,W), or (B,2C,H,W) with learn_sigma.
 
     x (B,C,H,W) in [-1,1] plus noise, t (B,) int timesteps from 0, y (B,) int labels or None;
-    the label num_classes means "no label", and so does None. H and W must halve len(mult)-1 times.
+    the label net.null, which is num_classes, means "no label", and so does None. H and W must halve
+    len(channel_mult) - 1 times.
 
     shape (C,H,W); num_classes 0 is a network without labels.
-    width            channels of the timestep embedding, and with mult of every level
-    mult             channels of each level in units of width; each level but the last is halved
-    blocks           residual blocks of a level on the way down; one more on the way up
-    attention        image heights at which every residual block is followed by self-attention
-    heads            attention heads, or with head_channels > 0 the channels of each head
-    style            "ddpm" or "adm", see above
-    scale_shift      the embedding scales and shifts (ADM) instead of being added (DDPM)
-    updown           sizes change in residual blocks (ADM) instead of convolutions (DDPM)
-    learned_variance the second C channels are v, about -1 ... 1: log beta_tilde ... log beta
-                     (IDDPM eq. 15)
-    groups           of every GroupNorm, 0 chooses (norm_groups); 32 in the published networks
-    checkpointing    in training, keep only the layers' inputs and compute the rest again
+    model_channels         channels of the timestep embedding, and with channel_mult of every level
+    channel_mult           channels of each level in model_channels; each but the last is halved
+    num_res_blocks         residual blocks of a level on the way down; one more on the way up
+    attention_resolutions  image heights at which self-attention follows every residual block
+    num_heads              attention heads
+    num_head_channels      above 0: the channels of each head, instead of num_heads
+    style                  "ddpm" or "adm", see above
+    use_scale_shift_norm   the embedding scales and shifts (ADM) instead of being added (DDPM)
+    resblock_updown        sizes change in residual blocks (ADM) instead of convolutions (DDPM)
+    learn_sigma            the second C channels are v, about -1 ... 1: log beta_tilde ... log beta
+                           (IDDPM eq. 15)
+    norm_groups            of every GroupNorm, 0 chooses (sizes.groups_for); 32 in published ones
+    use_checkpoint         in training, keep only the layers' inputs and compute the rest again
     BadInput for settings that do not fit each other. net.settings holds all but the last.
     """
 
@@ -221,41 +215,46 @@ class UNet(nn.Module):
         shape,
         num_classes,
         *,
-        width,
-        mult,
-        blocks,
-        attention,
-        heads=1,
-        head_channels=0,
+        model_channels,
+        channel_mult,
+        num_res_blocks,
+        attention_resolutions,
+        num_heads=1,
+        num_head_channels=0,
         dropout=0.0,
-        style="ddpm",
-        scale_shift=False,
-        updown=False,
-        learned_variance=False,
-        groups=0,
-        checkpointing=False,
+        style="adm",
+        use_scale_shift_norm=False,
+        resblock_updown=False,
+        learn_sigma=False,
+        norm_groups=0,
+        use_checkpoint=False,
     ):
         super().__init__()
-        (channels, height, _), c_emb = shape, 4 * width
-        levels = [round(width * m) for m in mult]
-        check(width, levels, heads, head_channels, style)
-        groups, eps = norm_groups(width, levels, groups), 1e-6 if style == "ddpm" else 1e-5
-        self.width, self.style, self.checkpointing = width, style, checkpointing
+        (channels, height, _), c_emb = shape, 4 * model_channels
+        levels = [round(model_channels * m) for m in channel_mult]
+        if style not in ("ddpm", "adm"):
+            raise BadInput(f'--style {style!r} is not known: type "ddpm" or "adm"')
+        check_unet(shape, model_channels, levels, num_heads, num_head_channels)
+        norm_groups = groups_for(model_channels, levels, norm_groups)
+        eps = 1e-6 if style == "ddpm" else 1e-5
+        self.model_channels, self.style, self.null = model_channels, style, num_classes
+        self.use_checkpoint = use_checkpoint
         self.settings = dict(
-            width=width,
-            mult=tuple(mult),
-            blocks=blocks,
-            attention=tuple(attention),
-            heads=heads,
-            head_channels=head_channels,
+            model_channels=model_channels,
+            channel_mult=tuple(channel_mult),
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=tuple(attention_resolutions),
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
             dropout=dropout,
             style=style,
-            scale_shift=scale_shift,
-            updown=updown,
-            learned_variance=learned_variance,
-            groups=groups,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            learn_sigma=learn_sigma,
+            norm_groups=norm_groups,
         )
-        self.time = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        first, second = nn.Linear(model_channels, c_emb), nn.Linear(c_emb, c_emb)
+        self.time = nn.Sequential(first, nn.SiLU(), second)
         self.label = nn.Embedding(num_classes + 1, c_emb) if num_classes else None
 
         def block(c_in, c_out, resample=None):
@@ -263,54 +262,57 @@ class UNet(nn.Module):
                 c_in,
                 c_out,
                 c_emb,
-                groups=groups,
+                groups=norm_groups,
                 eps=eps,
                 dropout=dropout,
-                scale_shift=scale_shift,
+                use_scale_shift_norm=use_scale_shift_norm,
                 resample=resample,
             )
 
         def attend(c):
-            return SelfAttention(c, c // head_channels if head_channels else heads, groups, eps)
+            heads = c // num_head_channels if num_head_channels else num_heads
+            return SelfAttention(c, heads, norm_groups, eps)
 
         c, skips = levels[0], [levels[0]]
         self.conv_in = nn.Conv2d(channels, c, 3, padding=1)
         self.down = nn.ModuleList()
         for level, c_out in enumerate(levels):
-            for _ in range(blocks):
-                parts = [attend(c_out)] if height in attention else []
+            for _ in range(num_res_blocks):
+                parts = [attend(c_out)] if height in attention_resolutions else []
                 self.down.append(Layer([block(c, c_out), *parts]))
                 c = c_out
                 skips.append(c)
             if level < len(levels) - 1:
-                self.down.append(Layer([block(c, c, halve) if updown else Downsample(c, style)]))
+                smaller = block(c, c, halve) if resblock_updown else Downsample(c, style)
+                self.down.append(Layer([smaller]))
                 height //= 2
                 skips.append(c)
         self.middle = Layer([block(c, c), attend(c), block(c, c)])
         self.up = nn.ModuleList()
         for level, c_out in reversed(list(enumerate(levels))):
-            for i in range(blocks + 1):
-                parts = [attend(c_out)] if height in attention else []
-                if level > 0 and i == blocks:
-                    parts.append(block(c_out, c_out, double) if updown else Upsample(c_out))
+            for i in range(num_res_blocks + 1):
+                parts = [attend(c_out)] if height in attention_resolutions else []
+                if level > 0 and i == num_res_blocks:
+                    larger = block(c_out, c_out, double) if resblock_updown else Upsample(c_out)
+                    parts.append(larger)
                     height *= 2
                 self.up.append(Layer([block(c + skips.pop(), c_out), *parts]))
                 c = c_out
-        self.norm_out = Norm(groups, c, eps)
-        self.conv_out = zero(
-            nn.Conv2d(c, 2 * channels if learned_variance else channels, 3, padding=1)
-        )
+        self.norm_out = Norm(norm_groups, c, eps)
+        outputs = 2 * channels if learn_sigma else channels
+        self.conv_out = zero(nn.Conv2d(c, outputs, 3, padding=1))
 
     def forward(self, x, t, y=None):
-        emb = self.time(timestep_embedding(t, self.width, self.style).to(x.dtype))  # (B,4*width)
+        angles = timestep_embedding(t, self.model_channels, self.style)
+        emb = self.time(angles.to(x.dtype))  # (B,4*model_channels)
         if self.label is not None:
             if y is None:
-                y = torch.full_like(t, self.label.num_embeddings - 1, dtype=torch.int64)
+                y = torch.full_like(t, self.null, dtype=torch.int64)
             emb = emb + self.label(y)
         emb = F.silu(emb)  # every residual block begins with it
 
         def run(layer, *inputs):
-            if self.checkpointing and self.training and torch.is_grad_enabled():
+            if self.use_checkpoint and self.training and torch.is_grad_enabled():
                 return checkpoint(layer, *inputs, use_reentrant=False)
             return layer(*inputs)
 
@@ -319,35 +321,7 @@ class UNet(nn.Module):
         for layer in self.down:
             h = run(layer, h, emb)
             skips.append(h)
-        h = run(self.middle, h, emb)  # (B,C_last,H/2^k,W/2^k), k = len(mult) - 1
+        h = run(self.middle, h, emb)  # (B,C_last,H/2^k,W/2^k), k = len(channel_mult) - 1
         for layer in self.up:
             h = run(layer, h, emb, skips.pop())
         return self.conv_out(self.norm_out(h))  # (B,C,H,W) or (B,2C,H,W)
-
-
-def check(width, levels, heads, head_channels, style):
-    """BadInput for a width, channels of levels, heads or a style that make no network."""
-    if style not in ("ddpm", "adm"):
-        raise BadInput(f'--style {style!r} is not known: type "ddpm" or "adm"')
-    if width % 2:
-        raise BadInput(f"--width {width} must be even: half sines, half cosines")
-    name, parts = ("--head-channels", head_channels) if head_channels else ("--heads", heads)
-    if any(c % parts for c in levels):
-        raise BadInput(f"{name} {parts} must divide the channels {sorted(set(levels))}")
-
-
-def make_net(cfg, shape, num_classes):
-    """The UNet that the settings `cfg` (attributes named as UNet's) describe, in channels_last.
-
-    BadInput for images of shape (C,H,W) that it cannot halve, with sizes that it can.
-    """
-    factor = 2 ** (len(cfg.mult) - 1)
-    if shape[1] % factor or shape[2] % factor:
-        near = max(factor, round(min(shape[1:]) / factor) * factor)
-        raise BadInput(
-            f"images of {shape[1]}x{shape[2]} cannot be halved {len(cfg.mult) - 1} times; "
-            f"sizes must be multiples of {factor}: type --size {near}"
-        )
-    names = list(inspect.signature(UNet).parameters)[2:]
-    net = UNet(shape, num_classes, **{name: getattr(cfg, name) for name in names})
-    return net.to(memory_format=torch.channels_last)

@@ -13,11 +13,11 @@ Bohan, "Tiny AutoEncoder for Stable Diffusion", 2023 (github.com/madebyollin/tae
     mean, log_var = ae.encode(x)                x (B,3,H,W) in [-1,1]
     x_hat = ae.decode(mean)
 
-Both have the interface of autoencoder.Autoencoder, whose train() trains them too. Their modules
-carry the names of the papers' code, so that its checkpoints need no conversion.
+Both have the interface of small_autoencoder.Autoencoder, and autoencoder.py trains KLVAE, too.
+Their modules carry the names of the papers' code, so that its checkpoints need no conversion.
 
 Latents come as the network makes them. Diffusion wants them with unit variance: (z - shift) *
-scaling (LDM appendix G), which load_pretrained tells where it was published.
+scaling (LDM appendix G), which load_pretrained gives where they were published.
 """
 
 from runtime.commandline import BadInput
@@ -30,8 +30,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from kernels import attention
-from networks.adm_unet import Norm
+from kernels import attention, group_norm_silu
 from networks.published.autoencoder import read_autoencoder
 
 EPS = 1e-6  # of the published norms
@@ -60,6 +59,18 @@ def check_images(x, channels, factor):
             f"images of {height}x{width} cannot be made {factor} times smaller by the autoencoder; "
             f"sizes must be multiples of {factor}: resize them, such as to {near[0]}x{near[1]}"
         )
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm and, unless silu is False, SiLU in one operation."""
+
+    def __init__(self, groups, channels, eps=1e-5, silu=True):
+        super().__init__(groups, channels, eps)
+        self.silu = silu
+
+    def forward(self, x):
+        groups, weight, bias = self.num_groups, self.weight, self.bias
+        return group_norm_silu(x, groups, weight, bias, eps=self.eps, silu=self.silu)
 
 
 # ------------------------------------------------------------------------- the autoencoder of LDM
@@ -172,41 +183,46 @@ def chain(c_in, c_out, n, groups):
 class KLVAE(nn.Module):
     """LDM's KL-regularised autoencoder: images (B,C,H,W) in [-1,1] <-> latents (B,z,H/f,W/f).
 
-    f = 2^(len(mult)-1): the defaults are the f8 of Stable Diffusion; LDM's f4 is mult (1,2,4),
-    z_channels 3.
-    channels     of the images;  z_channels of the latents
-    width, mult  channels of each level: width * mult[i]
-    blocks       residual blocks of a level of the encoder; the decoder has one more
-    groups       of every GroupNorm. 0 chooses the published 32, or fewer where a level's channels
-                 do not make 32 groups of two or more: a norm of single channels would take the
-                 colour off the image
-    quant        1x1 convolutions around the latents; SD3 and FLUX.1 have none
+    f = 2^(len(channel_mult)-1): the defaults are the f8 of Stable Diffusion; LDM's f4 has
+    channel_mult (1,2,4) and z_channels 3.
+
+    channels        C of the images;  z_channels of the latents
+    model_channels  times channel_mult[i] are the channels of level i
+    num_res_blocks  residual blocks of a level of the encoder; the decoder has one more
+    norm_groups     of every GroupNorm. 0 chooses the published 32, or fewer where a level's
+                    channels do not make 32 groups of two or more: a norm of single channels would
+                    take the colour off the image
+    quant           1x1 convolutions around the latents; SD3 and FLUX.1 have none
     """
 
     def __init__(
         self,
         channels=3,
-        width=128,
-        mult=(1, 2, 4, 4),
-        blocks=2,
+        model_channels=128,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
         z_channels=4,
         *,
-        groups=0,
+        norm_groups=0,
         quant=True,
     ):
         super().__init__()
-        levels = [round(width * m) for m in mult]
-        if not groups:
-            groups = math.gcd(32, *(1 if c % 2 else c // 2 for c in levels))
-        if any(c % groups for c in levels):
+        levels = [round(model_channels * m) for m in channel_mult]
+        if not norm_groups:
+            norm_groups = math.gcd(32, *(1 if c % 2 else c // 2 for c in levels))
+        if any(c % norm_groups for c in levels):
             raise BadInput(
-                f"{groups} norm groups do not divide the autoencoder's channels {levels}: "
-                "groups=0 has them chosen"
+                f"{norm_groups} norm groups do not divide the autoencoder's channels {levels}: "
+                "norm_groups=0 has them chosen"
             )
+        self.settings = {"kind": "ldm", "channels": channels, "model_channels": model_channels}
+        self.settings |= {"channel_mult": tuple(channel_mult), "num_res_blocks": num_res_blocks}
+        self.settings |= {"z_channels": z_channels, "norm_groups": norm_groups, "quant": quant}
         self.channels, self.z_channels = channels, z_channels
-        self.factor = 2 ** (len(mult) - 1)
-        self.encoder = make_encoder(channels, levels, blocks, z_channels, groups)
-        self.decoder = make_decoder(channels, levels, blocks, z_channels, groups)
+        self.factor = 2 ** (len(channel_mult) - 1)
+        sizes = (channels, levels, num_res_blocks, z_channels, norm_groups)
+        self.encoder = make_encoder(*sizes)
+        self.decoder = make_decoder(*sizes)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1) if quant else nn.Identity()
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1) if quant else nn.Identity()
 
@@ -284,25 +300,30 @@ class TinyBlock(nn.Module):
 
 
 class TinyAutoencoder(nn.Module):
-    """TAESD: images (B,C,H,W) in [-1,1] <-> latents (B,z,H/f,W/f), f = 2^(len(blocks)-1).
+    """TAESD: images (B,C,H,W) in [-1,1] <-> latents (B,z,H/f,W/f), f = 2^(len(num_blocks)-1).
 
-    z_channels   4 for the latents of Stable Diffusion and SDXL, 16 for SD3 and FLUX.1, 32 for
-                 FLUX.2: those latents after their own shift and scaling, of about unit variance
-    width        channels of every level
-    blocks       of each level of the encoder; the decoder's are the same in reverse
-    pooled       the blocks at the smallest size pool over the image (the network for FLUX.2)
+    z_channels      4 for the latents of Stable Diffusion and SDXL, 16 for SD3 and FLUX.1, 32 for
+                    FLUX.2: those latents after their own shift and scaling, of about unit variance
+    model_channels  channels of every level
+    num_blocks      of each level of the encoder; the decoder's are the same in reverse
+    pooled          the blocks at the smallest size pool over the image (the network for FLUX.2)
     """
 
-    def __init__(self, z_channels=4, channels=3, width=64, blocks=(1, 3, 3, 3), pooled=False):
+    def __init__(
+        self, z_channels=4, channels=3, model_channels=64, num_blocks=(1, 3, 3, 3), pooled=False
+    ):
         super().__init__()
-        last = len(blocks) - 1
+        self.settings = {"kind": "tiny", "z_channels": z_channels, "channels": channels}
+        self.settings |= {"model_channels": model_channels, "num_blocks": tuple(num_blocks)}
+        self.settings |= {"pooled": pooled}
+        last, width = len(num_blocks) - 1, model_channels
         self.channels, self.z_channels, self.factor = channels, z_channels, 2**last
         encoder, decoder = [conv(channels, width)], [Clamp(), conv(z_channels, width), nn.ReLU()]
-        for level, n in enumerate(blocks):
+        for level, n in enumerate(num_blocks):
             if level:
                 encoder.append(conv(width, width, stride=2, bias=False))  # (B,width,h/2,w/2)
             encoder += [TinyBlock(width, pooled and level == last) for _ in range(n)]
-        for level, n in reversed(list(enumerate(blocks))):
+        for level, n in reversed(list(enumerate(num_blocks))):
             decoder += [TinyBlock(width, pooled and level == last) for _ in range(n)]
             if level:  # (B,width,2h,2w)
                 decoder += [nn.Upsample(scale_factor=2.0), conv(width, width, bias=False)]
@@ -335,26 +356,20 @@ class TinyAutoencoder(nn.Module):
 # ------------------------------------------------------------------------------ published weights
 
 
-def build(kind, settings):
-    """The network of a published autoencoder: `settings` of a KLVAE ("kl") or a TinyAutoencoder."""
-    return (KLVAE if kind == "kl" else TinyAutoencoder)(**settings)
-
-
 def load_pretrained(path, device="cpu"):
     """(autoencoder, facts): a published KLVAE or TinyAutoencoder, float32, frozen, in eval mode.
 
     path    as networks.published.autoencoder.read_autoencoder has it
-    facts   dict(kind "kl" or "tiny", source: the path, scaling, shift): z of diffusion is (z -
-            shift) * scaling; both None where the files do not tell, to be measured then
+    facts   dict(kind "ldm" or "tiny", source: the path, scaling, shift): z of diffusion is (z -
+            shift) * scaling; both None where the files do not say, to be measured then
     BadInput for files that hold no such network, naming the first tensor that does not fit.
     """
     settings, state, facts = read_autoencoder(path)
     with torch.device("meta"):
-        ae = build(facts["kind"], settings)
+        ae = {"ldm": KLVAE, "tiny": TinyAutoencoder}[facts["kind"]](**settings)
     check_state(ae.state_dict(), state, path)
     ae.load_state_dict(state, assign=True)
     ae.eval().requires_grad_(False)
-    ae.made_of = {"kind": facts["kind"], "settings": settings}
     return ae.to(device, memory_format=torch.channels_last), facts
 
 

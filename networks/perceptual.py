@@ -2,16 +2,13 @@
 
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018
 (arXiv:1801.03924): LPIPS. Isola et al., "Image-to-Image Translation with Conditional Adversarial
-Networks", 2017 (arXiv:1611.07004): PatchGAN. Esser et al., "Taming Transformers", 2021
-(arXiv:2012.09841): VQGAN. Wang et al., "Image Quality Assessment", 2004: SSIM.
+Networks", 2017 (arXiv:1611.07004): PatchGAN. Wang et al., "Image Quality Assessment", 2004: SSIM.
 
-Of all images that may stand behind a latent, absolute error prefers their median: a blur. Two
-further terms ask for what eyes look at (LDM section 3.1):
+    Perceptual      distance of what a trained classifier sees in both images
+    Discriminator   scores of patches, which learn to tell those of x from those of x_hat
 
-    Perceptual    distance of what a trained classifier sees in both images
-    Adversary     a discriminator that learns to tell patches of x from patches of x_hat
-
-psnr and ssim only measure. Images are (B,C,H,W) in [-1,1] throughout.
+psnr and ssim only measure. Images are (B,C,H,W) in [-1,1] throughout. autoencoder.py trains with
+both networks.
 """
 
 from runtime.commandline import BadInput
@@ -124,7 +121,7 @@ def load_perceptual(path, shape):
     return Perceptual(layers, channel)
 
 
-# ------------------------------------------------------------------------------------ adversary
+# -------------------------------------------------------------------------------- discriminator
 
 
 class GroupNorm(nn.GroupNorm):
@@ -161,61 +158,6 @@ class Discriminator(nn.Module):
 
     def forward(self, x):
         return self.layers(x)[:, 0]  # (B,H/8-2,W/8-2)
-
-
-class Adversary:
-    """A discriminator that learns beside an autoencoder, and what it adds to the loss.
-
-    shape   (C,H,W) of the images; BadInput for sides below 24
-    weight  of its term, on top of the adaptive weight of VQGAN eq. 7
-    """
-
-    def __init__(self, shape, weight, width, lr, world):
-        if min(shape[1:]) < 24:
-            raise BadInput(
-                f"--discriminator: its patches need images of at least 24x24, not {shape[1]}x"
-                f"{shape[2]}; leave it out"
-            )
-        self.world, self.weight = world, weight
-        net = Discriminator(shape[0], width).to(world.device, memory_format=torch.channels_last)
-        self.net, self.model = net, world.wrap(net)
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.5, 0.9))
-
-    def generator_loss(self, x_hat, reconstruction, last):
-        """What is added to the autoencoder's loss, a scalar: weight * lambda * -mean D(x_hat).
-
-        lambda = |grad reconstruction| / (|grad -D| + 1e-6), gradients by `last`, the weight of the
-        decoder's last layer (VQGAN eq. 7): there both terms pull equally, whatever their units.
-        reconstruction: the scalar loss of x_hat (B,C,H,W) without this term.
-        """
-        self.net.requires_grad_(False)
-        loss = -self.net(x_hat).float().mean()
-        self.net.requires_grad_(True)
-        lengths = []
-        for term in (reconstruction, loss):
-            (gradient,) = torch.autograd.grad(term, last, retain_graph=True)
-            lengths.append((self.world.sum(gradient.float()) / self.world.size).norm())
-        adaptive = (lengths[0] / (lengths[1] + 1e-6)).clamp(max=1e4)
-        return self.weight * adaptive * loss
-
-    def learn(self, x, x_hat, lr):
-        """One step on the hinge loss, (B,): scores of x above 1, of x_hat below -1 (both float)."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with self.world.autocast():
-            real, fake = self.model(torch.cat([x, x_hat.detach()])).float().chunk(2)  # (B,h,w)
-        losses = 0.5 * (F.relu(1 - real) + F.relu(1 + fake)).mean(dim=(1, 2))
-        losses.mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return losses
-
-    def state_dict(self):
-        return {"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state):
-        self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 # -------------------------------------------------------------------------------------- figures

@@ -316,3 +316,27 @@ def check(width, levels, attention, heads, head_channels, groups):
             f"{groups} norm groups must divide the channels {channels}: leave out --groups to "
             "have them chosen"
         )
+
+
+def denoiser(cfg, z_shape, num_classes):
+    """The LatentUNet that the settings of a chapter describe, for latents z_shape (C,h,w).
+
+    cfg.attention_resolutions are heights of the latent, which halves rounding up. cfg.model
+    "sd-label" adds the class token to the timestep embedding, too.
+    """
+    heights = [z_shape[1]]
+    for _ in cfg.channel_mult[1:]:
+        heights.append(-(-heights[-1] // 2))
+    net = LatentUNet(
+        z_shape[0],
+        num_classes,
+        width=cfg.model_channels,
+        mult=cfg.channel_mult,
+        blocks=cfg.num_res_blocks,
+        attention=[i for i, height in enumerate(heights) if height in cfg.attention_resolutions],
+        heads=cfg.num_heads,
+        context_width=cfg.context_dim,
+        add_label=cfg.model == "sd-label",
+        checkpointing=cfg.use_checkpoint,
+    )
+    return net.to(memory_format=torch.channels_last)

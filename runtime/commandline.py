@@ -1,13 +1,18 @@
-"""A dataclass becomes a command line (tyro) with a YAML file underneath; errors are one line."""
+"""A dataclass becomes a command line (tyro) with a YAML file underneath; errors are one line.
+
+`Command` and `RunConfig` hold the settings that every chapter has; a chapter's Config adds its own.
+"""
 
 import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import os
 import re
 import sys
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 import yaml
@@ -16,6 +21,60 @@ from tqdm import tqdm
 
 class BadInput(Exception):
     """The user can mend this; one line: what was wrong, what was expected, what to type."""
+
+
+def default_gpus():
+    """One GPU where there is one, else the CPU."""
+    return min(torch.cuda.device_count(), 1)
+
+
+@dataclasses.dataclass
+class Command:
+    """The settings that every command has."""
+
+    config: str = ""  # YAML file of these settings; flags override it
+    out: str = ""  # folder for what is made
+    smoke: bool = False  # a few tiny steps, to see that everything works
+    data: str = "glyphs"
+    """glyphs, mnist, fashion_mnist, cifar10, afhq, imagenet100, or a folder or zip of images"""
+    data_root: str = "data"  # where data sets are looked for, downloaded to and prepared
+    classes: str = ""  # comma-separated names or numbers of classes; empty: all of them
+    batch_size: int = 64  # images at a time, over all processes
+    gpus: int = dataclasses.field(default_factory=default_gpus)
+    """number of GPUs: 0 is the CPU, N > 1 starts N processes"""
+    seed: int = 0  # everything random in training is a function of this and the step
+
+
+@dataclasses.dataclass
+class RunConfig(Command):
+    """The settings that every training has."""
+
+    size: int = 0  # resize the shorter side to this and crop the centre; 0 keeps the images' size
+    flip: bool = False  # flip half of the training images left to right
+    steps: int = 3000  # optimizer steps
+    lr: float = 1e-3  # peak learning rate
+    warmup: int = 200  # steps over which the learning rate rises from zero
+    lr_decay: Literal["cosine", "none"] = "cosine"
+    """times half a cosine from 1 at step 0 to 0 at --steps, or constant after warm-up"""
+    clip_grad: float = 1.0  # largest gradient norm
+    ema: tuple[float, ...] = (0.998,)
+    """decays of running means of the weights, all kept; the first is what gets sampled. After n
+    steps a decay is at most (1+n)/(10+n). With --sample: the one to use"""
+    accumulate: int = 1  # parts in which a process handles its share of the batch, to save memory
+    resume: str = "auto"  # auto (go on where the run stopped), never, or a checkpoint
+    compile: bool = False  # torch.compile the network
+    tensorboard: bool = False  # write TensorBoard files too
+    log_every: int = 50  # steps between two lines of log.jsonl
+    save_every: int = 500  # steps between two checkpoints, a multiple of --log-every
+    keep_every: int = 0  # steps between checkpoints kept as ckpt-STEP.pt, for eval_fid.py --curve
+    sample_every: int = 1000  # steps between two sample grids; 0 for none but the last
+
+    # What a resumed run may change. All but `steps` leave the weights at a given step as they are;
+    # where the learning rate falls, other `steps` bend it from there on. A chapter adds its own.
+    FREE: ClassVar[frozenset] = frozenset(
+        {"config", "out", "smoke", "data_root", "gpus", "steps", "accumulate", "resume", "compile"}
+        | {"tensorboard", "log_every", "save_every", "keep_every", "sample_every"}
+    )
 
 
 def entry(main):
@@ -39,7 +98,8 @@ def parse(config_class, doc, args=None, preset=""):
     """The command line as an instance of `config_class`, a dataclass whose fields are documented.
 
     `--config F.yaml` names a file of the same fields; it lies under the flags, which override it.
-    Without it, `preset` (such as 'configs/{data}.yaml') is that file, if it exists for --data.
+    Without it, `preset` (such as 'configs/{data}.yaml') is that file, if it exists for --data and
+    nothing is sampled.
     Raises BadInput for an unknown flag or key and for a value of the wrong type.
     """
     import tyro
@@ -47,8 +107,10 @@ def parse(config_class, doc, args=None, preset=""):
     args = list(sys.argv[1:] if args is None else args)
     names = [field.name for field in dataclasses.fields(config_class)]
     if preset and not any(a.split("=")[0] == "--config" for a in args):
-        path = Path(preset.format(data=parse(config_class, doc, args).data))
-        args = ["--config", str(path), *args] if path.is_file() else args
+        first = parse(config_class, doc, args)
+        path = Path(preset.format(data=first.data))
+        if path.is_file() and not getattr(first, "sample", ""):
+            args = ["--config", str(path), *args]
     error_text = io.StringIO()
     try:
         with contextlib.redirect_stderr(error_text):
@@ -173,16 +235,54 @@ def parse_classes(classes, names, aliases=()):
     return chosen or list(range(len(names)))
 
 
-def labels_for(seeds, chosen, guidance=0.0):
+def labels_for(seeds, chosen):
     """The label of each sample, a function of its seed: chosen[seed mod len(chosen)], or None."""
-    if guidance and not chosen:
-        raise BadInput("this network knows no labels; leave out --guidance")
+    chosen = list(chosen)
     return torch.tensor(chosen)[seeds % len(chosen)] if chosen else None
+
+
+def seeds_and_labels(cfg, net, class_names, guidance=0.0):
+    """int64 seeds (N,) of --seeds or --n, and a label (N,) for each among --classes.
+
+    class_names: of the network; labels are None where it has none. BadInput for seeds or classes
+    that do not exist, and for guidance of a network that knows no labels or nothing else.
+    """
+    if guidance and not class_names:
+        raise BadInput("this network knows no labels; leave out --guidance")
+    if guidance and not net.null_label:
+        raise BadInput("this network never learned to do without a label; leave out --guidance")
+    seeds = parse_seeds(cfg.seeds, cfg.n)
+    return seeds, labels_for(seeds, parse_classes(cfg.classes, class_names))
 
 
 def folder_of(cfg, path):
     """Where the results of a command over the checkpoint `path` go: --out, or beside it."""
     return Path(cfg.out or (path if Path(path).is_dir() else Path(path).parent))
+
+
+def smoke(cfg, **own):
+    """cfg; with --smoke a run of four tiny steps, but for the settings that were typed.
+
+    own: what is tiny in this chapter.
+    """
+    if not cfg.smoke:
+        return cfg
+    few = {"log_every": 1, "save_every": 2, "sample_every": 2, "keep_every": 0}
+    few |= {"steps": 4, "batch_size": 8, "warmup": 1, "resume": "never"}
+    few = {name: value for name, value in few.items() if hasattr(cfg, name)}
+    return smaller(cfg, **(few | own))
+
+
+def names(text):
+    """'a b c' -> the set of a, b and c."""
+    return frozenset(text.split())
+
+
+def check_ranges(cfg, positive="", not_negative="", fraction=""):
+    """Raise BadInput for a field named in one of these, 'a b c', that is out of its range."""
+    check_positive(cfg, *positive.split())
+    check_not_negative(cfg, *not_negative.split())
+    check_fraction(cfg, *fraction.split())
 
 
 def check_fraction(cfg, *names):
@@ -212,9 +312,16 @@ def check_positive(cfg, *names):
             raise BadInput(f"{flag} must be greater than 0, got {value}")
 
 
-def default_gpus():
-    """One GPU where there is one, else the CPU."""
-    return min(torch.cuda.device_count(), 1)
+def check_sampling(cfg):
+    """Raise BadInput for settings that draw no samples: before training, which they end."""
+    parse_seeds(cfg.seeds, cfg.n)
+    if cfg.sample_steps > cfg.timesteps:
+        wrong = f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps"
+        raise BadInput(f"{wrong} {cfg.timesteps}")
+    if not math.isfinite(cfg.guidance):
+        raise BadInput(f"--guidance {cfg.guidance}: expected a finite number")
+    if getattr(cfg, "n_eval", 0) and max(cfg.n, cfg.n_eval) < 2:
+        raise BadInput("--n-eval must be 0, or at least 2: a covariance is compared")
 
 
 def check_processes(gpus, batch_size, planned=False):
@@ -238,12 +345,13 @@ def check_processes(gpus, batch_size, planned=False):
 
 
 def check_run(cfg):
-    """Raise BadInput for a setting that all training scripts share and that is out of its range."""
-    check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "log_every", "save_every", "n")
+    """Raise BadInput for a setting of RunConfig that is out of its range."""
+    check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "accumulate", "ema")
+    check_positive(cfg, "log_every", "save_every")
     check_not_negative(cfg, "seed", "warmup", "sample_every", "keep_every")
+    check_fraction(cfg, "ema")
     for often, base in (("save", "log"), ("keep", "save")):
         first, second = (getattr(cfg, f"{name}_every") for name in (often, base))
         if first % second:
             raise BadInput(f"--{often}-every {first} must be a multiple of --{base}-every {second}")
-    parse_seeds(cfg.seeds, cfg.n)
     check_processes(cfg.gpus, cfg.batch_size, planned=getattr(cfg, "dry_run", False))

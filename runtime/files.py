@@ -4,6 +4,7 @@ from runtime.commandline import BadInput
 
 import contextlib
 import fcntl
+import json
 import os
 from pathlib import Path
 
@@ -54,3 +55,13 @@ def locked(path):
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def read_log(path):
+    """The rows of a log.jsonl; a line torn by a kill is left out."""
+    rows = []
+    if Path(path).exists():
+        for line in Path(path).read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows

@@ -1,6 +1,6 @@
 """What a run of chapter 3 would do, told before it starts: sizes, memory, disk, what is there."""
 
-from runtime.training import differing, load_mapped
+from runtime.checkpoints import differing, load_mapped
 
 import json
 import math

@@ -1,7 +1,8 @@
 """Curves in PNG files."""
 
-from runtime.files import atomic_write
-from runtime.training import read_log
+from runtime.files import atomic_write, read_log
+
+from pathlib import Path
 
 
 def plot_lines(path, panels, *, xlabel, title="", logx=False, logy=()):
@@ -27,13 +28,39 @@ def plot_lines(path, panels, *, xlabel, title="", logx=False, logy=()):
     plt.close(figure)
 
 
-def plot_metrics(run, names=("frechet", "class_accuracy")):
-    """Draw metric.png from log.jsonl: each metric that was logged, over the steps of training."""
-    panels = {}
+def plot_metrics(folder, names=("frechet", "class_accuracy")):
+    """Draw metric.png of a run: each metric that was logged, over the steps of training."""
+    panels, folder = {}, Path(folder)
     for name in names:
-        rows = [row for row in read_log(run.log_path) if row.get(name) is not None]
+        rows = [row for row in read_log(folder / "log.jsonl") if row.get(name) is not None]
         if rows:
             curve = [row["step"] for row in rows], [row[name] for row in rows]
             panels[name.replace("_", " ")] = {name: curve}
     if panels:
-        plot_lines(run.folder / "metric.png", panels, xlabel="step", title=str(run.folder))
+        plot_lines(folder / "metric.png", panels, xlabel="step", title=str(folder))
+
+
+def plot_loss(folder):
+    """Draw loss.png of a run: the loss, and its quarters of the timestep range if logged."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder = Path(folder)
+    rows = [row for row in read_log(folder / "log.jsonl") if "loss" in row]
+    if not rows:
+        return
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, width in [("loss", 2.0), *((f"loss_q{i}", 0.7) for i in range(1, 5))]:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), linewidth=width, label=name.replace("_q", ", quarter ")
+            )
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=str(folder))
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_write(folder / "loss.png") as temporary:
+        figure.savefig(temporary, dpi=100)
+    plt.close(figure)

@@ -1,5 +1,7 @@
 """One process, --gpus N of them, or a place under torchrun: World, launch, progress bars."""
 
+from runtime.commandline import entry
+
 import contextlib
 import ctypes
 import dataclasses
@@ -11,8 +13,6 @@ import sys
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-
-from runtime.commandline import entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,41 @@ class World:
         rows = part.new_zeros((n, *part.shape[1:]))
         rows[self.share(n)] = part
         return self.sum(rows)
+
+    def in_parts(self, make, n, batch_size, steps, desc):
+        """The n rows that make(part, tick) gives, on every rank: each makes its share.
+
+        A part is some of the numbers 0..n-1, int64 (b,), at most batch_size over all ranks; make
+        calls tick() for each of the `steps` of its progress.
+        """
+        parts = torch.arange(n)[self.share(n)].split(max(1, -(-batch_size // self.size)))
+        with self.progress(len(parts) * steps, desc=desc) as bar:
+            rows = [make(part, bar.update) for part in parts]
+        return self.collect(torch.cat(rows).to(self.device), n).cpu()
+
+    def draw(self, walk, seeds, labels, batch_size, steps, desc="sampling"):
+        """uint8 images (N,H,W,C) of seeds and labels (N,) or None, the same on every rank.
+
+        walk(seeds, labels) yields, at each of `steps`, a tuple that begins with images (b,C,H,W).
+        """
+        from runtime.pictures import to_uint8
+
+        def images(part, tick):
+            y = None if labels is None else labels[part].to(self.device)
+            for x, *_ in walk(seeds[part].to(self.device), y):  # noqa: B007
+                tick()
+            return to_uint8(x)
+
+        with self.autocast():
+            return self.in_parts(images, len(seeds), batch_size, steps, desc)
+
+    def frames(self, walk, seeds, labels):
+        """The way of the images of seeds (n,): uint8 (2n,H,W,C) each, all x and then all x0_hat."""
+        from runtime.pictures import to_uint8
+
+        y = None if labels is None else labels[: len(seeds)].to(self.device)
+        with self.autocast():
+            return [to_uint8(torch.cat(pair)) for pair in walk(seeds.to(self.device), y)]
 
     def barrier(self):
         if self.size > 1:

@@ -1,231 +1,415 @@
-"""A run directory: config.yaml, log.jsonl and checkpoints that survive a kill."""
+"""The loop that every chapter trains in. A chapter owns the `for`; Run carries what all repeat.
 
-import dataclasses
-import json
-import platform
-import shlex
-import shutil
+    run = Run(cfg, world, ds, net=net, optimizer=lambda params: Adam(params, lr=cfg.lr))
+    for step in run.steps():                 progress, learning rate; saves between two steps
+        for part in run.parts(step):         this process's share, in --accumulate parts
+            x0, y = run.images(part)
+            t, eps = run.uniform(part, T), run.noise(part, x0.shape)
+            run.backward(loss(run.model, x0, t, eps), t / T)
+        run.descend()                        clip, optimizer, running means, log
+        if run.due(cfg.sample_every):
+            ...
+
+All that is random is drawn for the global batch from (seed, step, name), then shared out: one
+process, several, and a run that goes on after a kill see the same images, t and noise.
+"""
+
+from runtime.commandline import BadInput
+from runtime.folder import RunFolder
+
+import copy
+import functools
+import math
+import resource
 import sys
-import time
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 
-from runtime.commandline import BadInput, not_given
-from runtime.files import also_named, atomic_write
-from runtime.training import differing, load_mapped, read_log, summary_writer
+from kernels import gaussian
 
-
-class DamagedCheckpoint(BadInput):
-    """The file is truncated or garbage; the checkpoint before it may be whole."""
+# ------------------------------------------------------------------------- the order of the data
 
 
-def load_checkpoint(path, script=None, mapped=False):
-    """The dictionary that Run.save wrote at `path`, on the CPU.
+@functools.lru_cache(maxsize=2)
+def _permutation(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
-    Raises BadInput, naming the file, when it is missing or not of `script`, DamagedCheckpoint when
-    it cannot be read. It cannot run code. mapped: tensors are read when used, sums not checked.
+
+def indices(n, batch_size, seed, step):
+    """Which of n images training step `step` sees: int64 (batch_size,).
+
+    The images of all epochs form one endless sequence, each epoch a permutation of its own; step s
+    takes the batch_size images from s * batch_size on. So the order is a function of (seed, step).
     """
-    if not Path(path).is_file():
-        why = "a folder; name its ckpt.pt" if Path(path).is_dir() else "no such file"
-        raise BadInput(f"checkpoint {path}: {why}")
-    try:
-        state = load_mapped(path) if mapped else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error).strip() or "unreadable").splitlines()[0][:120]
-        told = f"checkpoint {path} is truncated or not a checkpoint ({reason})"
-        raise DamagedCheckpoint(told) from None
-    made_by = state.get("script") if isinstance(state, dict) else None
-    if made_by is None or (script is not None and made_by != script):
-        whose = f"by {made_by}" if made_by else "by none of these scripts"
-        wanted = f"one that {script or 'these scripts'} wrote"
-        raise BadInput(f"checkpoint {path} was written {whose}, expected {wanted}")
-    return state
+    positions = step * batch_size + np.arange(batch_size)
+    epochs = positions // n
+    chosen = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        chosen[here] = _permutation(n, seed, int(epoch))[positions[here] % n]
+    return chosen
 
 
-def as_trained(cfg, names, script):
-    """cfg, but settings `names` that were not given are those that cfg.sample was trained with."""
-    trained = load_checkpoint(cfg.sample, script, mapped=True)["config"]
-    known = [(name, trained[name]) for name in not_given(cfg, names) if name in trained]
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in known}
-    return dataclasses.replace(cfg, **given)
+def flips(batch_size, seed, step):
+    """Which images of indices(...) to mirror left to right, half of them: bool (batch_size,)."""
+    return np.random.default_rng([seed, step, 2]).random(batch_size) < 0.5
+
+
+class Part(NamedTuple):
+    """Some images of a step's global batch, which are handled together."""
+
+    step: int
+    where: slice  # their place in the global batch
+    rows: np.ndarray  # their numbers in the data set, int64 (b,)
+    flip: np.ndarray | None  # which of them to mirror, bool (b,)
+
+
+# ----------------------------------------------------------------------- the optimizer's companions
+
+
+def learning_rate(step, steps, peak, warmup, decay="cosine"):
+    """Rises linearly over `warmup` steps; falls to zero at `steps` as a half cosine, or stays."""
+    rise = min(1.0, (step + 1) / max(warmup, 1))
+    fall = 0.5 * (1 + math.cos(math.pi * step / steps)) if decay == "cosine" else 1.0
+    return peak * rise * fall
+
+
+class EMA:
+    """A running mean of a network's weights: w_ema += (1 - d) (w - w_ema).
+
+    d = min(decay, (1 + n) / (10 + n)) at update n: an average over few steps should not remember
+    the first weights. Update 0 copies. `net` is a module of its own, in eval mode.
+    """
+
+    def __init__(self, net, decay):
+        self.net, self.decay = copy.deepcopy(net).eval(), decay
+
+    @torch.no_grad()
+    def update(self, net, n):
+        d = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        ours, theirs = list(self.net.parameters()), list(net.parameters())
+        if n:
+            torch._foreach_lerp_(ours, theirs, 1 - d)
+        else:
+            torch._foreach_copy_(ours, theirs)
+        for mine, other in zip(self.net.buffers(), net.buffers(), strict=True):
+            mine.copy_(other)
+
+
+class LossMeter:
+    """Mean loss between two log lines, whole and by quarter of the timestep range.
+
+    Stays on the device, so that a training step never waits for the GPU.
+    """
+
+    def __init__(self, device):
+        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=device)
+        self.first_bad = torch.full((), torch.inf, dtype=torch.float64, device=device)
+
+    def add(self, step, losses, level=None):
+        """losses (b,), one per sample; level (b,) in [0, 1), t / T where there are timesteps."""
+        losses, self.split = losses.detach().double(), level is not None
+        if self.split:
+            quarter = (level * 4).long().clamp(0, 3)
+        else:
+            quarter = torch.zeros_like(losses, dtype=torch.int64)
+        self.sums[0].index_add_(0, quarter, losses)
+        self.sums[1].index_add_(0, quarter, torch.ones_like(losses))
+        bad = torch.where(losses.isfinite().all(), torch.inf, float(step))
+        self.first_bad = torch.minimum(self.first_bad, bad)
+
+    def read(self, world, checkpoint):
+        """{'loss': ..., 'loss_q1': ...}, over all processes, and start again.
+
+        Raises BadInput if a loss since the last call was not finite: the step and the checkpoint.
+        """
+        bad = -world.sum(torch.where(self.first_bad.isfinite(), 1.0, 0.0))
+        if bad < 0:
+            at = "" if self.first_bad.isinf() else f" at step {int(self.first_bad)}"
+            last = (
+                f"the last good checkpoint is {checkpoint}"
+                if checkpoint.exists()
+                else "no checkpoint exists yet"
+            )
+            raise BadInput(f"the loss is not finite{at}; {last}; try a smaller --lr")
+        total, count = world.sum(self.sums.clone()).cpu()
+        self.sums.zero_()
+        quarters = {}
+        if self.split:
+            named = ((f"loss_q{i + 1}", i) for i in range(4) if count[i] > 0)
+            quarters = {name: float(total[i] / count[i]) for name, i in named}
+        return {"loss": float(total.sum() / count.sum()), **quarters}
+
+
+def peak_memory(device):
+    """The most memory this process has held so far, in MB: on its GPU, or on the CPU in all."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+# -------------------------------------------------------------------------------------------- Run
 
 
 class Run:
-    """A run directory: config.yaml, log.jsonl, loss.png, ckpt.pt and the checkpoint before it.
+    """A training run, fresh or going on where it stopped.
 
-    folder   where it is
-    script   name of what trains here; a checkpoint of another name is refused
-    config   dict of all settings, kept in config.yaml, which --config reads again
-    defaults of these: what a checkpoint that knows a setting not yet was trained with
-    made_of  dict of what else decides the weights, such as the data's key; resuming compares both
-             with those of the checkpoint, but for what is in `FREE`
-    resume   'auto' (continue if there is something to continue), 'never', or a checkpoint's path
+    cfg        a RunConfig; cfg.out is its directory, cfg.FREE what may change when it goes on
+    world      this process among others
+    ds         len(ds) and ds.batch(rows, flip) -> images (b,C,H,W), labels int64 (b,), on the CPU
+    net        the network on its device, with the weights that a fresh run starts from
+    optimizer  function of the parameters -> torch optimizer
+    keep       {name: object with state_dict and load_state_dict}: further state, saved and restored
+    facts      dict of plain tensors and numbers that checkpoints hold, such as the latents' scale
+    made_of    dict of what else decides the weights; a run does not go on with others
+    script     stem of the script that samples its checkpoints; that of cfg's class by default
 
-    Raises BadInput when the folder cannot be made.
+    run.model is the network for training: it autocasts, gives fp32, and shares its gradients among
+    processes. run.net is the bare network, run.emas are its running means, run.ema the first of
+    them, or run.net where there is none.
     """
 
-    # Settings that a resumed run may change. All but "steps" leave the weights at a given step as
-    # they are; where the learning rate falls, other "steps" bend it from there on.
-    FREE = frozenset(
-        {
-            "config",
-            "out",
-            "stage",
-            "resume",
-            "gpus",
-            "steps",
-            "data_root",
-            "compile",
-            "tensorboard",
-            "log_every",
-            "save_every",
-            "keep_every",
-            "sample_every",
-            "sample",
-            "n",
-            "sampler",
-            "sample_steps",
-            "eta",
-            "variance",
-            "guidance",
-            "guidance_interval",
-            "guidance_rescale",
-            "seeds",
-            "n_eval",
-            "accumulate",
-            "checkpointing",
-            "dry_run",
-            "threshold",
-            "visit",
-            "metric_every",
-            "metric_n",
-            "nll",
-            "export",
-            "plot_schedule",
-            "shard",
-        }
-    )
-
     def __init__(
-        self,
-        folder,
-        script,
-        config,
-        world,
-        *,
-        made_of=None,
-        resume="auto",
-        tensorboard=False,
-        defaults=None,
+        self, cfg, world, ds, *, net, optimizer, keep=None, facts=None, made_of=None, script=""
     ):
-        self.folder, self.script, self.world = Path(folder), script, world
-        plain = json.loads(json.dumps(config))  # lists and numbers, as YAML gives back
-        self.defaults = json.loads(json.dumps(defaults or {}))
-        self.settings, self.config = plain, plain | (made_of or {})
-        self.resume, self.board = resume, None
-        self.log_path = self.folder / "log.jsonl"
-        self.started, self.seen = time.perf_counter(), None
-        if world.is_main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise BadInput(f"--out {self.folder}: {error.strerror}; name a folder") from None
-            if tensorboard:
-                self.board = summary_writer(self.folder)
+        self.cfg, self.world, self.ds, self.net = cfg, world, ds, net
+        self.keep, self.facts = keep or {}, facts or {}
+        self.device, self.share = world.device, world.share(cfg.batch_size)
+        self.disk = RunFolder(
+            cfg.out,
+            script or script_of(cfg),
+            cfg,
+            world,
+            free=cfg.FREE,
+            made_of={"data_key": ds.key} | (made_of or {}),
+            resume=cfg.resume,
+            keep_every=cfg.keep_every,
+            tensorboard=cfg.tensorboard,
+        )
+        self.folder, self.log_path = self.disk.path, self.disk.log_path
+        self.averages = [EMA(net, decay) for decay in cfg.ema]
+        self.emas = [average.net for average in self.averages]
+        self.ema = self.emas[0] if self.emas else net
+        self.step = self.first = 0  # steps that are finished, and that were when we started
+        self.meters, self.losses = {}, []
+        self._restore(optimizer)
+        self.sharded = getattr(cfg, "shard", False) and world.size > 1
+        self.wrapped = torch.compile(net) if cfg.compile else net
+        if not self.sharded:  # a network that is split shares its gradients itself
+            self.wrapped = world.wrap(self.wrapped)
 
-    def restore(self):
-        """The state to continue from, or None for a fresh start; cuts the log back to its step.
+    def _restore(self, optimizer):
+        """Weights, running means, optimizer and further state, from the checkpoint if there is one.
 
-        'auto' takes ckpt.pt, or with a warning the one before it when that is damaged. Raises
-        BadInput for a checkpoint of another script or configuration, naming what differs, and
-        when there are checkpoints but none is whole.
+        The order matters: a network is loaded whole, then split; an optimizer is made of the split
+        parameters.
         """
-        state = self._choose()
-        if state is not None:
-            theirs, ours = (self.defaults | config for config in (state["config"], self.config))
-            others = differing(theirs, ours, self.FREE)
-            if others:
-                where = self.folder if self.resume == "auto" else self.resume
-                raise BadInput(
-                    f"{where} holds a run of another configuration ({'; '.join(others)}); "
-                    "type another --out, or --resume never to start over"
-                )
-        step = state["step"] if state else 0
-        if self.world.is_main:
-            rows = [row for row in read_log(self.log_path) if row["step"] <= step] if state else []
-            for left_over in self.folder.glob(".*.tmp*"):
-                left_over.unlink()
-            for kept in self.folder.glob("ckpt-[0-9]*.pt"):  # of a future that is now another
-                if int(kept.stem.split("-")[1]) > step and (state or self.resume == "never"):
-                    kept.unlink()
-            if self.resume not in ("auto", "never"):  # this is where the run is now
-                with atomic_write(self.folder / "ckpt.pt") as path:
-                    shutil.copyfile(self.resume, path)
-            with atomic_write(self.log_path) as path:
-                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            self._write_config()
-        self.world.barrier()
-        return state
+        state = self.disk.restore()
+        if state:
+            self.step = self.first = state["step"]
+            self.net.load_state_dict(state["model"])
+            for ema, saved in zip(self.emas, [state["ema"], *state["more_emas"]], strict=False):
+                ema.load_state_dict(saved)
+        if getattr(self.cfg, "shard", False):
+            from runtime import sharding
 
-    def _choose(self):
-        if self.resume == "never":
+            for net in (self.net, *self.emas):
+                sharding.shard(net, self.world)
+        self.optimizer = optimizer(self.net.parameters())
+        if state:
+            from runtime.sharding import load_optimizer
+
+            load_optimizer(self.optimizer, state["optimizer"])
+            for name, thing in self.keep.items():
+                thing.load_state_dict(state[name])
+
+    # ---- the steps
+
+    def steps(self):
+        """Yields the number of each step that is left; after it, saves where that is due.
+
+        A step is saved when the next one is asked for, after all that the chapter did in it.
+        """
+        cfg, steps = self.cfg, self.cfg.steps
+        self.bar = self.world.progress(steps, self.first, Path(cfg.out).name)
+        self.net.train()
+        for step in range(self.first, steps):
+            rate = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.lr_decay)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.losses = []
+            # What dropout draws from is a function of the seed, the step and the process.
+            torch.manual_seed(int(self.rng(step, "dropout").integers(2**31)) + self.world.rank)
+            yield step
+            self.bar.update()
+            if self.step % cfg.save_every == 0 or self.done:
+                self.save()
+        self.bar.close()
+        self.plot_loss()
+        self.world.barrier()  # the checkpoint is whole before any rank reads it
+
+    def parts(self, step):
+        """This process's share of the step's images, in --accumulate parts."""
+        cfg, share = self.cfg, self.share
+        rows = indices(len(self.ds), cfg.batch_size, cfg.seed, step)
+        flip = flips(cfg.batch_size, cfg.seed, step) if cfg.flip else None
+        each = -(-(share.stop - share.start) // cfg.accumulate)
+        for start in range(share.start, share.stop, each):
+            where = slice(start, min(start + each, share.stop))
+            self.share_gradients(where.stop == share.stop)
+            yield Part(step, where, rows[where], None if flip is None else flip[where])
+
+    def share_gradients(self, on):
+        """Whether the next backward shares gradients among processes: in the last part only."""
+        if self.sharded:
+            self.wrapped.set_requires_gradient_sync(on)
+        elif self.world.size > 1:
+            self.wrapped.require_backward_grad_sync = on
+
+    # ---- what a part is made of: functions of (seed, step, name)
+
+    def rng(self, step, name):
+        """A numpy Generator for the global batch of a step."""
+        return np.random.default_rng([self.cfg.seed, step, zlib.crc32(name.encode())])
+
+    def images(self, part):
+        """What ds.batch gives of the part, on the device: (b,C,H,W), and labels (b,) or None."""
+        x, y = self.ds.batch(part.rows, part.flip)
+        x = x.to(self.device, non_blocking=True)
+        return x, (y.to(self.device, non_blocking=True) if self.ds.num_classes else None)
+
+    def uniform(self, part, T, name="t"):
+        """int64 (b,) in 0..T-1, each as likely."""
+        t = self.rng(part.step, name).integers(T, size=self.cfg.batch_size)[part.where]
+        return torch.from_numpy(t).to(self.device)
+
+    def noise(self, part, shape, name="noise"):
+        """N(0, I) of `shape` (b, ...), each sample's by a seed of its own."""
+        seeds = self.rng(part.step, name).integers(2**62, size=self.cfg.batch_size)[part.where]
+        return gaussian(shape, torch.from_numpy(seeds).to(self.device), part.step, self.device)
+
+    def hide(self, part, y, share, name="hide"):
+        """Labels y (b,) with a share of them replaced by net.null; None stays None."""
+        if y is None:
             return None
-        if self.resume != "auto":
-            return load_checkpoint(self.resume, self.script)
-        damaged = None
-        for name in ("ckpt.pt", "ckpt-previous.pt"):
-            path = self.folder / name
-            if path.exists():
-                try:
-                    state = load_checkpoint(path, self.script)
-                except DamagedCheckpoint as error:
-                    damaged = error
-                else:
-                    if damaged and self.world.is_main:
-                        print(f"warning: {damaged}; going on from {path}", file=sys.stderr)
-                    return state
-        if damaged:
-            raise BadInput(f"{damaged}, and none before it is whole; --resume never starts over")
-        return None
+        hidden = self.rng(part.step, name).random(self.cfg.batch_size)[part.where] < share
+        return torch.where(torch.from_numpy(hidden).to(self.device), self.net.null, y)
 
-    def _write_config(self):
-        versions = f"python {platform.python_version()}, torch {torch.__version__}, "
-        versions += f"numpy {np.__version__}"
-        with atomic_write(self.folder / "config.yaml") as path:
-            settings = {key: v for key, v in self.settings.items() if key != "config"}
-            header = f"# {shlex.join([Path(sys.executable).name, *sys.argv])}\n# {versions}\n"
-            path.write_text(header + yaml.safe_dump(settings, sort_keys=False))
+    # ---- the descent
 
-    def save(self, step, **state):
-        """Write ckpt.pt whole or not at all; the one it replaces stays as ckpt-previous.pt, and
-        one at a multiple of the setting keep_every as ckpt-STEP.pt."""
-        if not self.world.is_main:
+    def model(self, *inputs):
+        """The network's output in fp32; a GPU computes it in bf16 where that is exact enough."""
+        with self.world.autocast():
+            out = self.wrapped(*inputs)
+        if isinstance(out, tuple):
+            return tuple(v.float() if v.is_floating_point() else v for v in out)
+        return out.float()
+
+    def backward(self, losses, level=None, weights=None, **terms):
+        """Add the gradient of the mean loss over the global batch.
+
+        losses (b,) of a part; level (b,) in [0, 1) is t / T, by which the log splits them; weights
+        (b,) multiply the gradients and not the log; terms (b,) are logged under their names.
+        """
+        weighted = losses if weights is None else losses * weights
+        (weighted.sum() / (self.share.stop - self.share.start)).backward()
+        self.losses.append(losses.detach())
+        for name, values in {"loss": losses, **terms}.items():
+            meter = self.meters.setdefault(name, LossMeter(self.device))
+            meter.add(self.step, values, level if name == "loss" else None)
+
+    def descend(self, also=None):
+        """Clip the gradient, step the optimizer, update the running means, and log where it is due.
+
+        also: function that gives a dictionary of further values for the line of the log.
+        """
+        cfg = self.cfg
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), cfg.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for average in self.averages:
+            average.update(self.net, self.step)
+        self.step += 1
+        if self.step % cfg.log_every and not self.done:
             return
-        path, previous = self.folder / "ckpt.pt", self.folder / "ckpt-previous.pt"
-        with atomic_write(path) as temporary:
-            told = {"script": self.script, "config": self.config, "step": step}
-            torch.save(told | state, temporary)
-            if path.exists():  # a second name for the old file, so that ckpt.pt never is missing
-                also_named(path, previous)
-        every = self.settings.get("keep_every")
-        if every and step % every == 0:
-            also_named(path, self.folder / f"ckpt-{step:06d}.pt")
+        values = {}
+        for name, meter in self.meters.items():
+            found = meter.read(self.world, self.folder / "ckpt.pt")
+            values |= found if name == "loss" else {name: found["loss"]}
+        values |= also() if also else {}
+        images = (self.step - self.first) * cfg.batch_size
+        rate, memory = self.disk.rate(images), peak_memory(self.device)
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.log(**values, lr=lr, images_per_s=rate, peak_memory_mb=memory)
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 
-    def log(self, step, **values):
-        """Append one object to log.jsonl, and to TensorBoard if asked for."""
-        if not self.world.is_main:
-            return
-        with open(self.log_path, "a") as f:
-            f.write(json.dumps({"step": step, **values}) + "\n")
-        if self.board:
-            for name, value in ((n, v) for n, v in values.items() if v is not None):
-                self.board.add_scalar(name, value, step)
+    @property
+    def done(self):
+        """Whether the last step is finished."""
+        return self.step == self.cfg.steps
 
-    def rate(self, images):
-        """Images per second since the last call, from the count so far in this process."""
-        now, (then, before) = time.perf_counter(), self.seen or (self.started, 0)
-        self.seen = (now, images)
-        return round((images - before) / max(now - then, 1e-9), 1)
+    def due(self, every):
+        """Whether what happens every so many steps (0: never) is due; never after the last."""
+        return bool(every) and self.step % every == 0 and not self.done
+
+    # ---- what it leaves
+
+    def log(self, **values):
+        """Append a line to log.jsonl, of the steps finished so far."""
+        self.disk.log(self.step, **values)
+
+    def say(self, what):
+        """Print what is trained, and how many parameters it has."""
+        if self.world.is_main:
+            count = sum(p.numel() for p in self.net.parameters()) / 1e6
+            print(f"{what}; {count:.2f} M parameters", flush=True)
+
+    def log_metrics(self, values):
+        """Log scores of samples, and draw metric.png."""
+        self.log(**values)
+        if self.world.is_main:
+            from runtime.plots import plot_metrics
+
+            plot_metrics(self.folder)
+
+    def save(self):
+        """Write the checkpoint of the steps finished so far. All ranks call it."""
+        state = {
+            "model": self.net.state_dict(),
+            "ema": self.ema.state_dict(),
+            "more_emas": [ema.state_dict() for ema in self.emas[1:]],
+            "optimizer": self.optimizer.state_dict(),
+        }
+        if self.sharded:
+            from runtime.sharding import whole
+
+            state = {name: whole(value) for name, value in state.items()}
+        state |= {name: thing.state_dict() for name, thing in self.keep.items()}
+        settings = getattr(self.net, "settings", {})
+        about = {"shape": list(self.ds.shape), "class_names": list(self.ds.class_names)}
+        self.disk.save(self.step, settings=settings, **state, **about, **self.facts)
+
+    def save_grid(self, images, columns=10):
+        """samples-STEP.png of at most 100 images uint8 (N,H,W,C), and the loss curve so far."""
+        if self.world.is_main:
+            from runtime.pictures import save_grid
+
+            save_grid(images[:100], self.folder / f"samples-{self.step:06d}.png", columns)
+        self.plot_loss()
+
+    def plot_loss(self):
+        """loss.png from log.jsonl."""
+        if self.world.is_main:
+            from runtime.plots import plot_loss
+
+            plot_loss(self.folder)
+
+
+def script_of(cfg):
+    """The stem of the root script whose Config `cfg` is."""
+    return Path(sys.modules[type(cfg).__module__].__file__).stem

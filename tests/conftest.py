@@ -9,7 +9,7 @@ import pytest
 import torch
 from data_files import write_images
 
-from bench import reference_networks
+from tests.cases import reference_networks
 
 if importlib.util.find_spec("torchvision"):  # diffusers, too, imports it where it is installed
     reference_networks.import_references()

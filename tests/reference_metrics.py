@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-from bench import reference_networks
-from bench.reference_networks import pytorch_fid_network, random_weights
+from tests.cases import reference_networks
+from tests.cases.reference_networks import pytorch_fid_network, random_weights
 
 __all__ = ["import_references", "pytorch_fid_network", "random_weights"]
 

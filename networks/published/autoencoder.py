@@ -43,7 +43,7 @@ RENAMED = (
 
 # Settings of a config.json that have no counterpart here, and the values that mean "not used".
 FIXED = {
-    "kl": {
+    "ldm": {
         "act_fn": ("silu", "swish"),
         "mid_block_add_attention": (True,),
         "latents_mean": (None,),
@@ -55,16 +55,16 @@ FIXED = {
         "upsampling_scaling_factor": (2,),
     },
 }
-CLASSES = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny"}
+CLASSES = {"AutoencoderKL": "ldm", "AutoencoderTiny": "tiny"}
 
 
 def read_autoencoder(path):
     """A published autoencoder: (settings, state, facts).
 
     path      a folder or a file, as above
-    settings  keywords of vae.KLVAE or vae.TinyAutoencoder, read off names, shapes and config.json
+    settings  keywords of KLVAE or TinyAutoencoder, read off names, shapes and config.json
     state     its state_dict, float32
-    facts     dict(kind "kl" or "tiny", source, scaling, shift), as vae.load_pretrained has it
+    facts     dict(kind "ldm" or "tiny", source, scaling, shift), as load_pretrained has it
     BadInput for what is missing, damaged, half a pair, or another network.
     """
     path = Path(path)
@@ -152,13 +152,13 @@ def autoencoder_part(state):
 
 
 def which(state, path):
-    """ "kl" or "tiny"; BadInput for the tensors of anything else."""
+    """ "ldm" or "tiny"; BadInput for the tensors of anything else."""
     if "quantize.embedding.weight" in state:
         raise BadInput(f"{path} has a codebook (a VQ autoencoder): only those with a KL are read")
     if any(re.match(r"(encoder|decoder)\.(layers\.)?\d+\.", name) for name in state):
         return "tiny"
     if any(re.match(r"(encoder\.down|decoder\.up)(_blocks)?\.\d+\.", name) for name in state):
-        return "kl"
+        return "ldm"
     found = f"the first of its {len(state)} tensors is {min(state)}" if state else "it is empty"
     raise BadInput(
         f"{path} holds no autoencoder: {found}; expected encoder... and decoder... as in "
@@ -209,7 +209,7 @@ def ldm_names(state):
 
 
 def tiny_settings(state):
-    """Keywords of vae.TinyAutoencoder. A level ends at a convolution that is in no block."""
+    """Keywords of TinyAutoencoder. A level ends at a convolution that is in no block."""
     layers, first = {}, state["encoder.0.weight"]
     for name in state:
         match = re.match(r"encoder\.(\d+)\.(conv\.)?", name)
@@ -224,14 +224,14 @@ def tiny_settings(state):
     return dict(
         z_channels=len(state[f"encoder.{max(layers)}.weight"]),
         channels=first.shape[1],
-        width=first.shape[0],
-        blocks=tuple(blocks),
+        model_channels=first.shape[0],
+        num_blocks=tuple(blocks),
         pooled=any(".pool." in name for name in state),
     )
 
 
 def kl_settings(state, config):
-    """Keywords of vae.KLVAE. The groups are not seen in a tensor: config.json's, or 32."""
+    """Keywords of KLVAE. The groups are not seen in a tensor: config.json's, or 32."""
     first, conv = state["encoder.conv_in.weight"], "encoder.down.{}.block.{}.conv1.weight"
     levels, blocks = [], 1
     while conv.format(len(levels), 0) in state:
@@ -242,17 +242,17 @@ def kl_settings(state, config):
         raise KeyError(conv.format(0, 0))
     return dict(
         channels=first.shape[1],
-        width=first.shape[0],
-        blocks=blocks,
-        mult=tuple(c / first.shape[0] for c in levels),
+        model_channels=first.shape[0],
+        num_res_blocks=blocks,
+        channel_mult=tuple(c / first.shape[0] for c in levels),
         z_channels=state["decoder.conv_in.weight"].shape[1],
-        groups=config.get("norm_num_groups") or 32,
+        norm_groups=config.get("norm_num_groups") or 32,
         quant="quant_conv.weight" in state,
     )
 
 
 def published_scaling(kind, config, scale):
-    """(scaling, shift), or (None, None) where nothing tells them.
+    """(scaling, shift), or (None, None) where nothing says them.
 
     A config.json that leaves them out means the class's defaults, Stable Diffusion's 0.18215.
     """

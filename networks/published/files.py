@@ -1,8 +1,8 @@
 """The files of published networks: weights, and the schedule in a scheduler_config.json."""
 
+from runtime.checkpoints import load_mapped
 from runtime.commandline import BadInput
 from runtime.files import atomic_write
-from runtime.training import load_mapped
 
 import json
 import math

@@ -1,70 +1,58 @@
-"""Training of the autoencoders: losses, resuming, several processes, reports."""
+"""What autoencoders learn by: losses, codebook and adversary against formulas written out."""
 
 from runtime.commandline import BadInput
-from runtime.pictures import to_uint8
 from runtime.processes import World
-from runtime.training import learning_rate, read_log, weights_hash
+from runtime.run import flips, indices, learning_rate
 
-import json
-import shutil
-from dataclasses import asdict, replace
+import zlib
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from data_files import write_images
-from launching import start_ranks
-from rank_autoencoder import Config
 
-import autoencoder
-from image_data import batches, datasets
-from networks import kl_autoencoder as vae
+import autoencoder as ch
+from image_data import datasets
+from kernels import gaussian
+from networks.autoencoders import build
+from networks.perceptual import Discriminator
+from networks.vq import Codebook
 
 WORLD = World()
+SIZES = {"patch": 2, "model_channels": 16, "channel_mult": (1, 2), "num_res_blocks": 1}
+SIZES |= {"z_channels": 3}  # 24x24 -> 6x6x3
 
 
-@pytest.fixture(scope="session")
-def cfg(tmp_path_factory):
-    """Settings of a run that takes a second: 48 gray images of 24x24, 16 of them held out."""
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder / "photos" / "train", 32, height=24, width=24)
-    write_images(folder / "photos" / "test", 48, height=24, width=24)
-    for path in sorted((folder / "photos" / "test").rglob("*.png"))[::3]:
-        path.unlink()
-    return Config(data=str(folder / "photos"), data_root=str(folder / "root"))
-
-
-def load(cfg):
-    return datasets.load(cfg.data, cfg.data_root)
-
-
-def train(cfg):
-    torch.manual_seed(99)  # training must not depend on what was drawn before
-    return autoencoder.train(cfg, WORLD, load(cfg))
-
-
-def log(folder):
-    rows = read_log(folder / "autoencoder" / "log.jsonl")
-    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
-
-
-@pytest.fixture(scope="session")
-def vgg(tmp_path_factory):
-    """A file of VGG16's weights, small: four channels in every convolution."""
+def make(kind="kl", **changes):
+    """(settings, autoencoder of gray images)."""
     torch.manual_seed(0)
-    places, state, c_in = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), {}, 3
-    for place in places:
-        layer = torch.nn.Conv2d(c_in, 4, 3)
-        state |= {f"features.{place}.{k}": v.detach() for k, v in layer.state_dict().items()}
-        c_in = 4
-    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
-    torch.save(state, path)
-    return path
+    cfg = ch.Config(ae=kind, **SIZES | changes)
+    return cfg, ch.make_autoencoder(cfg, (1, 24, 24))
 
 
-EVERYTHING = {"ae": "vq", "discriminator": 0.5, "disc_start": 5}
+def codebook(size=6, dim=3, seed=0):
+    """A Codebook with codes drawn from N(0, 1)."""
+    torch.manual_seed(seed)
+    book = Codebook(size, dim)
+    book.vectors.normal_()
+    return book
 
-# ----------------------------------------------------------------------------------- the losses
+
+def latents(seed, shape=(4, 3, 5, 2)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def vectors_of(z):
+    """(B*h*w, C) float64, by numpy."""
+    return np.moveaxis(z.double().numpy(), 1, -1).reshape(-1, z.shape[1])
+
+
+def update(book, z, codes, seed, **options):
+    ch.update_codebook(book, z, codes, WORLD, np.random.default_rng(seed), **options)
+
+
+# ------------------------------------------------------------------------------------- the loss
 
 
 def test_the_pull_is_the_kl_of_torch_distributions():
@@ -72,33 +60,25 @@ def test_the_pull_is_the_kl_of_torch_distributions():
     mean, log_var = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
     q = torch.distributions.Normal(mean.double(), (0.5 * log_var.double()).exp())
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0))
-    torch.testing.assert_close(
-        autoencoder.kl_divergence(mean, log_var).double(),
-        kl.flatten(1).mean(1),
-        rtol=1e-6,
-        atol=1e-6,
-    )
+    ours = ch.kl_divergence(mean, log_var).double()
+    torch.testing.assert_close(ours, kl.flatten(1).mean(1), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
-def test_the_loss_is_the_sum_of_its_terms(kind, cfg):
-    cfg = replace(cfg, ae=kind, commitment=0.7, kl_weight=0.3, perceptual_weight=2.0)
-    torch.manual_seed(0)
-    ae, x = autoencoder.make_autoencoder(cfg, (1, 24, 24)), torch.randn(3, 1, 24, 24)
-    noise = torch.randn(3, 3, 6, 6)
+def test_the_loss_is_the_sum_of_its_terms(kind):
+    cfg, ae = make(kind, codebook=20, commitment=0.7, kl_weight=0.3, perceptual_weight=2.0)
+    x, noise = torch.randn(3, 1, 24, 24), torch.randn(3, 3, 6, 6)
 
     def distance(a, b):
         return (a - b).square().sum((1, 2, 3))
 
-    terms, reconstruction, (x_hat, z, rest) = autoencoder.loss_terms(
-        cfg, ae, ae, x, noise, distance
-    )
+    terms, reconstruction, (x_hat, z, rest) = ch.loss_terms(cfg, ae, ae, x, noise, distance)
     mean, log_var = ae.encode(x)
     if kind == "kl":
-        pull = 0.3 * autoencoder.kl_divergence(mean, log_var)
+        pull = 0.3 * ch.kl_divergence(mean, log_var)
         expected = ae.decode(mean + (0.5 * log_var).exp() * noise)
     else:
-        pull = 0.7 * ae.codebook.commitment(mean, ae.codes(x))
+        pull = 0.7 * ch.commitment(mean, ae.codebook.lookup(ae.codes(x)))
         expected = ae.decode(mean)
     torch.testing.assert_close(x_hat, expected)
     error = (x - x_hat).abs().flatten(1).mean(1)
@@ -107,19 +87,23 @@ def test_the_loss_is_the_sum_of_its_terms(kind, cfg):
     torch.testing.assert_close(terms["l1"], error)
 
 
-# ------------------------------------------------------------------------------------- training
-
-
-def test_by_default_training_is_the_plain_loop(cfg, tmp_path):
+def test_by_default_training_is_the_plain_loop(tmp_path):
     """Adam on |x - x_hat| + kl_weight KL, step by step, to the last bit: nothing else came in."""
-    ae, ds = train(replace(cfg, out=str(tmp_path))), load(cfg)
-    torch.manual_seed(cfg.seed)
-    plain = autoencoder.Autoencoder(1, 2, 16, (1, 2), 1, 3).to(memory_format=torch.channels_last)
+    photos = write_images(tmp_path / "photos", 32, height=24, width=24)
+    where = {"data": str(photos), "data_root": str(tmp_path / "root"), "out": str(tmp_path / "run")}
+    how = {"steps": 12, "lr": 1e-3, "warmup": 2, "batch_size": 8, "flip": True, "n": 8, "gpus": 0}
+    torch.manual_seed(99)  # training must not depend on what was drawn before
+    ch.train(ch.Config(**where, **how, **SIZES), WORLD)
+    found = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["model"]
+
+    ds = datasets.load(str(photos), str(tmp_path / "root"))
+    torch.manual_seed(0)
+    plain = build("kl", channels=1, **SIZES)
     optimizer = torch.optim.Adam(plain.parameters())
     for step in range(12):
-        seeds = np.random.default_rng([0, step, 1]).integers(2**62, size=8)
-        noise = autoencoder.gaussian((8, 3, 6, 6), torch.from_numpy(seeds), step, "cpu")
-        x, _ = batches.batch(ds, batches.indices(32, 8, 0, step), flip=batches.flips(8, 0, step))
+        rng = np.random.default_rng([0, step, zlib.crc32(b"posterior")])
+        noise = gaussian((8, 3, 6, 6), torch.from_numpy(rng.integers(2**62, size=8)), step, "cpu")
+        x, _ = ds.batch(indices(32, 8, 0, step), flips(8, 0, step))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, 12, 1e-3, 2)
         x_hat, mean, log_var = plain(x, noise)
@@ -129,144 +113,191 @@ def test_by_default_training_is_the_plain_loop(cfg, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     for name, value in plain.state_dict().items():
-        assert torch.equal(value, ae.state_dict()[name]), name
+        assert torch.equal(value, found[name]), name
 
 
-def test_older_runs_go_on_and_other_settings_are_refused(cfg, tmp_path):
-    older = {
-        "data",
-        "size",
-        "classes",
-        "flip",
-        "patch",
-        "ae_width",
-        "ae_mult",
-        "ae_blocks",
-        "z_channels",
-        "kl_weight",
-        "ae_steps",
-        "ae_lr",
-        "batch_size",
-        "warmup",
-        "clip_grad",
-        "seed",
-    }
-    assert set(autoencoder.settings(replace(cfg, codebook=512))) == older
-    changed = {"ae": "vq", "codebook": 7, "commitment": 1.0, "perceptual_weight": 2.0}
-    changed |= {"discriminator": 0.5, "disc_start": 3}
-    found = autoencoder.settings(replace(cfg, **changed))
-    assert set(found) == older | set(changed) and found.items() >= changed.items()
-    train(replace(cfg, out=str(tmp_path), ae_steps=2))
-    with pytest.raises(BadInput, match="another configuration .*ae kl there, vq here"):
-        train(replace(cfg, out=str(tmp_path), ae_steps=2, ae="vq"))
+# ------------------------------------------------------------------------------------- the codebook
 
 
-@pytest.mark.parametrize("kind", ["kl", "vq"])
-def test_resumed_with_every_term_it_equals_the_unbroken_run(kind, cfg, tmp_path, vgg):
-    cfg = replace(cfg, **EVERYTHING | {"ae": kind}, perceptual=str(vgg))
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(replace(cfg, out=str(whole)))
-    shutil.copytree(whole, broken)
-    folder = broken / "autoencoder"
-    shutil.move(folder / "ckpt-previous.pt", folder / "ckpt.pt")  # as if killed after step 8
-    for left in folder.glob("reconstructions.*"):
-        left.unlink()
-    train(replace(cfg, out=str(broken)))
-
-    states = [torch.load(f / "autoencoder" / "ckpt.pt", weights_only=True) for f in (whole, broken)]
-    assert states[0]["step"] == 12 and "adversary" in states[0]
-    flat = [dict(tensors(state)) for state in states]
-    assert list(flat[0]) == list(flat[1]) and len(flat[0]) > 50
-    for name, value in flat[0].items():
-        assert torch.equal(value, flat[1][name]), name
-    assert log(whole) == log(broken)
-    names = {"loss", "l1", "perceptual", "disc"}
-    names |= {"kl"} if kind == "kl" else {"commitment", "usage", "perplexity"}
-    assert names <= set(log(whole)[-1]) and "disc" not in log(whole)[1]
+def test_commitment_is_the_mean_square_to_the_code_and_pulls_only_the_encoder():
+    book, z = codebook(), latents(4).requires_grad_()
+    codes = book.nearest(z)
+    rows = vectors_of(z.detach())
+    error = (rows - book.vectors.double().numpy()[codes.flatten()]) ** 2
+    losses = ch.commitment(z, book.lookup(codes))
+    np.testing.assert_allclose(losses.detach(), error.reshape(4, -1).mean(1), rtol=1e-6)
+    losses.sum().backward()
+    expected = 2 * (z.detach() - book.lookup(codes)) / z[0].numel()
+    torch.testing.assert_close(z.grad, expected)
+    assert not list(book.parameters())
 
 
-def tensors(state, where=""):
-    """(path, tensor) of all that a checkpoint holds, numbers included."""
-    for key, value in state.items():
-        if isinstance(value, dict):
-            yield from tensors(value, f"{where}/{key}")
-        elif isinstance(value, (torch.Tensor, int, float)):
-            yield f"{where}/{key}", torch.as_tensor(value)
+def update_by_loops(state, rows, codes, decay, dead, seed):
+    """VQ-VAE eq. 6-8 in float64, code by code; dead ones become rows drawn with `seed`."""
+    counts, sums, _ = state
+    size, n = len(counts), len(rows)
+    picks = np.random.default_rng(seed).choice(n, size, replace=n < size)
+    for k in range(size):
+        mine = rows[codes == k]
+        counts[k] = decay * counts[k] + (1 - decay) * len(mine)
+        sums[k] = decay * sums[k] + (1 - decay) * mine.sum(0)
+        if seed[1] == 0 or counts[k] < dead * n / size:
+            counts[k], sums[k] = n / size, rows[picks[k]] * n / size
+    total = counts.sum()
+    smoothed = (counts + 1e-5) / (total + size * 1e-5) * total
+    return counts, sums, sums / smoothed[:, None]
 
 
-@pytest.mark.parametrize("kind", ["kl", "vq"])
-def test_two_processes_train_as_one(kind, cfg, tmp_path):
-    cfg = replace(cfg, **EVERYTHING | {"ae": kind}, n_eval=60)
-    logs, reports = [], []
-    for size in (1, 2):
-        out = tmp_path / str(size)
-        text = json.dumps(asdict(replace(cfg, out=str(out))))
-        for process in start_ranks("rank_autoencoder", text, size=size):
-            done = process.wait()
-            assert done.code == 0, done.err
-        logs.append(log(out))
-        reports.append(json.loads((out / "autoencoder" / "reconstructions.json").read_text()))
-        assert len(np.load(out / "autoencoder" / "reconstructions.npz")["arr_0"]) == 32
-    assert len(logs[0]) == 6
-    for a, b in zip(*logs, strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-    assert reports[0]["n"] == reports[1]["n"] == 32
-    assert reports[0]["psnr"] == pytest.approx(reports[1]["psnr"], abs=1e-2)
+def test_codes_are_running_means_of_what_chose_them():
+    book = codebook(size=8)
+    state = np.zeros(8), np.zeros((8, 3)), None
+    revived = 0
+    for step in range(12):
+        z = latents(step) + 1
+        codes = book.nearest(z)
+        before = book.counts.clone()
+        update(book, z, codes, [5, step], decay=0.7, dead=0.5)
+        state = update_by_loops(state, vectors_of(z), codes.flatten().numpy(), 0.7, 0.5, [5, step])
+        np.testing.assert_allclose(book.counts, state[0], rtol=1e-5)
+        np.testing.assert_allclose(book.vectors, state[2], rtol=1e-4, atol=1e-6)
+        revived += int((before > 0).all() and (book.counts == 5.0).any())
+    assert 0 < revived < 11  # some codes die on the way, and at some steps none does
 
 
-@pytest.mark.parametrize("kind, network", [("vq", "VQAutoencoder"), ("ldm", "KLVAE")])
-def test_other_autoencoders_are_trained_by_their_name(kind, network, cfg, tmp_path):
-    cfg = replace(cfg, ae=kind, ae_mult=(1, 1), ae_steps=2, out=str(tmp_path))
-    ae = train(cfg)
-    assert type(ae).__name__ == network and not ae.training
-    torch.manual_seed(cfg.seed)
-    fresh = autoencoder.make_autoencoder(cfg, (1, 24, 24))
-    assert weights_hash(ae) != weights_hash(fresh)
+def test_the_first_update_makes_every_code_a_vector_of_the_batch():
+    book, z = Codebook(16, 3), latents(6)
+    update(book, z, book.nearest(z), [0, 0])
+    rows = torch.from_numpy(vectors_of(z))
+    distance = torch.cdist(book.vectors.double(), rows).min(1)
+    assert distance.values.max() < 1e-5 and len(distance.indices.unique()) == 16
 
 
-def test_a_published_autoencoder_is_read_and_not_trained(cfg, tmp_path):
+def test_a_batch_smaller_than_the_codebook_gives_codes_too():
+    book, z = Codebook(50, 3), latents(7, (1, 3, 2, 2))
+    update(book, z, book.nearest(z), [0, 0])
+    rows = torch.from_numpy(vectors_of(z))
+    assert torch.cdist(book.vectors.double(), rows).min(1).values.max() < 1e-5
+
+
+def test_an_unused_code_lives_on_for_a_while_and_then_starts_anew():
+    book, z = Codebook(2, 1), torch.ones(1, 1, 10, 1)
+    update(book, z, book.nearest(z), [0, 0], decay=0.9, dead=0.1)
+    book.vectors[1] = -50.0  # nothing is near it
+    book.sums[1] = -50.0 * book.counts[1]
+    lived = 0
+    while book.vectors[1, 0] < -40:
+        lived += 1
+        update(book, z, book.nearest(z), [0, lived], decay=0.9, dead=0.1)
+    assert lived == 22  # the first n with 0.9^n < 0.1
+    assert book.vectors[1, 0].item() == pytest.approx(1)
+
+
+def test_another_seed_revives_other_vectors():
+    def vectors(seed):
+        book, z = Codebook(8, 3), latents(8)
+        update(book, z, torch.zeros(4, 5, 2, dtype=torch.long), seed)
+        return book.vectors
+
+    assert torch.equal(vectors([1, 2]), vectors([1, 2]))
+    assert not torch.equal(vectors([1, 2]), vectors([1, 3]))
+
+
+def test_restored_from_its_state_it_goes_on_as_before():
+    book = codebook(8)
+    for step in range(3):
+        update(book, latents(step), book.nearest(latents(step)), [0, step])
+    other = codebook(8, seed=1)
+    other.load_state_dict(book.state_dict())
+    for step in range(3, 6):
+        for b in (book, other):
+            update(b, latents(step), b.nearest(latents(step)), [0, step])
+    for name, value in book.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_codes_find_the_clusters_of_what_they_see():
+    centres, rng = torch.tensor([[-3.0, 0], [3, 0], [0, 3], [0, -3]]), np.random.default_rng(0)
+    book = Codebook(16, 2)
+    for step in range(60):
+        rows = centres[rng.integers(4, size=64)] + 0.1 * latents(step, (64, 2))
+        z = rows.t().reshape(1, 2, 8, 8)
+        update(book, z, book.nearest(z), [0, step], decay=0.8)
+    distance = torch.cdist(centres, book.vectors)  # (4,16)
+    assert distance.min(1).values.max() < 0.1 and distance.min(0).values.max() < 0.4
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.5, 0.5], [0.25] * 4, [0.5, 0.25, 0.125, 0.125]])
+def test_usage_and_perplexity(shares):
+    book, n = Codebook(4, 3), 64
+    chosen = torch.tensor(np.repeat(np.arange(len(shares)), (np.array(shares) * n).astype(int)))
+    z = latents(9, (1, 3, 8, 8))
+    for step in range(2):
+        update(book, z, chosen.view(1, 8, 8), [0, step])
+    found = ch.read_hits(book)
+    assert found["usage"] == len(shares) / 4
+    entropy = -sum(p * np.log(p) for p in shares)
+    assert found["perplexity"] == pytest.approx(np.exp(entropy), rel=1e-6)
+    assert ch.read_hits(book) == {"usage": 0.0, "perplexity": 1.0}
+
+
+# ------------------------------------------------------------------------------------ the adversary
+
+
+def pair(shape, seed=0):
+    """Two images in [-1,1], the second a blurred and noisy version of the first."""
+    rng = torch.Generator().manual_seed(seed)
+    x = F.interpolate(torch.rand(shape, generator=rng) * 2 - 1, scale_factor=3.0)
+    y = F.avg_pool2d(x, 3, 1, 1) + 0.1 * torch.randn(x.shape, generator=rng)
+    return x, y.clamp(-1, 1)
+
+
+def adversary(batch_size=8):
     torch.manual_seed(0)
-    published = vae.KLVAE(1, 32, (1, 1), 1, 3)
-    torch.save(published.state_dict(), tmp_path / "vae.pt")
-    ae = train(replace(cfg, ae=str(tmp_path / "vae.pt"), out=str(tmp_path / "run")))
-    for name, value in published.state_dict().items():
-        assert torch.equal(ae.state_dict()[name], value)
-    files = {path.name for path in (tmp_path / "run" / "autoencoder").iterdir()}
-    assert files == {"reconstructions.png", "reconstructions.json"}
-    with pytest.raises(BadInput, match="takes images of 1 channels, these have 3"):
-        autoencoder.make_autoencoder(replace(cfg, ae=str(tmp_path / "vae.pt")), (3, 24, 24))
+    return ch.Adversary((1, 24, 24), 0.5, 8, batch_size, WORLD)
 
 
-def test_an_unknown_autoencoder_is_refused(cfg):
-    with pytest.raises(BadInput, match="--ae vqq: expected kl, vq, ldm, or the file"):
-        autoencoder.make_autoencoder(replace(cfg, ae="vqq"), (1, 24, 24))
+def test_its_term_pulls_the_last_layer_as_hard_as_the_reconstruction():
+    """|grad of the term| = weight * |grad of the reconstruction| there: VQGAN eq. 7."""
+    judge, last = adversary(), torch.nn.Conv2d(4, 1, 3, padding=1)
+    h, x = torch.randn(3, 4, 24, 24), torch.randn(3, 1, 24, 24)
+    x_hat = last(h)
+    reconstruction = 7 * (x - x_hat).abs().mean((1, 2, 3))
+    term = judge.generator_losses(x_hat, reconstruction, last.weight).mean()
+    (wanted,) = torch.autograd.grad(reconstruction.mean(), last.weight, retain_graph=True)
+    (found,) = torch.autograd.grad(term, last.weight, retain_graph=True)
+    # 1e-6 beside a gradient of about 1e-2 in the denominator: four digits
+    assert (found.norm() / wanted.norm()).item() == pytest.approx(0.5, rel=2e-3)
+    score = judge.net(x_hat).mean()
+    (up,) = torch.autograd.grad(score, last.weight)
+    assert F.cosine_similarity(found.flatten(), -up.flatten(), dim=0) > 0.9999
 
 
-# ------------------------------------------------------------------------------ reconstructions
+def test_the_generators_term_leaves_the_discriminator_alone():
+    judge, last = adversary(), torch.nn.Conv2d(4, 1, 3, padding=1)
+    x_hat = last(torch.randn(3, 4, 24, 24))
+    judge.generator_losses(x_hat, x_hat.abs().mean((1, 2, 3)), last.weight).mean().backward()
+    assert last.weight.grad.abs().sum() > 0
+    assert all(p.grad is None and p.requires_grad for p in judge.net.parameters())
 
 
-def test_report_tells_of_held_out_images_once(cfg, tmp_path, capsys):
-    cfg = replace(cfg, out=str(tmp_path), ae_steps=2, n_eval=1000)
-    ae = train(cfg)
-    assert "over 32 held-out images" in capsys.readouterr().out
-    folder, test = tmp_path / "autoencoder", datasets.load(cfg.data, cfg.data_root, split="test")
-    told = json.loads((folder / "reconstructions.json").read_text())
-    found = np.load(folder / "reconstructions.npz")
-    assert np.array_equal(found["arr_1"], test.labels)
-    x = batches.batch(test, np.arange(32))[0]
-    x_hat = ae.decode(ae.encode(x)[0]).clamp(-1, 1)
-    assert np.array_equal(found["arr_0"], to_uint8(x_hat))
-    mse = (x - x_hat).double().square().flatten(1).mean(1).numpy()
-    assert told["psnr"] == pytest.approx((10 * np.log10(4 / mse)).mean(), rel=1e-6)
-    train(cfg)
-    assert "reconstructions" not in capsys.readouterr().out
-    train(replace(cfg, ae_steps=3, resume="never"))
-    assert "reconstructions" in capsys.readouterr().out
+def test_it_learns_by_the_hinge_loss_to_tell_the_two_apart():
+    judge, (x, y) = adversary(), pair((8, 1, 8, 8))
+    with torch.no_grad():
+        real, fake = judge.net(x), judge.net(y)
+    expected = 0.5 * ((1 - real).clamp(min=0).mean((1, 2)) + (1 + fake).clamp(min=0).mean((1, 2)))
+    y.requires_grad_()
+    first = judge.learn(x, y)
+    judge.step(1e-3)
+    torch.testing.assert_close(first.detach(), expected, rtol=1e-4, atol=1e-5)
+    for _ in range(30):
+        last = judge.learn(x, y)
+        judge.step(1e-3)
+    assert last.mean() < 0.5 * first.mean() and y.grad is None
+    with torch.no_grad():
+        assert judge.net(x).mean() > judge.net(y).mean() + 0.5
 
 
-def test_report_says_when_it_has_only_training_images(cfg, tmp_path, capsys):
-    flat = write_images(tmp_path / "flat", 8, height=24, width=24)
-    train(replace(cfg, data=str(flat), ae_steps=1, out=str(tmp_path / "run")))
-    assert "over 8 training images: there are no others" in capsys.readouterr().out
-    path = tmp_path / "run" / "autoencoder" / "reconstructions.json"
-    assert json.loads(path.read_text())["held_out"] is False
+def test_images_without_a_whole_patch_are_refused():
+    with pytest.raises(BadInput, match="at least 24x24, not 16x32"):
+        ch.Adversary((1, 16, 32), 0.5, 8, 8, WORLD)
+    assert Discriminator(1, 4)(torch.zeros(1, 1, 24, 24)).shape == (1, 1, 1)

@@ -1,10 +1,13 @@
-"""Chapter 2 against equation 12 written out, against Gaussian data, and against chapter 1."""
+"""DDIM against equation 12 written out, against Gaussian data, and against ddpm_pixel.py."""
 
 from runtime.commandline import BadInput
+from runtime.pictures import to_uint8
 from runtime.processes import World
 
 import math
 from dataclasses import asdict
+from decimal import Context, Decimal, localcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,21 +16,27 @@ from gaussian_data import COV, MEAN, Gaussian, flow
 
 import ddim
 import ddpm_pixel as ch1
+import improved_ddpm
 from kernels import gaussian
 
 SHAPE = (1, 8, 8)
+SIZES = {"model_channels": 16, "channel_mult": (1, 2), "attention_resolutions": (4,)}
+
+
+def small(**changes):
+    return ch1.Config(**SIZES, **changes)
 
 
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    net = ch1.make_net(ch1.Config(width=16, mult=(1, 2), attention=(4,)), SHAPE, 3)
+    net = ch1.UNet(SHAPE, 3, small())
     torch.nn.init.normal_(net.conv_out.weight, std=0.05)
     return net.eval()
 
 
-def walk(sampler):
-    return [(t_prev, x.clone(), x0_hat.clone()) for t_prev, x, x0_hat in sampler]
+def walk(trajectory):
+    return [(x.clone(), x0_hat.clone()) for x, x0_hat in trajectory]
 
 
 def test_subsequence_is_even_and_ends_at_the_image():
@@ -69,14 +78,92 @@ def test_every_spacing_has_as_many_timesteps_as_asked_and_all_differ(spacing):
             assert ts[-1] >= 0 and ts[0] < T
 
 
+# ------------------------------------------------------------------------------------- the rows
+
+
+def linear():
+    return ch1.make_alpha_bar("linear", 1000)
+
+
+def cosine():
+    """It falls to about 2e-9."""
+    return ch1.make_alpha_bar("cosine", 1000)
+
+
+def chain(*ts):
+    return list(zip(ts, (*ts[1:], -1), strict=True))
+
+
+FULL = chain(*range(999, -1, -1))
+SUBSEQUENCE = chain(999, 998, 700, 699, 330, 41, 3, 0)
+LATE_END = chain(999, 600, 30)  # the last row jumps from 30 to -1
+
+
+def rows_of(alpha_bar, pairs, **how):
+    return [ddim.ddim_row(ddim.at(alpha_bar, t), ddim.at(alpha_bar, u), **how) for t, u in pairs]
+
+
+@pytest.mark.parametrize("schedule", [linear, cosine])
+@pytest.mark.parametrize("pairs", [FULL, SUBSEQUENCE, LATE_END], ids=["full", "sub", "late"])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_rows_are_equations_12_and_16_in_50_digits(schedule, pairs, eta):
+    rows, alpha_bar = rows_of(schedule(), pairs, eta=eta), schedule()
+    with localcontext(Context(prec=50)):
+        for row, (t, t_prev) in zip(rows[:-1], pairs, strict=False):
+            at, ap = Decimal(alpha_bar[t].item()), Decimal(alpha_bar[t_prev].item())
+            sigma = Decimal(eta) * ((1 - ap) / (1 - at)).sqrt() * (1 - at / ap).sqrt()
+            direction = (1 - ap - sigma**2).sqrt()
+            expected = {
+                "p": 1 / at.sqrt(),
+                "q": (1 / at - 1).sqrt(),
+                # eps = (x - sqrt(a) x0) / sqrt(1 - a) put into sqrt(a_prev) x0 + direction * eps
+                "A": ap.sqrt() - direction * at.sqrt() / (1 - at).sqrt(),
+                "B": direction / (1 - at).sqrt(),
+                "S": sigma,
+                "H": Decimal(0),
+                "log_var_min": Decimal(0),
+                "log_var_max": Decimal(0),
+            }
+            for name, value in expected.items():  # two units in the last place of float32
+                got = getattr(row, name)
+                assert abs(got - float(value)) <= 2.4e-7 * abs(float(value)), (name, got, value)
+
+
+@pytest.mark.parametrize("schedule", [linear, cosine])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_last_row_returns_x0_hat_without_noise(schedule, eta):
+    for pairs in (FULL, LATE_END, chain(999)):
+        rows = rows_of(schedule(), pairs, eta=eta)
+        last = rows[-1]
+        assert (last.A, last.B, last.H, last.S) == (1, 0, 0, 0)
+        assert all(math.isfinite(number) for row in rows for number in row)
+
+
+def test_eta_1_over_all_timesteps_has_the_rows_of_the_ancestral_chain():
+    for alpha_bar in (linear(), cosine()):
+        for ddim_row, (t, t_prev) in zip(rows_of(alpha_bar, FULL, eta=1.0), FULL, strict=True):
+            ddpm_row = ch1.ancestral_row(ddim.at(alpha_bar, t), ddim.at(alpha_bar, t_prev))
+            for ours, theirs in zip(ddim_row, ddpm_row, strict=True):
+                assert abs(ours - theirs) <= 2.4e-7 * abs(theirs)
+
+
+def test_zero_terminal_snr_is_exact_for_v():
+    alpha_bar = torch.tensor([0.9, 0.5, 0.1, 0.0], dtype=torch.float64)
+    for eta in (0.0, 1.0):
+        rows = rows_of(alpha_bar, chain(3, 2, 1, 0), eta=eta, prediction="v")
+        assert all(math.isfinite(number) for row in rows for number in row)
+        assert rows[0][:2] == (0, 1)
+        assert abs(rows[0].A - 0.1**0.5) < 1e-7
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_every_step_is_equation_12(net, eta):
     alpha_bar = ch1.make_alpha_bar("linear", 100)
     pairs, seeds = ddim.subsequence(100, 6), torch.tensor([3, 9])
     y = torch.tensor([0, 2])
     x = gaussian((2, *SHAPE), seeds, -1, "cpu").double()
-    steps = walk(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, y, eta=eta))
-    for k, ((t, t_prev), (_, x_prev, x0_hat)) in enumerate(zip(pairs, steps, strict=True)):
+    steps = walk(ddim.sample(net, alpha_bar, pairs, SHAPE, seeds, y, eta=eta))
+    for k, ((t, t_prev), (x_prev, x0_hat)) in enumerate(zip(pairs, steps, strict=True)):
         a, a_prev = alpha_bar[t], alpha_bar[t_prev] if t_prev >= 0 else torch.tensor(1.0).double()
         with torch.no_grad():
             eps_hat = net(x.float(), torch.full((2,), t), y).double()
@@ -93,20 +180,20 @@ def test_every_step_is_equation_12(net, eta):
 def test_eta_1_over_all_timesteps_is_the_ancestral_chain(net):
     alpha_bar, seeds = ch1.make_alpha_bar("linear", 20), torch.arange(3)
     pairs = ddim.subsequence(20, 20)
-    ours = walk(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, eta=1.0))
-    chapter1 = walk(ch1.sampler(net, alpha_bar, ch1.timestep_pairs(20, 20), SHAPE, seeds))
+    ours = walk(ddim.sample(net, alpha_bar, pairs, SHAPE, seeds, eta=1.0))
+    chapter1 = walk(ch1.sample(net, alpha_bar, ch1.timestep_pairs(20, 20), SHAPE, seeds))
+    assert pairs == ch1.timestep_pairs(20, 20)
     for a, b in zip(ours, chapter1, strict=True):
-        assert a[0] == b[0]
-        torch.testing.assert_close(a[1], b[1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(a[0], b[0], atol=1e-5, rtol=0)
 
 
 def test_eta_0_starts_where_chapter_1_starts_and_ends_in_its_guess(net):
     alpha_bar, seeds = ch1.make_alpha_bar("cosine", 100), torch.tensor([17])
-    way = walk(ddim.sampler(net, alpha_bar, ddim.subsequence(100, 5), SHAPE, seeds))
-    again = walk(ddim.sampler(net, alpha_bar, ddim.subsequence(100, 5), SHAPE, seeds))
-    assert torch.equal(way[-1][1], again[-1][1])
-    assert way[-1][0] == -1
-    torch.testing.assert_close(way[-1][1], way[-1][2])
+    way = walk(ddim.sample(net, alpha_bar, ddim.subsequence(100, 5), SHAPE, seeds))
+    again = walk(ddim.sample(net, alpha_bar, ddim.subsequence(100, 5), SHAPE, seeds))
+    assert torch.equal(way[-1][0], again[-1][0])
+    assert len(way) == 5  # and the last t_prev is -1
+    torch.testing.assert_close(way[-1][0], way[-1][1])
 
 
 # ------------------------------------------------------------------------------ Gaussian data
@@ -152,10 +239,10 @@ def implicit(eta):
 @pytest.mark.parametrize(
     "walker, step_of",
     [
-        (ch1.sampler, ancestral),
-        (lambda *args: ddim.sampler(*args, eta=0.0), implicit(0.0)),
-        (lambda *args: ddim.sampler(*args, eta=0.6), implicit(0.6)),
-        (lambda *args: ddim.sampler(*args, eta=1.0), implicit(1.0)),
+        (ch1.sample, ancestral),
+        (lambda *args: ddim.sample(*args, eta=0.0), implicit(0.0)),
+        (lambda *args: ddim.sample(*args, eta=0.6), implicit(0.6)),
+        (lambda *args: ddim.sample(*args, eta=1.0), implicit(1.0)),
     ],
     ids=["ancestral", "ddim-0", "ddim-0.6", "ddim-1"],
 )
@@ -163,7 +250,7 @@ def test_gaussian_samples_obey_the_law_of_the_textbook_step(walker, step_of, ste
     alpha_bar = ch1.make_alpha_bar("linear", 400)
     pairs = ddim.subsequence(400, steps)
     net, n = Gaussian(alpha_bar), 1000 * 32
-    *_, (_, x, _) = walker(net, alpha_bar, pairs, (2, 4, 8), torch.arange(1000))
+    *_, (x, _) = walker(net, alpha_bar, pairs, (2, 4, 8), torch.arange(1000))
     points = x.double().permute(0, 2, 3, 1).reshape(n, 2)
     mean, cov = law(alpha_bar, pairs, step_of)
     assert ((points.mean(0) - mean).abs() < 4.5 * (cov.diag() / n).sqrt()).all()
@@ -182,80 +269,27 @@ def test_that_law_converges_to_the_data_at_first_order(step_of):
         assert after[1] / before[1] == pytest.approx(0.5, abs=0.05), errors
 
 
-@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpmpp", 2), ("heun", 2)])
-def test_global_error_falls_with_the_order(sampler, order):
+def test_global_error_falls_with_the_order():
     """Against the ODE's solution, over a chain of even log SNR, before the last, denoising step."""
     alpha_bar = torch.sigmoid(2 * torch.linspace(3, -3, 481, dtype=torch.float64))
     generator, errors = torch.Generator().manual_seed(0), []
     x = torch.randn(20, 2, 2, 2, dtype=torch.float64, generator=generator)
     for steps in (61, 121, 241):
-        way = ddim.walk(
-            Gaussian(alpha_bar),
-            alpha_bar,
-            ddim.subsequence(481, steps),
-            x,
-            sampler=sampler,
-            clip=False,
-        )
-        *_, (t_prev, end, _), _ = way
-        assert t_prev == 0
+        pairs = ddim.subsequence(481, steps)
+        assert pairs[-2][1] == 0
+        *_, (end, _), _ = ddim.decode(Gaussian(alpha_bar), alpha_bar, pairs, x, clip=False)
         errors.append((end - flow(x, alpha_bar[-1], alpha_bar[0])).abs().max().item())
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
-    assert orders == pytest.approx([order] * 2, abs=0.12), (orders, errors)
-
-
-def test_heun_is_the_textbook_step_for_u_over_s(net):
-    """u = x / sqrt(1 - a), du/ds = x0_hat, s = sqrt(a / (1 - a)): Heun's method, in float64."""
-    alpha_bar, seeds = ch1.make_alpha_bar("cosine", 100), torch.tensor([3, 9])
-    pairs, y = ddim.subsequence(100, 6), torch.tensor([0, 2])
-
-    def slope(x, t):
-        a = alpha_bar[t]
-        with torch.no_grad():
-            eps_hat = net(x.float(), torch.full((2,), t), y).double()
-        return ((x - (1 - a).sqrt() * eps_hat) / a.sqrt()).clamp(-1, 1)
-
-    x = gaussian((2, *SHAPE), seeds, -1, "cpu").double()
-    steps = walk(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, y, sampler="heun"))
-    for (t, t_prev), (_, x_prev, x0_hat) in zip(pairs[:-1], steps, strict=False):
-        a, a_prev = alpha_bar[t], alpha_bar[t_prev]
-        h = (a_prev / (1 - a_prev)).sqrt() - (a / (1 - a)).sqrt()
-        first, u = slope(x, t), x / (1 - a).sqrt()
-        second = slope((u + h * first) * (1 - a_prev).sqrt(), t_prev)
-        expected = (u + h * (first + second) / 2) * (1 - a_prev).sqrt()
-        torch.testing.assert_close(x_prev.double(), expected, atol=1e-4, rtol=0)
-        torch.testing.assert_close(x0_hat.double(), (first + second) / 2, atol=1e-3, rtol=0)
-        x = x_prev.double()
-    torch.testing.assert_close(steps[-1][1].double(), slope(x, 0), atol=1e-4, rtol=0)
+    assert orders == pytest.approx([1] * 2, abs=0.12), (orders, errors)
 
 
 # --------------------------------------------------------------- guidance, seeds, whole pictures
 
 
-@pytest.mark.parametrize("sampler", ddim.SAMPLERS)
-def test_all_samplers_start_at_the_same_noise_and_count_their_evaluations(net, sampler):
-    seen, shown = [], []
-
-    def look(module, inputs, output):
-        seen.append(inputs[0][:3].clone())
-        shown.append(len(inputs[0]))
-
-    alpha_bar, pairs = ch1.make_alpha_bar("linear", 50), ddim.subsequence(50, 4)
-    seeds, y = torch.tensor([7, 8, 10**12]), torch.tensor([0, 1, 2])
-    with net.register_forward_hook(look):
-        for w in (0.0, 1.5):
-            seen.clear(), shown.clear()
-            walk(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, y, sampler=sampler, guidance=w))
-            assert torch.equal(seen[0], gaussian((3, *SHAPE), seeds, -1, "cpu"))
-            assert sum(shown) == 3 * ddim.evaluations(sampler, 4, w != 0)
-    with pytest.raises(ValueError, match="must be one of ddim, dpmpp, heun, ddpm"):
-        next(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, sampler="euler"))
-
-
-@pytest.mark.parametrize("w, batch", [(0.0, 4), (1.5, 8), (-1.0, 8)])
+@pytest.mark.parametrize("w, batch", [(0.0, 4), (1.5, 8), (-1.0, 4)])
 def test_guidance_costs_one_forward_and_is_the_formula(w, batch):
     torch.manual_seed(0)
-    net = ch1.make_net(ch1.Config(width=16, mult=(1, 2), attention=(4,)), SHAPE, 3).eval()
+    net = ch1.UNet(SHAPE, 3, small()).eval()
     for p in net.parameters():  # open the layers that start at zero, and let labels matter
         torch.nn.init.normal_(p, std=0.15)
     torch.nn.init.normal_(net.label.weight, std=5.0)
@@ -263,7 +297,7 @@ def test_guidance_costs_one_forward_and_is_the_formula(w, batch):
     hook = net.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
     alpha_bar, pairs = ch1.make_alpha_bar("linear", 50), [(12, 6), (6, 2), (2, -1)]
     seeds, y = torch.arange(4), torch.tensor([0, 1, 2, 0])
-    steps = walk(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, y, guidance=w))
+    steps = walk(ddim.sample(net, alpha_bar, pairs, SHAPE, seeds, y, w))
     hook.remove()
     assert seen == [batch] * 3
 
@@ -274,17 +308,17 @@ def test_guidance_costs_one_forward_and_is_the_formula(w, batch):
     eps_hat = (1 + w) * with_label - w * without
     guess = ((x - (1 - a).sqrt() * eps_hat) / a.sqrt()).float().clamp(-1, 1)
     assert (guess.abs() < 1).float().mean() > 0.2  # clipping does not hide all
-    torch.testing.assert_close(steps[0][2], guess, atol=1e-4, rtol=0)
+    torch.testing.assert_close(steps[0][1], guess, atol=1e-4, rtol=0)
     if w == -1:
-        unconditional = walk(ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds))
-        torch.testing.assert_close(steps[-1][1], unconditional[-1][1], atol=1e-4, rtol=0)
+        unconditional = walk(ddim.sample(net, alpha_bar, pairs, SHAPE, seeds))
+        torch.testing.assert_close(steps[-1][0], unconditional[-1][0], atol=1e-4, rtol=0)
 
 
 def test_a_sample_does_not_depend_on_its_batch(net):
     alpha_bar, pairs = ch1.make_alpha_bar("linear", 50), ddim.subsequence(50, 5)
     seeds, y = torch.arange(20), torch.arange(20) % 3
-    *_, (_, many, _) = ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, y, eta=0.7)
-    *_, (_, one, _) = ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds[17:18], y[17:18], eta=0.7)
+    *_, (many, _) = ddim.sample(net, alpha_bar, pairs, SHAPE, seeds, y, eta=0.7)
+    *_, (one, _) = ddim.sample(net, alpha_bar, pairs, SHAPE, seeds[17:18], y[17:18], eta=0.7)
     torch.testing.assert_close(one[0], many[17], atol=1e-5, rtol=0)
     assert (many[1:] - many[:1]).abs().amax(dim=(1, 2, 3)).min() > 0.1
 
@@ -295,18 +329,18 @@ def test_fresh_noise_is_used_only_with_eta(net):
 
     def end(eta, step_seeds):
         seeds = torch.arange(2)
-        way = ddim.sampler(net, alpha_bar, pairs, SHAPE, seeds, eta=eta)
+        way = ddim.sample(net, alpha_bar, pairs, SHAPE, seeds, eta=eta)
         next(way)
         seeds += step_seeds  # in place: the sampler holds this tensor
-        *_, (_, x, _) = way
+        *_, (x, _) = way
         return x
 
     assert torch.equal(end(0.0, 0), end(0.0, 100))
     assert (end(0.5, 0) - end(0.5, 100)).abs().max() > 0.01
 
 
-def checkpoint(net, folder, conditional=True):
-    cfg = ch1.Config(width=16, mult=(1, 2), attention=(4,), timesteps=50, conditional=conditional)
+def checkpoint(net, folder, class_cond=True):
+    cfg = small(schedule="cosine", timesteps=50, class_cond=class_cond)
     folder.mkdir()
     state = {
         "script": "ddpm_pixel",
@@ -321,29 +355,61 @@ def checkpoint(net, folder, conditional=True):
 
 
 def test_files_are_those_of_chapter_1_and_the_film_ends_in_them(net, tmp_path):
+    """The loop of ddpm_pixel.py with the row of this chapter draws what --sample draws."""
     path = checkpoint(net, tmp_path / "run")
     common = {"n": 10, "sample_steps": 7, "eta": 0.3, "guidance": 0.5, "batch_size": 4, "gpus": 0}
     ours = ddim.Config(sample=path, out=str(tmp_path / "2"), classes="b,c", gif=True, **common)
-    ddim.sample(ours, World())
+    ddim.sample_checkpoint(ours, World())
     two, labels = np.load(tmp_path / "2" / "samples.npz"), torch.tensor([1, 2] * 5)
     assert two["arr_1"].tolist() == labels.tolist()
-    chapter1 = ch1.Config(timesteps=50, sampler="ddim", **common)
-    one = ch1.draw(net, chapter1, World(), SHAPE, labels, torch.arange(10))
+    alpha_bar, pairs = ch1.make_alpha_bar("cosine", 50), ddim.subsequence(50, 7)
+    how = {"w": 0.5, "make_row": partial(ddim.ddim_row, eta=0.3)}
+    chapter1 = partial(ch1.sample, net, alpha_bar, pairs, SHAPE, **how)
+    one = World().draw(chapter1, torch.arange(10), labels, 4, 7)
     assert np.abs(one.numpy().astype(int) - two["arr_0"]).max() <= 1
     assert (tmp_path / "2" / "reverse.gif").exists() and (tmp_path / "2" / "reverse.png").exists()
 
-    pairs, seeds, y = ddim.subsequence(50, 7), torch.arange(8), torch.tensor([1, 2] * 4)
-    way = ddim.film(net, ch1.make_alpha_bar("cosine", 50), pairs, ours, SHAPE, y, seeds, frames=4)
-    assert len(way) == 4 and way[0].shape == (16, 8, 8, 1)
+    way = World().frames(chapter1, torch.arange(8), labels)
+    assert len(way) == 7 and way[0].shape == (16, 8, 8, 1)
     guess = way[-1][8:].numpy().astype(int)  # the last step returns its guess
     assert np.abs(guess - two["arr_0"][:8]).max() <= 1
 
 
 def test_labels_cannot_be_asked_of_a_network_without(tmp_path):
-    cfg = ch1.Config(width=16, mult=(1, 2), attention=(4,))
-    path = checkpoint(ch1.make_net(cfg, SHAPE, 0), tmp_path / "run", conditional=False)
-    for asked in ({"classes": "a"}, {"guidance": 1.0}):
-        with pytest.raises(BadInput, match="without labels"):
-            ddim.sample(ddim.Config(sample=path, gpus=0, **asked), World())
-    ddim.sample(ddim.Config(sample=path, gpus=0, n=2, sample_steps=2), World())
+    path = checkpoint(ch1.UNet(SHAPE, 0, small()), tmp_path / "run", class_cond=False)
+    for asked, told in (({"classes": "a"}, "no class"), ({"guidance": 1.0}, "knows no labels")):
+        with pytest.raises(BadInput, match=told):
+            ddim.sample_checkpoint(ddim.Config(sample=path, n=2, gpus=0, **asked), World())
+    ddim.sample_checkpoint(ddim.Config(sample=path, gpus=0, n=2, sample_steps=2), World())
     assert np.load(tmp_path / "run" / "samples.npz").files == ["arr_0"]
+
+
+def test_networks_of_improved_ddpm_are_sampled_whatever_their_variance(tmp_path):
+    """The second half of their channels has no say in x0_hat: without it, the same images."""
+    cfg = improved_ddpm.Config(**SIZES, schedule="linear", timesteps=50, num_heads=1)
+    torch.manual_seed(0)
+    net = improved_ddpm.make_net(cfg, SHAPE, 3).eval()
+    torch.nn.init.normal_(net.conv_out.weight, std=0.05)
+    state = {
+        "script": "improved_ddpm",
+        "config": asdict(cfg),
+        "step": 1,
+        "ema": net.state_dict(),
+        "shape": list(SHAPE),
+        "class_names": ["a", "b", "c"],
+    }
+    torch.save(state, tmp_path / "ckpt.pt")
+    asked = {"n": 4, "sample_steps": 5, "guidance": 0.5, "gpus": 0}
+    ddim.sample_checkpoint(ddim.Config(sample=str(tmp_path / "ckpt.pt"), **asked), World())
+
+    class Half(torch.nn.Module):
+        null = net.null
+
+        def forward(self, x, t, y=None):
+            return net(x, t, y)[:, : x.shape[1]]
+
+    alpha_bar, pairs = ch1.make_alpha_bar("linear", 50), ddim.subsequence(50, 5)
+    seeds, y = torch.arange(4), torch.tensor([0, 1, 2, 0])
+    *_, (x, _) = ddim.sample(Half(), alpha_bar, pairs, SHAPE, seeds, y, 0.5)
+    found = np.load(tmp_path / "samples.npz")["arr_0"].astype(int)
+    assert np.abs(to_uint8(x).numpy() - found).max() <= 1 and found.std() > 20

@@ -2,7 +2,7 @@
 
 from runtime.pictures import tile
 from runtime.processes import World
-from runtime.training import read_log
+from runtime.files import read_log
 
 import json
 from dataclasses import asdict, replace

@@ -1,320 +1,208 @@
-"""eval_fid.py as a program, on a small folder of drawn digits."""
+"""eval_fid.py: statistics, Fréchet distance and inception score, where the answer is known.
 
-from runtime.commandline import entry
+Against published programs: tests/evaluation/test_references.py. The command:
+test_eval_fid_command.py; within training: test_evaluator.py.
+"""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from runtime.commandline import BadInput
+
+import math
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from reference_metrics import random_weights
+import scipy.linalg
 
-import eval_fid
-from evaluation.metrics import statistics
-from image_data import datasets
-from networks import inception
+from eval_fid import frechet_distance, inception_score, statistics
+from tests.cases.frechet import of_features
 
-ROOT = Path(__file__).parents[2]
-STEPS = "60"
-
-# -------------------------------------------------------------- a small data set, and the program
+# ----------------------------------------------------------------------------------- the statistics
 
 
-def drawn_digits(n, seed, size=16):
-    """Digits 0..3 at random places, with noise: uint8 (n, size, size, 1), labels i % 4."""
-    rng, font, images = np.random.default_rng(seed), ImageFont.load_default(size=14), []
-    for i in range(n):
-        image = Image.new("L", (size, size))
-        place = tuple(rng.integers(2, 6, 2) - (0, 3))
-        ImageDraw.Draw(image).text(place, str(i % 4), fill=int(rng.integers(150, 256)), font=font)
-        images.append(np.clip(np.asarray(image) + rng.normal(0, 8, (size, size)), 0, 255))
-    return np.stack(images).astype(np.uint8)[..., None], np.arange(n) % 4
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_streamed_moments_equal_numpy(chunk):
+    rng = np.random.default_rng(5)
+    rows = (100 + rng.normal(size=(501, 9)) @ rng.normal(size=(9, 9))).astype(np.float32)
+    mu, sigma = statistics(rows, chunk)
+    exact = rows.astype(np.float64)
+    np.testing.assert_allclose(mu, exact.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(exact, rowvar=False), rtol=1e-9, atol=1e-10)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with the data set `digits` (train, test), a flat folder, and samples as .npz."""
-    home = tmp_path_factory.mktemp("eval")
-    for split, n, seed in (("train", 400, 0), ("test", 200, 1)):
-        for i, (image, label) in enumerate(zip(*drawn_digits(n, seed), strict=True)):
-            path = home / "digits" / split / str(label) / f"{i:04}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image[:, :, 0]).save(path)
-    images, labels = drawn_digits(300, 2)
-    np.savez(home / "samples.npz", images, labels)
-    np.savez(home / "unlabelled.npz", images)
-    np.savez(home / "large.npz", drawn_digits(20, 3, size=20)[0])
-    np.savez(home / "colour.npz", images.repeat(3, axis=3))
-    np.savez(home / "float.npz", images / 255)
-    np.savez(home / "labels.npz", images, labels + 7)
-    np.savez(home / "other.npz", x=images)
-    (home / "torn.npz").write_bytes((home / "samples.npz").read_bytes()[:5000])
-    (home / "flat").mkdir()
-    for i, image in enumerate(images[:40]):
-        Image.fromarray(image[:, :, 0]).save(home / "flat" / f"{i}.png")
-    return home
+# ----------------------------------------------------------------------------- the Fréchet distance
 
 
-@pytest.fixture
-def evaluate(home, monkeypatch, capsys):
-    """evaluate(*args) runs the program in this process: its JSON object and its stderr."""
-
-    def run(*args, steps=STEPS):
-        command = [*args, "--data-root", str(home / "root"), "--classifier-steps", steps]
-        monkeypatch.setattr(sys, "argv", ["eval_fid.py", *map(str, command)])
-        monkeypatch.chdir(home)
-        entry(eval_fid.main)
-        out, err = capsys.readouterr()
-        return json.loads(out.splitlines()[-1]), err
-
-    return run
+METHODS = pytest.mark.parametrize("method", ["eigen", "sqrtm"])
 
 
-def test_samples_against_a_data_set(evaluate):
-    result, err = evaluate("samples.npz", "digits")
-    assert result["n_generated"] == 300 and result["n_reference"] == 200
-    assert result["class_accuracy"] > 0.97 and result["classifier_test_accuracy"] > 0.97
-    assert result["feature_hash"] in result["features"] and "digits" in result["features"]
-    assert 0 < result["frechet"] < 1
-    assert "samples.npz has N = 300 images, fewer than 2,048" in err
-    assert "biased upward with few samples" in err and "does not exceed" not in err
+def random_covariance(rng, d, rank=None):
+    a = rng.normal(size=(d, rank or 2 * d))
+    return a @ a.T / a.shape[1]
 
 
-def test_a_set_is_at_distance_zero_from_itself(evaluate):
-    result, _ = evaluate("digits:train", "digits:train")
-    assert result["frechet"] == pytest.approx(0, abs=1e-6)
-    assert result["n_generated"] == 400
+@METHODS
+@pytest.mark.parametrize("rank", [None, 40])
+def test_equal_statistics_are_at_distance_zero(method, rank):
+    rng = np.random.default_rng(0)
+    mu, sigma = rng.normal(size=128), random_covariance(rng, 128, rank)
+    bound = (1e-9 if method == "sqrtm" and rank is None else 1e-5) * np.trace(sigma)
+    bound = 1e-13 * np.trace(sigma) if method == "eigen" else bound  # no square root of rounding
+    assert 0 <= frechet_distance(mu, sigma, mu, sigma, method=method) <= bound
 
 
-def test_distance_grows_with_noise(evaluate, home):
-    images, _ = drawn_digits(300, 4)
-    distances = []
-    for level in (0, 20, 60, 150):
-        noise = np.random.default_rng(5).normal(0, level, images.shape)
-        np.savez(home / "noisy.npz", np.clip(images + noise, 0, 255).astype(np.uint8))
-        distances.append(evaluate("noisy.npz", "digits")[0]["frechet"])
-    assert all(3 * less < more for less, more in zip(distances, distances[1:], strict=False))
+@METHODS
+def test_a_shifted_mean_costs_its_squared_length(method):
+    rng = np.random.default_rng(1)
+    sigma, shift = random_covariance(rng, 20), rng.normal(size=20)
+    got = frechet_distance(np.zeros(20), sigma, shift, sigma, method=method)
+    assert got == pytest.approx((shift**2).sum(), rel=1e-9)
 
 
-def test_wrong_labels_are_found_wrong(evaluate, home):
-    images, labels = drawn_digits(300, 6)
-    np.savez(home / "asked.npz", images, np.random.default_rng(0).permutation(labels))
-    assert evaluate("asked.npz", "digits")[0]["class_accuracy"] == pytest.approx(0.25, abs=0.1)
-    np.savez(home / "asked.npz", images, (labels + 1) % 4)
-    assert evaluate("asked.npz", "digits")[0]["class_accuracy"] < 0.03
+@METHODS
+def test_one_dimension(method):
+    # Two normal distributions on a line: (m1 - m2)² + (s1 - s2)².
+    got = frechet_distance([1.0], [[4.0]], [-2.0], [[0.25]], method=method)
+    assert got == pytest.approx(3.0**2 + (2.0 - 0.5) ** 2, rel=1e-12)
 
 
-def test_no_labels_no_accuracy(evaluate, home):
-    result, err = evaluate("flat", "unlabelled.npz", "--data", "digits")
-    assert result["class_accuracy"] is None and result["n_generated"] == 40
-    assert "flat: N = 40 does not exceed the 128 features" in err
+@METHODS
+def test_diagonal_covariances(method):
+    rng = np.random.default_rng(2)
+    s1, s2 = rng.uniform(0.1, 3, (2, 50))
+    zero = np.zeros(50)
+    got = frechet_distance(zero, np.diag(s1**2), zero, np.diag(s2**2), method=method)
+    assert got == pytest.approx(((s1 - s2) ** 2).sum(), rel=1e-9)
 
 
-def test_saved_statistics_give_the_distance_of_their_images(evaluate):
-    direct, _ = evaluate("samples.npz", "digits")
-    saved, _ = evaluate("stats", "digits", "--out", "digits.npz")
-    assert saved["n"] == 200 and saved["feature_hash"] == direct["feature_hash"]
-    result, _ = evaluate("samples.npz", "digits.npz", "--data", "digits", "--json", "eval.json")
-    for key in ("frechet", "n_generated", "n_reference", "features", "class_accuracy"):
-        assert result[key] == direct[key]
-    assert json.loads(Path("eval.json").read_text()) == result
-
-
-def test_foreign_statistics_are_used_with_a_warning(evaluate, home):
-    np.savez(home / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
-    np.savez(home / "b.npz", mu=np.full(3, 2.0), sigma=4 * np.eye(3))
-    result, err = evaluate("a.npz", "b.npz")
-    assert result["frechet"] == pytest.approx(3 * 4 + 3 * 1)
-    assert result["n_generated"] is None and "does not say which features" in err
-
-
-def test_every_figure_by_command_and_the_closest_pairs_drawn(evaluate, home):
-    result, _ = evaluate("samples.npz", "digits", "--metrics", "all")
-    low, high = result["frechet_interval"]
-    assert low < result["frechet"] < high and 0 < result["frechet_error"] < result["frechet"]
-    assert 3 < result["inception_score"] < 4 and result["kid_error"] > 0
-    assert min(result[key] for key in ("precision", "recall", "density", "coverage")) > 0.2
-    assert result["class_frechet_each"].keys() == set("0123")
-    assert result["memorisation_copies"] == 0 and 0.3 < result["memorisation_share"] < 0.7
-    assert (home / "samples-nearest.png").stat().st_size > 5000
-    np.savez(
-        home / "copies.npz", np.asarray(datasets.load(str(home / "digits"), home / "root").images)
-    )
-    caught, _ = evaluate("copies.npz", "digits", "--metrics", "all")
-    assert caught["memorisation_copies"] == 400 and caught["memorisation_p"] < 1e-9
-
-
-def test_images_sorted_by_class_have_the_same_inception_score(evaluate, home):
-    with np.load(home / "samples.npz") as held:
-        images, labels = held["arr_0"], held["arr_1"]
-    order = np.argsort(labels, kind="stable")
-    np.savez(home / "sorted.npz", images[order], labels[order])
-    mixed, sorted_ = (evaluate(f, "digits")[0] for f in ("samples.npz", "sorted.npz"))
-    assert sorted_["inception_score"] == pytest.approx(mixed["inception_score"], rel=0.03)
-    assert sorted_["class_accuracy"] == mixed["class_accuracy"]
-
-
-def test_training_images_are_no_held_out_ones_also_where_some_are_drawn(evaluate):
-    flags = ["--metrics", "memorisation"]
-    for n in ([], ["--n", "100"]):
-        result, err = evaluate("samples.npz", "digits:train", *flags, *n)
-        assert "no held-out images" in err and "memorisation_p" not in result
-
-
-def test_one_class_is_compared_with_that_class_by_the_network_of_all(evaluate, home):
-    with np.load(home / "samples.npz") as held:
-        threes = held["arr_0"][held["arr_1"] == 3]
-    np.savez(home / "threes.npz", threes, np.zeros(len(threes), np.int64))
-    result, _ = evaluate("threes.npz", "digits", "--classes", "3")
-    whole, _ = evaluate("samples.npz", "digits")
-    assert result["feature_hash"] == whole["feature_hash"] and result["n_reference"] == 50
-    assert result["class_accuracy"] > 0.9 and result["frechet"] < 1
-    wrong, _ = evaluate("threes.npz", "digits", "--classes", "1")
-    assert wrong["class_accuracy"] < 0.1 and wrong["frechet"] > 3 * result["frechet"]
-
-
-def test_the_slow_square_root_gives_the_same_distance(evaluate):
-    fast, _ = evaluate("samples.npz", "digits", "--metrics", "frechet")
-    slow, _ = evaluate("samples.npz", "digits", "--metrics", "frechet", "--sqrtm")
-    assert slow["frechet"] == pytest.approx(fast["frechet"], rel=1e-6)
-    assert "kid" not in fast
-
-
-@pytest.fixture(scope="module")
-def weights(home):
-    """A file of Inception weights in the published layout."""
-    torch.save(random_weights(0), home / "weights.pth")
-    return home / "weights.pth"
-
-
-def test_inception_by_command_and_the_adm_layout(evaluate, home, weights):
-    np.savez(home / "five.npz", drawn_digits(3, 7)[0])
-    np.savez(home / "real.npz", *drawn_digits(3, 8))
-    flags = ["--features", "inception", "--weights", weights, "--metrics", "frechet", "--resize"]
-    result, err = evaluate("five.npz", "real.npz", *flags, "tf1")
-    assert "resize tf1" in result["features"] and result["class_accuracy"] is None
-    assert "N = 3 does not exceed the 2048 features" in err
-    evaluate("stats", "real.npz", *flags, "tf1", "--layout", "adm", "--out", "adm.npz")
-    extractor = inception.load(str(weights), resize="tf1")
-    with np.load(home / "adm.npz") as saved:
-        feats, _, spatial = extractor(torch.from_numpy(saved["arr_0"]), spatial=True)
-        for suffix, rows in (("", feats.numpy()), ("_s", spatial.numpy())):
-            mu, sigma = statistics(rows)
-            np.testing.assert_allclose(saved[f"mu{suffix}"], mu, atol=1e-5)
-            np.testing.assert_allclose(saved[f"sigma{suffix}"], sigma, atol=1e-5)
-        assert list(saved["arr_1"]) == [0, 1, 2]
-    again, _ = evaluate("five.npz", "adm.npz", *flags, "tf1")
-    assert again["frechet"] == pytest.approx(result["frechet"], rel=1e-6)
-    with pytest.raises(SystemExit) as stop:  # statistics of another protocol
-        evaluate("five.npz", "adm.npz", *flags, "clean")
-    assert stop.value.code == 2
-
-
-def test_n_draws_the_same_images_for_the_same_seed(evaluate):
-    one, again, other = (
-        evaluate("samples.npz", "digits", "--n", "150", "--batch-size", size)[0]
-        for size in ("256", "256", "31")
-    )
-    assert one["n_generated"] == one["n_reference"] == 150
-    assert one == again
-    assert other["frechet"] == pytest.approx(one["frechet"], rel=1e-3)
-
-
-def test_the_classifier_is_kept_and_a_broken_one_is_replaced(evaluate, home):
-    train = datasets.load(str(home / "digits"), home / "root", split="train")
-    path = home / "root" / f"classifier-{train.key}-5-0.pt"
-    first, _ = evaluate("samples.npz", "digits", steps="5")
-    written = path.stat().st_mtime_ns
-    second, err = evaluate("samples.npz", "digits", steps="5")
-    assert path.stat().st_mtime_ns == written and "training" not in err and second == first
-    half = path.read_bytes()[: path.stat().st_size // 2]
-    for broken in (half, b"", b"not a checkpoint"):
-        path.write_bytes(broken)
-        again, err = evaluate("samples.npz", "digits", steps="5")
-        assert "warning" in err and path.name in err
-        assert again["feature_hash"] == first["feature_hash"]  # trained to the same weights
-    torch.save({"net": {}}, path)
-    assert path.name in evaluate("samples.npz", "digits", steps="5")[1]
-    assert list(path.parent.glob("*.tmp*")) == []
-
-
-def test_other_settings_train_another_classifier(evaluate):
-    first, _ = evaluate("stats", "digits", "--out", "first.npz")
-    with pytest.raises(SystemExit) as stop:
-        evaluate("samples.npz", "first.npz", "--data", "digits", steps="20")
-    assert stop.value.code == 2
-    other, _ = evaluate("samples.npz", "digits", "--seed", "1", steps="20")
-    assert other["feature_hash"] != first["feature_hash"]
+@pytest.mark.parametrize("digits", [2, 6, 10, 14])
+def test_covariances_that_commute_however_badly_conditioned(digits):
+    # With one set of eigenvectors the distance is Σ (√λ − √λ_w)².
+    rng, d = np.random.default_rng(3), 200
+    axes, _ = np.linalg.qr(rng.normal(size=(d, d)))
+    values = 10 * np.logspace(0, -digits, d)
+    others = 1.05 * values
+    sigma, sigma_w = ((axes * v) @ axes.T for v in (values, others))
+    got = frechet_distance(np.zeros(d), sigma, np.zeros(d), sigma_w)
+    assert got == pytest.approx(((values**0.5 - others**0.5) ** 2).sum(), rel=1e-7)
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["large.npz", "digits"], ["large.npz", "20x20x1", "16x16x1", "--size"]),
-        (["colour.npz", "digits"], ["colour.npz", "16x16x3", "16x16x1"]),
-        (["missing.npz", "digits"], ["missing.npz", "no such file"]),
-        (["torn.npz", "digits"], ["torn.npz", "not a readable"]),
-        (["float.npz", "digits"], ["float.npz", "float64", "uint8 (N, H, W, C)"]),
-        (["other.npz", "digits"], ["other.npz", "arr_0"]),
-        (["labels.npz", "digits"], ["labels.npz", "7 to 10", "0 to 3"]),
-        (["samples.npz", "nowhere"], ["nowhere"]),
-        (["samples.npz", "flat"], ["flat", "no classes", "--data"]),
-        (["samples.npz", "unlabelled.npz"], ["unlabelled.npz", "--data"]),
-        (["samples.npz", "digits", "--n", "301"], ["--n 301", "200"]),
-        (["samples.npz", "digits", "--n", "-1"], ["--n", "-1"]),
-        (["samples.npz", "digits", "--n", "1"], ["at least 2"]),
-        (["samples.npz", "digits", "--batch-size", "0"], ["--batch-size"]),
-        (["samples.npz", "digits", "--gpus", "99"], ["--gpus 99"]),
-        (["samples.npz", "digits", "--out", "x.npz"], ["--out", "stats"]),
-        (["samples.npz"], ["samples.npz", "A B"]),
-        (["samples.npz", "digits", "--seed", "-1"], ["--seed"]),
-        (["samples.npz", "digits", "--weights", "w"], ["--weights", "--features inception"]),
-        (["samples.npz", "digits", "--sample-args=--n 2"], ["--sample-args", "checkpoint"]),
-        (["samples.npz", "digits", "--json", "flat"], ["flat", "folder"]),
-        (["samples.npz", "digits", "--metrics", "fid"], ["--metrics fid", "frechet, is"]),
-        (["samples.npz", "digits", "--features", "inception", "--weights", "w"], ["w: no such"]),
-        (["stats", "digits", "--out", "x.npz", "--layout", "adm"], ["--features inception"]),
-        (["samples.npz", "digits", "--resize", "nearest"], ["--resize", "tf1"]),
-        (["stats", "digits"], ["--out"]),
-        (["samples.npz", "digits", "--sise", "16"], ["--sise", "--size"]),
-    ],
+    ("n", "m", "d"), [(300, 400, 2), (300, 400, 17), (500, 300, 128), (40, 300, 128), (40, 50, 128)]
 )
-def test_bad_input_is_one_line(args, words, evaluate, home, capsys):
-    for split in ("train", "test"):  # prepared before, so that nothing else is said
-        datasets.load(str(home / "flat"), home / "root", split=split)
-    evaluate("samples.npz", "digits", "--metrics", "frechet")
-    with pytest.raises(SystemExit) as stop:
-        evaluate(*args)
-    err = capsys.readouterr().err
-    lines = [line for line in err.splitlines() if line]
-    assert stop.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
-    for word in words:
-        assert word in lines[0]
+def test_features_fewer_and_more_than_their_number(n, m, d):
+    rng = np.random.default_rng(d)
+    scale = np.arange(1, d + 1) ** -0.7
+    x, y = rng.normal(size=(n, d)) * scale, 0.1 + 0.9 * rng.normal(size=(m, d)) * scale[::-1]
+    sides = [*statistics(x), *statistics(y)]
+    expected = of_features(x, y)
+    assert frechet_distance(*sides) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(*sides[2:], *sides[:2]) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(*sides, method="sqrtm") == pytest.approx(expected, rel=1e-6)
 
 
-def test_as_a_program(home):
-    """What the chapters do: a subprocess, its last line, its exit code."""
-    command = [sys.executable, str(ROOT / "eval_fid.py"), "samples.npz"]
-    options = ["--data-root", "root", "--classifier-steps", STEPS]
-    run = subprocess.run([*command, "digits:test", *options], cwd=home, capture_output=True)
-    assert run.returncode == 0, run.stderr.decode()
-    result = json.loads(run.stdout.decode().splitlines()[-1])
-    assert {
-        "frechet",
-        "class_accuracy",
-        "n_generated",
-        "n_reference",
-        "features",
-        "feature_hash",
-        "classifier_test_accuracy",
-        "a",
-        "b",
-    } <= result.keys()
-    run = subprocess.run([*command, "nowhere.npz", *options], cwd=home, capture_output=True)
-    assert run.returncode == 2
-    assert run.stderr.decode() == "error: nowhere.npz: no such file\n"
+@pytest.mark.parametrize("seed", range(3))
+def test_nearly_equal_sets_of_fewer_images_than_features(seed):
+    """A distance so small that squared singular values would be off by 0.01 to 2 %."""
+    rng, d = np.random.default_rng(seed), 300
+    scale = np.arange(1, d + 1) ** -2.0
+    x = rng.normal(size=(150, d)) * scale
+    y = x + 0.01 * rng.normal(size=(150, d)) * scale
+    got = frechet_distance(*statistics(x), *statistics(y))
+    assert got == pytest.approx(of_features(x, y), rel=1e-6)
+
+
+def test_statistics_kept_in_float32():
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(2, 60, 100))
+    sides = [v.astype(np.float32) for v in (*statistics(x), *statistics(y))]
+    assert np.linalg.eigvalsh(sides[1].astype(np.float64)).min() < -1e-9  # of rank 59
+    assert frechet_distance(*sides) == pytest.approx(of_features(x, y), rel=1e-4)
+
+
+@METHODS
+@pytest.mark.parametrize("zeros", [1, 2])
+def test_a_covariance_of_zeros(method, zeros):
+    rng = np.random.default_rng(4)
+    sigma = random_covariance(rng, 8) * (zeros == 1)
+    zero = np.zeros(8)
+    got = frechet_distance(zero, np.zeros((8, 8)), zero, sigma, method=method)
+    assert got == pytest.approx(np.trace(sigma), rel=1e-9)
+
+
+def test_a_failed_square_root_is_tried_again_beside_the_singular_point(monkeypatch):
+    """Some versions of sqrtm answer an exactly singular matrix with NaN."""
+    plain = scipy.linalg.sqrtm
+
+    def fragile(a):
+        whole = np.linalg.matrix_rank(a, tol=1e-20) == len(a)
+        return plain(a) if whole else np.full_like(a, np.nan)
+
+    monkeypatch.setattr(scipy.linalg, "sqrtm", fragile)
+    sigma, zero = np.diag([4.0, 1.0, 0.0]), np.zeros(3)
+    got = frechet_distance(zero, sigma, zero, np.eye(3), method="sqrtm")
+    assert got == pytest.approx((2 - 1) ** 2 + 0 + 1, rel=1e-5)
+    monkeypatch.setattr(scipy.linalg, "sqrtm", lambda a: np.full_like(a, np.nan))
+    with pytest.raises(BadInput, match="eigen"):
+        frechet_distance(zero, sigma, zero, np.eye(3), method="sqrtm")
+
+
+@METHODS
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(
+    ("mu", "sigma", "word"),
+    [
+        (np.zeros(2), np.diag([1.0, -1.0]), "covariance"),
+        (np.zeros(2), np.diag([1.0, -1e-5]), "covariance"),
+        (np.zeros(2), np.diag([-1.0, -1e-9]), "covariance"),
+        (np.zeros(2), np.diag([1.0, np.nan]), "finite"),
+        (np.array([0, np.inf]), np.eye(2), "finite"),
+        (np.zeros(3), np.eye(3), "\\(d,\\)"),
+        (np.zeros(3), np.eye(2), "\\(d,\\)"),
+        (np.zeros((1, 2)), np.eye(2), "\\(d,\\)"),
+    ],
+    ids=["negative", "slightly", "all-negative", "nan", "inf", "other-d", "sigma-d", "mu-2d"],
+)
+def test_what_is_no_statistics_is_refused(mu, sigma, word, swap, method):
+    sides = [(mu, sigma), (np.zeros(2), np.diag([1.0, 0.0]))]
+    first, second = sides[::-1] if swap else sides
+    with pytest.raises(BadInput, match=word):
+        frechet_distance(*first, *second, method=method)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="eigen"):
+        frechet_distance([0.0], [[1.0]], [0.0], [[1.0]], method="fast")
+
+
+# ------------------------------------------------------------------------------ the inception score
+
+
+def test_logits_that_say_nothing_score_one():
+    assert inception_score(np.full((50, 7), 3.0)) == pytest.approx((1.0, 0.0), abs=1e-12)
+
+
+@pytest.mark.parametrize("sure", [60.0, 1e4])
+def test_all_classes_equally_often_score_their_number(sure):
+    logits = sure * np.eye(10)[np.arange(200) % 10]  # e⁻⁶⁰ is small, e⁻¹⁰⁰⁰⁰ is zero
+    assert inception_score(logits, splits=4) == pytest.approx((10.0, 0.0), abs=1e-9)
+
+
+def test_one_class_alone_scores_one_however_sure():
+    assert inception_score(1e4 * np.eye(10)[np.zeros(40, int)])[0] == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_score_in_closed_form_and_its_spread_over_the_parts():
+    # A half of the images is sure of class 0, a half of class 1 with odds 3 : 1.
+    logits = np.log([[1.0, 1e-300], [0.25, 0.75]])[np.arange(80) % 2]
+    p = np.array([0.625, 0.375])
+    score = math.exp((-math.log(p[0]) + 0.25 * math.log(0.25 / p[0]) + 0.75 * math.log(2)) / 2)
+    assert inception_score(logits, splits=2) == pytest.approx((score, 0.0), abs=1e-12)
+    halves = np.concatenate([logits, np.zeros((80, 2))])  # the second part scores 1
+    expected = ((score + 1) / 2, (score - 1) / 2)
+    assert inception_score(halves, splits=2) == pytest.approx(expected, rel=1e-12)
+
+
+def test_logits_that_cannot_be_scored_are_refused():
+    with pytest.raises(BadInput, match="10 images, got 9"):
+        inception_score(np.zeros((9, 3)))
+    with pytest.raises(BadInput, match="finite"):
+        inception_score(np.full((10, 3), np.nan))

@@ -1,7 +1,7 @@
 """ldm_cfg.py by command: what does not fit says so first, plans, autoencoders used again."""
 
-from runtime.run import load_checkpoint
-from runtime.training import read_log
+from runtime.checkpoints import load_checkpoint
+from runtime.files import read_log
 
 import shutil
 

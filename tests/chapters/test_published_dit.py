@@ -1,7 +1,7 @@
 """A published DiT becomes a checkpoint of chapter 3: the same images, or one line that says why."""
 
 from runtime.commandline import BadInput, parse_classes
-from runtime.run import load_checkpoint
+from runtime.checkpoints import load_checkpoint
 
 import json
 import sys

@@ -1,17 +1,12 @@
 """image_sets.py: files of images stay on the disk, broken ones are named, layouts are others'."""
 
 from runtime.commandline import BadInput
-from runtime.run import DamagedCheckpoint, load_checkpoint
 
-import json
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from launching import start_ranks, succeed
 from reference_metrics import import_references
 
 from evaluation import image_sets
@@ -174,62 +169,3 @@ def test_a_reference_file_of_the_adm_suite_is_images_with_statistics(pictures, t
     assert isinstance(found, Images) and len(found.images) == 50
     np.testing.assert_array_equal(found.statistics.sigma, sigma)
     assert found.statistics.n is None  # of how many images they are is not told
-
-
-# ------------------------------------------------------------------------------- checkpoints
-
-
-@pytest.fixture(scope="module")
-def checkpoint(toy, tiny, tmp_path_factory):
-    run = tmp_path_factory.mktemp("run")
-    flags = [*tiny["ddpm_pixel"], "--steps", "3", "--sample-every", "0"]
-    succeed("ddpm_pixel", *toy, *flags, "--out", run)
-    return run / "ckpt.pt"
-
-
-def test_a_checkpoint_is_its_samples_drawn_once(checkpoint):
-    script, settings = image_sets.checkpoint_settings(str(checkpoint))
-    assert script == "ddpm_pixel" and settings["steps"] == 3
-    flags = "--seeds '5-8' --sample-steps 2"
-    path = image_sets.sampled(checkpoint, script, 4, 0, flags)
-    with np.load(path) as samples:
-        assert samples["arr_0"].shape == (4, 16, 16, 1)
-    written = path.stat().st_mtime_ns
-    assert image_sets.sampled(checkpoint, script, 4, 0, flags) == path
-    assert path.stat().st_mtime_ns == written
-
-
-def test_two_processes_draw_samples_once_and_agree(checkpoint, toy, tmp_path):
-    flags = ["--n", "8", "--sample-args=--sample-steps 2", "--classifier-steps", "5"]
-    out = tmp_path / "found.json"
-    ranks = start_ranks("eval_fid", checkpoint, "--gpus", "0", *flags, "--json", out)
-    done = [rank.wait() for rank in ranks]
-    assert [d.code for d in done] == [0, 0], done[0].err + done[1].err
-    assert done[1].out == ""
-    both = json.loads(out.read_text())
-    alone = json.loads(succeed("eval_fid", checkpoint, "--gpus", "0", *flags).out.splitlines()[-1])
-    assert both["n_generated"] == 8 and both["b"] == f"{toy[1]}:test"
-    assert both["frechet"] == pytest.approx(alone["frechet"], rel=1e-5)
-
-
-def test_a_checkpoint_that_draws_nothing_is_refused(tmp_path, checkpoint):
-    torch.save({"script": "autoencoder", "config": {}}, tmp_path / "ae.pt")
-    with pytest.raises(BadInput, match=r"written by autoencoder.*ddpm_pixel\.py or ldm_cfg\.py"):
-        image_sets.checkpoint_settings(str(tmp_path / "ae.pt"))
-    with pytest.raises(BadInput, match="no samples of .*; the command was "):
-        image_sets.sampled(checkpoint, "ddpm_pixel", 4, 0, "--no-such-flag 1")
-    with pytest.raises(BadInput, match="no such file"):
-        image_sets.checkpoint_settings(str(tmp_path / "none.pt"))
-
-
-def test_of_a_mapped_checkpoint_only_what_is_asked_for_is_read(checkpoint, tmp_path):
-    expected = load_checkpoint(checkpoint)
-    found = load_checkpoint(checkpoint, mapped=True)
-    assert found.keys() == expected.keys() and found["config"] == expected["config"]
-    assert all(torch.equal(found["ema"][name], value) for name, value in expected["ema"].items())
-    maps = Path("/proc/self/maps")
-    assert not maps.exists() or str(checkpoint) in maps.read_text()
-    torn = tmp_path / "torn.pt"
-    torn.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(DamagedCheckpoint, match=r"torn\.pt is truncated"):
-        load_checkpoint(torn, mapped=True)

@@ -64,7 +64,8 @@ def test_reconstructions_and_samples_are_scored_and_told_in_a_line_each(run, cap
     assert out[1] == f"a table of {folder}/samples.npz" and out[2].startswith(f"{folder}/samples")
     asked = ["digits:test", "--data-root", "root", "--json", str(folder / "eval.json")]
     found = json.loads((folder / "eval.json").read_text())["flags"]
-    assert found == [*asked, "--gpus", "1", "--size", "16", "--classes", "3,7"]
+    asked += ["--gpus", "1", "--features", "classifier"]
+    assert found == [*asked, "--size", "16", "--classes", "3,7"]
 
 
 def test_a_figure_is_computed_again_only_for_newer_images(run):

@@ -1,6 +1,6 @@
 """The kernels as a GPU runs them, where there is one: right at every shape of the chapters.
 
-Without a GPU the interpreter (tests/interpreter) and the compiler (test_offline_*) stand in for it.
+Without a GPU the interpreter (tests/kernels/interpreter) and the compiler (test_offline_*) stand in for it.
 """
 
 import pytest
@@ -11,9 +11,9 @@ from kernels.dispatch import INTERPRET, use_kernels
 if INTERPRET or not torch.cuda.is_available() or not use_kernels(torch.empty(0, device="cuda")):
     pytest.skip("no GPU that takes the kernels", allow_module_level=True)
 
-from bench.cases import CASES
-from bench.measure import runs_kernel, verify
 from kernels import gaussian
+from tests.cases.kernel_cases import CASES
+from tests.cases.verify import runs_kernel, verify
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

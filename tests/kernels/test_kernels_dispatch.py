@@ -6,19 +6,19 @@ import sys
 import pytest
 import torch
 
-from kernels import attention, dispatch, group_norm_silu, sampling_table, sampling_update
+from kernels import Row, attention, dispatch, group_norm_silu, sampling_update
 from kernels.dispatch import INTERPRET, use_kernels
 
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # `import triton` raises ImportError
 import torch
-from kernels import attention, gaussian, group_norm_silu, sampling_table, sampling_update
+from kernels import Row, attention, gaussian, group_norm_silu, sampling_update
 x, seeds = torch.randn(2, 4, 3, 3), torch.tensor([1, 2])
 y = group_norm_silu(x, 2, torch.ones(4), torch.zeros(4))
 q = y.flatten(2).transpose(1, 2)[:, None]
-table = sampling_table(torch.tensor([0.9, 0.5], dtype=torch.float64), [(1, 0), (0, -1)])
-x_prev, x0_hat = sampling_update(x, y, table, 0, seeds=seeds)
+row = Row(p=1.4, q=1.0, A=0.9, B=0.1, S=0.3)
+x_prev, x0_hat = sampling_update(x, y, row, step=0, seeds=seeds)
 print(attention(q, q, q).isfinite().all() & x_prev.isfinite().all())
 """
 
@@ -62,11 +62,11 @@ def test_gpus(capability, hip, expected, monkeypatch):
 def test_tensors_of_other_devices_are_refused():
     x, elsewhere = torch.ones(2, 4, 3, 3), torch.ones(4, device="meta")
     q, k = torch.ones(1, 1, 4, 16), torch.ones(1, 1, 4, 16, device="meta")
-    table = sampling_table(torch.tensor([0.9], dtype=torch.float64), [(0, -1)])
+    row = Row(p=1.05, q=0.33, A=1.0, B=0.0)
     for call in (
         lambda: group_norm_silu(x, 2, torch.ones(4), elsewhere),
         lambda: attention(q, q, k),
-        lambda: sampling_update(x, x.to("meta"), table, 0),
+        lambda: sampling_update(x, x.to("meta"), row, step=0),
     ):
         with pytest.raises(ValueError, match="must be on cpu, it is on meta"):
             call()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels import gaussian, sampling_table, sampling_update
+from kernels import gaussian, sampling_update
+from tests.cases.rows import make_rows
 
 ALPHA_BAR = (1 - torch.linspace(1e-3, 0.1, 100, dtype=torch.float64)).cumprod(0)
 TS = [99, 60, 59, 20, 7, 0]
@@ -68,12 +69,12 @@ def formula(name, prediction, step, x, out, out_uncond, w, history, seeds, clip)
 @pytest.mark.parametrize("clip", [True, False])
 def test_every_row_equals_the_papers_formula(name, prediction, clip):
     x, out, out_uncond, history, seeds = inputs(learned=name == "ddpm learned")
-    table = sampling_table(ALPHA_BAR, PAIRS, prediction=prediction, **SAMPLERS[name])
+    rows = make_rows(ALPHA_BAR, PAIRS, prediction=prediction, **SAMPLERS[name])
     for step in range(len(PAIRS)):
         options = {"out_uncond": out_uncond, "guidance": 1.5, "history": history, "seeds": seeds}
-        got = sampling_update(x, out, table, step, clip=clip, **options)
+        got = sampling_update(x, out, rows[step], step=step, clip=clip, **options)
         expected = formula(name, prediction, step, x, out, out_uncond, 1.5, history, seeds, clip)
-        p, q, a, _, h, *_ = table[step].abs().tolist()
+        p, q, a, _, h, *_ = map(abs, rows[step])
         size = (4 * p + 11 * q) * (1 + a + h)  # of the terms summed, as |x| < 4 and |m| < 11
         for a, b in zip(got, expected, strict=True):
             assert a.dtype == torch.float32
@@ -82,26 +83,26 @@ def test_every_row_equals_the_papers_formula(name, prediction, clip):
 
 def test_x0_hat_is_left_out_where_it_is_not_wanted():
     x, out, _, _, seeds = inputs()
-    table = sampling_table(ALPHA_BAR, PAIRS)
-    x_prev, x0_hat = sampling_update(x, out, table, 1, seeds=seeds, want_x0=False)
+    rows = make_rows(ALPHA_BAR, PAIRS)
+    x_prev, x0_hat = sampling_update(x, out, rows[1], step=1, seeds=seeds, want_x0=False)
     assert x0_hat is None
-    assert torch.equal(x_prev, sampling_update(x, out, table, 1, seeds=seeds)[0])
+    assert torch.equal(x_prev, sampling_update(x, out, rows[1], step=1, seeds=seeds)[0])
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_last_step_returns_x0_hat_and_needs_no_seeds(name):
     x, out, *_ = inputs(learned=name == "ddpm learned")
-    table = sampling_table(ALPHA_BAR, PAIRS, **SAMPLERS[name])
-    x_prev, x0_hat = sampling_update(x, out, table, len(PAIRS) - 1)
+    rows = make_rows(ALPHA_BAR, PAIRS, **SAMPLERS[name])
+    x_prev, x0_hat = sampling_update(x, out, rows[-1], step=len(PAIRS) - 1)
     assert torch.equal(x_prev, x0_hat) and x0_hat.abs().max() == 1
 
 
 def test_guidance_0_is_conditional_and_minus_1_unconditional():
     x, out, out_uncond, _, seeds = inputs()
-    table = sampling_table(ALPHA_BAR, PAIRS)
+    rows = make_rows(ALPHA_BAR, PAIRS)
 
     def update(out, **options):
-        return sampling_update(x, out, table, 1, seeds=seeds, clip=False, **options)
+        return sampling_update(x, out, rows[1], step=1, seeds=seeds, clip=False, **options)
 
     conditional, unconditional = update(out), update(out_uncond)
     for got, expected in (
@@ -114,19 +115,19 @@ def test_guidance_0_is_conditional_and_minus_1_unconditional():
 
 def test_guidance_leaves_the_learned_variance_conditional():
     x, out, out_uncond, _, seeds = inputs(learned=True)
-    table = sampling_table(ALPHA_BAR, PAIRS, variance="learned")
+    rows = make_rows(ALPHA_BAR, PAIRS, variance="learned")
     other = torch.cat([out_uncond[:, :2], 7 * out_uncond[:, 2:]], 1)
     for w in (0.0, 2.0, -1.0):
         options = {"guidance": w, "seeds": seeds}
-        first = sampling_update(x, out, table, 1, out_uncond=out_uncond, **options)
-        second = sampling_update(x, out, table, 1, out_uncond=other, **options)
+        first = sampling_update(x, out, rows[1], step=1, out_uncond=out_uncond, **options)
+        second = sampling_update(x, out, rows[1], step=1, out_uncond=other, **options)
         assert torch.equal(first[0], second[0])
 
 
 def test_ddim_reads_only_the_mean_of_a_network_that_learns_its_variance():
     x, out, *_ = inputs(learned=True)
-    table = sampling_table(ALPHA_BAR, PAIRS, eta=0.0)
-    both, mean = (sampling_update(x, o, table, 1)[0] for o in (out, out[:, :2]))
+    rows = make_rows(ALPHA_BAR, PAIRS, eta=0.0)
+    both, mean = (sampling_update(x, o, rows[1], step=1)[0] for o in (out, out[:, :2]))
     assert torch.equal(both, mean)
 
 
@@ -134,16 +135,24 @@ def test_ddim_reads_only_the_mean_of_a_network_that_learns_its_variance():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_memory_format_changes_neither_values_nor_is_changed(name, channels):
     x, out, out_uncond, history, seeds = inputs((4, channels, 5, 6), name == "ddpm learned")
-    table = sampling_table(ALPHA_BAR, PAIRS, **SAMPLERS[name])
+    rows = make_rows(ALPHA_BAR, PAIRS, **SAMPLERS[name])
     options = {"guidance": 2.0, "seeds": seeds}
-    expected = sampling_update(x, out, table, 1, out_uncond=out_uncond, history=history, **options)
+    expected = sampling_update(
+        x, out, rows[1], step=1, out_uncond=out_uncond, history=history, **options
+    )
     last = {"memory_format": torch.channels_last}
     for x_nhwc in (False, True):
         for out_nhwc in (False, True):
             values = [x.contiguous(**last) if x_nhwc else x]
             values += [t.contiguous(**last) if out_nhwc else t for t in (out, out_uncond, history)]
             got = sampling_update(
-                values[0], values[1], table, 1, out_uncond=values[2], history=values[3], **options
+                values[0],
+                values[1],
+                rows[1],
+                step=1,
+                out_uncond=values[2],
+                history=values[3],
+                **options,
             )
             for a, b in zip(got, expected, strict=True):
                 assert torch.equal(a, b)
@@ -153,18 +162,18 @@ def test_memory_format_changes_neither_values_nor_is_changed(name, channels):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_does_not_depend_on_its_batch(name):
     x, out, out_uncond, history, seeds = inputs((4, 3, 5, 7), name == "ddpm learned")
-    table = sampling_table(ALPHA_BAR, PAIRS, **SAMPLERS[name])
+    rows = make_rows(ALPHA_BAR, PAIRS, **SAMPLERS[name])
 
-    def update(rows):
+    def update(part):
         return sampling_update(
-            x[rows],
-            out[rows],
-            table,
-            1,
-            out_uncond=out_uncond[rows],
+            x[part],
+            out[part],
+            rows[1],
+            step=1,
+            out_uncond=out_uncond[part],
             guidance=1.0,
-            history=history[rows],
-            seeds=seeds[rows],
+            history=history[part],
+            seeds=seeds[part],
         )
 
     batch = update(slice(0, 4))
@@ -177,8 +186,8 @@ def test_a_sample_does_not_depend_on_its_batch(name):
 def test_half_precision_computes_in_fp32(dtype, eps):
     x, out, out_uncond, history, seeds = inputs(learned=True)
     x, out, out_uncond = x.to(dtype), out.to(dtype), out_uncond.to(dtype)
-    table = sampling_table(ALPHA_BAR, PAIRS, variance="learned")
-    got = sampling_update(x, out, table, 1, out_uncond=out_uncond, guidance=4.0, seeds=seeds)
+    rows = make_rows(ALPHA_BAR, PAIRS, variance="learned")
+    got = sampling_update(x, out, rows[1], step=1, out_uncond=out_uncond, guidance=4.0, seeds=seeds)
     expected = formula("ddpm learned", "eps", 1, x, out, out_uncond, 4.0, history, seeds, clip=True)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == dtype
@@ -187,11 +196,11 @@ def test_half_precision_computes_in_fp32(dtype, eps):
 
 def test_float64_stays_and_gradients_flow():
     x, out, out_uncond, history, seeds = (t.double() for t in inputs((2, 1, 2, 2), learned=True))
-    table = sampling_table(ALPHA_BAR, PAIRS, variance="learned")
+    rows = make_rows(ALPHA_BAR, PAIRS, variance="learned")
 
     def function(x, out, out_uncond):
         options = {"out_uncond": out_uncond, "guidance": 0.7, "seeds": seeds.long()}
-        return sampling_update(x, out, table, 1, clip=False, **options)
+        return sampling_update(x, out, rows[1], step=1, clip=False, **options)
 
     values = [t.requires_grad_() for t in (x, out, out_uncond)]
     assert torch.autograd.gradcheck(function, values)
@@ -199,25 +208,23 @@ def test_float64_stays_and_gradients_flow():
 
 def test_what_is_missing_or_does_not_fit_is_named():
     x, out, _, _, seeds = inputs()
-    table = sampling_table(ALPHA_BAR, PAIRS)
-    multistep = sampling_table(ALPHA_BAR, PAIRS, multistep=True)
-    learned = sampling_table(ALPHA_BAR, PAIRS, variance="learned")
+    row, last = make_rows(ALPHA_BAR, PAIRS)[0], make_rows(ALPHA_BAR, PAIRS)[-1]
+    first, multistep, *_ = make_rows(ALPHA_BAR, PAIRS, multistep=True)
+    learned = make_rows(ALPHA_BAR, PAIRS, variance="learned")[0]
     for match, call in {
-        "seeds are needed": lambda: sampling_update(x, out, table, 0),
-        "seeds must": lambda: sampling_update(x, out, table, 0, seeds=seeds[:1]),
-        "history is needed": lambda: sampling_update(x, out, multistep, 1),
-        "history must": lambda: sampling_update(x, out, multistep, 1, history=x[:1]),
-        "out must have 4": lambda: sampling_update(x, out, learned, 0, seeds=seeds),
-        "out must be": lambda: sampling_update(x, out[:, :1], table, 0, seeds=seeds),
-        "out_uncond is needed": lambda: sampling_update(x, out, table, 5, guidance=1.0),
-        "out_uncond must": lambda: sampling_update(x, out, table, 5, out_uncond=out[:1]),
-        "0 .. 5": lambda: sampling_update(x, out, table, 6),
-        "got -1": lambda: sampling_update(x, out, table, -1),
-        "table must": lambda: sampling_update(x, out, table[:, :5], 0),
-        "x must": lambda: sampling_update(x[0, 0, 0], out, table, 0),
+        "seeds are needed": lambda: sampling_update(x, out, row, step=0),
+        "seeds must": lambda: sampling_update(x, out, row, step=0, seeds=seeds[:1]),
+        "history is needed": lambda: sampling_update(x, out, multistep, step=1),
+        "history must": lambda: sampling_update(x, out, multistep, step=1, history=x[:1]),
+        "out must have 4": lambda: sampling_update(x, out, learned, step=0, seeds=seeds),
+        "out must be": lambda: sampling_update(x, out[:, :1], row, step=0, seeds=seeds),
+        "out_uncond is needed": lambda: sampling_update(x, out, last, step=5, guidance=1.0),
+        "out_uncond must": lambda: sampling_update(x, out, last, step=5, out_uncond=out[:1]),
+        "0 .. 2\\*\\*31 - 1": lambda: sampling_update(x, out, last, step=2**31),
+        "got -1": lambda: sampling_update(x, out, last, step=-1),
+        "row must be a Row": lambda: sampling_update(x, out, tuple(row), step=0, seeds=seeds),
+        "x must": lambda: sampling_update(x[0, 0, 0], out, row, step=0),
     }.items():
         with pytest.raises(ValueError, match=match):
             call()
-    with pytest.raises(ValueError, match="on the CPU"):
-        sampling_update(x, out, table.to("meta"), 0)
-    sampling_update(x, out, multistep, 0)  # first order: no history yet
+    sampling_update(x, out, first, step=0)  # first order: no history yet

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 from interpreter.attention_math import LAYOUTS, image, separate, tokens  # noqa: E402
 from recording import Operators  # noqa: E402
 
-from bench.offline import compiled_for, inspect_kernel  # noqa: E402
 from kernels.attention import _backward, _forward  # noqa: E402
+from tests.cases.offline import compiled_for, inspect_kernel  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"
@@ -55,7 +55,7 @@ def launch(target, q, k, v):
 def check(target, dtype, dim, lengths, layout):
     launches = launch(target, *empty(layout, dtype, dim, lengths))
     reports = [inspect_kernel(launched.kernel) for launched in launches]
-    spills = 0 if target in ("sm_80", "sm_90", "sm_100") else 36  # as attention_plan.py says
+    spills = 0 if target in ("sm_80", "sm_90", "sm_100") else 36  # as attention.py says
     assert all(report.spill_bytes <= spills for report in reports), reports
     assert all(report.shared <= SHARED[target] * 1024 for report in reports), reports
     assert all(report.mma > 0 for report in reports), reports

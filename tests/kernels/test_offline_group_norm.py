@@ -12,8 +12,8 @@ from kernels.dispatch import INTERPRET
 if INTERPRET or importlib.util.find_spec("triton") is None:
     pytest.skip("compiling needs triton, not interpreting", allow_module_level=True)
 
-from bench.offline import compiled_for, inspect_kernel
 from kernels.group_norm_silu import _backward, _forward
+from tests.cases.offline import compiled_for, inspect_kernel
 
 GROUPS = 32
 # (batch, channels, side, scale and shift?): configs/cifar10_pixel.yaml, behind skips too;

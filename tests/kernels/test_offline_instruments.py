@@ -1,4 +1,4 @@
-"""bench/offline.py itself: compiling without a GPU, and reading the machine code."""
+"""tests/cases/offline.py itself: compiling without a GPU, and reading the machine code."""
 
 import importlib.util
 
@@ -10,7 +10,7 @@ from kernels.dispatch import INTERPRET, tl, triton, use_kernels
 if INTERPRET or importlib.util.find_spec("triton") is None:
     pytest.skip("compiling needs triton, not interpreting", allow_module_level=True)
 
-from bench.offline import CUDA, TARGETS, compiled_for, inspect_kernel
+from tests.cases.offline import CUDA, TARGETS, compiled_for, inspect_kernel
 
 
 @triton.jit

@@ -6,21 +6,21 @@ import re
 import pytest
 import torch
 
-from kernels import sampling_table
 from kernels.dispatch import INTERPRET
 from kernels.sampling_update import _launch
 
 if INTERPRET or importlib.util.find_spec("triton") is None:
     pytest.skip("compiling needs triton, not interpreting", allow_module_level=True)
 
-from bench.offline import compiled_for, inspect_kernel
+from tests.cases.offline import compiled_for, inspect_kernel
+from tests.cases.rows import make_rows
 
 ALPHA_BAR = torch.linspace(0.99, 0.01, 9, dtype=torch.float64)
 PAIRS = [(8, 4), (4, 2), (2, -1)]
 SHAPES = [(64, 3, 32, 32), (64, 4, 16, 16), (64, 4, 32, 32), (64, 1, 28, 28)]
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = [torch.float32, torch.bfloat16]
-# table, and whether the call has guidance: chapter 1's two, chapter 2's and 3's, and a solver
+# rows, and whether the call has guidance: chapter 1's two, chapter 2's and 3's, and a solver
 CALLS = {
     "ddpm": ({}, False),
     "everything": ({"variance": "learned"}, True),
@@ -36,9 +36,9 @@ def compiled(target, call, shape, layout, out_dtype, want_x0=True):
     x = torch.zeros(shape).to(memory_format=LAYOUTS[layout])
     out = torch.zeros(shape[0], (1 + learned) * shape[1], *shape[2:], dtype=out_dtype)
     out = out.to(memory_format=LAYOUTS[layout])
-    table, seeds = sampling_table(ALPHA_BAR, PAIRS, **sampler), torch.arange(shape[0])
+    row, seeds = make_rows(ALPHA_BAR, PAIRS, **sampler)[1], torch.arange(shape[0])
     with compiled_for(target) as launches:
-        _launch(x, out, table, 1, out if guided else None, 1.5, x, seeds, True, want_x0)
+        _launch(x, out, row, 1, out if guided else None, 1.5, x, seeds, True, want_x0)
     assert len(launches) == 1
     return launches[0]
 
@@ -116,10 +116,10 @@ def test_the_clamp_lets_nan_through(target):
 
 def test_every_step_of_a_sampler_is_the_same_code():
     """Rows 0 and 1 differ in numbers only: nothing is compiled again while sampling."""
-    x, table, seeds = torch.zeros(4, 3, 8, 8), sampling_table(ALPHA_BAR, PAIRS), torch.arange(4)
+    x, seeds = torch.zeros(4, 3, 8, 8), torch.arange(4)
     with compiled_for("sm_90") as launches:
-        for step in (0, 1):
-            _launch(x, x, table, step, None, 0.0, None, seeds, True, True)
+        for step, row in enumerate(make_rows(ALPHA_BAR, PAIRS)[:2]):
+            _launch(x, x, row, step, None, 0.0, None, seeds, True, True)
     assert launches[0].kernel is launches[1].kernel
 
 

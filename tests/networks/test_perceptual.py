@@ -1,7 +1,6 @@
-"""Perceptual distance, adversary and figures against published packages and closed forms."""
+"""Perceptual distance, discriminator and figures against published packages and closed forms."""
 
 from runtime.commandline import BadInput
-from runtime.processes import World
 
 import numpy as np
 import pytest
@@ -10,9 +9,7 @@ import torch.nn.functional as F
 from reference_metrics import import_references
 
 from networks import perceptual
-from networks.perceptual import Adversary, Discriminator, load_perceptual, psnr, ssim
-
-WORLD = World()
+from networks.perceptual import Discriminator, load_perceptual, psnr, ssim
 
 
 def pair(shape, seed=0):
@@ -186,7 +183,7 @@ def test_no_file_a_torn_file_and_images_too_small_are_refused(tmp_path):
             load_perceptual(tmp_path / "vgg.pth", shape)
 
 
-# ------------------------------------------------------------------------------------ adversary
+# -------------------------------------------------------------------------------- discriminator
 
 
 def test_a_score_sees_a_patch_of_70_by_70():
@@ -208,53 +205,3 @@ def test_a_score_sees_a_patch_of_70_by_70():
 def test_a_verdict_does_not_depend_on_the_batch():
     net, x = Discriminator(3, 8), torch.randn(4, 3, 24, 32)
     torch.testing.assert_close(net(x)[2:3], net(x[2:3]), rtol=1e-5, atol=1e-6)
-
-
-def adversary(weight=0.5, **options):
-    torch.manual_seed(0)
-    return Adversary((1, 24, 24), weight, 8, 1e-3, WORLD, **options)
-
-
-def test_its_term_pulls_the_last_layer_as_hard_as_the_reconstruction():
-    """|grad of the term| = weight * |grad of the reconstruction| there: VQGAN eq. 7."""
-    judge, last = adversary(), torch.nn.Conv2d(4, 1, 3, padding=1)
-    h, x = torch.randn(3, 4, 24, 24), torch.randn(3, 1, 24, 24)
-    x_hat = last(h)
-    reconstruction = 7 * (x - x_hat).abs().mean()
-    term = judge.generator_loss(x_hat, reconstruction, last.weight)
-    (wanted,) = torch.autograd.grad(reconstruction, last.weight, retain_graph=True)
-    (found,) = torch.autograd.grad(term, last.weight, retain_graph=True)
-    # 1e-6 beside a gradient of about 1e-2 in the denominator: four digits
-    assert (found.norm() / wanted.norm()).item() == pytest.approx(0.5, rel=2e-3)
-    score = judge.net(x_hat).mean()
-    (up,) = torch.autograd.grad(score, last.weight)
-    assert F.cosine_similarity(found.flatten(), -up.flatten(), dim=0) > 0.9999
-
-
-def test_the_generators_term_leaves_the_discriminator_alone():
-    judge, last = adversary(), torch.nn.Conv2d(4, 1, 3, padding=1)
-    x_hat = last(torch.randn(3, 4, 24, 24))
-    judge.generator_loss(x_hat, x_hat.abs().mean(), last.weight).backward()
-    assert last.weight.grad.abs().sum() > 0
-    assert all(p.grad is None and p.requires_grad for p in judge.net.parameters())
-
-
-def test_it_learns_by_the_hinge_loss_to_tell_the_two_apart():
-    judge, (x, y) = adversary(), pair((8, 1, 8, 8))
-    with torch.no_grad():
-        real, fake = judge.net(x), judge.net(y)
-    expected = 0.5 * ((1 - real).clamp(min=0).mean((1, 2)) + (1 + fake).clamp(min=0).mean((1, 2)))
-    y.requires_grad_()
-    first = judge.learn(x, y, 1e-3)
-    torch.testing.assert_close(first.detach(), expected, rtol=1e-4, atol=1e-5)
-    for _ in range(30):
-        last = judge.learn(x, y, 1e-3)
-    assert last.mean() < 0.5 * first.mean() and y.grad is None
-    with torch.no_grad():
-        assert judge.net(x).mean() > judge.net(y).mean() + 0.5
-
-
-def test_images_without_a_whole_patch_are_refused():
-    with pytest.raises(BadInput, match="at least 24x24, not 16x32"):
-        Adversary((1, 16, 32), 0.5, 8, 1e-3, WORLD)
-    assert Discriminator(1, 4)(torch.zeros(1, 1, 24, 24)).shape == (1, 1, 1)

@@ -124,7 +124,7 @@ def test_a_folder_of_autoencoderkl_encodes_and_decodes_as_diffusers_does(tmp_pat
     ae, facts = load_pretrained(tmp_path)
     assert_same(ae, theirs)
     assert facts == dict(
-        kind="kl",
+        kind="ldm",
         source=str(tmp_path),
         scaling=KL[name].get("scaling_factor", 0.18215),
         shift=KL[name].get("shift_factor", 0.0),
@@ -176,7 +176,7 @@ def test_a_config_without_a_scale_means_stable_diffusions(tmp_path):
 def test_a_whole_checkpoint_of_ldm_gives_its_first_stage(tmp_path):
     theirs = kl("f4, gray")
     state = ldm_state(theirs, levels=3, layers=1)
-    ae = randomise(KLVAE(1, 32, (1, 1, 2), 1, 3, groups=32))
+    ae = randomise(KLVAE(1, 32, (1, 1, 2), 1, 3, norm_groups=32))
     assert state.keys() == ae.state_dict().keys()
     whole = {f"first_stage_model.{name}": value for name, value in state.items()}
     whole["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(3)
@@ -185,11 +185,11 @@ def test_a_whole_checkpoint_of_ldm_gives_its_first_stage(tmp_path):
     torch.save({"state_dict": whole, "global_step": 7}, tmp_path / "model.ckpt")
     ae, facts = load_pretrained(tmp_path / "model.ckpt")
     assert_same(ae, theirs)
-    assert (facts["kind"], facts["scaling"], facts["shift"]) == ("kl", 0.25, 0.0)
+    assert (facts["kind"], facts["scaling"], facts["shift"]) == ("ldm", 0.25, 0.0)
 
 
 def test_a_file_of_ldms_autoencoder_is_its_network_written_out(tmp_path):
-    ae = randomise(KLVAE(width=64, mult=(1, 1), blocks=1))  # 32 groups, as all that is published
+    ae = randomise(KLVAE(3, 64, (1, 1), 1))  # 32 groups, as all that is published
     state = ae.state_dict()
     save_file({**state, "loss.logvar": torch.zeros(())}, tmp_path / "autoencoder_kl.safetensors")
     loaded, facts = load_pretrained(tmp_path / "autoencoder_kl.safetensors")
@@ -228,7 +228,7 @@ def test_the_pair_of_files_is_read_from_its_folder_or_either_name(tmp_path, name
 
 
 def test_one_file_of_32_channels_in_diffusers_names_is_read(tmp_path):
-    ae = randomise(TinyAutoencoder(32, width=8, pooled=True))
+    ae = randomise(TinyAutoencoder(32, model_channels=8, pooled=True))
     state = {}
     for name, value in ae.state_dict().items():
         half, i, rest = name.split(".", 2)

@@ -32,7 +32,7 @@ def test_nothing_in_a_file_is_executed(tmp_path):
 @pytest.fixture
 def halves(tmp_path):
     """A folder of the two files of a tiny autoencoder."""
-    ae = TinyAutoencoder(4, width=8, blocks=(1, 1))
+    ae = TinyAutoencoder(4, model_channels=8, num_blocks=(1, 1))
     for half in ("encoder", "decoder"):
         state = {k[8:]: v for k, v in ae.state_dict().items() if k.startswith(half)}
         torch.save(state, tmp_path / f"tae_{half}.pth")
@@ -68,7 +68,7 @@ def test_halves_of_two_networks_are_refused(halves):
 
 def test_missing_and_unknown_tensors_are_named(tmp_path):
     path = tmp_path / "kl.safetensors"
-    save_file(KLVAE(width=32, mult=(1,), blocks=1).state_dict(), path)
+    save_file(KLVAE(model_channels=32, channel_mult=(1,), num_res_blocks=1).state_dict(), path)
     change(path, decoder__mid__attn_1__k__bias=None)
     with pytest.raises(BadInput, match="lacks 1 tensors .* decoder.mid.attn_1.k.bias"):
         load_pretrained(path)
@@ -128,7 +128,7 @@ def test_missing_and_empty_paths_are_refused(tmp_path):
     ],
 )
 def test_settings_of_another_network_are_refused(tmp_path, setting, value, expected):
-    state = KLVAE(width=16, mult=(1, 2), blocks=1).state_dict()
+    state = KLVAE(model_channels=16, channel_mult=(1, 2), num_res_blocks=1).state_dict()
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     config = {"_class_name": "AutoencoderKL", "act_fn": "silu", "norm_num_groups": 8}
     (tmp_path / "config.json").write_text(json.dumps({**config, setting: value}))

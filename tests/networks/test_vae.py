@@ -9,7 +9,7 @@ from vae_math import ldm_decode, ldm_encode, randomise, taesd_decode, taesd_enco
 
 from networks.kl_autoencoder import KLVAE, TinyAutoencoder
 
-SMALL = dict(width=16, mult=(1, 2), blocks=1)
+SMALL = dict(model_channels=16, channel_mult=(1, 2), num_res_blocks=1)
 
 
 def parameters(net):
@@ -32,8 +32,11 @@ def test_the_default_is_the_size_of_stable_diffusions_autoencoder():
     ("settings", "shape"),
     [
         (SMALL, (2, 3, 8, 12)),
-        (dict(SMALL, channels=1, blocks=2, groups=8, quant=False), (1, 1, 4, 6)),
-        (dict(width=24, mult=(1, 1, 1.5), blocks=1, z_channels=3), (1, 3, 16, 8)),
+        (dict(SMALL, channels=1, num_res_blocks=2, norm_groups=8, quant=False), (1, 1, 4, 6)),
+        (
+            dict(model_channels=24, channel_mult=(1, 1, 1.5), num_res_blocks=1, z_channels=3),
+            (1, 3, 16, 8),
+        ),
     ],
 )
 def test_klvae_is_the_published_network_written_out_in_float64(settings, shape):
@@ -53,7 +56,7 @@ def test_klvae_is_the_published_network_written_out_in_float64(settings, shape):
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_tiny_autoencoder_is_taesd_written_out_in_float64(channels, pooled):
-    ae = randomise(TinyAutoencoder(5, channels, width=8, blocks=(1, 2, 1), pooled=pooled)).double()
+    ae = randomise(TinyAutoencoder(5, channels, 8, (1, 2, 1), pooled=pooled)).double()
     state, x = ae.state_dict(), images(2, channels, 8, 12, dtype=torch.float64)
     mean, log_var = ae.encode(x)
     assert mean.shape == (2, 5, 2, 3)
@@ -68,14 +71,17 @@ def test_groups_are_the_published_32_and_never_of_single_channels():
         with torch.device("meta"):
             return KLVAE(**settings).decoder.norm_out.num_groups
 
-    assert groups() == groups(width=64, mult=(1,)) == 32
-    assert groups(width=32, mult=(1, 2)) == 16
-    assert groups(width=24, mult=(1, 2)) == 4
-    assert groups(width=32, mult=(1, 2), groups=32) == 32  # what a published file says
-    assert groups(width=7, mult=(1,)) == 1
+    assert groups() == groups(model_channels=64, channel_mult=(1,)) == 32
+    assert groups(model_channels=32, channel_mult=(1, 2)) == 16
+    assert groups(model_channels=24, channel_mult=(1, 2)) == 4
+    published = {"model_channels": 32, "channel_mult": (1, 2), "norm_groups": 32}
+    assert groups(**published) == 32  # what a published file says
+    assert groups(model_channels=7, channel_mult=(1,)) == 1
 
 
-@pytest.mark.parametrize("net", [KLVAE(**SMALL), TinyAutoencoder(width=8, blocks=(1, 1))])
+@pytest.mark.parametrize(
+    "net", [KLVAE(**SMALL), TinyAutoencoder(model_channels=8, num_blocks=(1, 1))]
+)
 def test_autocast_does_not_reach_encode_and_decode(net):
     x = images(1, 3, 8, 8)
     z = net.encode(x)[0]
@@ -103,7 +109,9 @@ def test_the_log_variance_is_clamped():
         assert (ae.encode(images(1, 3, 4, 4))[1] == expected).all()
 
 
-@pytest.mark.parametrize("net", [KLVAE(**SMALL), TinyAutoencoder(width=8, blocks=(1, 1))])
+@pytest.mark.parametrize(
+    "net", [KLVAE(**SMALL), TinyAutoencoder(model_channels=8, num_blocks=(1, 1))]
+)
 def test_forward_decodes_a_draw_from_q(net):
     x, noise = images(2, 3, 8, 8), torch.randn(2, 4, 4, 4)
     x_hat, mean, log_var = net(x, noise)
@@ -139,6 +147,6 @@ def test_bad_images_and_settings_are_refused_in_one_line():
     with pytest.raises(BadInput, match="wants images of 3 channels, not of 1"):
         ae.encode(torch.zeros(1, 1, 8, 8))
     with pytest.raises(BadInput, match="multiples of 8.*128x64"):
-        TinyAutoencoder(width=4).encode(torch.zeros(1, 3, 130, 65))
+        TinyAutoencoder(model_channels=4).encode(torch.zeros(1, 3, 130, 65))
     with pytest.raises(BadInput, match="5 norm groups do not divide"):
-        KLVAE(**SMALL, groups=5)
+        KLVAE(**SMALL, norm_groups=5)

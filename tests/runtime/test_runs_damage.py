@@ -2,8 +2,9 @@
 
 from runtime.commandline import BadInput
 from runtime.processes import World
-from runtime.run import DamagedCheckpoint, Run, load_checkpoint
-from runtime.training import read_log
+from runtime.checkpoints import DamagedCheckpoint, load_checkpoint
+from runtime.run import Run
+from runtime.files import read_log
 
 import os
 import pickle

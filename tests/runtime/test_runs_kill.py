@@ -1,8 +1,9 @@
 """A run killed at any moment and resumed ends exactly as the unbroken run."""
 
 from runtime.processes import World
-from runtime.run import Run, load_checkpoint
-from runtime.training import read_log
+from runtime.checkpoints import load_checkpoint
+from runtime.run import Run
+from runtime.files import read_log
 
 import json
 import multiprocessing

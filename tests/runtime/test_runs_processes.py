@@ -1,7 +1,7 @@
 """One process and two: the same data, the same losses, the same samples."""
 
 from runtime.processes import World
-from runtime.training import read_log
+from runtime.files import read_log
 
 import subprocess
 import sys

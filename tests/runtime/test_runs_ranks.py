@@ -1,6 +1,6 @@
 """Several processes when something happens: one is killed, or the run goes on alone."""
 
-from runtime.training import read_log
+from runtime.files import read_log
 
 import os
 import shutil

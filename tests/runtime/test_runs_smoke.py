@@ -1,7 +1,7 @@
 """Every chapter runs in seconds on every kind of images, and leaves the run directory it should."""
 
 from runtime.commandline import parse
-from runtime.training import read_log
+from runtime.files import read_log
 
 import importlib.util
 import json

@@ -6,7 +6,10 @@ from runtime.files import atomic_write
 from runtime.pictures import save_gif, save_grid, tile, to_uint8
 from runtime.processes import World
 from runtime.run import Run
-from runtime.training import LossMeter, ema_update, learning_rate, plot_loss, read_log
+from runtime.files import read_log
+from runtime.plots import plot_loss
+from runtime.run import LossMeter, learning_rate
+from runtime.training import ema_update
 
 import math
 import warnings

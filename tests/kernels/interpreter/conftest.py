@@ -1,6 +1,6 @@
 """The tests of this folder run kernels in Triton's interpreter:
 
-    TRITON_INTERPRET=1 python -m pytest tests/interpreter
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreter
 
 The variable is read where a kernel is defined, so these tests need a process of their own; in one
 without it they are left out, and `make test` runs both.

@@ -19,8 +19,8 @@ from attention_math import (
 )
 from tf32 import tensor_cores
 
-from bench.traffic import count_traffic
 from kernels import attention
+from tests.cases.traffic import count_traffic
 
 INF, NAN = torch.inf, torch.nan
 # numpy, which computes for the interpreter, warns of each inf - inf and 0 / 0

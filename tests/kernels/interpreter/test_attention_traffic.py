@@ -5,9 +5,9 @@ import torch
 from attention_math import LAYOUTS, inputs, separate
 from recording import Operators
 
-from bench.traffic import count_traffic
 from kernels import attention
 from kernels.attention import _backward, _forward
+from tests.cases.traffic import count_traffic
 
 # lengths of whole tiles and of partial ones, head dimensions that are powers of two and are not
 CASES = pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from group_norm_math import (
 )
 from recording import Operators, interpreted_launches
 
-from bench.traffic import count_traffic
 from kernels.group_norm_silu import _backward, _forward, group_norm_silu
+from tests.cases.traffic import count_traffic
 
 every_dense_order = pytest.mark.parametrize("order", DENSE, ids=lambda order: order.__name__)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench.traffic import count_traffic
 from kernels.dispatch import INTERPRET, tl, triton, use_kernels
+from tests.cases.traffic import count_traffic
 
 
 def test_kernels_are_interpreted():

@@ -7,10 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention, group_norm_silu, sampling_table, sampling_update
+from kernels import attention, group_norm_silu, sampling_update
+from tests.cases.rows import make_rows
 
 ops = torch.ops.diffusion_book
-TABLE = sampling_table(torch.linspace(0.99, 0.01, 9, dtype=torch.float64), [(6, 3), (3, -1)])
+ROWS = make_rows(torch.linspace(0.99, 0.01, 9, dtype=torch.float64), [(6, 3), (3, -1)])
 
 
 def images(*shape, dtype=torch.float32, channels_last=True):
@@ -75,7 +76,7 @@ def test_opcheck_attention():
 def test_opcheck_sampling_update(want_x0):
     x, out, uncond = (images(2, 3, 5, 4) for _ in range(3))
     seeds = torch.tensor([3, -5])
-    arguments = (x, out, TABLE, 0, uncond, 1.5, None, seeds, True, want_x0)
+    arguments = (x, out, list(ROWS[0]), 0, uncond, 1.5, None, seeds, True, want_x0)
     torch.library.opcheck(ops.sampling_update, arguments)
 
 
@@ -113,12 +114,12 @@ def test_compile_attention(backend):
 def test_compile_sampling(backend):
     x, out, seeds = images(2, 3, 5, 4), images(2, 3, 5, 4), torch.tensor([3, -5])
 
-    def step(x, out, row):
-        return sampling_update(x * 0.5, out, TABLE, row, seeds=seeds)[0] * 2
+    def update(x, out, step):
+        return sampling_update(x * 0.5, out, ROWS[step], step=step, seeds=seeds)[0] * 2
 
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
-    for row in (0, 1):
-        torch.testing.assert_close(compiled(x, out, row), step(x, out, row), rtol=0, atol=1e-6)
+    compiled = torch.compile(update, fullgraph=True, backend=backend)
+    for step in (0, 1):
+        torch.testing.assert_close(compiled(x, out, step), update(x, out, step), rtol=0, atol=1e-6)
 
 
 def test_fake_tensors_have_the_shape_type_and_memory_of_real_ones():
@@ -127,7 +128,7 @@ def test_fake_tensors_have_the_shape_type_and_memory_of_real_ones():
     out, seeds = torch.randn_like(x), torch.tensor([1, 2])
 
     def all_three(x, weight, bias, scale, shift, out, seeds, *qkv):
-        step = sampling_update(x, out, TABLE, 0, seeds=seeds)
+        step = sampling_update(x, out, ROWS[0], step=0, seeds=seeds)
         return [norm(x, weight, bias, scale, shift), attention(*qkv), *step]
 
     inputs = [x, weight, bias, scale, shift, out, seeds, *qkv]
@@ -191,6 +192,6 @@ def test_only_what_needs_a_gradient_gets_one():
 
 def test_sampling_stays_differentiable():
     x, out = images(2, 3, 5, 4), images(2, 3, 5, 4).requires_grad_()
-    x_prev, x0_hat = sampling_update(x, out, TABLE, 1, clip=False)
+    x_prev, x0_hat = sampling_update(x, out, ROWS[1], step=1, clip=False)
     x_prev.sum().backward()
     assert out.grad.abs().sum() > 0

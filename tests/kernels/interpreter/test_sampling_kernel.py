@@ -8,9 +8,10 @@ import torch
 from noise_math import gaussian_float64
 from triton.runtime import interpreter
 
-from bench.traffic import count_traffic
-from kernels import sampling_table, sampling_update
+from kernels import sampling_update
 from kernels.sampling_update import _reference, _update_kernel
+from tests.cases.rows import make_rows, rounded
+from tests.cases.traffic import count_traffic
 
 ALPHA_BAR = (1 - torch.linspace(1e-3, 0.1, 100, dtype=torch.float64)).cumprod(0)
 PAIRS = [(99, 60), (60, 20), (20, 7), (7, -1)]
@@ -57,12 +58,12 @@ def inputs(shape, learned=False, x_dtype=F32, out_dtype=F32, last=False):
     return [channels_last(t) for t in tensors] if last else list(tensors)
 
 
-def formula(x, out, table, step, out_uncond, w, history, seeds, clip):
+def formula(x, out, row, step, out_uncond, w, history, seeds, clip):
     """The lines at the top of kernels/sampling_update.py; with each result, the size of its terms.
 
     Rounding errors are in proportion to that size: the sum of the terms' absolute values.
     """
-    p, q, A, B, H, S, low, high = table[step].double()
+    p, q, A, B, H, S, low, high = torch.tensor(rounded(row), dtype=torch.float64)
     channels = x.shape[1]
     x, out, history = x.double(), out.double(), history.double()
     m, m_size = out[:, :channels], out[:, :channels].abs()
@@ -139,13 +140,15 @@ def test_equals_float64(name, prediction, shape, last, w, clip, dtypes):
     x, out, uncond, history = inputs(shape, name == "ddpm-learned", *dtypes, last)
     uncond = None if w is None else uncond
     w, seeds = w or 0.0, SEEDS[: shape[0]]
-    table = sampling_table(ALPHA_BAR, PAIRS, prediction=prediction, **SAMPLERS[name])
+    rows = make_rows(ALPHA_BAR, PAIRS, prediction=prediction, **SAMPLERS[name])
     for step in (0, 1, 3):  # first order and second of dpm-solver++, and the last row
         options = {"out_uncond": uncond, "guidance": w, "history": history, "seeds": seeds}
-        got = sampling_update(x, out, table, step, clip=clip, **options)
+        got = sampling_update(x, out, rows[step], step=step, clip=clip, **options)
         assert all(t.stride() == x.stride() for t in got)
-        check(got, formula(x, out, table, step, uncond, w, history, seeds, clip), dtypes[0])
-        only, nothing = sampling_update(x, out, table, step, clip=clip, want_x0=False, **options)
+        check(got, formula(x, out, rows[step], step, uncond, w, history, seeds, clip), dtypes[0])
+        only, nothing = sampling_update(
+            x, out, rows[step], step=step, clip=clip, want_x0=False, **options
+        )
         assert nothing is None and torch.equal(only, got[0])
 
 
@@ -153,7 +156,7 @@ def test_equals_float64(name, prediction, shape, last, w, clip, dtypes):
 @pytest.mark.parametrize("name", ["ddpm-learned", "dpm-solver++"])
 def test_other_inputs_may_lie_otherwise(name, step):
     """Formats that differ from x's, gaps between rows and samples, broadcast samples."""
-    shape, table = (3, 3, 6, 6), sampling_table(ALPHA_BAR, PAIRS, **SAMPLERS[name])
+    shape, row = (3, 3, 6, 6), make_rows(ALPHA_BAR, PAIRS, **SAMPLERS[name])[step]
     plain = inputs(shape, name == "ddpm-learned")
 
     def gaps(t):
@@ -172,7 +175,7 @@ def test_other_inputs_may_lie_otherwise(name, step):
 
     def update(x, out, uncond, history):
         options = {"out_uncond": uncond, "guidance": 2.0, "history": history, "seeds": SEEDS[:3]}
-        return sampling_update(x, out, table, step, **options)
+        return sampling_update(x, out, row, step=step, **options)
 
     expected = update(*plain)
     for way, other in itertools.product(ways, range(4)):
@@ -194,12 +197,12 @@ def test_nan_and_inf_propagate_as_in_pytorch(name, where, clip):
     for channel in {0, channels - 1}:  # with a learned variance, the last one is of v
         tensors[where][0, channel, 1, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     x, out, uncond, history = tensors
-    table = sampling_table(ALPHA_BAR, PAIRS, **SAMPLERS[name])
+    rows = make_rows(ALPHA_BAR, PAIRS, **SAMPLERS[name])
     for step in (1, 3):
         seeds = SEEDS[:2]
         options = {"out_uncond": uncond, "guidance": 1.5, "history": history, "seeds": seeds}
-        got = sampling_update(x, out, table, step, clip=clip, **options)
-        reference = _reference(x, out, table, step, uncond, 1.5, history, seeds, clip)
+        got = sampling_update(x, out, rows[step], step=step, clip=clip, **options)
+        reference = _reference(x, out, rows[step], step, uncond, 1.5, history, seeds, clip)
         for a, b in zip(got, reference, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
         if where < 2 and not clip:
@@ -212,19 +215,19 @@ def test_a_sample_is_the_same_in_any_batch_and_layout(name, size):
     """Seed 17 alone, and at position 3 of 5, in both layouts: bit for bit."""
     tensors = inputs((5, 3, *size), name == "ddpm-learned")
     seeds = torch.tensor([3, 3, -1, 17, 2**50])
-    table = sampling_table(ALPHA_BAR, PAIRS, **SAMPLERS[name])
+    rows = make_rows(ALPHA_BAR, PAIRS, **SAMPLERS[name])
 
-    def update(rows, layout):
-        x, out, uncond, _ = (layout(t[rows]) for t in tensors)
-        options = {"out_uncond": uncond, "guidance": 1.5, "seeds": seeds[rows]}
-        return sampling_update(x, out, table, 1, **options)
+    def update(part, layout):
+        x, out, uncond, _ = (layout(t[part]) for t in tensors)
+        options = {"out_uncond": uncond, "guidance": 1.5, "seeds": seeds[part]}
+        return sampling_update(x, out, rows[1], step=1, **options)
 
     batch = update(slice(0, 5), torch.Tensor.contiguous)
-    for rows, layout in itertools.product(
+    for part, layout in itertools.product(
         (slice(3, 4), slice(2, 5), slice(0, 5)), (torch.Tensor.contiguous, channels_last)
     ):
-        for a, b in zip(update(rows, layout), batch, strict=True):
-            assert torch.equal(a, b[rows])
+        for a, b in zip(update(part, layout), batch, strict=True):
+            assert torch.equal(a, b[part])
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
@@ -236,12 +239,12 @@ def test_a_sample_is_the_same_in_any_batch_and_layout(name, size):
 def test_each_byte_moves_once(name, shape, last):
     learned = name == "ddpm-learned"
     x, out, uncond, history = inputs(shape, learned, last=last)
-    table = sampling_table(ALPHA_BAR, PAIRS, **SAMPLERS[name])
+    rows = make_rows(ALPHA_BAR, PAIRS, **SAMPLERS[name])
     for want_x0 in (True, False):
         with count_traffic(x=x, out=out, uncond=uncond, history=history) as traffic:
             options = {"out_uncond": uncond, "guidance": 2.0, "history": history}
             seeds = SEEDS[: shape[0]]
-            sampling_update(x, out, table, 1, seeds=seeds, want_x0=want_x0, **options)
+            sampling_update(x, out, rows[1], step=1, seeds=seeds, want_x0=want_x0, **options)
         size = 4 * x.numel()
         assert traffic.of["x"] == (size, 0) and traffic.of["out"] == ((1 + learned) * size, 0)
         assert traffic.of["uncond"] == (size, 0)
@@ -259,38 +262,38 @@ def test_each_byte_moves_once(name, shape, last):
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)], ids=["batch", "height"])
 def test_nothing_in_nothing_out(shape):
     x, out, uncond, _ = inputs(shape, learned=True)
-    table = sampling_table(ALPHA_BAR, PAIRS, variance="learned")
+    rows = make_rows(ALPHA_BAR, PAIRS, variance="learned")
     with count_traffic() as traffic:
-        got = sampling_update(x, out, table, 0, out_uncond=uncond, seeds=SEEDS[: shape[0]])
+        got = sampling_update(x, out, rows[0], step=0, out_uncond=uncond, seeds=SEEDS[: shape[0]])
     assert all(t.shape == shape and t.dtype == x.dtype for t in got)
     assert not traffic.launches
 
 
 def test_kernel_and_reference_refuse_the_same_calls():
     x, out, _, _ = inputs((2, 3, 4, 4))
-    rows = {name: sampling_table(ALPHA_BAR, PAIRS, **kind) for name, kind in SAMPLERS.items()}
-    for match, table, seeds in (
-        ("seeds are needed: row 1", rows["ddpm-small"], None),
+    rows = {name: make_rows(ALPHA_BAR, PAIRS, **kind)[1] for name, kind in SAMPLERS.items()}
+    for match, row, seeds in (
+        ("seeds are needed: step 1", rows["ddpm-small"], None),
         ("seeds must be int64", rows["ddpm-small"], SEEDS[:1]),
         ("seeds must be int64", rows["ddpm-small"], SEEDS[:2].int()),
-        ("history is needed: row 1", rows["dpm-solver++"], None),
-        ("out must have 6 channels: row 1", rows["ddpm-learned"], SEEDS[:2]),
+        ("history is needed: step 1", rows["dpm-solver++"], None),
+        ("out must have 6 channels: step 1", rows["ddpm-learned"], SEEDS[:2]),
     ):
         for tensor in (x, x.double()):  # float64 takes the reference
             with pytest.raises(ValueError, match=match):
-                sampling_update(tensor, out, table, 1, seeds=seeds)
-    sampling_update(x, out, rows["ddim-0"], 1)
+                sampling_update(tensor, out, row, step=1, seeds=seeds)
+    sampling_update(x, out, rows["ddim-0"], step=1)
 
 
 def test_where_a_gradient_is_asked_for_the_reference_runs():
     x, out, _, _ = inputs((2, 3, 4, 4))
-    table = sampling_table(ALPHA_BAR, PAIRS, eta=0.0)
+    rows = make_rows(ALPHA_BAR, PAIRS, eta=0.0)
     with count_traffic() as traffic:
-        x_prev, _ = sampling_update(x, out.requires_grad_(), table, 1, clip=False)
+        x_prev, _ = sampling_update(x, out.requires_grad_(), rows[1], step=1, clip=False)
         x_prev.sum().backward()
     assert not traffic.launches and out.grad.abs().min() > 0
     with count_traffic() as traffic, torch.no_grad():
-        assert not sampling_update(x, out, table, 1)[0].requires_grad
+        assert not sampling_update(x, out, rows[1], step=1)[0].requires_grad
     assert len(traffic.launches) == 1
 
 

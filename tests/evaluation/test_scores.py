@@ -1,21 +1,19 @@
-"""scores.py: any callable as extractor, any number of processes, nothing held in memory."""
+"""scores.py, sides.py: any callable as extractor, any number of processes, nothing in memory."""
 
 from runtime.commandline import BadInput
 from runtime.processes import World
-from runtime.run import load_checkpoint
-
-import json
 
 import numpy as np
 import pytest
 import torch
 from launching import succeed
 
-import eval_fid
-from evaluation import features, metrics
-from evaluation import scores as evaluation
+from eval_fid import FIGURES, evaluate, frechet_distance, statistics
+from evaluation import features
 from evaluation.image_sets import Chosen, Images, Statistics
-from evaluation.scores import evaluate
+from evaluation.kid import kernel_distance
+from evaluation.manifold import manifold
+from evaluation.sides import look, scratch
 from image_data import datasets
 
 
@@ -38,11 +36,11 @@ def test_a_plain_function_will_do():
     a, b = drawn(300, 0), drawn(250, 1, 140)
     found = evaluate(a, b, means, metrics=("frechet", "kid", "prdc"))
     feats = [means(torch.from_numpy(side)).numpy() for side in (a, b)]
-    moments = [metrics.statistics(rows) for rows in feats]
-    expected = metrics.frechet_distance(*moments[0], *moments[1])
+    moments = [statistics(rows) for rows in feats]
+    expected = frechet_distance(*moments[0], *moments[1])
     assert found["frechet"] == pytest.approx(expected, rel=1e-9) and expected > 0.01
-    assert found["kid"] == pytest.approx(metrics.kernel_distance(*feats)[0], rel=1e-9)
-    assert found["precision"] == metrics.manifold(feats[1], feats[0])["precision"]
+    assert found["kid"] == pytest.approx(kernel_distance(*feats)[0], rel=1e-9)
+    assert found["precision"] == manifold(feats[1], feats[0])["precision"]
     assert (found["n_generated"], found["n_reference"]) == (300, 250)
     low, high = found["frechet_interval"]
     assert low < found["frechet"] < high and found["frechet_infinity"] < found["frechet"]
@@ -50,7 +48,7 @@ def test_a_plain_function_will_do():
 
 
 def test_what_the_sides_do_not_allow_is_left_out_with_a_word(capsys):
-    found = evaluate(drawn(30, 0), drawn(30, 1), means, metrics=evaluation.METRICS)
+    found = evaluate(drawn(30, 0), drawn(30, 1), means, metrics=tuple(FIGURES))
     assert {"frechet", "kid", "recall"} <= found.keys()
     assert not {"inception_score", "class_frechet", "frechet_interval"} & found.keys()
     err = capsys.readouterr().err
@@ -69,7 +67,7 @@ def test_classes_logits_and_training_images_bring_their_figures(tmp_path):
     b = Images("b", np.concatenate([drawn(100, 2, 60), drawn(100, 3, 190)]), labels)
     swapped = Images("a", bright, 1 - labels)
     train = np.concatenate([bright[:50], drawn(300, 4)])
-    asked = dict(metrics=evaluation.METRICS, class_names=("dark", "bright"), train=train)
+    asked = dict(metrics=tuple(FIGURES), class_names=("dark", "bright"), train=train)
     asked |= {"figure": str(tmp_path / "pairs.png")}
     found = evaluate(a, b, means_and_logits, **asked)
     assert found["class_frechet_each"].keys() == {"dark", "bright"}
@@ -124,7 +122,7 @@ def test_memory_does_not_grow_with_the_number_of_images():
 
 
 def test_scratch_arrays_leave_no_file(tmp_path):
-    rows = evaluation.scratch(tmp_path / "new", (10, 3), np.float32)
+    rows = scratch(tmp_path / "new", (10, 3), np.float32)
     rows[:] = 1
     assert rows.sum() == 30 and list((tmp_path / "new").iterdir()) == []
 
@@ -172,76 +170,20 @@ def test_features_of_a_data_set_are_kept_and_a_broken_file_is_not_believed(tmp_p
             return means(images)
 
     extractor, source = Counted(), Images("set", drawn(30, 9), key="key")
-    first = evaluation.look(source, extractor, keep=str(tmp_path))
+    first = look(source, extractor, keep=str(tmp_path))
     (path,) = tmp_path.iterdir()
     assert path.name == "features-key-0123abcd.npy" and extractor.calls == 1
-    again = evaluation.look(source, extractor, keep=str(tmp_path))
+    again = look(source, extractor, keep=str(tmp_path))
     assert extractor.calls == 1
     np.testing.assert_array_equal(first.feats, again.feats)
     for damage in (b"", path.read_bytes()[:200], path.read_bytes()[:-4]):
         path.write_bytes(damage)
-        mended = evaluation.look(source, extractor, keep=str(tmp_path))
+        mended = look(source, extractor, keep=str(tmp_path))
         np.testing.assert_array_equal(first.feats, mended.feats)
         assert path.name in capsys.readouterr().err
     assert extractor.calls == 4
-    other = evaluation.look(Images("set", drawn(30, 9)), extractor, keep=str(tmp_path))
+    other = look(Images("set", drawn(30, 9)), extractor, keep=str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 1 and other.n == 30  # without a key nothing is kept
-
-
-# --------------------------------------------------------------------- the program on checkpoints
-
-
-@pytest.fixture(scope="module")
-def run(toy, tiny, tmp_path_factory):
-    """A run of 4 steps that keeps its checkpoint 3."""
-    folder = tmp_path_factory.mktemp("run")
-    flags = [*tiny["ddpm_pixel"], "--steps", "4", "--sample-every", "0", "--keep-every", "3"]
-    succeed("ddpm_pixel", *toy, *flags, "--out", folder)
-    return folder
-
-
-def test_a_run_keeps_the_checkpoints_it_is_asked_to(run, toy, tiny):
-    names = ["ckpt-000003.pt", "ckpt-previous.pt", "ckpt.pt"]
-    assert sorted(p.name for p in run.glob("ckpt*.pt")) == names
-    assert load_checkpoint(run / "ckpt-000003.pt")["step"] == 3
-    done = run / "again"
-    flags = [*tiny["ddpm_pixel"], "--steps", "4", "--sample-every", "0", "--out", done]
-    succeed("ddpm_pixel", *toy, *flags, "--keep-every", "3")
-    (done / "ckpt.pt").unlink()
-    (done / "ckpt-previous.pt").rename(done / "earlier.pt")  # of step 3: one that is kept stays
-    succeed("ddpm_pixel", *toy, *flags, "--resume", done / "earlier.pt", "--steps", "3")
-    assert [p.name for p in done.glob("ckpt-0*.pt")] == ["ckpt-000003.pt"]
-    succeed("ddpm_pixel", *toy, *flags, "--resume", "never")
-    assert list(done.glob("ckpt-0*.pt")) == []  # it was of the run before
-
-
-def test_checkpoints_come_in_the_order_of_their_steps(tmp_path):
-    for step in (900_000, 1_000_000):
-        torch.save({"script": "x", "step": step}, tmp_path / f"ckpt-{step:06d}.pt")
-    torch.save({"script": "x", "step": 1_000_000}, tmp_path / "ckpt.pt")  # a copy, not a link
-    assert list(eval_fid.checkpoints(tmp_path)) == [900_000, 1_000_000]
-    torch.save({"script": "x", "step": 1_000_500}, tmp_path / "ckpt.pt")
-    assert list(eval_fid.checkpoints(tmp_path)) == [900_000, 1_000_000, 1_000_500]
-
-
-def test_a_curve_over_the_checkpoints_of_a_run(run, toy):
-    flags = ["--n", "16", "--classifier-steps", "5", "--sample-args=--sample-steps 2"]
-    done = succeed("eval_fid", run, "--curve", "--gpus", "0", *flags)
-    printed = json.loads(done.out.splitlines()[-1])
-    rows = json.loads((run / "curve.json").read_text())
-    assert printed["curve"] == rows and [row["step"] for row in rows] == [3, 4]
-    assert all(row["n_generated"] == 16 and row["frechet"] > 0 for row in rows)
-    assert {row["b"] for row in rows} == {f"{toy[1]}:test"}
-    assert len({row["frechet"] for row in rows}) == 2
-    assert (run / "curve.png").stat().st_size > 5000
-
-
-def test_the_folder_of_a_curve_must_be_a_run(tmp_path):
-    from launching import run as start
-
-    done = start("eval_fid", tmp_path, "--curve")
-    assert done.code == 2 and done.err.count("\n") == 1
-    assert f"--curve: {tmp_path} holds no ckpt.pt" in done.err
 
 
 def test_splits_of_a_folder_without_held_out_images_tell_no_copies(toy, tmp_path):

@@ -1,4 +1,4 @@
-"""metrics.py against pytorch-fid, torch-fidelity and torchmetrics, given the same features."""
+"""All figures against pytorch-fid, torch-fidelity and torchmetrics, given the same features."""
 
 import warnings
 
@@ -7,7 +7,9 @@ import pytest
 import torch
 from reference_metrics import import_references
 
-from evaluation import metrics
+import eval_fid
+from evaluation.kid import kernel_distance
+from evaluation.manifold import manifold
 
 import_references()
 
@@ -46,8 +48,8 @@ def logits():
 
 
 def frechet(fake, real, method="eigen"):
-    sides = metrics.statistics(fake), metrics.statistics(real)
-    return metrics.frechet_distance(*sides[0], *sides[1], method=method)
+    sides = eval_fid.statistics(fake), eval_fid.statistics(real)
+    return eval_fid.frechet_distance(*sides[0], *sides[1], method=method)
 
 
 @pytest.mark.parametrize("method", ["eigen", "sqrtm"])
@@ -72,7 +74,7 @@ def test_frechet_distance(feats, method, n):
 def test_inception_score_of_torch_fidelity(logits):
     theirs = isc_features_to_metric(torch.from_numpy(logits[:695]), splits=10, shuffle=False)
     expected = theirs["inception_score_mean"], theirs["inception_score_std"]
-    assert metrics.inception_score(logits[:695]) == pytest.approx(expected, rel=1e-9)
+    assert eval_fid.inception_score(logits[:695]) == pytest.approx(expected, rel=1e-9)
 
 
 def test_inception_score_of_torchmetrics(logits, monkeypatch):
@@ -81,12 +83,12 @@ def test_inception_score_of_torchmetrics(logits, monkeypatch):
     monkeypatch.setattr(torch, "randperm", torch.arange)  # it would shuffle
     mean, std = (v.item() for v in judge.compute())
     expected = mean, std * 0.9**0.5  # divided by 9 there
-    assert metrics.inception_score(logits) == pytest.approx(expected, rel=1e-9)
+    assert eval_fid.inception_score(logits) == pytest.approx(expected, rel=1e-9)
 
 
 def test_kernel_distance(feats):
     fake, real = feats[0][:600], feats[1]  # a subset of all is the same for everyone
-    got, _ = metrics.kernel_distance(fake, real, subsets=1, subset_size=600)
+    got, _ = kernel_distance(fake, real, subsets=1, subset_size=600)
     doubles = [torch.from_numpy(v).double() for v in (fake, real)]
     theirs = kid_features_to_metric(*doubles, kid_subsets=1, kid_subset_size=600, verbose=False)
     assert got == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
@@ -98,7 +100,7 @@ def test_kernel_distance(feats):
 
 def test_kernel_distance_of_subsets(feats):
     """Other draws, so within what chance allows: their spread over the subsets, by their number."""
-    got, error = metrics.kernel_distance(*feats, subsets=50, subset_size=200)
+    got, error = kernel_distance(*feats, subsets=50, subset_size=200)
     doubles = [torch.from_numpy(v).double() for v in feats]
     theirs = kid_features_to_metric(*doubles, kid_subsets=50, kid_subset_size=200, verbose=False)
     spread = theirs["kernel_inception_distance_std"] / 50**0.5
@@ -109,7 +111,7 @@ def test_kernel_distance_of_subsets(feats):
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_precision_and_recall(feats, k):
     fake, real = feats
-    got = metrics.manifold(real, fake, k=k)
+    got = manifold(real, fake, k=k)
     doubles = [torch.from_numpy(v).double() for v in (fake, real)]
     theirs = prc_features_to_metric(*doubles, prc_neighborhood=k, verbose=False)
     assert got["precision"] == pytest.approx(theirs["precision"], rel=1e-6)  # a mean in float32

@@ -1,4 +1,4 @@
-"""evaluation.Judge gives in a process what the program prints, and knows a part of the classes."""
+"""eval_fid.Evaluator gives in a process what the program prints, and knows a part of the classes."""
 
 from runtime.commandline import BadInput
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from launching import succeed
 
-from evaluation import scores as evaluation
+from eval_fid import Evaluator
 from image_data import datasets
 
 NETWORK = {"shape": (1, 16, 16), "class_names": ["bars", "dots"]}  # that makes the samples
@@ -18,39 +18,42 @@ NETWORK = {"shape": (1, 16, 16), "class_names": ["bars", "dots"]}  # that makes 
 def judged(toy, tmp_path_factory):
     """The toy data set's images and labels, its path, and a root for classifiers."""
     ds = datasets.load(toy[1], toy[3], split="train")
-    return np.array(ds.images), np.array(ds.labels), toy[1], tmp_path_factory.mktemp("judge")
+    return np.array(ds.images), np.array(ds.labels), toy[1], tmp_path_factory.mktemp("evaluator")
 
 
-def test_a_judge_says_what_the_program_says(judged, tmp_path):
+def test_an_evaluator_says_what_the_program_says(judged, tmp_path):
     images, labels, folder, root = judged
     samples = np.clip(images.astype(int) + 40, 0, 255).astype(np.uint8)
-    judge = evaluation.Judge(folder, root, steps=40, **NETWORK)
-    found = judge(samples, labels)
+    evaluator = Evaluator(folder, root, steps=40, **NETWORK)
+    found = evaluator(samples, labels)
     np.savez(tmp_path / "samples.npz", samples, labels)
     command = [tmp_path / "samples.npz", folder, "--data-root", root, "--classifier-steps", 40]
     printed = json.loads(succeed("eval_fid", *command).out.splitlines()[-1])
-    assert printed["features"] == judge.protocol and printed["n_reference"] == judge.n_reference
+    assert (
+        printed["features"] == evaluator.protocol
+        and printed["n_reference"] == evaluator.n_reference
+    )
     assert found["frechet"] == pytest.approx(printed["frechet"], rel=1e-6) and found["frechet"] > 0
     assert found["class_accuracy"] == printed["class_accuracy"] > 0.9
-    assert judge(samples)["class_accuracy"] is None
+    assert evaluator(samples)["class_accuracy"] is None
 
 
 def test_samples_of_one_class_are_compared_with_that_class(judged):
     images, labels, folder, root = judged
     network = NETWORK | {"class_names": ["dots"]}
-    judge = evaluation.Judge(folder, root, classes="dots", steps=40, **network)
+    evaluator = Evaluator(folder, root, classes="dots", steps=40, **network)
     dots = images[labels == 1]  # label 0 of a network that was trained on dots alone
-    assert judge.n_reference == len(dots)
-    found = judge(dots, np.zeros(len(dots), dtype=np.int64))
+    assert evaluator.n_reference == len(dots)
+    found = evaluator(dots, np.zeros(len(dots), dtype=np.int64))
     assert found["frechet"] == pytest.approx(0, abs=1e-6) and found["class_accuracy"] > 0.9
-    assert judge(images[labels == 0])["frechet"] > 1
+    assert evaluator(images[labels == 0])["frechet"] > 1
 
 
-def test_a_network_of_other_classes_gets_no_accuracy_and_of_other_images_no_judge(judged):
+def test_a_network_of_other_classes_gets_no_accuracy_and_of_other_images_no_evaluator(judged):
     images, labels, folder, root = judged
-    other = evaluation.Judge(folder, root, shape=(1, 16, 16), class_names=["0", "1"], steps=40)
+    other = Evaluator(folder, root, shape=(1, 16, 16), class_names=["0", "1"], steps=40)
     assert other(images, labels)["class_accuracy"] is None
     with pytest.raises(BadInput, match=r"images \(1, 16, 16\).*takes \(3, 16, 16\)"):
-        evaluation.Judge(folder, root, shape=(3, 16, 16), steps=40)
+        Evaluator(folder, root, shape=(3, 16, 16), steps=40)
     with pytest.raises(BadInput, match="type --data NAME"):
-        evaluation.Judge("", root, shape=(1, 16, 16), steps=40)
+        Evaluator("", root, shape=(1, 16, 16), steps=40)

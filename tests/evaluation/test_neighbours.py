@@ -1,4 +1,4 @@
-"""evaluation/metrics.py: neighbours, precision and recall, against float64 and the papers."""
+"""neighbours.py and manifold.py: the nearest, precision and recall, against float64 and papers."""
 
 from runtime.commandline import BadInput
 
@@ -11,14 +11,15 @@ import pytest
 import scipy.spatial
 import torch
 
-from evaluation import metrics
-from evaluation.metrics import manifold, neighbours
+from evaluation.manifold import manifold
+from evaluation.neighbours import block, neighbours, squares_between
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks that divide no number of rows used here."""
-    monkeypatch.setattr(metrics, "CHUNK", 37)
+    for module in ("neighbours", "manifold"):
+        monkeypatch.setattr(f"evaluation.{module}.CHUNK", 37)
 
 
 def squares(x, y):
@@ -104,12 +105,12 @@ def test_the_bound_on_rounding_holds():
     x, y = (rng.normal(size=(60, 300)) * 10.0 ** rng.integers(-2, 3, 60)[:, None] for _ in "xy")
     x[:20] = y[:20]  # where nothing is left of the digits
     centre = np.zeros(300, np.float32)
-    blocks = metrics.block(x, 0, centre, "cpu"), metrics.block(y, 0, centre, "cpu")
+    blocks = block(x, 0, centre, "cpu"), block(y, 0, centre, "cpu")
     slack = (2 * 300 + 16) * 2.0**-24
     exact, lengths = squares(x, y), (x**2).sum(1)[:, None] + (y**2).sum(1)
-    plain = metrics.squares_between(*blocks).double().numpy()
+    plain = squares_between(*blocks).double().numpy()
     assert (plain < exact).any() and (plain > exact).any()
-    lower = metrics.squares_between(*blocks, slack).double().numpy()
+    lower = squares_between(*blocks, slack).double().numpy()
     assert (lower <= exact).all() and (exact <= lower + 2 * slack * lengths).all()
 
 
@@ -189,12 +190,12 @@ def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path, repo):
     for name in ("real", "fake"):
         np.save(tmp_path / f"{name}.npy", rng.normal(size=(6_000, 8)).astype(np.float32))
     program = (
-        "import resource, numpy as np\nfrom evaluation import metrics\n"
+        "import resource, numpy as np\nfrom evaluation.manifold import manifold\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         "real, fake = (np.load(name, mmap_mode='r') for name in ('real.npy', 'fake.npy'))\n"
-        "metrics.manifold(real[:2100], fake[:2100])\n"
+        "manifold(real[:2100], fake[:2100])\n"
         "before = peak()\n"
-        "print(metrics.manifold(real, fake)['density'], peak() - before)\n"
+        "print(manifold(real, fake)['density'], peak() - before)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(repo)}
     run = subprocess.run(

@@ -1,17 +1,22 @@
-"""metrics.py: how sure a distance is, and what endless images would give, against known truths."""
+"""intervals.py: how sure a distance is, what endless images would give, against known truths."""
 
 from runtime.commandline import BadInput
 
 import numpy as np
 import pytest
 
-from evaluation.metrics import frechet_distance, frechet_interval, statistics
+from eval_fid import distance_from, frechet_distance, statistics
+from evaluation.intervals import frechet_interval as interval_of
 
 D = 8
 SCALE = np.arange(1, D + 1) ** -0.5
 REFERENCE = np.zeros(D), np.diag(SCALE**2)
 SHIFT, STRETCH = 0.3, 1.2
 TRUTH = D * SHIFT**2 + ((STRETCH - 1) ** 2 * SCALE**2).sum()  # between diagonal covariances
+
+
+def frechet_interval(feats, mu_w, sigma_w, **options):
+    return interval_of(feats, distance_from(mu_w, sigma_w), **options)
 
 
 def draws(count, n, seed=0):

@@ -1,4 +1,4 @@
-"""What `bench/kernels.py` looks at: each operation at the shapes where the chapters use it.
+"""Each operation of kernels/ at the shapes where the chapters use it: what tests and bench look at.
 
 A case knows its inputs, laid out as the chapters lay them out, and what can be done with them:
 
@@ -17,8 +17,8 @@ import importlib
 import torch
 import torch.nn.functional as F
 
-from kernels import attention, group_norm_silu, sampling_table, sampling_update
-from kernels.attention_plan import plan
+from kernels import attention, group_norm_silu, sampling_update
+from tests.cases.rows import make_rows, rounded
 
 # The package exports functions under the names of these modules; the launches are in the modules.
 NORM, ATTENTION, UPDATE = (
@@ -202,7 +202,7 @@ class Attention(Case):
 
     def has_kernel(self, backward):
         kernels = ("forward", "dq", "dkdv") if backward else ("forward",)
-        return all(plan(kernel, self.dim, self.dtype.itemsize) for kernel in kernels)
+        return all(ATTENTION.plan(kernel, self.dim, self.dtype.itemsize) for kernel in kernels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Sampling(Case):
     dtype: torch.dtype = torch.bfloat16
     operation = "sampling"
     directions = (False,)
-    step = 50  # halfway down the table's 100 rows
+    step = 50  # halfway through 100 steps
 
     @property
     def noisy(self):
@@ -239,15 +239,12 @@ class Sampling(Case):
         return f"{'x'.join(map(str, (self.batch, *self.shape)))} {kind}{guided}"
 
     @functools.cached_property
-    def table(self):
+    def row(self):
         ts = list(range(999, -1, -10))
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         pairs = list(zip(ts, [*ts[1:], -1], strict=True))
-        return sampling_table((1 - betas).cumprod(0), pairs, eta=self.eta, variance="large")
-
-    @functools.cached_property
-    def row(self):
-        return self.table[self.step].tolist()
+        rows = make_rows((1 - betas).cumprod(0), pairs, eta=self.eta, variance="large")
+        return rounded(rows[self.step])  # so that float64 computes with the same numbers
 
     def inputs(self, device, make=normal):
         def images(count, dtype):
@@ -268,11 +265,11 @@ class Sampling(Case):
         """What comes after x and out, in the order of `_reference` and `_launch`."""
         guidance = 0.0 if self.guidance is None else self.guidance
         uncond, seeds = inputs.get("out_uncond"), inputs.get("seeds")
-        return self.table, self.step, uncond, guidance, None, seeds, self.eta is None
+        return self.row, self.step, uncond, guidance, None, seeds, self.eta is None
 
     def run(self, inputs):
-        table, step, _, guidance, _, _, clip = self._arguments(inputs)
-        return sampling_update(**inputs, table=table, step=step, guidance=guidance, clip=clip)
+        row, step, _, guidance, _, _, clip = self._arguments(inputs)
+        return sampling_update(**inputs, row=row, step=step, guidance=guidance, clip=clip)
 
     def reference(self, inputs):
         return UPDATE._reference(inputs["x"], inputs["out"], *self._arguments(inputs))
@@ -330,20 +327,3 @@ CASES = (
     Sampling(LATENT32, 32, (4, 32, 32), guidance=1.5, eta=1.0),
 )
 OPERATIONS = tuple(dict.fromkeys(case.operation for case in CASES))
-
-
-def add_filters(parser):
-    """The arguments of a program that choose cases."""
-    parser.add_argument(
-        "--only", choices=OPERATIONS, nargs="+", default=list(OPERATIONS), help="these operations"
-    )
-    parser.add_argument("--shape", nargs="+", default=[""], help="names that contain one of these")
-
-
-def chosen(args):
-    """The cases that such arguments leave."""
-    return [
-        case
-        for case in CASES
-        if case.operation in args.only and any(part in case.name for part in args.shape)
-    ]

@@ -1,0 +1,107 @@
+"""Samples of a checkpoint: its own script draws them, once; they are kept beside it."""
+
+from runtime import checkpoints
+from runtime.commandline import BadInput
+from runtime.files import locked
+from runtime.processes import run_alone
+
+import ast
+import hashlib
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent  # where the scripts lie
+
+
+def is_checkpoint(name):
+    return name.endswith(".pt")
+
+
+def takes_sample(path):
+    """Whether the script at `path` defines a class Config with a field `sample`. It is not run."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            fields = [field.target for field in node.body if isinstance(field, ast.AnnAssign)]
+            return any(isinstance(f, ast.Name) and f.id == "sample" for f in fields)
+    return False
+
+
+def samplers():
+    """The stems of the scripts beside eval_fid.py that draw samples of a checkpoint."""
+    return [path.stem for path in sorted(ROOT.glob("*.py")) if takes_sample(path)]
+
+
+def checkpoint_settings(path):
+    """(script, settings) of a checkpoint: the stem of the script that samples it, and its run's.
+
+    Only a script beside eval_fid.py that takes --sample is believed. Raises BadInput for any other
+    name, and for a checkpoint that names no data set to compare its samples with.
+    """
+    state = checkpoints.load_checkpoint(path, mapped=True)
+    script = state["script"]
+    beside = ROOT / f"{script}.py"
+    if not (script.isidentifier() and beside.is_file() and takes_sample(beside)):
+        wanted = " or ".join(f"{name}.py" for name in samplers())
+        raise BadInput(f"{path} was written by {script}, which draws no samples: {wanted}")
+    if not state.get("config", {}).get("data"):
+        raise BadInput(f"{path} names no data set; draw samples with {script}.py --sample {path}")
+    return script, state["config"]
+
+
+def as_trained(cfg, checkpoint):
+    """cfg, but what is not typed is as the checkpoint was trained: B, its size and classes."""
+    _, trained = checkpoint_settings(checkpoint)
+    cfg = checkpoints.as_trained(cfg, ("size", "classes", "data_root"), checkpoint)
+    return replace(cfg, b=cfg.b or f"{trained['data']}:test")
+
+
+def of_run(folder):
+    """The checkpoints that a run kept, and its last one, by their steps: {step: path}."""
+    kept = {int(path.stem.split("-")[1]): str(path) for path in folder.glob("ckpt-[0-9]*.pt")}
+    last = folder / "ckpt.pt"
+    if last.is_file():
+        kept.setdefault(checkpoints.load_checkpoint(last, mapped=True)["step"], str(last))
+    if not kept:
+        raise BadInput(f"--curve: {folder} holds no ckpt.pt; expected the folder of a run")
+    return dict(sorted(kept.items()))
+
+
+def sampled(checkpoint, script, n, gpus, arguments=""):
+    """The file of n images that `script` draws from its checkpoint, made unless it is there.
+
+    samples.npz, or where the script is that of an autoencoder reconstructions.npz. arguments: more
+    flags of the script, as one string. Several processes may ask; one draws, on `gpus` GPUs. Raises
+    BadInput where it fails.
+    """
+    checkpoint = Path(checkpoint)
+    stat = checkpoint.stat()
+    made_of = json.dumps([stat.st_size, stat.st_mtime_ns, n, arguments])
+    try:
+        arguments = shlex.split(arguments)
+    except ValueError as error:
+        raise BadInput(f"--sample-args {arguments}: {error}") from None
+    digest = hashlib.sha256(made_of.encode()).hexdigest()[:8]
+    folder = checkpoint.with_name(f"eval-{checkpoint.stem}-{digest}")
+    files = [folder / f"{kind}.npz" for kind in ("samples", "reconstructions")]
+    command = [
+        sys.executable,
+        str(ROOT / f"{script}.py"),
+        *arguments,
+        "--sample",
+        str(checkpoint),
+        "--n",
+        str(n),
+        "--out",
+        str(folder),
+        "--gpus",
+        str(gpus),
+    ]
+    with locked(checkpoint.with_name(f".{folder.name}.lock")):
+        if not any(map(Path.exists, files)):
+            failed = run_alone(command, stdout=sys.stderr)
+            if failed or not any(map(Path.exists, files)):
+                raise BadInput(f"no samples of {checkpoint}; the command was {shlex.join(command)}")
+    return next(filter(Path.exists, files))

@@ -1,0 +1,101 @@
+"""Which features compare two sets of images: Inception's, or those of a classifier of the data set.
+
+inception     FID and IS as papers have them; made for colour photographs
+classifier    a network trained here on the data set itself: it says something about gray
+              digits, and reads whether a sample is what was asked for
+auto          Inception for colour images, where its weights are there or can be downloaded;
+              else the classifier. Where statistics are compared with, what they are of.
+"""
+
+from runtime.commandline import BadInput, parse_classes
+
+import torch
+
+from evaluation import inception_features
+from evaluation.classifier import classifier_of
+from evaluation.image_sets import Images, Statistics, check_same_size, split_name
+from evaluation.words import warn
+from networks.inception import Inception
+
+PATIENCE = 5.0  # seconds that `auto` waits for a download of Inception's weights to begin
+NOT_HAD = {}  # (weights, folder): why they cannot be had; `auto` asks once in a process
+
+
+def labelled_set(cfg):
+    """The data set that the classifier learns, and whose training images A may be copies of; or
+    the name of a file."""
+    return cfg.data or split_name(cfg.b)[0]
+
+
+def is_file(name):
+    return name.endswith((".npz", ".npy"))
+
+
+def choose(cfg, sides, world):
+    """(extractor, class names, what else is known) for the Images among `sides`; of --features.
+
+    The extractor is None where both sides are Statistics. Raises BadInput where sizes differ, where
+    Inception is asked for and cannot be had, and where nothing labelled is there to train the
+    classifier on.
+    """
+    pictures = [side for side in sides if isinstance(side, Images)]
+    if not pictures:
+        return None, (), {}
+    check_same_size(pictures)
+    device = "cuda" if cfg.gpus else "cpu"
+    kind, extractor = kind_of_features(cfg.features, sides), None
+    if kind == "inception":
+        extractor = inception_features.load(cfg.weights, cfg.data_root, cfg.resize, device)
+    elif kind == "either":
+        extractor = inception_if_there(cfg, device, world)
+    if extractor is not None:
+        names = [side.class_names for side in pictures if side.class_names]
+        return extractor, next(iter(names), ()), {}
+    source = labelled_set(cfg)
+    if is_file(source):
+        why = "is no data set to train the feature classifier on"
+        raise BadInput(f"{source} {why}; name a labelled data set of such images with --data")
+    extractor, train = classifier_of(
+        source,
+        cfg.data_root,
+        size=cfg.size,
+        seed=cfg.seed,
+        steps=cfg.classifier_steps,
+        device=device,
+    )
+    check_same_size([*pictures, Images(source, train.images)])
+    numbers = parse_classes(cfg.classes, train.class_names)
+    names = tuple(train.class_names[i] for i in numbers)
+    return extractor, names, {"classifier_test_accuracy": extractor.facts["test_accuracy"]}
+
+
+def kind_of_features(asked, sides):
+    """ "inception", "classifier", or "either" where Inception is tried first; asked: --features."""
+    if asked != "auto":
+        return asked
+    for side in sides:
+        if isinstance(side, Statistics):  # what is compared with them must be of their features
+            return "inception" if side.mu.size == Inception.dim else "classifier"
+    colour = all(side.images.shape[3] == 3 for side in sides)
+    return "either" if colour else "classifier"
+
+
+def inception_if_there(cfg, device, world):
+    """Inception's extractor; None, with a line on stderr, where its weights cannot be had.
+
+    All processes get the same: none where one of them cannot read the weights.
+    """
+    key, extractor, why = (cfg.weights, cfg.data_root), None, ""
+    try:
+        if key in NOT_HAD:
+            raise BadInput(NOT_HAD[key])
+        extractor = inception_features.load(*key, cfg.resize, device, patience=PATIENCE)
+    except BadInput as error:
+        why = NOT_HAD[key] = str(error)
+    has = torch.tensor(float(extractor is not None), device=world.device)
+    if world.sum(has) == world.size:
+        return extractor
+    if world.is_main:
+        why = why or "another process could not read them"
+        warn(f"features of a classifier of the data set, as Inception's weights are missing: {why}")
+    return None

@@ -1,0 +1,110 @@
+"""Bits per dimension of a whole data set: batches, their mean, nll.json and nll.png.
+
+The bound of one batch of images is `improved_ddpm.bits_per_dim`, which comes in as a function.
+"""
+
+from runtime.files import atomic_write
+from runtime.plots import plot_lines
+
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Bound(NamedTuple):
+    """The bound of B images over a chain of S rows; float64, bits per dimension."""
+
+    prior: torch.Tensor  # L_T (B,)
+    terms: torch.Tensor  # (B,S), row 0 the decoder's
+    eps_mse: torch.Tensor  # (B,S), mean squared error of eps_hat
+    x0_mse: torch.Tensor  # (B,S), of x0_hat
+
+    @property
+    def total(self):
+        """The bound itself, (B,): IDDPM eq. 4."""
+        return self.prior + self.terms.sum(1)
+
+
+class BoundMean:
+    """The mean of Bounds over batches and processes. Its size does not depend on the images."""
+
+    def __init__(self, rows, device):
+        self.rows = torch.zeros(3, rows, dtype=torch.float64, device=device)
+        # images, prior, total, total squared
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def add(self, bound):
+        total = bound.total
+        self.rows += torch.stack([bound.terms, bound.eps_mse, bound.x0_mse]).sum(1)
+        self.sums += torch.stack([torch.ones_like(total), bound.prior, total, total**2]).sum(1)
+
+    def read(self, world):
+        """A dictionary of numbers, over all processes, with lists of S for what has rows.
+
+        The standard error is that of the mean over images, nan for a single one.
+        """
+        images, prior, total, squares = world.sum(self.sums.clone()).tolist()
+        terms, eps_mse, x0_mse = (world.sum(self.rows.clone()) / images).tolist()
+        mean = total / images
+        variance = max(squares / images - mean**2, 0.0) / (images - 1) if images > 1 else math.nan
+        return {
+            "bits_per_dim": mean,
+            "standard_error": math.sqrt(variance),
+            "prior": prior / images,
+            "images": int(images),
+            "terms": terms,
+            "eps_mse": eps_mse,
+            "x0_mse": x0_mse,
+        }
+
+
+def evaluate(bound_of, ds, timesteps, world, folder, *, n, batch_size, labels, about=""):
+    """Bits per dimension of n images of the Dataset `ds`, evenly spaced in it (or all).
+
+    bound_of(images, y, seeds, tick=...) gives the Bound of uint8 images (B,H,W,C), labels (B,) or
+    None, and seeds (B,), and calls tick() after each of the chain's timesteps. An image's seed is
+    its number in the data set. labels: whether the network sees the class. batch_size: over all
+    processes. about: a word on how, for the printed line.
+
+    Prints the mean, leaves nll.json and nll.png in `folder` (a Path), and returns what BoundMean
+    reads, on every rank. The network runs in float32, without autocast.
+    """
+    numbers = np.linspace(0, len(ds) - 1, min(n, len(ds))).round().astype(np.int64)
+    mine = numbers[world.share(len(numbers))]
+    each = max(1, batch_size // world.size)
+    mean = BoundMean(len(timesteps), world.device)
+    batches = [mine[i : i + each] for i in range(0, len(mine), each)]
+    with world.progress(len(batches) * len(timesteps), desc="bits/dim") as bar:
+        for batch in batches:
+            images = torch.from_numpy(ds.images[batch]).to(world.device)  # uint8 (B,H,W,C)
+            y = torch.from_numpy(ds.labels[batch]).to(world.device) if labels else None
+            seeds = torch.from_numpy(batch).to(world.device)
+            mean.add(bound_of(images, y, seeds, tick=bar.update))
+    values = mean.read(world)
+    if world.is_main:
+        with atomic_write(folder / "nll.json") as temporary:
+            temporary.write_text(json.dumps({**values, "timesteps": timesteps}))
+        plot_terms(folder / "nll.png", values["terms"], timesteps)
+        print(
+            f"{ds.name}: {values['bits_per_dim']:.4f} bits/dim, standard error "
+            f"{values['standard_error']:.4f} over {values['images']} images; {len(timesteps)} "
+            f"terms, {about}: {folder / 'nll.json'}, {folder / 'nll.png'}"
+        )
+    return values
+
+
+def plot_terms(path, terms, timesteps):
+    """Draw the terms (S,) in bits per dimension over the steps timesteps + 1 (IDDPM figure 2)."""
+    ylabel, steps = "term, bits/dim", [t + 1 for t in timesteps]
+    title = f"{sum(terms):.3f} bits/dim in {len(terms)} terms"
+    plot_lines(
+        path,
+        {ylabel: {"": (steps, terms)}},
+        xlabel="diffusion step t + 1",
+        title=title,
+        logx=True,
+        logy=(ylabel,),
+    )

@@ -1,0 +1,108 @@
+"""One side of a comparison: where it comes from, and the features of its images, computed once.
+
+Features of data sets are kept, those of samples lie in a file without a name: memory does not grow
+with the number of images.
+"""
+
+from runtime.commandline import BadInput
+from runtime.files import atomic_write
+from runtime.processes import World
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluation.features import extract
+from evaluation.image_sets import Images, Statistics
+from evaluation.words import warn
+
+
+@dataclass
+class Side:
+    """What is known of A or B: features (N, d), logits (N, K), labels (N,); or else statistics."""
+
+    source: Images | Statistics
+    feats: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    known: Statistics | None = None  # mu and sigma, where they are known or were computed
+
+    name = property(lambda self: self.source.name)
+    labels = property(lambda self: getattr(self.source, "labels", None))
+    n = property(lambda self: self.known.n if self.known else len(self.feats))
+    dim = property(lambda self: len(self.known.mu) if self.known else self.feats.shape[1])
+
+
+def scratch(folder, shape, dtype):
+    """An array in a file without a name: gone with the process, however that ends."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the map keeps it open)
+    return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def look(
+    source, extractor, *, batch_size=256, world=None, store=np.empty, keep="", reference=False
+):
+    """A Side of Images or Statistics. The features of a data set are kept in the folder `keep`.
+
+    A reference whose file holds the moments of the whole set that its images are of has these.
+    """
+    world = world or World()
+    if isinstance(source, Statistics):
+        return Side(source, known=source)
+    name = f"features-{source.key}-{getattr(extractor, 'feature_hash', None)}.npy"
+    path = Path(keep) / name if keep and source.key and "None" not in name else None
+    # Every process takes the same way, whatever appears in the folder meanwhile.
+    if path and world.sum(torch.tensor(int(path.is_file()), device=world.device)) == world.size:
+        try:
+            feats = np.load(path, mmap_mode="r")
+            if feats.shape == (len(source.images), extractor.dim):
+                return Side(source, feats)
+        except (OSError, EOFError, ValueError):
+            warn(f"{path} is damaged; its features are computed again")
+    feats, logits = extract(
+        extractor, source.images, batch_size, world, store=store, name=source.name
+    )
+    if path and world.is_main:
+        with atomic_write(path) as temporary:
+            np.save(temporary, feats)
+    known = source.statistics if reference else None
+    fits = known is not None and len(known.mu) == feats.shape[1]
+    return Side(source, feats, logits, known if fits else None)
+
+
+def labelled(source, class_names):
+    """`source` without labels that do not mean `class_names`; BadInput for labels out of range."""
+    if not isinstance(source, Images) or source.labels is None:
+        return source
+    labels, last = source.labels, len(class_names) - 1
+    if last < 0 or source.class_names not in (None, class_names):
+        return replace(source, labels=None)
+    if labels.min() < 0 or labels.max() > last:
+        found = f"labels from {labels.min()} to {labels.max()}"
+        raise BadInput(f"{source.name} has {found}; there are classes 0 to {last}")
+    return source
+
+
+def check_same_features(a, b, extractor=None):
+    """Raise BadInput where the statistics of a side are known to be of other features."""
+    ours = getattr(extractor, "feature_hash", None)
+    hashes = [side.known.feature_hash if side.known else ours for side in (a, b)]
+    hashes = [found for found in [*hashes, ours] if found]
+    if len(set(hashes)) > 1:
+        why = f"are of different features ({', '.join(sorted(set(hashes)))}); make both with"
+        raise BadInput(f"{a.name} and {b.name} {why} the same --features and their settings")
+
+
+def warn_of(side):
+    """A line on stderr for what makes the figures of this side misleading."""
+    least = 2048 if side.n and side.n < 2048 else 10_000
+    if side.n and side.n < least:
+        why = "the Fréchet distance is biased upward with few samples"
+        warn(f"{side.name} has N = {side.n:,} images, fewer than {least:,}: {why}")
+    if side.n and side.n <= side.dim:
+        warn(f"{side.name}: N = {side.n} does not exceed the {side.dim} features")
+    if side.known and side.known.protocol is None and (side.feats is None or side.known.n is None):
+        warn(f"{side.name} does not say which features its statistics were made with")

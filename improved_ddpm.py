@@ -1,0 +1,506 @@
+"""Chapter 2: variances that are learned, and what an image costs in bits.
+
+Nichol, Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021 (arXiv:2102.09672).
+
+The chain of chapter 1 bounds the code length of an image (in code t is 1 less),
+
+    -log p(x_0) <= L_0 + L_1 + ... + L_T = L_vlb      divided by dimensions and log 2      eq. 4
+    L_0     = -log p(x_0 | x_1)                   the last step, to pixels of 256 levels   eq. 5
+    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))       of two Gaussians         eq. 6
+    L_T     = KL(q(x_T | x_0) || N(0, I))         nothing here is learned                  eq. 7
+
+L_vlb teaches the network the variance of p, too, by a second half v of its channels:
+
+    Sigma = exp(f log beta_t + (1 - f) log beta_tilde_t),  f = (v + 1) / 2                 eq. 15
+    L_hybrid = L_simple + 0.001 L_vlb             the mean learns from L_simple alone      eq. 16
+
+    python improved_ddpm.py --data mnist                            MINUTES
+    python improved_ddpm.py --nll runs/iddpm-mnist/ckpt.pt          bits per dimension, MINUTES
+    torchrun --nproc-per-node 8 improved_ddpm.py --config configs/cifar10_iddpm_cosine.yaml
+
+--nll and --sample take checkpoints of ddpm_pixel.py, too, and --sample published U-Nets.
+"""
+
+from runtime import checkpoints
+from runtime import commandline as cli
+from runtime.normal import discretized_gaussian_log_likelihood, normal_kl
+from runtime.pictures import save_film, save_samples
+from runtime.plots import plot_lines
+from runtime.processes import launch
+from runtime.run import Run
+
+import inspect
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import ddpm_pixel
+from ddpm_pixel import alpha_bar_of, ancestral_row, guided_pass, q_sample, target_of, timestep_pairs
+from image_data import datasets
+from kernels import gaussian, sampling_update
+from networks.adm_unet import UNet
+
+
+@dataclass
+class Config(ddpm_pixel.Config):
+    schedule: Literal["linear", "cosine", "sigmoid"] = "cosine"  # of noise; cosine is eq. 17
+    learn_sigma: bool = True  # the network gives the variance, too: eq. 15
+    objective: Literal["simple", "hybrid", "vlb"] = "hybrid"  # L_simple, L_hybrid or L_vlb
+    min_snr: float = 0.0  # gamma of L_simple's min-SNR weights (Hang et al.: 5); 0: none
+    schedule_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
+    """how training draws t: alike, or by the size of their losses (section 3.3, for L_vlb)"""
+
+    style: Literal["ddpm", "adm"] = "adm"  # details of the U-Net: DDPM's, or Improved DDPM's
+    num_heads: int = 4  # attention heads
+    num_head_channels: int = 0  # channels of a head (ADM: 64), instead of --num-heads
+    use_scale_shift_norm: bool = True  # the timestep scales and shifts the second norm
+    resblock_updown: bool = False  # residual blocks resize the image (ADM), not convolutions
+
+    sample: str = ""
+    """do not train: sample this checkpoint, by its settings where none are typed; one of
+    ddpm_pixel.py, too, or a published U-Net: a folder of diffusers, .safetensors or OpenAI's .pt"""
+    nll: str = ""  # do not train: bits per dimension of --n held-out images under this checkpoint
+    plot_schedule: bool = False  # do not train: draw alpha_bar and log SNR of all schedules
+    variance: Literal["auto", "small", "large", "learned"] = "auto"
+    """of a step: beta_tilde_t, beta_t, or learned; auto is learned where it was, else small"""
+    dynamic_threshold: bool = False  # no clamp: divide x0_hat by its 99.5th percentile (Imagen)
+    timestep_respacing: str = ""  # the timesteps to visit, such as 0-9,49,99, not --sample-steps
+
+    FREE = ddpm_pixel.Config.FREE | cli.names("nll dynamic_threshold timestep_respacing")
+
+
+# ------------------------------------------------------------------ the bound L_vlb: section 2.1
+
+
+class Chain(NamedTuple):
+    """The steps of a chain, S rows upward in t; float64 (S,) but `timesteps`."""
+
+    timesteps: torch.Tensor  # int64 (S,), the t that the network sees in each row
+    alpha_bar: torch.Tensor
+    A: torch.Tensor  # weight of x_0 in the mean of q(x_prev | x_t, x_0), DDPM eq. 7
+    B: torch.Tensor  # weight of x_t; 0 in row 0
+    log_beta: torch.Tensor
+    log_beta_tilde: torch.Tensor  # row 0, where beta_tilde is 0, holds row 1's, as in their code
+
+    def at(self, t):
+        """Its rows t (B,), to multiply images with: (B,1,1,1) each."""
+        return Chain(*(table[t].view(-1, 1, 1, 1) for table in self))
+
+
+def make_chain(alpha_bar, timesteps=None):
+    """The whole chain of alpha_bar float64 (T,), or the shorter one of these `timesteps`: eq. 19.
+
+    Raises ValueError for another dtype, and where alpha_bar does not fall strictly within [0, 1),
+    as when a timestep is repeated.
+    """
+    if alpha_bar.dtype != torch.float64:
+        raise ValueError(f"alpha_bar must be float64, got {alpha_bar.dtype}")
+    ts = torch.arange(len(alpha_bar)) if timesteps is None else torch.as_tensor(timesteps).sort()[0]
+    ts = ts.to(alpha_bar.device)
+    a = alpha_bar[ts]  # (S,)
+    a_prev = torch.cat([a.new_ones(1), a[:-1]])
+    if not ((a >= 0) & (a < a_prev)).all():
+        raise ValueError("alpha_bar must fall strictly with t and lie in 0 .. 1")
+    beta = 1 - a / a_prev  # of a step over several t, that of all of them
+    beta_tilde = beta * (1 - a_prev) / (1 - a)
+    beta_tilde[0] = beta_tilde[1] if len(ts) > 1 else beta[0]
+    A = a_prev.sqrt() * beta / (1 - a)
+    B = (a / a_prev).sqrt() * (1 - a_prev) / (1 - a)
+    return Chain(ts, a, A, B, beta.log(), beta_tilde.log())
+
+
+def reverse_step(out, x_t, t, chain, prediction, variance, clip):
+    """x0_hat (B,C,H,W) and the log variance of p(x_{t-1} | x_t), which broadcasts to it; float64.
+
+    The arguments, and the ValueErrors, are those of vlb_terms.
+    """
+    channels = x_t.shape[1] * (2 if variance == "learned" else 1)
+    if prediction not in ("eps", "v", "x0"):
+        raise ValueError(f'prediction must be "eps", "v" or "x0", got {prediction!r}')
+    if variance not in ("small", "large", "learned"):
+        raise ValueError(f'variance must be "small", "large" or "learned", got {variance!r}')
+    if out.shape[1] != channels:
+        raise ValueError(f"variance {variance!r} needs {channels} channels, got {out.shape[1]}")
+    row, x_t = chain.at(t), x_t.double()
+    m, v = out.double().tensor_split([x_t.shape[1]], dim=1)  # v (B,C,H,W), or no channel
+    alpha, sigma = row.alpha_bar.sqrt(), (1 - row.alpha_bar).sqrt()  # (B,1,1,1)
+    x0_hat = {"eps": (x_t - sigma * m) / alpha, "v": alpha * x_t - sigma * m, "x0": m}[prediction]
+    large = (row.B > 0).double()  # beta_0 would blur the decoder's pixels
+    f = {"small": torch.zeros_like(large), "large": large, "learned": (v + 1) / 2}[variance]
+    log_var = f * row.log_beta + (1 - f) * row.log_beta_tilde  # eq. 15
+    return x0_hat.clamp(-1, 1) if clip else x0_hat, log_var
+
+
+def vlb_terms(
+    out, x0, x_t, t, chain, *, prediction="eps", variance="small", clip=True, discrete=True
+):
+    """L_{t-1} of each image, L_0 where t is 0, in bits per dimension: float64 (B,).
+
+    out    the network's output for x_t: (B,C,H,W), or (B,2C,H,W) with variance "learned"
+    x0     the images (B,C,H,W), k / 127.5 - 1 for levels k = 0..255
+    x_t    drawn from q(x_t | x0), (B,C,H,W)
+    t      int64 (B,), rows of the chain: in the whole chain, the timesteps
+    prediction  "eps", "v" or "x0"; clip: keep x0_hat within [-1, 1], as sampling does
+    variance    "small", "large" (in row 0 that of small, as in DDPM's code) or "learned": eq. 15
+    discrete    False: x0 are latents, without levels or ends at -1 and 1; L_0 is of a density
+    Raises ValueError for an unknown prediction or variance, or a wrong number of channels.
+    """
+    x0_hat, log_var = reverse_step(out, x_t, t, chain, prediction, variance, clip)
+    row, x0, x_t = chain.at(t), x0.double(), x_t.double()
+    mean_q = row.A * x0 + row.B * x_t  # DDPM eq. 7
+    mean_p = row.A * x0_hat + row.B * x_t  # the same, with the guess in the place of x_0
+    nats = normal_kl(mean_q, row.log_beta_tilde, mean_p, log_var)  # (B,C,H,W)           eq. 6
+    if discrete:
+        first = -discretized_gaussian_log_likelihood(x0, x0_hat, 0.5 * log_var)  # eq. 5
+    else:  # a density has a unit, and may exceed 1
+        first = 0.5 * ((x0 - x0_hat) ** 2 * torch.exp(-log_var) + log_var + math.log(2 * math.pi))
+    nats = torch.where(t.view(-1, 1, 1, 1) == 0, first, nats)
+    return nats.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def prior_bits(x0, alpha_bar):
+    """L_T of each image (B,C,H,W) in bits per dimension: float64 (B,), eq. 7. alpha_bar (S,)."""
+    a, zero = alpha_bar[-1], torch.zeros_like(alpha_bar[-1])
+    nats = normal_kl(a.sqrt() * x0.double(), torch.log1p(-a), zero, zero)  # (B,C,H,W)
+    return nats.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def bits_per_dim(net, images, y, seeds, chain, *, tick=None, **how):
+    """The evaluation.likelihood.Bound of B images, with one draw of x_t for each term of eq. 4.
+
+    how: prediction, variance and clip of vlb_terms, which says the ValueErrors, too.
+    """
+    from evaluation import likelihood
+
+    terms, guess = partial(vlb_terms, chain=chain, **how), partial(reverse_step, chain=chain, **how)
+    return likelihood.bits_per_dim(net, images, y, seeds, chain, terms, guess, prior_bits, tick)
+
+
+# ------------------------------------------------------------------------- the losses: section 3
+
+
+def hybrid(out, x0, x_t, t, chain, *, prediction="eps", discrete=True):
+    """L_vlb of L_hybrid, float64 (B,): only v learns from it, the mean is held fixed.
+
+    The arguments are those of vlb_terms; out (B,2C,H,W). Uniform t estimate the sum over the S rows
+    by S times the term at t. The published code adds the term times S / 1000: the same.
+    """
+    out = torch.cat([out[:, : x0.shape[1]].detach(), out[:, x0.shape[1] :]], 1)  # (B,2C,H,W)
+    how = {"prediction": prediction, "variance": "learned", "discrete": discrete}
+    return len(chain.timesteps) * vlb_terms(out, x0, x_t, t, chain, clip=False, **how)
+
+
+def min_snr_weight(prediction, a, gamma):
+    """The weight of a squared error of the prediction: Hang et al. 2023, section 3.4 (2303.09556).
+
+    Of x0_hat it is min(SNR, gamma). An error of eps_hat is sqrt(SNR), of v_hat sqrt(SNR + 1) times
+    that of x0_hat, which makes it min(SNR, gamma) / SNR and / (SNR + 1). a (B,) is alpha_bar_t.
+    """
+    snr = a / (1 - a)
+    return snr.clamp(max=gamma) / {"eps": snr, "x0": 1, "v": snr + 1}[prediction]
+
+
+def training_losses(
+    net, x0, t, eps, chain, y=None, objective="hybrid", prediction="eps", loss="l2", min_snr=0.0
+):
+    """L_simple, L_hybrid (eq. 16) or L_vlb of each image, float32 (B,); t are rows of the chain."""
+    x_t = q_sample(x0, t, eps, chain.alpha_bar)  # (B,C,H,W)
+    out, channels = net(x_t, t, y), x0.shape[1]  # (B,C,H,W), or (B,2C,H,W) with v
+    if objective == "vlb":
+        variance = "learned" if out.shape[1] > channels else "small"
+        how = {"prediction": prediction, "variance": variance, "clip": False}
+        return len(chain.timesteps) * vlb_terms(out, x0, x_t, t, chain, **how).float()
+    distance = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}[loss]
+    target = target_of(prediction, x0, eps, chain.alpha_bar[t])
+    losses = distance(out[:, :channels], target, reduction="none").mean(dim=(1, 2, 3))
+    if min_snr:
+        losses = losses * min_snr_weight(prediction, chain.alpha_bar[t], min_snr).float()
+    if objective == "hybrid":
+        losses = losses + 0.001 * hybrid(out, x0, x_t, t, chain, prediction=prediction).float()
+    return losses
+
+
+class LossSecondMoment:
+    """Draws the timesteps with large losses more often: section 3.3, for L_vlb.
+
+        p_t proportional to sqrt(E[L_t^2]),   weight 1 / (T p_t)                           eq. 18
+
+    with the mean over the last 10 losses of t; p is uniform until every t has 10, and a thousandth
+    of it stays so. Losses times weights have the mean that uniform timesteps give, and less noise.
+    """
+
+    def __init__(self, T):
+        self.last = torch.full((T, 10), torch.nan, dtype=torch.float64)  # the newest at the end
+
+    def probabilities(self):
+        """p, float64 (T,)."""
+        root = self.last.square().mean(1).sqrt()  # nan where there are fewer than 10
+        uniform = torch.full_like(root, 1 / len(root))
+        return 0.999 * root / root.sum() + 0.001 * uniform if root.sum() > 0 else uniform
+
+    def sample(self, rng, n):
+        """n timesteps, int64 (n,), and their weights, float64 (n,), drawn by a numpy Generator."""
+        p = self.probabilities().numpy()
+        t = rng.choice(len(p), size=n, p=p)
+        return t, 1 / (len(p) * p[t])
+
+    def update(self, t, losses):
+        """Remember the finite ones of the losses (B,) at timesteps t (B,), of all processes."""
+        for i, loss in zip(t.tolist(), losses.tolist(), strict=True):
+            if math.isfinite(loss):
+                self.last[i] = torch.cat([self.last[i, 1:], self.last.new_tensor([loss])])
+
+    def state_dict(self):
+        return {"last": self.last.clone()}
+
+    def load_state_dict(self, state):
+        """Go on as the one that gave this state. Raises ValueError if its T was another."""
+        if len(state["last"]) != len(self.last):
+            raise ValueError(f"{len(state['last'])} timesteps, expected {len(self.last)}")
+        self.last = state["last"].clone()
+
+
+# ----------------------------------------------------------------------- sampling: section 4
+
+
+def learned_row(a, a_prev, prediction="eps", floor=None):
+    """The step from alpha_bar_t = a to a_prev (eq. 19) with the variance of eq. 15.
+
+    At the last step log beta_tilde is -inf. floor stands there, the row before's log_beta_tilde as
+    in the published code; None takes log beta.
+    """
+    beta = 1 - a / a_prev
+    log_beta = math.log(beta)
+    if a_prev < 1:
+        floor = math.log(beta * (1 - a_prev) / (1 - a))
+    bounds = {"log_var_min": log_beta if floor is None else floor, "log_var_max": log_beta}
+    return ancestral_row(a, a_prev, prediction)._replace(S=float(a_prev < 1), **bounds)
+
+
+def dynamic_threshold(x0_hat, percentile=0.995):
+    """x0_hat (B,C,H,W) within [-1, 1]: Imagen (Saharia et al. 2022, arXiv:2205.11487, section 2.3).
+
+    Where the percentile of an image's own |x0_hat| exceeds 1, the image is clamped to it and
+    divided by it. A clamp to [-1, 1] would saturate what strong guidance drives beyond.
+    """
+    s = x0_hat.float().abs().flatten(1).quantile(percentile, dim=1).clamp(min=1)  # (B,)
+    s = s.view(-1, 1, 1, 1).to(x0_hat.dtype)
+    return x0_hat.clamp(-s, s) / s
+
+
+def pairs_of(cfg):
+    """The walk down the chain, [(t, t_prev), ...]. BadInput for timesteps that exceed it."""
+    if not cfg.timestep_respacing:
+        return timestep_pairs(cfg.timesteps, cfg.sample_steps)
+    ts = cli.parse_seeds(cfg.timestep_respacing, 0, "--timestep-respacing")
+    ts = ts.unique().flip(0).tolist()
+    if ts[0] >= cfg.timesteps:
+        raise cli.BadInput(f"--timestep-respacing {ts[0]}: there are 0 to {cfg.timesteps - 1}")
+    return list(zip(ts, [*ts[1:], -1], strict=True))
+
+
+def variance_of(cfg):
+    """small, large or learned. BadInput where it should be learned and was not."""
+    if cfg.variance == "learned" and not cfg.learn_sigma:
+        raise cli.BadInput("--variance learned: this network gives none; type small or large")
+    auto = "learned" if cfg.learn_sigma else "small"
+    return auto if cfg.variance == "auto" else cfg.variance
+
+
+@torch.no_grad()
+def trajectory(net, cfg, shape, seeds, y=None):
+    """The walk of ddpm_pixel.sample as the settings say; yields x_{t-1} and x0_hat, (B,C,H,W)."""
+    alpha_bar, pairs, variance = alpha_bar_of(cfg), pairs_of(cfg), variance_of(cfg)
+    make_row = partial(ancestral_row, prediction=cfg.prediction, variance=variance)
+    if variance == "learned":
+        floor = make_chain(alpha_bar, [t for t, _ in pairs]).log_beta_tilde[0].item()
+        make_row = partial(learned_row, prediction=cfg.prediction, floor=floor)
+    clip = cfg.clip_denoised and not cfg.dynamic_threshold
+    x = gaussian((len(seeds), *shape), seeds, -1, seeds.device)  # x_T ~ N(0, I), (B,C,H,W)
+    x = x.to(memory_format=torch.channels_last)
+    for step, (t, t_prev) in enumerate(pairs):
+        out, out_uncond = guided_pass(net, x, t, y, cfg.guidance)  # (B,C,H,W) or (B,2C,H,W)
+        row = make_row(alpha_bar[t].item(), alpha_bar[t_prev].item() if t_prev >= 0 else 1.0)
+        how = {"out_uncond": out_uncond, "guidance": 0.0 if out_uncond is None else cfg.guidance}
+        x_prev, x0_hat = sampling_update(x, out, row, step=step, seeds=seeds, clip=clip, **how)
+        if cfg.dynamic_threshold:  # the same step, from another x0_hat
+            out = torch.cat([dynamic_threshold(x0_hat), out[:, shape[0] :]], dim=1)
+            row = row._replace(p=0.0, q=-1.0)
+            x_prev, x0_hat = sampling_update(x, out, row, step=step, seeds=seeds, clip=False)
+        x = x_prev
+        yield x, x0_hat
+
+
+def draw(net, cfg, world, shape, seeds, labels, desc="sampling"):
+    """uint8 images (N,H,W,C) of the seeds (N,), the same on every rank: each draws its share."""
+    walk = partial(trajectory, net, cfg, shape)
+    return world.draw(walk, seeds, labels, cfg.batch_size, len(pairs_of(cfg)), desc)
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+def make_net(cfg, shape, num_classes):
+    """The U-Net of the settings."""
+    names = inspect.signature(UNet).parameters
+    settings = {name: value for name, value in vars(cfg).items() if name in names}
+    return UNet(shape, num_classes, **settings).to(memory_format=torch.channels_last)
+
+
+def train(cfg, world):
+    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+    alpha_bar = alpha_bar_of(cfg)
+    chain, picker = make_chain(alpha_bar.to(world.device)), LossSecondMoment(cfg.timesteps)
+    torch.manual_seed(cfg.seed)
+    net = make_net(cfg, ds.shape, ds.num_classes * cfg.class_cond).to(world.device)
+    adam, facts = partial(torch.optim.Adam, lr=cfg.lr), {"alpha_bar": alpha_bar}
+    run = Run(cfg, world, ds, net=net, optimizer=adam, keep={"picker": picker}, facts=facts)
+    evaluator = None
+    if cfg.metric_every:
+        from eval_fid import Evaluator
+
+        evaluator = Evaluator.of_run(cfg, ds, world)
+    seeds = cli.parse_seeds(cfg.seeds, cfg.n)
+    labels = cli.labels_for(seeds, range(net.null))
+    if world.is_main:
+        count = sum(p.numel() for p in net.parameters()) / 1e6
+        print(f"{ds.name}: {len(ds)} images {ds.shape}, {net.null} classes")
+        print(f"U-Net of {count:.2f} M parameters predicts {cfg.prediction}, L_{cfg.objective}")
+        print(f"{cfg.schedule} schedule, T = {cfg.timesteps}; step {run.first} of {cfg.steps}")
+        ddpm_pixel.save_forward(ds, alpha_bar, run.folder / "forward")
+
+    how = (cfg.objective, cfg.prediction, cfg.loss, cfg.min_snr)
+    for step in run.steps():  # goes on where it stopped; saves between two steps
+        drawn = picker.sample(run.rng(step, "t"), cfg.batch_size)  # all alike until it is updated
+        t_all, weights = (torch.from_numpy(v).to(world.device) for v in drawn)
+        for part in run.parts(step):  # this process's share, in --accumulate parts
+            x0, y = run.images(part)  # (b,C,H,W), (b,)
+            y = run.hide(part, y, cfg.label_dropout) if cfg.class_cond else None
+            t, eps = t_all[part.where], run.noise(part, x0.shape)
+            losses = training_losses(run.model, x0, t, eps, chain, y, *how)
+            run.backward(losses, t / cfg.timesteps, weights[part.where].float())
+        run.descend()  # clip the gradient, Adam, running means, log
+        if cfg.schedule_sampler == "loss-second-moment":
+            picker.update(t_all, world.collect(torch.cat(run.losses), cfg.batch_size))
+        if evaluator and (run.due(cfg.metric_every) or run.done):
+            draw_some = partial(draw, run.ema, cfg, world, ds.shape)
+            run.log_metrics(evaluator.score(draw_some, cfg.metric_n, net.null))
+        if run.due(cfg.sample_every):
+            run.save_grid(draw(run.ema, cfg, world, ds.shape, seeds, labels))
+    save_images(run.ema, cfg, world, ds.shape, seeds, labels, run.folder)
+
+
+def save_images(net, cfg, world, shape, seeds, labels, folder):
+    """samples.png and .npz; reverse.gif and .png: x_t of the first eight, and below it x0_hat."""
+    images = draw(net, cfg, world, shape, seeds, labels)
+    if world.is_main:
+        save_samples(folder, images, labels, 10)
+        walk = partial(trajectory, net, cfg, shape)
+        save_film(world.frames(walk, seeds[:8], labels), folder / "reverse", len(seeds[:8]))
+        print(f"samples: {folder / 'samples.png'}, how they came: {folder / 'reverse.gif'}")
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+def load_net(path, device, ema=None):
+    """As ddpm_pixel.load_net, whose checkpoints it takes, too, and any published U-Net."""
+    from networks.published.unet import read_network
+
+    state = read_network(path, ("improved_ddpm", "ddpm_pixel"))
+    if state["script"] == "ddpm_pixel":
+        net, theirs, *rest = ddpm_pixel.load_net(path, device, ema)
+        plain = {"objective": "simple", "style": "ddpm", "use_scale_shift_norm": False}
+        return net, Config(**vars(theirs), learn_sigma=False, **plain), *rest
+    cfg, shape = checkpoints.trained_config(Config, state), tuple(state["shape"])
+    names = state["class_names"] if cfg.class_cond else []
+    net = make_net(cfg, shape, len(names)).to(device)
+    checkpoints.load_weights(net, checkpoints.chosen_ema(state, path, ema))
+    net.null_label = state.get("null_label", True)  # whether it has learned to do without a label
+    return net.eval(), cfg, shape, names, alpha_bar_of(cfg)
+
+
+def open_checkpoint(cfg, path, world):
+    """(network, settings, shape, class names): as trained, but for what the command line gives."""
+    net, trained, shape, names, _ = load_net(path, world.device, checkpoints.typed_ema(cfg))
+    how = "variance clip_denoised dynamic_threshold sample_steps timestep_respacing guidance "
+    how += "batch_size data data_root size"
+    if not trained.data:  # published networks name no data, and some no schedule
+        how += " timesteps schedule alpha_min prediction"
+    return net, checkpoints.overlaid(trained, cfg, how.split()), shape, names
+
+
+def sample_checkpoint(cfg, world):
+    net, trained, shape, names = open_checkpoint(cfg, cfg.sample, world)
+    seeds, labels = cli.seeds_and_labels(cfg, net, names, trained.guidance)
+    save_images(net, trained, world, shape, seeds, labels, cli.folder_of(cfg, cfg.sample))
+
+
+def nll(cfg, world):
+    """Bits per dimension of --n held-out images, over all T timesteps where no others are typed."""
+    from evaluation.likelihood import evaluate_held_out
+
+    net, trained, shape, names = open_checkpoint(cfg, cfg.nll, world)
+    visited = ("sample_steps", "timestep_respacing")
+    if len(cli.not_given(cfg, visited)) == 2 and not cfg.smoke:
+        trained = replace(trained, sample_steps=trained.timesteps, timestep_respacing="")
+    chain = make_chain(alpha_bar_of(trained).to(world.device), [t for t, _ in pairs_of(trained)])
+    how = {"prediction": trained.prediction, "variance": variance_of(trained)}
+    bound = partial(bits_per_dim, net, chain=chain, **how)
+    where = world, cli.folder_of(cfg, cfg.nll)
+    about = f"variance {how['variance']}"
+    evaluate_held_out(bound, chain, trained, shape, names, *where, n=cfg.n, about=about)
+
+
+def plot_schedules(path, T, alpha_min):
+    """Draw alpha_bar (figure 5) and log SNR of every schedule of T steps into the PNG `path`."""
+    left, ratio, part = {}, {}, torch.arange(1, T + 1) / T
+    for name in ("linear", "cosine", "sigmoid"):
+        a = ddpm_pixel.make_alpha_bar(name, T, alpha_min)
+        left[name], ratio[name] = (part, a), (part, a.log() - torch.log1p(-a))
+    plot_lines(path, {"alpha_bar": left, "log SNR": ratio}, xlabel=f"t / T, T = {T}")
+    print(f"schedules: {path}")
+
+
+def check(cfg):
+    """Raise BadInput for a setting out of its range, and for settings that contradict others."""
+    ddpm_pixel.check(cfg)
+    cli.check_not_negative(cfg, "min_snr", "num_head_channels")
+    tasks = [name for name in ("sample", "nll", "plot_schedule") if getattr(cfg, name)]
+    if len(tasks) > 1:
+        raise cli.BadInput(f"--{tasks[0]} and --{tasks[1].replace('_', '-')}: one at a time")
+    if tasks:
+        return  # what follows is of training; a checkpoint has settings of its own
+    if cfg.objective == "hybrid" and not cfg.learn_sigma:
+        raise cli.BadInput("--objective hybrid learns the variance: type --objective simple or vlb")
+    if cfg.objective == "simple" and cfg.learn_sigma:
+        raise cli.BadInput("--objective simple teaches no variance: type --no-learn-sigma, too")
+    variance_of(cfg)
+    pairs_of(cfg)
+
+
+def main():
+    preset = str(Path(__file__).parent / "configs/{data}_iddpm.yaml")
+    cfg = cli.parse(Config, __doc__, preset=preset)
+    if cfg.smoke:
+        tiny = {"steps": 4, "batch_size": 8, "model_channels": 16, "num_heads": 1, "norm_groups": 0}
+        tiny |= {"n": 8, "sample_steps": 4, "warmup": 1, "log_every": 1, "save_every": 2}
+        tiny |= {"sample_every": 2, "metric_every": 0, "resume": "never", "out": "runs/smoke-iddpm"}
+        cfg = cli.smaller(cfg, **tiny, num_head_channels=0)
+    check(cfg)
+    if cfg.plot_schedule:
+        plot_schedules(Path(cfg.out or "runs") / "schedules.png", cfg.timesteps, cfg.alpha_min)
+    elif cfg.sample or cfg.nll:
+        launch(sample_checkpoint if cfg.sample else nll, cfg)
+    else:
+        datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)  # by one process
+        launch(train, replace(cfg, out=cfg.out or f"runs/iddpm-{Path(cfg.data).stem}"))
+
+
+if __name__ == "__main__":
+    cli.entry(main)

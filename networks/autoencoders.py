@@ -1,0 +1,102 @@
+"""Every autoencoder that can be a first stage, built by its kind or read from files.
+
+    kl      small_autoencoder.Autoencoder           vq      the same with vq.Codebook
+    ldm     kl_autoencoder.KLVAE                    tiny    kl_autoencoder.TinyAutoencoder
+
+    ae = load_autoencoder(path)                 a checkpoint of one trained here, or a published one
+    mean, log_var = ae.encode(x)                x (B,C,H,W) in [-1,1] -> (B,z,H/f,W/f) each
+    x_hat = ae.decode(mean)
+    ae.channels, ae.z_channels, ae.factor       C, z, f
+    build(**ae.settings)                        the same network, without its weights
+
+ae.settings are plain values: a checkpoint that keeps them beside the weights needs no other file.
+"""
+
+from runtime import checkpoints
+from runtime.commandline import BadInput
+
+from pathlib import Path
+
+import torch
+
+from networks.kl_autoencoder import KLVAE, TinyAutoencoder, load_pretrained
+from networks.small_autoencoder import Autoencoder
+from networks.vq import Codebook, VQAutoencoder
+
+
+def build(kind, **settings):
+    """The autoencoder of this kind with these settings, in training mode, of random weights.
+
+    settings are the keywords of the class, of vq those of Autoencoder and codebook, the number of
+    its codes. BadInput for a kind that there is not.
+    """
+    classes = {"kl": Autoencoder, "ldm": KLVAE, "tiny": TinyAutoencoder}
+    if kind == "vq":
+        size = settings.pop("codebook")
+        ae = Autoencoder(**settings, variance=False)
+        ae = VQAutoencoder(ae, Codebook(size, ae.z_channels))
+    elif kind in classes:
+        ae = classes[kind](**settings)
+    else:
+        raise BadInput(f"autoencoder {kind}: there are kl, vq, ldm and tiny")
+    return ae.to(memory_format=torch.channels_last)
+
+
+def load_autoencoder(path, device="cpu", ema=None, flag="--ae"):
+    """The autoencoder at `path`, frozen and in eval mode.
+
+    path    a checkpoint of autoencoder.py or of the first stage of a latent chapter, or what
+            networks.published.autoencoder.read_autoencoder takes
+    ema     of a checkpoint the running mean of this decay; without it the weights themselves
+    flag    named in BadInput, which is raised for a path that is not there and for other files
+    """
+    if not path or not Path(path).exists():
+        raise BadInput(
+            f"{flag} {path}: expected the file or folder of an autoencoder, published or trained "
+            "here, which is not there"
+        )
+    state = own_checkpoint(path)
+    if state is None:
+        if ema is not None:
+            raise BadInput(f"--ema {ema:g}: {path} was published without running means")
+        return load_pretrained(path, device)[0]
+    settings = state.get("settings", {})
+    if "kind" not in settings:
+        raise BadInput(
+            f"{flag} {path} is a checkpoint of {state['script']}.py and of no autoencoder; a "
+            "latent chapter keeps that in a folder of its own: autoencoder/ckpt.pt"
+        )
+    ae = build(**settings)
+    weights = state["model"] if ema is None else checkpoints.chosen_ema(state, path, ema)
+    checkpoints.load_weights(ae, weights)
+    return ae.to(device).eval().requires_grad_(False)
+
+
+def own_checkpoint(path):
+    """The checkpoint of a script of ours, or None where `path` is something else."""
+    if not str(path).endswith(".pt"):
+        return None
+    try:
+        return checkpoints.load_checkpoint(path)
+    except BadInput:  # of others, or damaged: who reads published files says so
+        return None
+
+
+def latent_shape(ae, shape, flag="--ae"):
+    """(z,h,w) of the latents of images of `shape` (C,H,W).
+
+    BadInput for images of other channels, or of a size that cannot be made ae.factor times smaller.
+    """
+    channels, height, width = shape
+    if ae.channels != channels:
+        raise BadInput(
+            f"{flag}: the autoencoder takes images of {ae.channels} channels, these have {channels}"
+            "; choose other --data, or leave it out to train one"
+        )
+    if height % ae.factor or width % ae.factor:
+        near = -(-min(height, width) // ae.factor) * ae.factor
+        raise BadInput(
+            f"images of {height}x{width} cannot be made {ae.factor} times smaller by the "
+            f"autoencoder; sizes must be multiples of {ae.factor}: type --size {near}"
+        )
+    return ae.z_channels, height // ae.factor, width // ae.factor

@@ -1,0 +1,126 @@
+"""Checkpoints: plain tensors and numbers, read without running any code."""
+
+from runtime.commandline import BadInput, not_given
+
+import dataclasses
+import hashlib
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+
+class DamagedCheckpoint(BadInput):
+    """The file is truncated or garbage; the checkpoint before it may be whole."""
+
+
+def load_mapped(path, allowed=()):
+    """What torch.save wrote at `path`, on the CPU; tensors are mapped, but not of the old form."""
+    with torch.serialization.safe_globals(list(allowed)):
+        return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def load_checkpoint(path, scripts=(), mapped=False):
+    """The dictionary that a run saved at `path`, on the CPU.
+
+    scripts: stem of the script that must have written it, or several; any without. mapped: tensors
+    are read when used, sums not checked. Nothing in the file can run code. Raises BadInput, naming
+    the file, when it is missing or of another script, DamagedCheckpoint when it cannot be read.
+    """
+    if not Path(path).is_file():
+        why = "a folder; name its ckpt.pt" if Path(path).is_dir() else "no such file"
+        raise BadInput(f"checkpoint {path}: {why}")
+    try:
+        state = load_mapped(path) if mapped else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip() or "unreadable").splitlines()[0][:120]
+        found = f"checkpoint {path} is truncated or not a checkpoint ({reason})"
+        raise DamagedCheckpoint(found) from None
+    scripts = (scripts,) if isinstance(scripts, str) else tuple(scripts)
+    made_by = state.get("script") if isinstance(state, dict) else None
+    if not isinstance(made_by, str) or not re.fullmatch(r"[a-z_]\w*", made_by):
+        raise BadInput(f"checkpoint {path} was written by none of these scripts")
+    if scripts and made_by not in scripts:
+        wanted = " or ".join(f"{name}.py" for name in scripts)
+        raise BadInput(f"checkpoint {path} was written by {made_by}.py, expected one of {wanted}")
+    return state
+
+
+def trained_config(config_class, state):
+    """The Config, of class `config_class`, that the run of a checkpoint `state` had."""
+    known = {f.name: f for f in dataclasses.fields(config_class)}
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in state["config"].items()
+        if name in known
+    }
+    return config_class(**values)
+
+
+def overlaid(trained, cfg, names):
+    """The settings `trained` of a checkpoint, with those of `names` that cfg was given.
+
+    Given is what was typed, and what is not as cfg's class has it, such as by --smoke.
+    """
+    defaults = type(cfg)()
+    typed = set(names).difference(not_given(cfg, names))
+    given = typed | {name for name in names if getattr(cfg, name) != getattr(defaults, name)}
+    return dataclasses.replace(trained, **{name: getattr(cfg, name) for name in given})
+
+
+def as_trained(cfg, names, path, scripts=()):
+    """cfg, but settings `names` that were not typed are those of the run of the checkpoint."""
+    trained = load_checkpoint(path, scripts, mapped=True)["config"]
+    known = [(name, trained[name]) for name in not_given(cfg, names) if name in trained]
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in known}
+    return dataclasses.replace(cfg, **given)
+
+
+def typed_ema(cfg):
+    """The decay that --ema names, or None where it was not typed."""
+    return None if not_given(cfg, ("ema",)) else cfg.ema[0]
+
+
+def chosen_ema(state, path, decay=None):
+    """The weights of the running mean with this decay in a checkpoint; of the first without one.
+
+    Raises BadInput where there is no such mean.
+    """
+    decays = state["config"]["ema"]
+    averages = dict(zip(decays, [state["ema"], *state.get("more_emas", ())], strict=True))
+    if decay not in (None, *averages):
+        raise BadInput(f"--ema {decay:g}: {path} has {', '.join(map(str, averages))}")
+    return averages[decays[0] if decay is None else decay]
+
+
+def load_weights(net, state):
+    """Load a state_dict into a network of the same numbers, whatever shape its matrices have.
+
+    A convolution of size 1 and a linear layer have the same weights. BadInput where others differ.
+    """
+    own = net.state_dict()
+    try:
+        net.load_state_dict(
+            {k: v.reshape(own[k].shape) if k in own else v for k, v in state.items()}
+        )
+    except RuntimeError as error:
+        told = " ".join(str(error).split())[:200]
+        raise BadInput(f"these weights are of another network: {told}") from None
+
+
+def differing(theirs, ours, free):
+    """A line "key A there, B here" for each setting that differs; those of `free` may."""
+    return [
+        f"{key} {theirs.get(key)} there, {ours.get(key)} here"
+        for key in sorted({*theirs, *ours} - free)
+        if theirs.get(key) != ours.get(key)
+    ]
+
+
+def weights_hash(net):
+    """Twelve hex digits that name these weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
