@@ -15,7 +15,7 @@ seeds, and so start at the same x_T.
     python compare_samplers.py runs/pixel-mnist/ckpt.pt --smoke
 
 The first draws 16,000 images for a table of samplers and 6,000 for one of guidance, with the
-network of configs/mnist_pixel.yaml in an hour and a half on one CPU core. All leave beside the
+network of configs/mnist_pixel.yaml in about an hour on one CPU core. All leave beside the
 checkpoint, or in --out,
 
     compare.md, compare.json    two tables: sampler x steps, and guidance; with all that made them
@@ -137,24 +137,29 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def compare(cfg, world):
-    """Both tables, their figures, and the lines they are made from."""
+def evaluator_of(cfg, trained, shape, names, device):
+    """The Evaluator of samples, against held-out images of the classes that are drawn."""
     from eval_fid import Evaluator
 
-    net, trained, shape, names, alpha_bar = load_net(cfg.checkpoint, world.device)
-    seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
-    trained = checkpoints.overlaid(trained, cfg, ("variance",))
-    trained = replace(trained, variance=variance_of(trained))
     drawn = cli.parse_classes(cfg.classes, names) if cfg.classes else []
-    evaluator = Evaluator(
+    return Evaluator(
         cfg.data or trained.data,
         cfg.data_root or trained.data_root,
         shape=shape,
         size=trained.size,
         class_names=names,
-        device=world.device,
+        device=device,
         classes=",".join(names[i] for i in drawn) or trained.classes,
     )
+
+
+def compare(cfg, world):
+    """Both tables, their figures, and the lines they are made from."""
+    net, trained, shape, names, alpha_bar = load_net(cfg.checkpoint, world.device)
+    seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
+    trained = checkpoints.overlaid(trained, cfg, ("variance",))
+    trained = replace(trained, variance=variance_of(trained))
+    evaluator = evaluator_of(cfg, trained, shape, names, world.device)
     folder, T = cli.folder_of(cfg, cfg.checkpoint), trained.timesteps
     store = Store(folder / "compare.jsonl", folder / "compare-cells")
     world.barrier()  # every rank has read the store before one adds to it
@@ -207,10 +212,8 @@ def compare(cfg, world):
         facts = common | {"checkpoint": cfg.checkpoint, "command": command}
         write(folder, facts, by_steps, by_guidance, store)
         print((folder / "compare.md").read_text())
-        made = "compare.md, .json and .png, compare-grids.png" + ", guidance.png" * bool(
-            by_guidance
-        )
-        print(f"kept in {folder}: {made}")
+        pictures = "compare.png, compare-grids.png" + (", guidance.png" if by_guidance else "")
+        print(f"kept in {folder}: compare.md, compare.json, {pictures}")
 
 
 # ---------------------------------------------------------------------------- tables and figures

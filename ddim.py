@@ -32,7 +32,7 @@ into the other:
     python ddim.py --interpolate runs/pixel-mnist/ckpt.pt --seeds 0,1 --data mnist    test images
 
 All leave their files beside the checkpoint, or in --out. One CPU core draws 100 digits of the
-network of configs/mnist_pixel.yaml in 50 steps in 30 seconds. Solvers of second order for the same
+network of configs/mnist_pixel.yaml in 50 steps in 20 seconds. Solvers of second order for the same
 ODE: dpm_solver.py. All of them side by side: compare_samplers.py.
 """
 

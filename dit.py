@@ -1,33 +1,39 @@
-"""The diffusion transformer of chapter 3.
+"""The diffusion transformer: a plain transformer in the place of the U-Net.
 
 Peebles, Xie, "Scalable Diffusion Models with Transformers", 2023 (arXiv:2212.09748).
 
-The latents are cut into patches, each patch becomes a token, and a plain transformer works on the
-tokens. Nothing is halved or joined on the way: a network is told by its width, depth and patch.
+The latents of ldm_cfg.py are cut into patches, each patch becomes a token, and a transformer works
+on the tokens. Nothing is halved or joined on the way: width, depth and patch say all of a network.
 
-The timestep and the label reach every block in one way (section 3.2, "adaLN-Zero"). Their
-embeddings are added to c, and a linear layer of c gives a shift, a scale and a gate for each of the
-block's two branches:
+The timestep and the label reach every block in one way (section 3.2, "adaLN-Zero"): c is the sum
+of their embeddings; a linear layer of c gives each of two branches a shift, a scale and a gate:
 
     x = x + gate_1 * attention((1 + scale_1) * norm(x) + shift_1)
     x = x + gate_2 *       mlp((1 + scale_2) * norm(x) + shift_2)
 
-That layer starts at zero, so at first every gate is 0, every block is the identity (as in Goyal et
-al. 2017, arXiv:1706.02677), and the output is 0, because the last layer starts at zero too.
+That layer starts at zero, so at first every gate is 0 and every block is the identity. The last
+layer starts at zero, too. With --learn-sigma the network also gives the variance, which L_hybrid
+teaches it (improved_ddpm.py; latents have no levels, so L_0 is of a density).
 
-Parts and weights bear the names of the published checkpoints:
+    python dit.py --data mnist --model dit-s/2            TIME
+    python dit.py --config configs/imagenet100_dit_b2.yaml --model dit-xl/2 --gpus 8 --shard
+    python dit.py --published DiT-XL-2-256x256.pt --ae sd-vae-ft-ema --out runs/dit-xl
 
-    net = DiT((4, 32, 32), 1000, learned_variance=True, **parse_size("dit-xl/2"))
-    net = load_published("DiT-XL-2-256x256.pt")  # or a folder of diffusers
-
-Guidance is the sampler's: the net answers for a label, or for none of them (`net.null`).
+The last one makes a checkpoint of published weights, for --sample and eval_fid.py. The paper's
+scale of guidance is s = 1 + w. Its code guides three of the four latent channels, this all of them.
 """
 
-from runtime.commandline import BadInput
+from runtime import checkpoints, sharding
+from runtime import commandline as cli
+from runtime.files import atomic_write
+from runtime.processes import launch
 
-import argparse
+import json
 import re
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,82 +41,136 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import ldm_cfg
+from ddpm_pixel import q_sample, target_of
+from evaluation.score import last_samples
+from image_data import datasets
+from improved_ddpm import hybrid, learned_row, make_chain
 from kernels import attention
+from ldm_cfg import SAMPLING, alpha_bar_of
 from networks.adm_unet import timestep_embedding
-from networks.published.files import find_weights, read_json, read_weights
+
+
+@dataclass
+class Config(cli.RunConfig):
+    stage: Literal["all", "autoencoder", "latents", "diffusion"] = "all"  # stop after this one
+    dry_run: bool = False  # prepare the data, say what would be done, and how much that needs
+
+    ae: str = "kl"  # kl: train a small one; or the path of one, published or of autoencoder.py
+    patch: int = 4  # the autoencoder first folds patches of this side into channels
+    ae_channels: int = 64  # its channels after that
+    ae_mult: tuple[int, ...] = (1,)  # times these at each resolution; each but the first halves
+    ae_blocks: int = 2  # its residual blocks per resolution
+    z_channels: int = 4  # channels of the latent
+    kl_weight: float = 3e-3  # weight of the KL term beside the reconstruction error
+    ae_steps: int = 1000  # optimizer steps of the autoencoder
+    ae_lr: float = 2e-3  # its peak learning rate
+
+    timesteps: int = 1000  # T, the length of the chain
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"  # linear is the paper's
+    prediction: Literal["eps", "v"] = "v"  # what the network predicts; eps is the paper's
+    model: str = "dit-s/2"  # dit-SIZE/PATCH: xs, s, b, l, xl; 1, 2, 4 or 8 latents a side
+    learn_sigma: bool = False  # the network gives the variance of --sampler ddpm, too
+    use_checkpoint: bool = False  # compute activations twice instead of keeping them
+    shard: bool = False  # with several processes, each keeps its part of the network only (FSDP2)
+    label_dropout: float = 0.1  # how often training replaces the label by "none"
+
+    steps: int = 1250  # optimizer steps of the diffusion
+    lr: float = 5e-4  # peak learning rate
+    warmup: int = 100  # steps over which a learning rate rises from zero, in both trainings
+    ema: tuple[float, ...] = (0.995,)  # decays of running means; the first is what gets sampled
+    save_every: int = 250  # steps between two checkpoints, a multiple of --log-every
+    sample_every: int = 500  # steps between two sample grids; 0 for none but the last
+
+    published: str = ""
+    """do not train: write this published network, a file or folder of diffusers, and --ae as a
+    checkpoint into --out; --data then says what it was trained on (default imagenet)"""
+    sample: str = ""  # do not train: sample this checkpoint, by its settings where none are typed
+    n: int = 100  # how many samples
+    n_eval: int = 1000  # after training, so many samples (at least n) are scored; 0: none are
+    seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
+    sampler: Literal["ddim", "ddpm", "dpmpp"] = "ddim"  # ddpm: ancestral; dpmpp: DPM-Solver++(2M)
+    sample_steps: int = 25  # how many of the T timesteps the sampler visits, evenly spaced
+    eta: float = 0.0  # noise of a ddim step: 0 deterministic, 1 like ddpm
+    guidance: float = 1.0  # w in (1+w) eps(z,y) - w eps(z): -1 unconditional, 0 conditional
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # guide only while t/T lies in it
+    guidance_rescale: float = 0.0  # 0..1: how far it gets back the conditional estimate's spread
+
+    FREE = ldm_cfg.Config.FREE | cli.names("shard published")
+
 
 EPS = 1e-6  # of every layer norm
-FREQUENCIES = 256  # sines and cosines that tell the timestep, at any width
+FREQUENCIES = 256  # sines and cosines of the timestep, at any width
 
-# Table 1: width, depth and attention heads.
-SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+# Table 1: hidden size, depth and attention heads. Only xs, for small machines, is not the paper's.
+SIZES = {"xs": (128, 4, 4), "s": (384, 12, 6), "b": (768, 12, 12)}
+SIZES |= {"l": (1024, 24, 16), "xl": (1152, 28, 16)}
 PATCHES = (1, 2, 4, 8)
 
 
 def parse_size(name):
-    """Keywords of DiT, dict(width, depth, heads, patch), of a name such as "dit-s/2" (table 1)."""
+    """DiT's hidden_size, depth, num_heads and patch_size, of a name such as "dit-s/2" (table 1)."""
     found = re.fullmatch(r"dit-([a-z]+)/(\d+)", name.lower())
     if not found or found[1] not in SIZES or int(found[2]) not in PATCHES:
-        raise BadInput(
-            f"{name!r} is no diffusion transformer: type dit-SIZE/PATCH with a size of "
+        raise cli.BadInput(
+            f"--model {name} is no diffusion transformer: type dit-SIZE/PATCH with a size of "
             f"{', '.join(SIZES)} and a patch of {', '.join(map(str, PATCHES))}, such as dit-s/2"
         )
-    width, depth, heads = SIZES[found[1]]
-    return dict(width=width, depth=depth, heads=heads, patch=int(found[2]))
+    names = ("hidden_size", "depth", "num_heads")
+    return dict(zip(names, SIZES[found[1]], strict=True), patch_size=int(found[2]))
 
 
-# ----------------------------------------------------------------------------- what the net is told
+# ----------------------------------------------------------------------- what the network sees
 
 
-def positions(width, height_tokens, width_tokens):
-    """Fixed position embeddings (1,N,width) of a grid of N tokens, row by row.
+def positions(dim, rows, columns):
+    """Fixed position embeddings (1,N,dim) of a grid of N tokens, row by row.
 
-    Vaswani et al. 2017, section 3.5, once for each axis. The first half of the channels tells the
-    column and the second the row, each as all sines and then all cosines, with width / 4
-    frequencies from 1 down to nearly 1/10000. This is the published order, though the code that it
-    comes from calls the first half that of the height: on a square grid nobody sees it.
+    Vaswani et al. 2017, section 3.5, for each axis: the first half of the channels is of the column
+    and the second of the row (the published order), each as all sines and then all cosines, with
+    dim / 4 frequencies from 1 down to nearly 1/10000.
     """
-    i = torch.arange(width // 4, dtype=torch.float64)
-    frequencies = 10000 ** (-i / (width // 4))
+    i = torch.arange(dim // 4, dtype=torch.float64)
+    frequencies = 10000 ** (-i / (dim // 4))
 
     def one_axis(place):
-        angles = place[:, None] * frequencies  # (N,width/4)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (N,width/2)
+        angles = place[:, None] * frequencies  # (N,dim/4)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (N,dim/2)
 
-    row = torch.arange(height_tokens, dtype=torch.float64).repeat_interleave(width_tokens)  # (N,)
-    column = torch.arange(width_tokens, dtype=torch.float64).repeat(height_tokens)  # (N,)
-    return torch.cat([one_axis(column), one_axis(row)], dim=1).float()[None]  # (1,N,width)
+    row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)  # (N,)
+    column = torch.arange(columns, dtype=torch.float64).repeat(rows)  # (N,)
+    return torch.cat([one_axis(column), one_axis(row)], dim=1).float()[None]  # (1,N,dim)
 
 
 class PatchEmbed(nn.Module):
-    """z (B,C,h,w) -> tokens (B,N,width), N = h/patch * w/patch, row by row."""
+    """z (B,C,h,w) -> tokens (B,N,dim), N = h/patch * w/patch, row by row."""
 
-    def __init__(self, channels, width, patch):
+    def __init__(self, channels, dim, patch):
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
 
     def forward(self, z):
-        x = rearrange(self.proj(z), "b d i j -> b (i j) d")  # (B,N,width)
+        x = rearrange(self.proj(z), "b d i j -> b (i j) d")  # (B,N,dim)
         return x.contiguous()  # else every operation to come would walk across the memory
 
 
 class TimestepEmbed(nn.Module):
-    """(B,) timesteps -> (B,width)."""
+    """(B,) timesteps -> (B,dim)."""
 
-    def __init__(self, width):
+    def __init__(self, dim):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
         return self.mlp(timestep_embedding(t, FREQUENCIES, "adm").to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbed(nn.Module):
-    """(B,) labels -> (B,width); the last row of the table is that of "no label"."""
+    """(B,) labels -> (B,dim); the last row of the table is that of "no label"."""
 
-    def __init__(self, num_classes, width):
+    def __init__(self, num_classes, dim):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, y):
         return self.embedding_table(y)
@@ -128,8 +188,8 @@ def modulate(x, shift, scale):
 def linear(layer, x):
     """A linear layer on tokens: (B,N,D_in) -> (B,N,D_out).
 
-    On a CPU as a convolution of size 1 over an image of N x 1 pixels, channels last, because its
-    library is up to twice as fast there as that of matrix products. Nothing is copied.
+    On a CPU as a convolution of size 1 over N x 1 pixels, channels last, because its library is up
+    to twice as fast there as that of matrix products. Nothing is copied.
     """
     if x.device.type != "cpu":
         return layer(x)
@@ -144,41 +204,41 @@ def linear(layer, x):
 class Attention(nn.Module):
     """Every token attends to all tokens of its image; the heads split the channels."""
 
-    def __init__(self, width, heads):
+    def __init__(self, dim, num_heads):
         super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x):
         qkv = linear(self.qkv, x)  # (B,N,3*D)
-        # Views of it: three times (B,heads,N,D/heads).
-        q, k, v = rearrange(qkv, "b n (k h d) -> k b h n d", k=3, h=self.heads)
+        # Views of it: three times (B,num_heads,N,D/num_heads).
+        q, k, v = rearrange(qkv, "b n (k h d) -> k b h n d", k=3, h=self.num_heads)
         return linear(self.proj, rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
 
 
 class Mlp(nn.Module):
     """Each token by itself: (B,N,D) -> (B,N,hidden) -> (B,N,D)."""
 
-    def __init__(self, width, hidden):
+    def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x):
         return linear(self.fc2, F.gelu(linear(self.fc1, x), approximate="tanh"))
 
 
-def adaptive(width, parts):
+def adaptive(dim, parts):
     """The layer that turns c (B,D) into `parts` shifts, scales and gates: (B,parts*D)."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+    return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
 
 
 class Block(nn.Module):
     """x (B,N,D), c (B,D) -> (B,N,D): figure 3, "DiT Block with adaLN-Zero"."""
 
-    def __init__(self, width, heads, hidden):
+    def __init__(self, dim, num_heads, hidden):
         super().__init__()
-        self.attn, self.mlp = Attention(width, heads), Mlp(width, hidden)
-        self.adaLN_modulation = adaptive(width, 6)
+        self.attn, self.mlp = Attention(dim, num_heads), Mlp(dim, hidden)
+        self.adaLN_modulation = adaptive(dim, 6)
 
     def forward(self, x, c):
         # In the type of x, which under autocast is fp32: norms and sums over blocks stay exact.
@@ -191,10 +251,10 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """x (B,N,D), c (B,D) -> the pixels of every patch (B,N,patch*patch*C_out)."""
 
-    def __init__(self, width, out):
+    def __init__(self, dim, out):
         super().__init__()
-        self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = adaptive(width, 2)
+        self.linear = nn.Linear(dim, out)
+        self.adaLN_modulation = adaptive(dim, 2)
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).to(x.dtype).chunk(2, dim=1)
@@ -202,20 +262,19 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """net(z, t, y=None) -> (B,C,h,w), or (B,2C,h,w) with learned_variance.
+    """net(z, t, y=None) -> (B,C,h,w), or (B,2C,h,w) with learn_sigma.
 
     z (B,C,h,w) latents plus noise, t (B,) timesteps from 0, y (B,) int labels or None; the label
-    num_classes (net.null) means "no label", and so does None.
+    num_classes (net.null) means "no label", and so does None. num_classes may be 0.
 
-    shape (C,h,w) of the latents, h and w multiples of patch; num_classes may be 0.
-    width            channels of a token
-    depth            blocks
-    heads            attention heads, which split the width
-    patch            side of the square of latents that becomes one token
-    mlp_ratio        hidden channels of a block's MLP, in units of width
-    learned_variance the second C channels are v, about -1 ... 1: log beta_tilde ... log beta
-                     (IDDPM eq. 15)
-    checkpointing    in training, keep only the blocks' inputs and compute the rest again
+    shape           (C,h,w) of the latents, h and w multiples of patch_size
+    hidden_size     channels of a token
+    depth           blocks
+    num_heads       attention heads, which split the channels
+    patch_size      side of the square of latents that becomes one token
+    mlp_ratio       hidden channels of a block's MLP, in hidden_size
+    learn_sigma     the second C channels are v, about -1 ... 1: log beta_tilde ... log beta
+    use_checkpoint  in training, keep only the blocks' inputs and compute the rest again
     BadInput for settings that do not fit each other. net.settings holds all but the last.
     """
 
@@ -224,34 +283,29 @@ class DiT(nn.Module):
         shape,
         num_classes,
         *,
-        width,
+        hidden_size,
         depth,
-        heads,
-        patch=2,
+        num_heads,
+        patch_size=2,
         mlp_ratio=4,
-        learned_variance=False,
-        checkpointing=False,
+        learn_sigma=False,
+        use_checkpoint=False,
     ):
         super().__init__()
-        check(shape, width, depth, heads, patch)
-        self.shape, self.null, self.checkpointing = tuple(shape), num_classes, checkpointing
-        self.settings = dict(
-            width=width,
-            depth=depth,
-            heads=heads,
-            patch=patch,
-            mlp_ratio=mlp_ratio,
-            learned_variance=learned_variance,
-        )
-        channels, height, breadth = shape
-        out = 2 * channels if learned_variance else channels
-        self.x_embedder = PatchEmbed(channels, width, patch)
-        self.t_embedder = TimestepEmbed(width)
-        self.y_embedder = LabelEmbed(num_classes, width)
-        self.register_buffer("pos_embed", positions(width, height // patch, breadth // patch))
-        hidden = round(width * mlp_ratio)
-        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch * patch * out)
+        check_sizes(shape, hidden_size, depth, num_heads, patch_size)
+        self.shape, self.null, self.use_checkpoint = tuple(shape), num_classes, use_checkpoint
+        self.settings = {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
+        self.settings |= {"patch_size": patch_size, "mlp_ratio": mlp_ratio}
+        self.settings |= {"learn_sigma": learn_sigma}
+        channels, rows, columns = shape[0], shape[1] // patch_size, shape[2] // patch_size
+        out = patch_size**2 * channels * (2 if learn_sigma else 1)  # numbers of a patch
+        self.x_embedder = PatchEmbed(channels, hidden_size, patch_size)
+        self.t_embedder = TimestepEmbed(hidden_size)
+        self.y_embedder = LabelEmbed(num_classes, hidden_size)
+        self.register_buffer("pos_embed", positions(hidden_size, rows, columns))
+        hidden = round(hidden_size * mlp_ratio)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, hidden) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, out)
         self.initialise()
 
     def initialise(self):
@@ -269,168 +323,177 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, z, t, y=None):
-        if y is None:
-            y = torch.full_like(t, self.null, dtype=torch.int64)
+        y = torch.full_like(t, self.null, dtype=torch.int64) if y is None else y
         c = self.t_embedder(t) + self.y_embedder(y)  # (B,D)
-        x = self.x_embedder(z) + self.pos_embed  # (B,N,D), N = h/patch * w/patch
+        x = self.x_embedder(z) + self.pos_embed  # (B,N,D), N = h/patch_size * w/patch_size
         for block in self.blocks:
-            if self.checkpointing and self.training and torch.is_grad_enabled():
+            if self.use_checkpoint and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False)
             else:
                 x = block(x, c)
-        x = self.final_layer(x, c)  # (B,N,patch*patch*C_out)
-        (_, height, _), p = self.shape, self.settings["patch"]
-        return rearrange(
-            x, "b (i j) (p q c) -> b c (i p) (j q)", i=height // p, p=p, q=p
-        )  # (B,C,h,w) or (B,2C,h,w)
+        x = self.final_layer(x, c)  # (B,N,patch_size^2*C_out)
+        (_, h, _), p = self.shape, self.settings["patch_size"]
+        return rearrange(x, "b (i j) (p q c) -> b c (i p) (j q)", i=h // p, p=p, q=p)  # (B,C,h,w)
 
 
-def check(shape, width, depth, heads, patch):
-    """BadInput for latents of shape (C,h,w) that cannot be cut, or a width that cannot be split."""
-    _, height, breadth = shape
-    if height % patch or breadth % patch:
-        fit = [str(p) for p in PATCHES if not height % p and not breadth % p]
-        raise BadInput(
-            f"latents of {height}x{breadth} cannot be cut into patches of {patch}x{patch}: choose "
-            f"a model with a patch of {' or '.join(fit)}, or images whose latents have sides that "
-            f"are multiples of {patch}"
+def check_sizes(shape, hidden_size, depth, num_heads, patch_size):
+    """BadInput for latents of shape (C,h,w) that cannot be cut, or channels that do not split."""
+    (_, h, w), p = shape, patch_size
+    if h % p or w % p:
+        fit = " or ".join(str(p) for p in PATCHES if not h % p and not w % p)
+        raise cli.BadInput(
+            f"latents of {h}x{w} cannot be cut into patches of {p}x{p}: choose a --model with a "
+            f"patch of {fit}, or a --size that gives latents with sides that are multiples of {p}"
         )
-    if depth < 1 or width % 4 or width % heads:
-        raise BadInput(
-            f"a transformer of width {width}, depth {depth} and {heads} heads cannot be built: the "
-            f"width must be a multiple of 4 and of the heads, the depth at least 1"
+    if depth < 1 or hidden_size % 4 or hidden_size % num_heads:
+        raise cli.BadInput(
+            f"a transformer of width {hidden_size}, depth {depth} and {num_heads} heads cannot be "
+            "built: the width must be a multiple of 4 and of the heads, the depth at least 1"
         )
 
 
-# ----------------------------------------------------------------------------- published networks
-
-# diffusers' names of our parts: of a block, which keeps q, k and v apart,
-BLOCK = {
-    "adaLN_modulation.1": ["norm1.linear"],
-    "attn.proj": ["attn1.to_out.0"],
-    "attn.qkv": ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
-    "mlp.fc1": ["ff.net.0.proj"],
-    "mlp.fc2": ["ff.net.2"],
-}
-# and of the rest. The embedders lie in every block once more, all the same.
-EMBEDDERS = "transformer_blocks.0.norm1.emb"
-REST = {
-    "x_embedder.proj": ["pos_embed.proj"],
-    "t_embedder.mlp.0": [f"{EMBEDDERS}.timestep_embedder.linear_1"],
-    "t_embedder.mlp.2": [f"{EMBEDDERS}.timestep_embedder.linear_2"],
-    "y_embedder.embedding_table": [f"{EMBEDDERS}.class_embedder.embedding_table"],
-    "final_layer.adaLN_modulation.1": ["proj_out_1"],
-    "final_layer.linear": ["proj_out_2"],
-}
-# Settings of diffusers that must have these values; they also are what a config.json leaves out.
-FIXED = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True}
+# --------------------------------------------------------------- the loss: section 4, IDDPM eq. 16
 
 
-def load_published(path, *, heads=None):
-    """The DiT, float32, of a file or folder that others published.
+def hybrid_loss(net, z0, t, eps, chain, y, prediction="eps"):
+    """L_simple of each latent, (B,), and L_hybrid where the network gives the variance, too.
 
-    path   .pt or .safetensors in the published names, such as DiT-XL-2-256x256.pt; a checkpoint of
-           the published training script, of which the mean of the weights ("ema") is taken; or a
-           folder of diffusers' DiTTransformer2DModel, or of a DiTPipeline with transformer/ in it
-    heads  attention heads, which no tensor tells; None takes the published number at this width and
-           depth, and config.json's in a folder of diffusers
-
-    All else comes from the shapes. The timestep's frequencies, 10000^-(i/128), and the epsilon of
-    norms, 1e-6, are those that the published networks were trained with, in a folder of diffusers
-    too. diffusers itself computes with 10000^-(i/127), which moves its answers by some percent,
-    and with 1e-5 in half of the norms, which is nothing.
-    BadInput for anything else; nothing in such a file is ever executed.
+    z0, eps (B,C,h,w); t, y (B,); chain is improved_ddpm.make_chain's, of all timesteps.
     """
-    path, config = Path(path), {}
-    if path.is_dir():
-        path = path / "transformer" if (path / "transformer").is_dir() else path
-        config = read_json(path / "config.json")
-        path = find_weights(path)
-        state = _from_diffusers(read_weights(path), config, path)
-    else:
-        # The published training script keeps its flags beside the weights, as a Namespace.
-        state = read_weights(path, inside=("ema", "model"), allowed=[argparse.Namespace])
-    return _build(state, heads or config.get("num_attention_heads"), config, path)
+    z_t = q_sample(z0, t, eps, chain.alpha_bar)  # (B,C,h,w)
+    out = net(z_t, t, y)  # (B,C,h,w) or (B,2C,h,w)
+    target = target_of(prediction, z0, eps, chain.alpha_bar[t])
+    losses = (target - out[:, : z0.shape[1]]).square().mean(dim=(1, 2, 3))
+    if out.shape[1] > z0.shape[1]:
+        vlb = hybrid(out, z0, z_t, t, chain, prediction=prediction, discrete=False)
+        losses = losses + 0.001 * vlb.float()
+    return losses
 
 
-def _from_diffusers(state, config, path):
-    """The state_dict in the published names of one in diffusers'."""
-    for name, value in FIXED.items():
-        if config.get(name, value) != value:
-            raise BadInput(f"{path}: {name} {config[name]!r} is not supported, only {value!r} is")
-    depth = len({key.split(".")[1] for key in state if key.startswith("transformer_blocks.")})
-    sources = dict(REST)
-    for i in range(depth):
-        for ours, theirs in BLOCK.items():
-            sources[f"blocks.{i}.{ours}"] = [f"transformer_blocks.{i}.{name}" for name in theirs]
-    found, left = {}, dict(state)
-    for ours, theirs in sources.items():
-        for kind in ("weight", "bias"):
-            parts = [left.pop(f"{name}.{kind}", None) for name in theirs]
-            if all(part is not None for part in parts):
-                found[f"{ours}.{kind}"] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    for key, value in left.items():
-        first = re.sub(r"^transformer_blocks\.\d+\.norm1\.emb", EMBEDDERS, key)
-        if first == key or first not in state or not torch.equal(state[first], value):
-            raise BadInput(f"{path}: there is no place in a DiT for its tensor {key}")
-    return found
+# --------------------------------------------------------------------------- sampling, training
 
 
-def _build(state, heads, config, path):
-    """The DiT of a state_dict in the published names; BadInput names what does not fit."""
+def rows_of(cfg, alpha_bar, pairs):
+    """The steps of the sampler: ldm_cfg's, or ancestral ones with the variance that was learned."""
+    if cfg.sampler != "ddpm" or not cfg.learn_sigma:
+        return ldm_cfg.rows_of(cfg, alpha_bar, pairs)
+    a = [alpha_bar[t].item() for t, _ in pairs] + [1.0]
+    return [learned_row(a[i], a[i + 1], cfg.prediction) for i in range(len(pairs))]
 
-    def size(key, axis):
-        if key not in state or state[key].ndim <= axis:
-            raise BadInput(f"{path} is no DiT in the published names: it has no {key}")
-        return state[key].shape[axis]
 
-    width, channels, patch = (size("x_embedder.proj.weight", axis) for axis in range(3))
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    known = {(w, d): h for w, d, h in SIZES.values()}
-    heads = heads or known.get((width, depth))
-    if not heads:
-        raise BadInput(
-            f"{path} has width {width} and depth {depth}, none of the published sizes: give the "
-            "number of its attention heads, load_published(path, heads=...)"
-        )
-    if "pos_embed" in state:
-        rows, columns = _grid(state["pos_embed"], width, path)
-    else:
-        rows = columns = config.get("sample_size", 32) // patch
+def make_net(cfg, z_shape, num_classes):
+    """The transformer cfg.model for latents z_shape (C,h,w)."""
+    how = {"learn_sigma": cfg.learn_sigma, "use_checkpoint": cfg.use_checkpoint}
+    net = DiT(z_shape, num_classes, **parse_size(cfg.model), **how)
+    return net.to(memory_format=torch.channels_last)
+
+
+def train(cfg, world):
+    """All stages but the evaluation."""
+    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+    if world.is_main:
+        print(f"{ds.name}: {len(ds)} images {ds.shape}, {ds.num_classes} classes")
+    ae = ldm_cfg.train_autoencoder(cfg, world, ds)
+    if cfg.stage == "autoencoder":
+        return
+    latents = ldm_cfg.encode(cfg, world, ds, ae)
+    if cfg.stage == "latents":
+        return
+    chain = make_chain(alpha_bar_of(cfg).to(world.device))
+    seeds = cli.parse_seeds(cfg.seeds, cfg.n)
+    torch.manual_seed(cfg.seed)
+    net = make_net(cfg, latents.z_shape, ds.num_classes).to(world.device)
+    run = ldm_cfg.latent_run(cfg, world, latents, net, ae)
+    labels = cli.labels_for(seeds, range(max(1, net.null)))
+    what = cfg.prediction + " and the variance" * cfg.learn_sigma
+    how = f"predicts {what}, {cfg.schedule} schedule, T = {cfg.timesteps}"
+    run.say(f"{cfg.model} from step {run.first} of {cfg.steps}, {how}")
+    for step in run.steps():
+        for part in run.parts(step):
+            z0, y = ldm_cfg.draw_latents(run, part)  # (b,C,h,w), (b,)
+            y = run.hide(part, y, cfg.label_dropout)
+            t, eps = run.uniform(part, cfg.timesteps), run.noise(part, z0.shape)
+            losses = hybrid_loss(run.model, z0, t, eps, chain, y, cfg.prediction)
+            run.backward(losses, t / cfg.timesteps)
+        run.descend()
+        if run.due(cfg.sample_every):
+            walk = partial(ldm_cfg.sample, run.ema, cfg, latents.z_shape, make_rows=rows_of)
+            with sharding.unsharded(run.ema):  # ranks draw different numbers of samples
+                images = ldm_cfg.draw(walk, ae, latents.scale, cfg, world, seeds, labels)
+            run.save_grid(images)
+    last_samples(cfg, world, SAMPLING, sample_checkpoint)
+
+
+# ------------------------------------------------------------------------------------- commands
+
+
+def load_net(path, device, ema=None):
+    """As ldm_cfg.load_net, for checkpoints of this script."""
+    return ldm_cfg.load_net(path, device, ema, script="dit", config=Config, make=make_net)
+
+
+sample_checkpoint = partial(ldm_cfg.sample_checkpoint, load=load_net, make_rows=rows_of)
+
+
+def load_published(path, *, num_heads=None):
+    """The DiT, float32, of a file or folder as networks.published.dit.read_dit takes it."""
+    from networks.published.dit import check_state, read_dit
+
+    found = read_dit(path, SIZES.values(), positions, num_heads)
     with torch.device("meta"):
-        net = DiT(
-            (channels, rows * patch, columns * patch),
-            size("y_embedder.embedding_table.weight", 0) - 1,
-            width=width,
-            depth=depth,
-            heads=heads,
-            patch=patch,
-            mlp_ratio=size("blocks.0.mlp.fc1.weight", 0) / width,
-            learned_variance=size("final_layer.linear.weight", 0) == 2 * channels * patch**2,
-        )
-    state = {**state, "pos_embed": positions(width, rows, columns)}
-    expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    for name in sorted(expected.keys() | state.keys()):
-        if name not in state:
-            raise BadInput(f"{path} lacks a tensor of a DiT like it: {name}")
-        if name not in expected:
-            raise BadInput(f"{path} has a tensor that a DiT like it has no place for: {name}")
-        if state[name].shape != expected[name]:
-            there = tuple(state[name].shape)
-            raise BadInput(f"{path}: {name} is {there}, expected {expected[name]}")
-    # Copied: the file, which is mapped, may change while the network lives.
-    state = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
-    net.load_state_dict(state, assign=True)
+        net = DiT(found["shape"], found["num_classes"], **found["settings"])
+    check_state(net.state_dict(), found["state"], path)
+    net.load_state_dict(found["state"], assign=True)
     return net
 
 
-def _grid(pos_embed, width, path):
-    """(rows, columns) of the tokens whose position embeddings these are, a square one first."""
-    n = pos_embed.shape[1] if pos_embed.ndim == 3 else 0
-    rows = [i for i in range(1, n + 1) if n % i == 0]
-    for r in sorted(rows, key=lambda r: r * r != n):
-        ours = positions(width, r, n // r)
-        # Neighbours are 0.8 apart; what was kept in half precision is 0.004 off.
-        if ours.shape == pos_embed.shape and (ours - pos_embed).abs().max() < 0.01:
-            return r, n // r
-    raise BadInput(f"{path}: its pos_embed is not the fixed one of a DiT of width {width}")
+def convert(cfg):
+    """Write the published network cfg.published and its autoencoder into OUT/ckpt.pt.
+
+    BadInput for files that hold something else, and for parts that do not fit each other.
+    """
+    from networks.kl_autoencoder import load_pretrained
+    from networks.published import dit as published
+
+    path, ae_path = Path(cfg.published), "" if cfg.ae == Config.ae else cfg.ae
+    out = Path(cfg.out or Path("runs", path.stem))
+    published.check_paths(path, ae_path, out)
+    ae, facts = load_pretrained(ae_path or path)
+    state, values, words = published.as_checkpoint(path, load_published(path), SIZES, ae, facts)
+    values["data"] = "imagenet" if cfg.data == Config.data else cfg.data
+    # Decoding 256x256 images takes 0.2 GB for each. 0.9999 is the paper's decay.
+    settings = Config(out=str(out), batch_size=8, ema=(0.9999,), **values)
+    state |= {"script": "dit", "config": json.loads(json.dumps(asdict(settings)))}
+    with atomic_write(out / "ckpt.pt") as temporary:
+        torch.save(state, temporary)
+    print("\n".join([*words, f"checkpoint: {out / 'ckpt.pt'}"]))
+
+
+def check(cfg):
+    """Raise BadInput for a setting out of its range."""
+    ldm_cfg.check(cfg, sizes="")
+    parse_size(cfg.model)
+
+
+def main():
+    cfg = cli.parse(Config, __doc__, preset=str(Path(__file__).parent / "configs/{data}_dit.yaml"))
+    if cfg.published and cfg.sample:
+        raise cli.BadInput("--published and --sample: one at a time, first --published")
+    if cfg.published:
+        return convert(cfg)
+    if cfg.sample:
+        names = (*SAMPLING, "batch_size", "timesteps")
+        cfg = checkpoints.as_trained(cfg, names, cfg.sample, "dit")
+    small = {"model": "dit-xs/2", "ae_steps": 4, "ae_channels": 32, "n": 8, "sample_steps": 4}
+    cfg = cli.smoke(cfg, **small, n_eval=0, out="runs/smoke-dit")
+    check(cfg)
+    if cfg.sample:
+        return launch(sample_checkpoint, cfg)
+    if cfg.resume not in ("auto", "never"):
+        checkpoints.load_checkpoint(cfg.resume, "dit", mapped=True)  # before an hour's work
+    cfg = replace(cfg, out=cfg.out or f"runs/dit-{Path(cfg.data).stem}")
+    ldm_cfg.run_stages(cfg, train, make_net)
+
+
+if __name__ == "__main__":
+    cli.entry(main)

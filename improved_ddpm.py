@@ -17,8 +17,6 @@ L_vlb teaches the network the variance of p, too, by a second half v of its chan
     python improved_ddpm.py --data mnist                            MINUTES
     python improved_ddpm.py --nll runs/iddpm-mnist/ckpt.pt          bits per dimension, MINUTES
     torchrun --nproc-per-node 8 improved_ddpm.py --config configs/cifar10_iddpm_cosine.yaml
-
---nll and --sample take checkpoints of ddpm_pixel.py, too, and --sample published U-Nets.
 """
 
 from runtime import checkpoints
@@ -56,7 +54,6 @@ class Config(ddpm_pixel.Config):
     """how training draws t: alike, or by the size of their losses (section 3.3, for L_vlb)"""
 
     style: Literal["ddpm", "adm"] = "adm"  # details of the U-Net: DDPM's, or Improved DDPM's
-    num_heads: int = 4  # attention heads
     num_head_channels: int = 0  # channels of a head (ADM: 64), instead of --num-heads
     use_scale_shift_norm: bool = True  # the timestep scales and shifts the second norm
     resblock_updown: bool = False  # residual blocks resize the image (ADM), not convolutions
@@ -64,7 +61,7 @@ class Config(ddpm_pixel.Config):
     sample: str = ""
     """do not train: sample this checkpoint, by its settings where none are typed; one of
     ddpm_pixel.py, too, or a published U-Net: a folder of diffusers, .safetensors or OpenAI's .pt"""
-    nll: str = ""  # do not train: bits per dimension of --n held-out images under this checkpoint
+    nll: str = ""  # do not train: bits per dimension of --n held-out images under such a checkpoint
     plot_schedule: bool = False  # do not train: draw alpha_bar and log SNR of all schedules
     variance: Literal["auto", "small", "large", "learned"] = "auto"
     """of a step: beta_tilde_t, beta_t, or learned; auto is learned where it was, else small"""
@@ -114,11 +111,8 @@ def make_chain(alpha_bar, timesteps=None):
     return Chain(ts, a, A, B, beta.log(), beta_tilde.log())
 
 
-def reverse_step(out, x_t, t, chain, prediction, variance, clip):
-    """x0_hat (B,C,H,W) and the log variance of p(x_{t-1} | x_t), which broadcasts to it; float64.
-
-    The arguments, and the ValueErrors, are those of vlb_terms.
-    """
+def reverse_step(out, x_t, t, chain, *, prediction="eps", variance="small", clip=True):
+    """x0_hat (B,C,H,W) and log Sigma, which broadcasts to it, float64; more: see vlb_terms."""
     channels = x_t.shape[1] * (2 if variance == "learned" else 1)
     if prediction not in ("eps", "v", "x0"):
         raise ValueError(f'prediction must be "eps", "v" or "x0", got {prediction!r}')
@@ -136,21 +130,19 @@ def reverse_step(out, x_t, t, chain, prediction, variance, clip):
     return x0_hat.clamp(-1, 1) if clip else x0_hat, log_var
 
 
-def vlb_terms(
-    out, x0, x_t, t, chain, *, prediction="eps", variance="small", clip=True, discrete=True
-):
+def vlb_terms(out, x0, x_t, t, chain, *, discrete=True, **how):
     """L_{t-1} of each image, L_0 where t is 0, in bits per dimension: float64 (B,).
 
     out    the network's output for x_t: (B,C,H,W), or (B,2C,H,W) with variance "learned"
     x0     the images (B,C,H,W), k / 127.5 - 1 for levels k = 0..255
     x_t    drawn from q(x_t | x0), (B,C,H,W)
     t      int64 (B,), rows of the chain: in the whole chain, the timesteps
-    prediction  "eps", "v" or "x0"; clip: keep x0_hat within [-1, 1], as sampling does
-    variance    "small", "large" (in row 0 that of small, as in DDPM's code) or "learned": eq. 15
     discrete    False: x0 are latents, without levels or ends at -1 and 1; L_0 is of a density
+    how         of reverse_step. clip: keep x0_hat within [-1, 1], as sampling does. variance:
+                "small", "large" (in row 0 that of small, as in DDPM's code) or "learned" (eq. 15)
     Raises ValueError for an unknown prediction or variance, or a wrong number of channels.
     """
-    x0_hat, log_var = reverse_step(out, x_t, t, chain, prediction, variance, clip)
+    x0_hat, log_var = reverse_step(out, x_t, t, chain, **how)
     row, x0, x_t = chain.at(t), x0.double(), x_t.double()
     mean_q = row.A * x0 + row.B * x_t  # DDPM eq. 7
     mean_p = row.A * x0_hat + row.B * x_t  # the same, with the guess in the place of x_0
@@ -173,10 +165,12 @@ def prior_bits(x0, alpha_bar):
 def bits_per_dim(net, images, y, seeds, chain, *, tick=None, **how):
     """The evaluation.likelihood.Bound of B images, with one draw of x_t for each term of eq. 4.
 
-    how: prediction, variance and clip of vlb_terms, which says the ValueErrors, too.
+    how: of reverse_step. Raises ValueError as it does, and for "eps" where alpha_bar is 0.
     """
     from evaluation import likelihood
 
+    if chain.alpha_bar[-1] == 0 and how.get("prediction", "eps") == "eps":
+        raise ValueError('prediction "eps" needs alpha_bar > 0; "v" and "x0" allow zero')
     terms, guess = partial(vlb_terms, chain=chain, **how), partial(reverse_step, chain=chain, **how)
     return likelihood.bits_per_dim(net, images, y, seeds, chain, terms, guess, prior_bits, tick)
 
@@ -196,32 +190,30 @@ def hybrid(out, x0, x_t, t, chain, *, prediction="eps", discrete=True):
 
 
 def min_snr_weight(prediction, a, gamma):
-    """The weight of a squared error of the prediction: Hang et al. 2023, section 3.4 (2303.09556).
+    """The weight of a squared error at alpha_bar_t = a (B,): Hang et al. 2023 (2303.09556), 3.4.
 
-    Of x0_hat it is min(SNR, gamma). An error of eps_hat is sqrt(SNR), of v_hat sqrt(SNR + 1) times
-    that of x0_hat, which makes it min(SNR, gamma) / SNR and / (SNR + 1). a (B,) is alpha_bar_t.
+    Of x0_hat it is min(SNR, gamma). Errors of eps_hat are sqrt(SNR), of v_hat sqrt(SNR + 1) as big.
     """
     snr = a / (1 - a)
     return snr.clamp(max=gamma) / {"eps": snr, "x0": 1, "v": snr + 1}[prediction]
 
 
-def training_losses(
-    net, x0, t, eps, chain, y=None, objective="hybrid", prediction="eps", loss="l2", min_snr=0.0
-):
-    """L_simple, L_hybrid (eq. 16) or L_vlb of each image, float32 (B,); t are rows of the chain."""
+def training_losses(net, x0, t, eps, chain, y, cfg):
+    """L_simple, L_hybrid (eq. 16) or L_vlb of each image, float32 (B,), as the settings say."""
     x_t = q_sample(x0, t, eps, chain.alpha_bar)  # (B,C,H,W)
-    out, channels = net(x_t, t, y), x0.shape[1]  # (B,C,H,W), or (B,2C,H,W) with v
-    if objective == "vlb":
-        variance = "learned" if out.shape[1] > channels else "small"
-        how = {"prediction": prediction, "variance": variance, "clip": False}
+    out = net(x_t, t, y)  # (B,C,H,W), or (B,2C,H,W) with v
+    if cfg.objective == "vlb":
+        variance = "learned" if cfg.learn_sigma else "small"
+        how = {"prediction": cfg.prediction, "variance": variance, "clip": False}
         return len(chain.timesteps) * vlb_terms(out, x0, x_t, t, chain, **how).float()
-    distance = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}[loss]
-    target = target_of(prediction, x0, eps, chain.alpha_bar[t])
-    losses = distance(out[:, :channels], target, reduction="none").mean(dim=(1, 2, 3))
-    if min_snr:
-        losses = losses * min_snr_weight(prediction, chain.alpha_bar[t], min_snr).float()
-    if objective == "hybrid":
-        losses = losses + 0.001 * hybrid(out, x0, x_t, t, chain, prediction=prediction).float()
+    distance = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}[cfg.loss]
+    a, target = chain.alpha_bar[t], target_of(cfg.prediction, x0, eps, chain.alpha_bar[t])
+    losses = distance(out[:, : x0.shape[1]], target, reduction="none").mean(dim=(1, 2, 3))
+    if cfg.min_snr:
+        losses = losses * min_snr_weight(cfg.prediction, a, cfg.min_snr).float()
+    if cfg.objective == "hybrid":
+        vlb = hybrid(out, x0, x_t, t, chain, prediction=cfg.prediction)
+        losses = losses + 0.001 * vlb.float()
     return losses
 
 
@@ -374,7 +366,6 @@ def train(cfg, world):
         print(f"{cfg.schedule} schedule, T = {cfg.timesteps}; step {run.first} of {cfg.steps}")
         ddpm_pixel.save_forward(ds, alpha_bar, run.folder / "forward")
 
-    how = (cfg.objective, cfg.prediction, cfg.loss, cfg.min_snr)
     for step in run.steps():  # goes on where it stopped; saves between two steps
         drawn = picker.sample(run.rng(step, "t"), cfg.batch_size)  # all alike until it is updated
         t_all, weights = (torch.from_numpy(v).to(world.device) for v in drawn)
@@ -382,7 +373,7 @@ def train(cfg, world):
             x0, y = run.images(part)  # (b,C,H,W), (b,)
             y = run.hide(part, y, cfg.label_dropout) if cfg.class_cond else None
             t, eps = t_all[part.where], run.noise(part, x0.shape)
-            losses = training_losses(run.model, x0, t, eps, chain, y, *how)
+            losses = training_losses(run.model, x0, t, eps, chain, y, cfg)
             run.backward(losses, t / cfg.timesteps, weights[part.where].float())
         run.descend()  # clip the gradient, Adam, running means, log
         if cfg.schedule_sampler == "loss-second-moment":
@@ -432,7 +423,13 @@ def open_checkpoint(cfg, path, world):
     how += "batch_size data data_root size"
     if not trained.data:  # published networks name no data, and some no schedule
         how += " timesteps schedule alpha_min prediction"
-    return net, checkpoints.overlaid(trained, cfg, how.split()), shape, names
+    trained = checkpoints.overlaid(trained, cfg, how.split())
+    unsaid = cli.not_given(cfg, ("sample_steps", "timestep_respacing"))
+    if cfg.nll and len(unsaid) == 2 and not cfg.smoke:  # the whole bound
+        trained = replace(trained, sample_steps=trained.timesteps, timestep_respacing="")
+    elif unsaid == ["timestep_respacing"]:
+        trained = replace(trained, timestep_respacing="")
+    return net, trained, shape, names
 
 
 def sample_checkpoint(cfg, world):
@@ -446,15 +443,11 @@ def nll(cfg, world):
     from evaluation.likelihood import evaluate_held_out
 
     net, trained, shape, names = open_checkpoint(cfg, cfg.nll, world)
-    visited = ("sample_steps", "timestep_respacing")
-    if len(cli.not_given(cfg, visited)) == 2 and not cfg.smoke:
-        trained = replace(trained, sample_steps=trained.timesteps, timestep_respacing="")
     chain = make_chain(alpha_bar_of(trained).to(world.device), [t for t, _ in pairs_of(trained)])
-    how = {"prediction": trained.prediction, "variance": variance_of(trained)}
-    bound = partial(bits_per_dim, net, chain=chain, **how)
-    where = world, cli.folder_of(cfg, cfg.nll)
-    about = f"variance {how['variance']}"
-    evaluate_held_out(bound, chain, trained, shape, names, *where, n=cfg.n, about=about)
+    variance, folder = variance_of(trained), cli.folder_of(cfg, cfg.nll)
+    how = {"chain": chain, "prediction": trained.prediction, "variance": variance}
+    bound, about = partial(bits_per_dim, net, **how), f"variance {variance}"
+    evaluate_held_out(bound, chain, trained, shape, names, world, folder, n=cfg.n, about=about)
 
 
 def plot_schedules(path, T, alpha_min):
@@ -469,8 +462,9 @@ def plot_schedules(path, T, alpha_min):
 
 def check(cfg):
     """Raise BadInput for a setting out of its range, and for settings that contradict others."""
-    ddpm_pixel.check(cfg)
-    cli.check_not_negative(cfg, "min_snr", "num_head_channels")
+    cli.check_run(cfg)
+    not_negative = "min_snr num_head_channels"
+    cli.check_ranges(cfg, "timesteps sample_steps n", not_negative, fraction="alpha_min")
     tasks = [name for name in ("sample", "nll", "plot_schedule") if getattr(cfg, name)]
     if len(tasks) > 1:
         raise cli.BadInput(f"--{tasks[0]} and --{tasks[1].replace('_', '-')}: one at a time")
@@ -480,18 +474,16 @@ def check(cfg):
         raise cli.BadInput("--objective hybrid learns the variance: type --objective simple or vlb")
     if cfg.objective == "simple" and cfg.learn_sigma:
         raise cli.BadInput("--objective simple teaches no variance: type --no-learn-sigma, too")
-    variance_of(cfg)
-    pairs_of(cfg)
+    steps = len(pairs_of(cfg))
+    ddpm_pixel.check(replace(cfg, sample_steps=steps, variance=variance_of(cfg)))
 
 
 def main():
     preset = str(Path(__file__).parent / "configs/{data}_iddpm.yaml")
     cfg = cli.parse(Config, __doc__, preset=preset)
-    if cfg.smoke:
-        tiny = {"steps": 4, "batch_size": 8, "model_channels": 16, "num_heads": 1, "norm_groups": 0}
-        tiny |= {"n": 8, "sample_steps": 4, "warmup": 1, "log_every": 1, "save_every": 2}
-        tiny |= {"sample_every": 2, "metric_every": 0, "resume": "never", "out": "runs/smoke-iddpm"}
-        cfg = cli.smaller(cfg, **tiny, num_head_channels=0)
+    small = {"model_channels": 16, "num_heads": 1, "num_head_channels": 0, "norm_groups": 0}
+    small |= {"n": 8, "sample_steps": 4, "metric_every": 0, "out": "runs/smoke-iddpm"}
+    cfg = cli.smoke(cfg, **small)
     check(cfg)
     if cfg.plot_schedule:
         plot_schedules(Path(cfg.out or "runs") / "schedules.png", cfg.timesteps, cfg.alpha_min)

@@ -83,7 +83,7 @@ class Config(cli.RunConfig):
     use_checkpoint: bool = False  # compute activations twice instead of keeping them
     label_dropout: float = 0.1  # how often training replaces the label by "none"
 
-    steps: int = 1250  # optimizer steps of the diffusion
+    steps: int = 1500  # optimizer steps of the diffusion
     lr: float = 2e-3  # peak learning rate
     warmup: int = 100  # steps over which a learning rate rises from zero, in both trainings
     ema: tuple[float, ...] = (0.995,)  # decays of running means; the first is what gets sampled
@@ -412,28 +412,28 @@ def draw_latents(run, part):
 # --------------------------------------------------------------------------------------- samples
 
 
-def load_net(path, device, ema=None):
+def load_net(path, device, ema=None, script="ldm_cfg", config=Config, make=make_net):
     """(denoiser with the EMA weights, its Config, checkpoint, frozen autoencoder); ema: a decay."""
-    state = checkpoints.load_checkpoint(path, "ldm_cfg", mapped=True)
-    cfg = checkpoints.trained_config(Config, state)
+    state = checkpoints.load_checkpoint(path, script, mapped=True)
+    cfg = checkpoints.trained_config(config, state)
     ae = build(**state["ae"])
     checkpoints.load_weights(ae, state["autoencoder"])
-    net = make_net(cfg, latent_shape(ae, state["shape"]), len(state["class_names"]))
+    net = make(cfg, latent_shape(ae, state["shape"]), len(state["class_names"]))
     checkpoints.load_weights(net, checkpoints.chosen_ema(state, path, ema))
     ae = ae.to(device).eval().requires_grad_(False)
     return net.to(device).eval(), cfg, state, ae
 
 
-def sample_checkpoint(cfg, world, n=None):
+def sample_checkpoint(cfg, world, n=None, load=load_net, make_rows=rows_of):
     """n samples (default cfg.n) of the checkpoint cfg.sample: samples.png and .npz."""
     n = n or cfg.n
     made_of = drawn_by(cfg, SAMPLING, n)
-    net, trained, state, ae = load_net(cfg.sample, world.device, checkpoints.typed_ema(cfg))
+    net, trained, state, ae = load(cfg.sample, world.device, checkpoints.typed_ema(cfg))
     trained = replace(trained, **{name: getattr(cfg, name) for name in (*SAMPLING, "batch_size")})
     chosen = cli.parse_classes(cfg.classes, state["class_names"])
     seeds = cli.parse_seeds(cfg.seeds, n)
     labels = cli.labels_for(seeds, chosen or [0])
-    walk = partial(sample, net, trained, latent_shape(ae, state["shape"]))
+    walk = partial(sample, net, trained, latent_shape(ae, state["shape"]), make_rows=make_rows)
     images = draw(walk, ae, state["scale"], trained, world, seeds, labels)
     if world.is_main:
         folder = cli.folder_of(cfg, cfg.sample)
@@ -445,13 +445,13 @@ def sample_checkpoint(cfg, world, n=None):
 # ----------------------------------------------------------------------------------------- main
 
 
-def check(cfg):
-    """Raise BadInput for a setting out of its range."""
+def check(cfg, sizes="model_channels channel_mult num_res_blocks num_heads context_dim "):
+    """Raise BadInput for a setting out of its range; sizes: those of the network."""
     cli.check_run(cfg)
     cli.check_ranges(
         cfg,
-        positive="timesteps model_channels channel_mult num_res_blocks num_heads sample_steps n "
-        "patch ae_channels ae_mult ae_blocks z_channels ae_steps ae_lr context_dim",
+        positive=sizes + "timesteps sample_steps n patch ae_channels ae_mult ae_blocks z_channels "
+        "ae_steps ae_lr",
         not_negative="n_eval",
         fraction="label_dropout eta guidance_interval guidance_rescale kl_weight",
     )
@@ -465,7 +465,7 @@ def check(cfg):
         raise cli.BadInput(f"--schedule cosine {why}: add --prediction v or another schedule")
 
 
-def run_stages(cfg, train, make_net, shared=()):
+def run_stages(cfg, train, make_net):
     """What main() does with settings that were checked: plan, train, score."""
     ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
     ae = make_autoencoder(cfg, ds.shape)  # what does not fit says so now, not after an hour

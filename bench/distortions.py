@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path[0] = str(REPO)  # in place of bench/, where a file would hide the module `data`
+sys.path[0] = str(REPO)  # in place of bench/
 
 from runtime.commandline import default_gpus, entry  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402

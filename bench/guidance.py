@@ -2,7 +2,7 @@
 
     python bench/guidance.py runs/ldm-mnist/ckpt.pt [--w=-1,0,1,3] [--n 1000] [--out FOLDER]
 
-A checkpoint of chapter 3 (or 1) draws n samples at each w, of the same seeds and labels, and
+A checkpoint of any chapter with --guidance draws n samples at each w, of the same seeds, and
 eval_fid.py compares them with the held-out images of its data set: class accuracy should rise with
 w, the Fréchet distance fall first and rise again when all samples of a class become alike. Written
 into --out (default: beside the checkpoint): guidance.png, one grid for each w and the curves under
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path[0] = str(REPO)  # in place of bench/, where a file would hide the module `data`
+sys.path[0] = str(REPO)  # in place of bench/
 
 from runtime.commandline import BadInput, default_gpus, entry, split_list  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path[0] = str(REPO)  # in place of bench/, where this file would hide the module of its name
+sys.path[0] = str(REPO)  # in place of bench/
 
 from runtime.commandline import BadInput, entry  # noqa: E402
 

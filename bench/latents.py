@@ -3,9 +3,10 @@
     python bench/latents.py [--model dit-s/2] [--batch 16] [--rounds 5] [--threads 2]
 
 Stable Diffusion's autoencoder (f8, 84 M parameters, random weights) and a denoiser on its latents
-of 128x128 images, 16x16x4. Both steps do what ldm_cfg.py does: latents from mean and log-variance,
-loss, backward pass, Adam. The one reads mean and log-variance from a memory map, the other encodes
-the images, both after they are seen to give the same loss. Interleaved, medians of paired ratios.
+of 128x128 images, 16x16x4. Both steps do what ldm_cfg.py and dit.py do: latents from mean and
+log-variance, loss, backward pass, Adam. The one reads mean and log-variance from a memory map, the
+other encodes the images, both after they are seen to give the same loss. Interleaved, medians of
+paired ratios.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from tqdm import tqdm  # noqa: E402
 
 import ldm_cfg  # noqa: E402
 from bench import unet as instruments  # noqa: E402
-from image_data import latents  # noqa: E402
+from image_data.latents import Latents  # noqa: E402
 from kernels import gaussian  # noqa: E402
 from networks.kl_autoencoder import KLVAE  # noqa: E402
 
@@ -33,29 +34,39 @@ CACHED, FLY = instruments.OURS, instruments.THEIRS  # the ratio is that of the f
 NAMES = {CACHED: "from the cache", FLY: "encoded on the fly"}
 
 
-def make_steps(cfg, ae, images, moments):
+def make_net(model, z_shape, classes):
+    """The denoiser of ldm_cfg.py or dit.py that has this name there."""
+    if model.startswith("dit"):
+        from dit import DiT, parse_size
+
+        return DiT(z_shape, classes, **parse_size(model))
+    return ldm_cfg.make_net(ldm_cfg.Config(model=model), z_shape, classes)
+
+
+def make_steps(model, ae, images, kept):
     """{name: a training step on these images as a function of nothing, which gives its loss}."""
-    alpha_bar = ldm_cfg.make_alpha_bar(cfg.schedule, cfg.timesteps)
-    count, (h, w, c) = len(images), moments.shape[1:]
-    seeds, rows = torch.arange(count), np.arange(count)
-    shape, t = (count, c // 2, h, w), torch.arange(count) * 900 // count
+    alpha_bar = ldm_cfg.alpha_bar_of(ldm_cfg.Config())
+    count, shape = len(images), (len(images), *kept.z_shape)
+    seeds, rows, t = torch.arange(count), np.arange(count), torch.arange(count) * 900 // count
     noise, eps = (gaussian(shape, seeds, step, "cpu") for step in (0, 1))
 
+    def draw(mean, log_var):
+        return mean + (0.5 * log_var).exp() * noise
+
     def read():
-        return latents.latent_batch(moments, rows, noise)
+        return draw(*kept.batch(rows)[0].chunk(2, dim=1))
 
     @torch.no_grad()
     def encode():
-        mean, log_var = ae.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1)
-        return mean + (0.5 * log_var).exp() * noise
+        return draw(*ae.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1))
 
-    def step_of(draw):
+    def step_of(latents):
         torch.manual_seed(0)
-        net = ldm_cfg.make_net(cfg, shape[1:], 100)
+        net = make_net(model, kept.z_shape, 100)
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
 
         def step():
-            loss = ldm_cfg.simple_loss(net, draw(), t % 100, t, eps, alpha_bar).mean()
+            loss = ldm_cfg.simple_loss(net, latents(), t, eps, alpha_bar, t % 100).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -68,7 +79,7 @@ def make_steps(cfg, ae, images, moments):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="dit-s/2", help="as ldm_cfg.py's --model")
+    parser.add_argument("--model", default="dit-s/2", help="dit-s/2, ..., or ldm_cfg.py's")
     parser.add_argument("--batch", type=int, default=16, help="images in a step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -77,17 +88,25 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    cfg = ldm_cfg.Config(model=args.model)
-    ae = KLVAE(width=args.ae_width).eval().requires_grad_(False)
+    ae = KLVAE(model_channels=args.ae_width).eval().requires_grad_(False)
     ae = ae.to(memory_format=torch.channels_last)
     shape = (args.batch, args.size, args.size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         mean, log_var = ae.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1)
         np.save(f"{folder}/moments.npy", torch.cat([mean, log_var], 1).permute(0, 2, 3, 1))
-        moments = np.load(f"{folder}/moments.npy", mmap_mode="r")
+        kept = Latents(
+            name="random",
+            moments=np.load(f"{folder}/moments.npy", mmap_mode="r"),
+            labels=np.zeros(args.batch, np.int64),
+            class_names=(),
+            shape=(3, args.size, args.size),
+            z_shape=tuple(mean.shape[1:]),
+            scale=1.0,
+            key="random",
+        )
         with torch.enable_grad():
-            steps = make_steps(cfg, ae, images, moments)
+            steps = make_steps(args.model, ae, images, kept)
             losses = {name: step() for name, step in steps.items()}
             if abs(losses[CACHED] - losses[FLY]) > 1e-4 * losses[FLY]:
                 raise RuntimeError(f"the two do not train alike: {losses}")

@@ -16,6 +16,7 @@ from runtime.commandline import BadInput, entry
 from runtime.files import atomic_write
 from runtime.pictures import save_samples, to_uint8
 from runtime.processes import progress
+from runtime.run import indices
 
 import argparse
 import bisect
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from image_data import batches, datasets
+from image_data import datasets
 
 PACKAGES = ("denoising-diffusion-pytorch", "ema-pytorch")
 DIMS = range(8, 130, 2)  # of its Unet; its timestep embedding needs an even number
@@ -104,7 +105,7 @@ def matched_dim(wanted, mult, channels, tolerance=0.05):
     if abs(size(dim) / wanted - 1) > tolerance:
         raise BadInput(
             f"no Unet of the peer has {wanted:,} parameters within {tolerance:.0%} (dim {dim} has "
-            f"{size(dim):,}); give chapter 1 another --width"
+            f"{size(dim):,}); give chapter 1 another --model-channels"
         )
     return dim, size(dim)
 
@@ -121,8 +122,8 @@ def train(args):
 
     Writes state.pt and prints one JSON line: steps done, and CPU seconds used so far.
     """
-    ds = datasets.load(args.data, args.data_root, size=args.size or None)
-    shape, path = (ds.channels, ds.height, ds.width), Path(args.out) / "state.pt"
+    ds = datasets.load(args.data, args.data_root, size=args.size)
+    shape, path = ds.shape, Path(args.out) / "state.pt"
     torch.manual_seed(args.seed)
     diffusion = make(args.dim, args.mult, shape)
     ema = load().EMA(diffusion, beta=0.995, update_every=10)
@@ -136,7 +137,7 @@ def train(args):
         torch.manual_seed(args.seed + step)
     with progress(None, "training the peer", initial=step) as bar:
         while before + time.process_time() < args.cpu_seconds:
-            x, _ = batches.batch(ds, batches.indices(len(ds), args.batch_size, args.seed, step))
+            x, _ = ds.batch(indices(len(ds), args.batch_size, args.seed, step))
             loss = diffusion((x.contiguous() + 1) / 2)  # (B,C,H,W) in [0,1], as its Trainer reads
             loss.backward()
             torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)

@@ -36,6 +36,7 @@ from runtime import commandline  # noqa: E402
 from runtime.commandline import BadInput, entry  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402
 from runtime.pictures import save_samples, tile  # noqa: E402
+from runtime.run import indices  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -43,7 +44,7 @@ from PIL import Image  # noqa: E402
 
 import ddpm_pixel  # noqa: E402
 from bench import peers  # noqa: E402
-from image_data import batches, datasets  # noqa: E402
+from image_data import datasets  # noqa: E402
 from image_data.sources import NAMES  # noqa: E402
 
 OURS, PEER = "chapter 1", "denoising-diffusion-pytorch"
@@ -130,7 +131,7 @@ def ours_train(args, out, steps):
     return [
         "ddpm_pixel.py",
         *args.ours,
-        "--no-conditional",
+        "--no-class-cond",
         "--gpus",
         0,
         "--steps",
@@ -142,9 +143,9 @@ def ours_train(args, out, steps):
 
 
 def ours_sample(args, cfg, run, sampler, out):
-    how = {"ancestral": ["ddpm"], "ddim": ["ddim", "--eta", 0]}[sampler]
+    script, how = {"ancestral": ("ddpm_pixel.py", []), "ddim": ("ddim.py", ["--eta", 0])}[sampler]
     return [
-        "ddpm_pixel.py",
+        script,
         "--sample",
         run / "ckpt.pt",
         "--n",
@@ -153,7 +154,6 @@ def ours_sample(args, cfg, run, sampler, out):
         0,
         "--sample-steps",
         args.sample_steps,
-        "--sampler",
         *how,
         "--out",
         out,
@@ -178,7 +178,7 @@ def peer_train(args, cfg, dim, lr, seconds, out):
         "--dim",
         dim,
         "--mult",
-        *cfg.mult,
+        *cfg.channel_mult,
         "--batch-size",
         cfg.batch_size,
         "--seed",
@@ -382,8 +382,8 @@ def sample_all(args, cfg, runs):
                     "samples": place,
                 }
             )
-    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size or None)
-    real = ds.images[batches.indices(len(ds), args.n, cfg.seed, 0)]
+    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size)
+    real = ds.images[indices(len(ds), args.n, cfg.seed, 0)]
     save_samples(args.out / "real", torch.from_numpy(real), None, 10)
     result = score(cfg, args.out / "real" / "samples.npz")
     rows.append({"network": "real images", "n": args.n, "frechet": result["frechet"]})
@@ -393,10 +393,9 @@ def sample_all(args, cfg, runs):
 def main(arguments=None):
     args = parse(arguments)
     cfg = commandline.parse(ddpm_pixel.Config, "", args.ours)
-    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size or None)  # before there are processes
-    shape = (ds.channels, ds.height, ds.width)
-    ours = peers.parameters(ddpm_pixel.make_net(cfg, shape, 0))
-    dim, theirs = peers.matched_dim(ours, cfg.mult, ds.channels)
+    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size)  # before there are processes
+    ours = peers.parameters(ddpm_pixel.UNet(ds.shape, 0, cfg))
+    dim, theirs = peers.matched_dim(ours, cfg.channel_mult, ds.channels)
     rates = sorted(set(args.peer_lr or (1e-4, cfg.lr)))
     about = {
         "data": ds.name,
@@ -404,11 +403,14 @@ def main(arguments=None):
         "minutes": args.minutes,
         "threads": 1,
         "chapter_1": args.ours,
-        "peer": {"dim": dim, "dim_mults": list(cfg.mult), "lr": rates},
+        "peer": {"dim": dim, "dim_mults": list(cfg.channel_mult), "lr": rates},
         "torch": str(torch.__version__),
         **peers.versions(),
     }
-    print(f"{OURS}: {' '.join(args.ours)}\n{PEER}: dim {dim}, dim_mults {cfg.mult}", flush=True)
+    print(
+        f"{OURS}: {' '.join(args.ours)}\n{PEER}: dim {dim}, dim_mults {cfg.channel_mult}",
+        flush=True,
+    )
 
     runs = {"chapter-1": {"network": OURS, "lr": cfg.lr, "parameters": ours}}
     for lr in rates:

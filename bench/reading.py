@@ -19,7 +19,7 @@ those that only sample on what chapter 1 made there. Of the training steps after
 shortest is shown, which writes no log and no checkpoint; of the sampling steps after the first the
 longest, which draws noise if any does. A new chapter needs nothing here.
 
-Exit code 1 if a chapter is longer than LIMITS or if a step of chapter 1 is.
+Exit code 1 if a chapter fails or is longer than LIMITS, or if a step of chapter 1 is.
 """
 
 import argparse
@@ -342,6 +342,8 @@ def broken(chapter, counts, found):
     for what, limit in LIMITS.items():
         if counts[what] > limit:
             yield f"{chapter}: {what} {counts[what]}, at most {limit}"
+    if not found["loads"]:
+        yield found["error"]
     if chapter != FIRST:
         return
     if len(found["loads"]) > FIRST_LOADS:
@@ -384,8 +386,8 @@ def main(arguments=None):
                         print(f"    a {kind} step of {name}:")
                         print("\n".join(f"{len(step[f]):8} {f}" for f in sorted(step)))
             faults += broken(chapter, counts, found)
-            notes += [f"did not run: {found['error']}"] if found["error"] else []
-    faults = [f"beyond its limit: {fault}" for fault in faults]
+            if found["loads"] and found["error"]:
+                notes.append(f"did not run: {found['error']}")
     print("\n".join(["", *notes, *(faults or ["all within their limits"])]))
     sys.exit(1 if faults else 0)
 

@@ -22,6 +22,7 @@ convolution of size 1: another library, and here and there the faster. Shares ar
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import platform
 import statistics
@@ -34,26 +35,32 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where this file would hide the module of its name
 
 from runtime.commandline import BadInput, entry  # noqa: E402
-from runtime.training import ema_update  # noqa: E402
+from runtime.run import EMA  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import yaml  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.optim.swa_utils import AveragedModel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from ddpm_pixel import simple_loss  # noqa: E402
-from kernels import sampling_table, sampling_update  # noqa: E402
-from networks.adm_unet import UNet  # noqa: E402
-from networks.published.unet import save_diffusers  # noqa: E402
-from schedules import make_alpha_bar  # noqa: E402
+from ddim import ddim_row  # noqa: E402
+from ddpm_pixel import Config, UNet, alpha_bar_of, simple_loss  # noqa: E402
+from kernels import sampling_update  # noqa: E402
+from networks.published.unet import save_diffusers, settings_of  # noqa: E402
 from tests.cases.reference_networks import needing_diffusers  # noqa: E402
 
 CONFIG = REPO / "configs" / "cifar10_ddpm.yaml"
-SETTINGS = ("width", "mult", "blocks", "attention", "heads", "dropout")
-QUICK = dict(width=16, mult=[1, 2], blocks=1, attention=[8], heads=1, dropout=0.1)
+SETTINGS = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions")
+SETTINGS += ("num_heads", "dropout")
+QUICK = dict(
+    model_channels=16,
+    channel_mult=[1, 2],
+    num_res_blocks=1,
+    attention_resolutions=[8],
+    num_heads=1,
+    dropout=0.1,
+)
 SAME = 1e-5  # of the largest number: how far the two may be apart
 CALLS = 100  # of an update, timed together
 OURS, THEIRS, COMPILED, MM, CONV = "here", "diffusers", "here, compiled", "torch.mm", "1x1 conv2d"
@@ -75,20 +82,21 @@ def load_diffusers():
 def networks(quick, UNet2DModel):
     """Our network, diffusers' with the same weights, and the image shape (C,H,W)."""
     config, size = (QUICK, 16) if quick else (yaml.safe_load(CONFIG.read_text()), 32)
-    settings, shape = {name: config[name] for name in SETTINGS}, (3, size, size)
+    cfg, shape = Config(**{name: config[name] for name in SETTINGS}), (3, size, size)
     torch.manual_seed(0)
-    ours = UNet(shape, 0, groups=config["width"] // 4, **settings)
+    ours = UNet(shape, 0, cfg)
     for p in ours.parameters():  # layers that start at zero would hide what lies behind them
         if not p.any():
             torch.nn.init.normal_(p, std=0.02)
     facts = dict(
-        alpha_bar=make_alpha_bar("linear", 1000),
+        alpha_bar=alpha_bar_of(cfg),
         prediction="eps",
         variance="large",
         schedule="linear",
     )
+    settings = settings_of({"config": vars(cfg)})
     with tempfile.TemporaryDirectory() as folder:
-        save_diffusers(folder, ours.settings, ours.state_dict(), shape, 0, facts)
+        save_diffusers(folder, settings, ours.state_dict(), shape, 0, facts)
         theirs = UNet2DModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False)
     return ours.to(memory_format=torch.channels_last), theirs, shape
 
@@ -115,7 +123,7 @@ def forwards(ours, theirs, inputs, compile):
     if compile:
         compiled = torch.compile(ours)
         calls[COMPILED] = lambda: compiled(last, t)
-    calls = {name: torch.inference_mode()(call) for name, call in calls.items()}
+    calls = {name: torch.no_grad()(call) for name, call in calls.items()}
     for name in list(calls)[1:]:
         check_same(f"forward of {name}", calls[name](), calls[THEIRS]())
     return calls
@@ -126,12 +134,12 @@ def steps(ours, theirs, inputs, DDPMScheduler, EMAModel):
     x, eps, t = inputs
     scheduler = DDPMScheduler()
     alpha_bar = scheduler.alphas_cumprod.double()
-    mean = AveragedModel(ours, multi_avg_fn=ema_update(0.9999)).eval()
+    mean, done = EMA(ours, 0.9999), itertools.count()
     their_mean = EMAModel(theirs.parameters())
     adam, their_adam = (torch.optim.Adam(net.parameters(), lr=2e-4) for net in (ours, theirs))
 
     def our_loss():
-        return simple_loss(ours, x, None, t, eps, alpha_bar).mean()
+        return simple_loss(ours, x, t, eps, alpha_bar).mean()
 
     def their_loss():
         return F.mse_loss(theirs(scheduler.add_noise(x, eps, t), t).sample, eps)
@@ -140,7 +148,7 @@ def steps(ours, theirs, inputs, DDPMScheduler, EMAModel):
         our_loss().backward()
         adam.step()
         adam.zero_grad()
-        mean.update_parameters(ours)
+        mean.update(ours, next(done))
 
     def their_step():
         their_loss().backward()
@@ -166,13 +174,13 @@ def updates(inputs, eta, DDIMScheduler):
     scheduler.set_timesteps(50)
     walk = scheduler.timesteps.tolist()
     pairs = list(zip(walk, [*walk[1:], -1], strict=True))
-    table = sampling_table(scheduler.alphas_cumprod.double(), pairs, eta=eta)
-    seeds = torch.arange(len(x))
+    a, a_prev = scheduler.alphas_cumprod.double()[list(pairs[25])].tolist()
+    row, seeds = ddim_row(a, a_prev, eta), torch.arange(len(x))
     # Its noise is then, as here, that of the clamped x0_hat: else they are not the same sampler.
     options = dict(eta=eta, use_clipped_model_output=True)
 
     def ours():
-        return sampling_update(x, eps, table, 25, seeds=seeds)[0]
+        return sampling_update(x, eps, row, step=25, seeds=seeds)[0]
 
     def theirs():
         return scheduler.step(eps, walk[25], x, **options).prev_sample
@@ -187,7 +195,7 @@ def repeated(call):
         for _ in range(CALLS):
             call()
 
-    return torch.inference_mode()(calls)
+    return torch.no_grad()(calls)
 
 
 def products(n):

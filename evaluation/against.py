@@ -1,6 +1,6 @@
 """A against B by command: both sides are read, their features computed, the figures asked for."""
 
-from runtime.commandline import BadInput
+from runtime.commandline import BadInput, split_list
 
 from dataclasses import replace
 from functools import partial
@@ -60,12 +60,14 @@ def pairs_path(name):
     return str(path.with_name(f"{path.stem}-nearest.png")) if path.is_file() else "nearest.png"
 
 
-def against(cfg, world, names, metrics, scored):
+def against(cfg, world, names, scored):
     """The figures of each A of `names` against B, in turn, as dictionaries that become JSON.
 
     scored: a function of two Sides and the fields of `Asked`, which gives a dictionary of figures.
+    cfg.metrics names those that are asked for.
     All processes compute features, the first one alone the figures: to the others none are given.
     """
+    metrics = split_list(cfg.metrics)
     b, seen = reference(cfg), None  # first: what is wrong with it is known before A is drawn
     for name in names:
         a = generated(cfg, name)

@@ -96,6 +96,6 @@ def inception_if_there(cfg, device, world):
     if world.sum(has) == world.size:
         return extractor
     if world.is_main:
-        why = why or "another process could not read them"
-        warn(f"features of a classifier of the data set, as Inception's weights are missing: {why}")
+        why = why or "another process could not read its weights"
+        warn(f"features of a classifier of the data set in place of Inception's: {why}")
     return None

@@ -29,9 +29,10 @@ def exact_convolutions():
 def extract(extractor, images, batch_size=256, world=None, store=np.empty, name="images"):
     """Features (N, d) and logits (N, K) or None, float32, of `images` uint8 (N, H, W, C).
 
-    images may be a memory map. In every round each process of `world` takes `batch_size` images and
-    all exchange their rows, so that memory does not grow with N. store(shape, np.float32) makes the
-    arrays that keep the rows. Raises BadInput without images and for features that are not finite.
+    images may be a tensor or a memory map. In every round each process of `world` takes
+    `batch_size` images and all exchange their rows, so that memory does not grow with N.
+    store(shape, np.float32) makes the arrays that keep the rows. Raises BadInput without images and
+    for features that are not finite.
     """
     world, device = world or World(), getattr(extractor, "device", torch.device("cpu"))
     if not len(images):
@@ -44,8 +45,9 @@ def extract(extractor, images, batch_size=256, world=None, store=np.empty, name=
         share = world.share(count)
         # A process without a share in the last round computes a row that nobody keeps.
         first, own = start + min(share.start, count - 1), share.stop - share.start
-        part = torch.from_numpy(np.array(images[first : first + max(own, 1)])).to(device)
-        rows = [r if r is None else r[:own] for r in _pair(extractor(part))]
+        some = images[first : first + max(own, 1)]
+        some = some if isinstance(some, torch.Tensor) else torch.from_numpy(np.array(some))
+        rows = [r if r is None else r[:own] for r in _pair(extractor(some.to(device)))]
         rows = [r if r is None else world.collect(r.float(), count).cpu().numpy() for r in rows]
         if not np.isfinite(rows[0]).all():
             which = f"{start} to {start + count - 1}"

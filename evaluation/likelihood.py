@@ -1,6 +1,6 @@
-"""Bits per dimension of a whole data set: batches, their mean, nll.json and nll.png.
+"""Bits per dimension of images under a chain: of a batch, of a data set, nll.json and nll.png.
 
-The bound of one batch of images is `improved_ddpm.bits_per_dim`, which comes in as a function.
+The terms of the bound are those of a chapter, improved_ddpm.py, which come in as functions.
 """
 
 from runtime.files import atomic_write
@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from image_data import datasets
+from kernels import gaussian
 
 
 class Bound(NamedTuple):
@@ -26,6 +29,40 @@ class Bound(NamedTuple):
     def total(self):
         """The bound itself, (B,): IDDPM eq. 4."""
         return self.prior + self.terms.sum(1)
+
+
+@torch.no_grad()
+def bits_per_dim(net, images, y, seeds, chain, terms, guess, prior, tick=None):
+    """The Bound of B images under a network: every term of the chain, one draw of x_t for each.
+
+    images  uint8 (B,H,W,C), or float (B,C,H,W) made of levels k / 127.5 - 1
+    y       int64 (B,) or None; with labels it is the likelihood of an image given its class
+    seeds   int64 (B,), one per image; eps is a function of the seed and the timestep alone, so that
+            a term depends neither on the batch nor on which other timesteps are visited
+    chain   `timesteps` int64 (S,) and `alpha_bar` float64 (S,) of its rows; a shorter chain is
+            cheaper and looser
+    terms   function (out, x0, x_t, t) -> bits per dimension (B,) of rows t (B,)
+    guess   function (out, x_t, t) -> x0_hat (B,C,H,W), and more
+    prior   function (x0, alpha_bar) -> bits per dimension (B,)
+    tick    called after each of the chain's rows, to move a progress bar
+
+    All on the network's device, the network in eval mode.
+    """
+    if images.dtype == torch.uint8:
+        images = images.permute(0, 3, 1, 2).double() / 127.5 - 1  # (B,C,H,W)
+    x0, columns = images.double(), []
+    for row, timestep in enumerate(chain.timesteps.tolist()):
+        a, t = chain.alpha_bar[row], torch.full_like(seeds, row)
+        eps = gaussian(x0.shape, seeds, timestep, x0.device)
+        x_t = (a.sqrt() * x0 + (1 - a).sqrt() * eps).float()  # (B,C,H,W), DDPM eq. 4
+        out = net(x_t, torch.full_like(seeds, timestep), y)
+        x0_hat = guess(out, x_t, t)[0]
+        eps_hat = (x_t - a.sqrt() * x0_hat) / (1 - a).sqrt()
+        errors = [(e**2).mean(dim=(1, 2, 3)) for e in (eps_hat - eps, x0_hat - x0)]
+        columns.append(torch.stack([terms(out, x0, x_t, t), *errors]))  # (3,B)
+        if tick is not None:
+            tick()
+    return Bound(prior(x0, chain.alpha_bar), *torch.stack(columns, dim=2))
 
 
 class BoundMean:
@@ -94,6 +131,18 @@ def evaluate(bound_of, ds, timesteps, world, folder, *, n, batch_size, labels, a
             f"terms, {about}: {folder / 'nll.json'}, {folder / 'nll.png'}"
         )
     return values
+
+
+def evaluate_held_out(bound_of, chain, trained, shape, names, world, folder, *, n, about=""):
+    """evaluate() on the test split of the data that the settings `trained` name.
+
+    shape (C,H,W) and class names: the network's. Raises BadInput for images of another shape.
+    """
+    options = {"size": trained.size, "classes": trained.classes}
+    ds, known = datasets.held_out(trained.data, trained.data_root, shape, names, **options)
+    labels, timesteps = known and trained.class_cond, chain.timesteps.tolist()
+    options = {"n": n, "batch_size": trained.batch_size, "labels": labels, "about": about}
+    return evaluate(bound_of, ds, timesteps, world, folder, **options)
 
 
 def plot_terms(path, terms, timesteps):

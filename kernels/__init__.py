@@ -7,7 +7,6 @@ are launched, the public function.
 from kernels.attention import attention
 from kernels.group_norm_silu import group_norm_silu
 from kernels.philox import gaussian
-from kernels.sampling_table import sampling_table
 from kernels.sampling_update import Row, sampling_update, step_variance
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "attention",
     "gaussian",
     "group_norm_silu",
-    "sampling_table",
     "sampling_update",
     "step_variance",
 ]

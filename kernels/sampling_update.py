@@ -290,7 +290,7 @@ def _check_row(row):
     if not isinstance(row, Row):
         raise ValueError(f"row must be a Row, got {type(row).__name__}")
     for name, number in zip(Row._fields, row, strict=True):
-        if not isinstance(number, (int, float)) or not math.isfinite(number):
+        if not isinstance(number, (int, float)) or not abs(number) < math.inf:  # nor NaN
             raise ValueError(f"{name} of the row must be a finite number, got {number!r}")
 
 

@@ -45,8 +45,8 @@ def build(kind, **settings):
 def load_autoencoder(path, device="cpu", ema=None, flag="--ae"):
     """The autoencoder at `path`, frozen and in eval mode.
 
-    path    a checkpoint of autoencoder.py or of the first stage of a latent chapter, or what
-            networks.published.autoencoder.read_autoencoder takes
+    path    a checkpoint of autoencoder.py, or of a latent chapter, which holds its first stage;
+            or what networks.published.autoencoder.read_autoencoder takes
     ema     of a checkpoint the running mean of this decay; without it the weights themselves
     flag    named in BadInput, which is raised for a path that is not there and for other files
     """
@@ -56,18 +56,21 @@ def load_autoencoder(path, device="cpu", ema=None, flag="--ae"):
             "here, which is not there"
         )
     state = own_checkpoint(path)
+    if ema is not None and (state is None or "ae" in state or not state["config"]["ema"]):
+        raise BadInput(f"--ema {ema:g}: {path} holds no running means of it; leave it out")
     if state is None:
-        if ema is not None:
-            raise BadInput(f"--ema {ema:g}: {path} was published without running means")
         return load_pretrained(path, device)[0]
-    settings = state.get("settings", {})
+    if "ae" in state:  # of a latent chapter
+        settings, weights = state["ae"], state["autoencoder"]
+    else:
+        settings, weights = state.get("settings", {}), state.get("model")
     if "kind" not in settings:
         raise BadInput(
-            f"{flag} {path} is a checkpoint of {state['script']}.py and of no autoencoder; a "
-            "latent chapter keeps that in a folder of its own: autoencoder/ckpt.pt"
+            f"{flag} {path} is a checkpoint of {state['script']}.py, which holds no autoencoder"
         )
+    if ema is not None:
+        weights = checkpoints.chosen_ema(state, path, ema)
     ae = build(**settings)
-    weights = state["model"] if ema is None else checkpoints.chosen_ema(state, path, ema)
     checkpoints.load_weights(ae, weights)
     return ae.to(device).eval().requires_grad_(False)
 
@@ -77,7 +80,7 @@ def own_checkpoint(path):
     if not str(path).endswith(".pt"):
         return None
     try:
-        return checkpoints.load_checkpoint(path)
+        return checkpoints.load_checkpoint(path, mapped=True)
     except BadInput:  # of others, or damaged: who reads published files says so
         return None
 
@@ -91,7 +94,7 @@ def latent_shape(ae, shape, flag="--ae"):
     if ae.channels != channels:
         raise BadInput(
             f"{flag}: the autoencoder takes images of {ae.channels} channels, these have {channels}"
-            "; choose other --data, or leave it out to train one"
+            ": choose others, or another autoencoder"
         )
     if height % ae.factor or width % ae.factor:
         near = -(-min(height, width) // ae.factor) * ae.factor

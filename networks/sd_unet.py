@@ -3,9 +3,9 @@
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022
 (arXiv:2112.10752), section 3.3 and appendix E.2.1: LDM below.
 
-Chapter 1's U-Net in style "adm", with the timestep added, and with one new part: where that has
-self-attention, this has a transformer, whose positions look at each other and then at a context y,
-tokens that say what to draw:
+The U-Net of networks/adm_unet.py in style "adm", with the timestep added, and with one new part:
+where that has self-attention, this has a transformer. Its positions look at each other and then at
+a context y, tokens that say what to draw:
 
     Q = W_Q x,   K = W_K y,   V = W_V y,   softmax(Q K' / sqrt(d)) V            LDM section 3.3
 
@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import attention as attend
 from networks.adm_unet import Norm, timestep_embedding, zero
+from networks.sizes import check_unet
 
 
 class ResBlock(nn.Module):
@@ -63,10 +64,10 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Every token of x (B,N,C) looks at the L tokens of context (B,L,D)."""
 
-    def __init__(self, channels, heads, context_width):
+    def __init__(self, channels, heads, context_dim):
         super().__init__()
         self.heads, self.q = heads, nn.Linear(channels, channels, bias=False)
-        self.kv = nn.Linear(context_width, 2 * channels, bias=False)
+        self.kv = nn.Linear(context_dim, 2 * channels, bias=False)
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x, context):
@@ -94,11 +95,11 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Tokens x (B,N,C) and a context (B,L,D) -> (B,N,C); each part adds to x."""
 
-    def __init__(self, channels, heads, context_width):
+    def __init__(self, channels, heads, context_dim):
         super().__init__()
         self.norm1, self.self_attention = nn.LayerNorm(channels), SelfAttention(channels, heads)
         self.norm2 = nn.LayerNorm(channels)
-        self.cross_attention = CrossAttention(channels, heads, context_width)
+        self.cross_attention = CrossAttention(channels, heads, context_dim)
         self.norm3, self.feed_forward = nn.LayerNorm(channels), FeedForward(channels)
 
     def forward(self, x, context):
@@ -110,13 +111,13 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """`depth` transformer blocks over the positions of (B,C,h,w), on a residual branch."""
 
-    def __init__(self, channels, heads, context_width, depth, groups):
+    def __init__(self, channels, heads, context_dim, depth, groups):
         super().__init__()
         self.norm = Norm(groups, channels, eps=1e-6, silu=False)
         self.proj_in = nn.Linear(channels, channels)
         self.proj_out = zero(nn.Linear(channels, channels))
         self.blocks = nn.ModuleList(
-            TransformerBlock(channels, heads, context_width) for _ in range(depth)
+            TransformerBlock(channels, heads, context_dim) for _ in range(depth)
         )
 
     def forward(self, x, context):
@@ -163,33 +164,34 @@ class Layer(nn.ModuleList):
 
 class LatentUNet(nn.Module):
     """net(z, t, y=None, context=None) -> (B,channels,h,w), the estimate of eps or v; with
-    learned_variance (B,2*channels,h,w).
+    learn_sigma (B,2*channels,h,w).
 
     z (B,channels,h,w) of any sides, t (B,) timesteps from 0, and what to draw, one of
     y        (B,) int labels; net.null, which is num_classes, means "no label", and so does None
-    context  (B,L,context_width), such as an encoded text; y is then not looked at
+    context  (B,L,context_dim), such as an encoded text; y is then not looked at
 
-    num_classes      None: there are no labels, a context must be given. 0: the only label is "none"
-    width            channels of the timestep embedding, and with mult of every level
-    mult             channels of each level in units of width; each level but the last is halved
-    blocks           residual blocks of a level on the way down; one more on the way up
-    attention        the levels, from 0, at which a transformer follows every residual block; one
-                     always stands in the middle, so that the context is seen in any case
-    heads            attention heads, or with head_channels > 0 the channels of each head
-    depth            transformer blocks in each transformer
-    context_width    channels of the context's tokens; 0 chooses 4 * width
-    add_label        the class token is also added, through a linear layer that starts at zero, to
-                     the timestep embedding, which every residual block sees. Not in LDM
-    learned_variance the second half of the channels tells the variance, about -1 ... 1: log
-                     beta_tilde ... log beta (IDDPM eq. 15). Not in LDM
-    groups           of every GroupNorm, 0 chooses: 32, fewer where a group would have one channel
-    checkpointing    in training, keep only the layers' inputs and compute the rest again
+    num_classes        None: no labels, a context must be given. 0: the only label is "none"
+    model_channels     channels of the timestep embedding, and of every level with channel_mult
+    channel_mult       channels of each level, in model_channels; each level but the last is halved
+    num_res_blocks     residual blocks of a level on the way down; one more on the way up
+    attention_levels   the levels, from 0, at which a transformer follows every residual block; one
+                       always stands in the middle, so that the context is seen in any case
+    num_heads          attention heads; num_head_channels > 0 gives the channels of each instead
+    transformer_depth  transformer blocks in each transformer
+    context_dim        channels of the context's tokens; 0 chooses 4 * model_channels
+    add_label          the class token is also added, through a linear layer that starts at zero, to
+                       the timestep embedding, which every residual block sees. Not in LDM
+    learn_sigma        the second half of the channels gives the variance, about -1 ... 1: log
+                       beta_tilde ... log beta (IDDPM eq. 15). Not in LDM
+    norm_groups        of every GroupNorm; 0 chooses 32, fewer where a group would have one channel
+    use_checkpoint     in training, keep only the layers' inputs and compute the rest again
     BadInput for settings that do not fit each other. net.settings holds all but the last.
 
-    Stable Diffusion 1: channels 4, num_classes None, width 320, mult (1, 2, 4, 4), blocks 2,
-    attention (0, 1, 2), heads 8, context_width 768. 2: head_channels 64, context_width 1024.
-    LDM's ImageNet: 3, 1000, width 192, mult (1, 2, 3, 5), blocks 2, attention (1, 2, 3), heads 1,
-    context_width 512.
+    Stable Diffusion 1: channels 4, num_classes None, model_channels 320, channel_mult (1, 2, 4, 4),
+    num_res_blocks 2, attention_levels (0, 1, 2), num_heads 8, context_dim 768. Stable Diffusion 2:
+    num_head_channels 64, context_dim 1024. LDM's ImageNet: channels 3, num_classes 1000,
+    model_channels 192, channel_mult (1, 2, 3, 5), num_res_blocks 2, attention_levels (1, 2, 3),
+    num_heads 1, context_dim 512.
     """
 
     def __init__(
@@ -197,57 +199,59 @@ class LatentUNet(nn.Module):
         channels,
         num_classes,
         *,
-        width,
-        mult,
-        blocks,
-        attention,
-        heads=8,
-        head_channels=0,
-        depth=1,
-        context_width=0,
+        model_channels,
+        channel_mult,
+        num_res_blocks,
+        attention_levels,
+        num_heads=8,
+        num_head_channels=0,
+        transformer_depth=1,
+        context_dim=0,
         add_label=False,
-        learned_variance=False,
-        groups=0,
-        checkpointing=False,
+        learn_sigma=False,
+        norm_groups=0,
+        use_checkpoint=False,
     ):
         super().__init__()
-        levels, c_emb = [round(width * m) for m in mult], 4 * width
-        attention, context_width = tuple(attention), context_width or c_emb
+        levels, c_emb = [round(model_channels * m) for m in channel_mult], 4 * model_channels
+        attention_levels, context_dim = tuple(attention_levels), context_dim or c_emb
         # A group of one channel would subtract from it what the timestep just added to it.
-        groups = groups or math.gcd(32, max(1, math.gcd(*levels) // 2))
-        check(width, levels, attention, heads, head_channels, groups)
-        self.width, self.null, self.checkpointing = width, num_classes, checkpointing
+        norm_groups = norm_groups or math.gcd(32, max(1, math.gcd(*levels) // 2))
+        check(model_channels, levels, attention_levels, num_heads, num_head_channels, norm_groups)
+        self.model_channels, self.null = model_channels, num_classes
+        self.use_checkpoint = use_checkpoint
         self.settings = dict(
-            width=width,
-            mult=tuple(mult),
-            blocks=blocks,
-            attention=attention,
-            heads=heads,
-            head_channels=head_channels,
-            depth=depth,
-            context_width=context_width,
+            model_channels=model_channels,
+            channel_mult=tuple(channel_mult),
+            num_res_blocks=num_res_blocks,
+            attention_levels=attention_levels,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            transformer_depth=transformer_depth,
+            context_dim=context_dim,
             add_label=add_label,
-            learned_variance=learned_variance,
-            groups=groups,
+            learn_sigma=learn_sigma,
+            norm_groups=norm_groups,
         )
 
         def block(c_in, c_out):
-            return ResBlock(c_in, c_out, c_emb, groups)
+            return ResBlock(c_in, c_out, c_emb, norm_groups)
 
         def transformer(c):
-            n = c // head_channels if head_channels else heads
-            return Transformer(c, n, context_width, depth, groups)
+            heads = c // num_head_channels if num_head_channels else num_heads
+            return Transformer(c, heads, context_dim, transformer_depth, norm_groups)
 
-        self.time = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        first, second = nn.Linear(model_channels, c_emb), nn.Linear(c_emb, c_emb)
+        self.time = nn.Sequential(first, nn.SiLU(), second)
         labels = num_classes is not None
-        self.label = nn.Embedding(num_classes + 1, context_width) if labels else None
-        self.label_emb = zero(nn.Linear(context_width, c_emb)) if labels and add_label else None
+        self.label = nn.Embedding(num_classes + 1, context_dim) if labels else None
+        self.label_emb = zero(nn.Linear(context_dim, c_emb)) if labels and add_label else None
         c, skips = levels[0], [levels[0]]
         self.conv_in = nn.Conv2d(channels, c, 3, padding=1)
         self.down = nn.ModuleList()
         for level, c_out in enumerate(levels):
-            for _ in range(blocks):
-                parts = [transformer(c_out)] if level in attention else []
+            for _ in range(num_res_blocks):
+                parts = [transformer(c_out)] if level in attention_levels else []
                 self.down.append(Layer([block(c, c_out), *parts]))
                 c = c_out
                 skips.append(c)
@@ -257,29 +261,31 @@ class LatentUNet(nn.Module):
         self.middle = Layer([block(c, c), transformer(c), block(c, c)])
         self.up = nn.ModuleList()
         for level, c_out in reversed(list(enumerate(levels))):
-            for i in range(blocks + 1):
-                parts = [transformer(c_out)] if level in attention else []
-                if level > 0 and i == blocks:
+            for i in range(num_res_blocks + 1):
+                parts = [transformer(c_out)] if level in attention_levels else []
+                if level > 0 and i == num_res_blocks:
                     parts.append(Upsample(c_out))
                 self.up.append(Layer([block(c + skips.pop(), c_out), *parts]))
                 c = c_out
-        out = 2 * channels if learned_variance else channels
-        self.norm_out, self.conv_out = Norm(groups, c), zero(nn.Conv2d(c, out, 3, padding=1))
+        out = 2 * channels if learn_sigma else channels
+        self.norm_out = Norm(norm_groups, c)
+        self.conv_out = zero(nn.Conv2d(c, out, 3, padding=1))
 
     def forward(self, z, t, y=None, context=None):
-        emb = self.time(timestep_embedding(t, self.width, "adm").to(z.dtype))  # (B,4*width)
+        t_emb = timestep_embedding(t, self.model_channels, "adm")  # (B,model_channels)
+        emb = self.time(t_emb.to(z.dtype))  # (B,4*model_channels)
         if context is None:
             if self.label is None:
                 raise ValueError("a network without labels needs a context")
             if y is None:
                 y = torch.full_like(t, self.null, dtype=torch.int64)
-            context = self.label(y)[:, None]  # (B,1,context_width)
+            context = self.label(y)[:, None]  # (B,1,context_dim)
             if self.label_emb is not None:
                 emb = emb + self.label_emb(context[:, 0])
         emb = F.silu(emb)  # every residual block begins with it
 
         def run(layer, *inputs):
-            if self.checkpointing and self.training and torch.is_grad_enabled():
+            if self.use_checkpoint and self.training and torch.is_grad_enabled():
                 return checkpoint(layer, *inputs, use_reentrant=False)
             return layer(*inputs)
 
@@ -288,7 +294,7 @@ class LatentUNet(nn.Module):
         for layer in self.down:
             h = run(layer, h, emb, context)
             skips.append(h)
-        h = run(self.middle, h, emb, context)  # (B,C_last,h/2^k,w/2^k), k = len(mult) - 1
+        h = run(self.middle, h, emb, context)  # (B,C_last,h/2^k,w/2^k), k = len(channel_mult) - 1
         for layer in self.up:
             skip = skips.pop()
             size = skips[-1].shape[2:] if skips else None
@@ -296,25 +302,20 @@ class LatentUNet(nn.Module):
         return self.conv_out(self.norm_out(h))  # (B,channels,h,w) or (B,2*channels,h,w)
 
 
-def check(width, levels, attention, heads, head_channels, groups):
-    """BadInput for a width, levels and channels of them, heads or groups that make no network."""
-    channels = sorted(set(levels))
-    if width % 2:
-        raise BadInput(f"--width {width} must be even: half cosines, half sines")
-    if any(level not in range(len(levels)) for level in attention):
+def check(model_channels, levels, attention_levels, num_heads, num_head_channels, norm_groups):
+    """BadInput for levels with these channels, heads or groups that make no network."""
+    if any(level not in range(len(levels)) for level in attention_levels):
         raise BadInput(
-            f"--attention {' '.join(map(str, attention))} must be levels of --mult, counted from "
-            f"0 to {len(levels) - 1}"
+            f"attention at {', '.join(map(str, attention_levels))} must be at levels of "
+            f"--channel-mult, counted from 0 to {len(levels) - 1}"
         )
-    # The middle always attends, at the last level's channels.
-    attends = sorted({levels[level] for level in (*attention, -1)})
-    name, parts = ("--head-channels", head_channels) if head_channels else ("--heads", heads)
-    if any(c % parts for c in attends):
-        raise BadInput(f"{name} {parts} must divide the channels {attends} that attend")
-    if any(c % groups for c in channels):
+    # The middle always attends, at the last level's channels. Any sides of latents will do.
+    attends = [levels[level] for level in (*attention_levels, -1)]
+    check_unet((0, 0, 0), model_channels, attends, num_heads, num_head_channels)
+    if any(c % norm_groups for c in levels):
         raise BadInput(
-            f"{groups} norm groups must divide the channels {channels}: leave out --groups to "
-            "have them chosen"
+            f"{norm_groups} norm groups must divide the channels {sorted(set(levels))}: "
+            "norm_groups=0 has them chosen"
         )
 
 
@@ -327,16 +328,17 @@ def denoiser(cfg, z_shape, num_classes):
     heights = [z_shape[1]]
     for _ in cfg.channel_mult[1:]:
         heights.append(-(-heights[-1] // 2))
+    levels = [i for i, height in enumerate(heights) if height in cfg.attention_resolutions]
     net = LatentUNet(
         z_shape[0],
         num_classes,
-        width=cfg.model_channels,
-        mult=cfg.channel_mult,
-        blocks=cfg.num_res_blocks,
-        attention=[i for i, height in enumerate(heights) if height in cfg.attention_resolutions],
-        heads=cfg.num_heads,
-        context_width=cfg.context_dim,
+        model_channels=cfg.model_channels,
+        channel_mult=cfg.channel_mult,
+        num_res_blocks=cfg.num_res_blocks,
+        attention_levels=levels,
+        num_heads=cfg.num_heads,
+        context_dim=cfg.context_dim,
         add_label=cfg.model == "sd-label",
-        checkpointing=cfg.use_checkpoint,
+        use_checkpoint=cfg.use_checkpoint,
     )
     return net.to(memory_format=torch.channels_last)

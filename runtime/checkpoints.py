@@ -85,13 +85,17 @@ def typed_ema(cfg):
 def chosen_ema(state, path, decay=None):
     """The weights of the running mean with this decay in a checkpoint; of the first without one.
 
-    Raises BadInput where there is no such mean.
+    Those of the network itself, which then stand there, where the run kept no mean. Raises BadInput
+    where there is no such mean.
     """
-    decays = state["config"]["ema"]
-    averages = dict(zip(decays, [state["ema"], *state.get("more_emas", ())], strict=True))
-    if decay not in (None, *averages):
-        raise BadInput(f"--ema {decay:g}: {path} has {', '.join(map(str, averages))}")
-    return averages[decays[0] if decay is None else decay]
+    decays, kept = state["config"]["ema"], [state["ema"], *state.get("more_emas", ())]
+    if decay is None:
+        return kept[0]
+    averages = dict(zip(decays, kept, strict=bool(decays)))
+    if decay not in averages:
+        has = ", ".join(map(str, averages)) or "none"
+        raise BadInput(f"--ema {decay:g}: {path} has {has}")
+    return averages[decay]
 
 
 def load_weights(net, state):

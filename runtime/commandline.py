@@ -235,9 +235,14 @@ def parse_classes(classes, names, aliases=()):
     return chosen or list(range(len(names)))
 
 
-def labels_for(seeds, chosen):
-    """The label of each sample, a function of its seed: chosen[seed mod len(chosen)], or None."""
+def labels_for(seeds, chosen, guidance=0.0):
+    """The label of each sample, a function of its seed: chosen[seed mod len(chosen)], or None.
+
+    Raises BadInput for guidance where there is nothing to choose from.
+    """
     chosen = list(chosen)
+    if guidance and not chosen:
+        raise BadInput("this network knows no labels; leave out --guidance")
     return torch.tensor(chosen)[seeds % len(chosen)] if chosen else None
 
 
@@ -247,12 +252,11 @@ def seeds_and_labels(cfg, net, class_names, guidance=0.0):
     class_names: of the network; labels are None where it has none. BadInput for seeds or classes
     that do not exist, and for guidance of a network that knows no labels or nothing else.
     """
-    if guidance and not class_names:
-        raise BadInput("this network knows no labels; leave out --guidance")
+    seeds = parse_seeds(cfg.seeds, cfg.n)
+    labels = labels_for(seeds, parse_classes(cfg.classes, class_names), guidance)
     if guidance and not net.null_label:
         raise BadInput("this network never learned to do without a label; leave out --guidance")
-    seeds = parse_seeds(cfg.seeds, cfg.n)
-    return seeds, labels_for(seeds, parse_classes(cfg.classes, class_names))
+    return seeds, labels
 
 
 def folder_of(cfg, path):

@@ -1,4 +1,4 @@
-"""The normal distribution, in logarithms, where its numbers are too small or too alike for floats."""
+"""The normal distribution in logarithms, where its numbers are too small or alike for floats."""
 
 import math
 

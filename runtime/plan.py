@@ -1,7 +1,8 @@
-"""What a run of chapter 3 would do, told before it starts: sizes, memory, disk, what is there."""
+"""What a run of latent diffusion would do, said before it starts: sizes, memory, disk, stages."""
 
 from runtime.checkpoints import differing, load_mapped
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -37,11 +38,8 @@ def size_text(nbytes):
     return f"{nbytes:.1f} GiB"
 
 
-def state(path, settings, defaults, free):
-    """How far the run got whose checkpoint is at `path`, and whether it can go on.
-
-    settings, defaults and free: as runtime.Run compares them.
-    """
+def state(path, cfg):
+    """How far the run got whose checkpoint is at `path`, and whether a run of cfg can go on."""
     if not Path(path).is_file():
         return "to do"
     try:
@@ -49,9 +47,9 @@ def state(path, settings, defaults, free):
         step, config = found["step"], found["config"]
     except Exception:  # whatever torch.load makes of a file that is cut
         return f"{path} is damaged, the checkpoint before it may be whole"
-    ours = json.loads(json.dumps(defaults | settings))
-    theirs = {key: value for key, value in (defaults | config).items() if key in ours}
-    if others := differing(theirs, ours, free):
+    ours = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    theirs = {key: value for key, value in config.items() if key in ours}
+    if others := differing(theirs, ours, cfg.FREE):
         return f"REFUSED, {path}: {'; '.join(others)}: name another --out"
     return f"at step {step}"
 
@@ -60,12 +58,11 @@ def parameters(net):
     return sum(p.numel() for p in net.parameters())
 
 
-def show(cfg, ds, ae, net, z_shape, trained, defaults, free):
-    """Print the plan for the settings cfg of chapter 3.
+def show(cfg, ds, ae, net, z_shape, first):
+    """Print the plan for the settings cfg of a chapter on latents.
 
     ds: the prepared data set; ae, net: the autoencoder and the denoiser, on the CPU; z_shape
-    (C,h,w); trained: settings of the autoencoder and their defaults, () if it is not trained
-    here; defaults: those of cfg; free: settings that a run may change when it goes on. Memory is
+    (C,h,w); first: settings of the autoencoder's run, None if it is not trained here. Memory is
     that of the diffusion's training step on one process: what autograd keeps is counted over one
     image, and grows with the images; the rest is exact.
     """
@@ -76,13 +73,13 @@ def show(cfg, ds, ae, net, z_shape, trained, defaults, free):
     latents = 8 * math.prod(z_shape) * len(ds) * (1 + cfg.flip)
     checkpoint = 16 * n + 4 * n_ae  # weights, their mean and Adam's two moments; the autoencoder
     kept = 2 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
-    split = max(1, cfg.gpus) if cfg.shard else 1
-    first, second = (steps * cfg.batch_size / len(ds) for steps in (cfg.ae_steps, cfg.steps))
+    split = max(1, cfg.gpus) if getattr(cfg, "shard", False) else 1
+    epochs = cfg.batch_size / len(ds)  # of a step
     stage = "read, not trained"
-    if trained:
-        done = state(folder / "autoencoder" / "ckpt.pt", *trained, free)
-        stage = f"{cfg.ae_steps} steps, {first:.1f} epochs: {done}"
-    diffusion = state(folder / "ckpt.pt", vars(cfg), defaults, free)
+    if first:
+        done = state(Path(first.out, "ckpt.pt"), first)
+        stage = f"{first.steps} steps, {first.steps * epochs:.1f} epochs: {done}"
+    diffusion = state(folder / "ckpt.pt", cfg)
     there = "there" if (folder / "latents" / "manifest.json").is_file() else "to do"
     classes = f"{ds.num_classes} classes" if ds.num_classes else "no classes"
     rows = {
@@ -91,7 +88,7 @@ def show(cfg, ds, ae, net, z_shape, trained, defaults, free):
         "autoencoder": f"{cfg.ae}, {n_ae / 1e6:.2f} M parameters, {stage}",
         "latents": f"{z_shape[1]}x{z_shape[2]}x{z_shape[0]}, {size_text(latents)}: {there}",
         "diffusion": f"{cfg.model}, {n / 1e6:.2f} M parameters, {cfg.steps} steps of "
-        f"{cfg.batch_size} images, {second:.1f} epochs: {diffusion}",
+        f"{cfg.batch_size} images, {cfg.steps * epochs:.1f} epochs: {diffusion}",
         "processes": f"{max(1, cfg.gpus)} with {images} images each, on "
         + ("the CPU" if not cfg.gpus else "GPUs"),
         "memory each": f"{size_text(20 * n / split)} of weights, gradients, Adam and EMA, "

@@ -127,15 +127,15 @@ class LossMeter:
 
         Raises BadInput if a loss since the last call was not finite: the step and the checkpoint.
         """
-        bad = -world.sum(torch.where(self.first_bad.isfinite(), 1.0, 0.0))
-        if bad < 0:
-            at = "" if self.first_bad.isinf() else f" at step {int(self.first_bad)}"
+        first_bad = world.collect(self.first_bad.view(1), world.size).min()  # of all processes
+        if first_bad.isfinite():
             last = (
                 f"the last good checkpoint is {checkpoint}"
                 if checkpoint.exists()
                 else "no checkpoint exists yet"
             )
-            raise BadInput(f"the loss is not finite{at}; {last}; try a smaller --lr")
+            at = f"at step {int(first_bad)}"
+            raise BadInput(f"the loss is not finite {at}; {last}; try a smaller --lr")
         total, count = world.sum(self.sums.clone()).cpu()
         self.sums.zero_()
         quarters = {}

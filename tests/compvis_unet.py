@@ -4,12 +4,14 @@ Listed as the constructors of latent-diffusion and stable-diffusion make them.
 """
 
 
-def compvis(width, mult, blocks, attention, context_dim, *, channels=4, classes=0):
+def compvis(
+    model_channels, channel_mult, num_res_blocks, attention, context_dim, *, channels=4, classes=0
+):
     """{name: shape} of a checkpoint of LatentDiffusion, its autoencoder and text encoder left out.
 
     attention: the factors of downsampling that attend. classes: the rows of its ClassEmbedder.
     """
-    shapes, emb = {}, 4 * width
+    shapes, emb = {}, 4 * model_channels
 
     def layer(name, *shape, bias=True):
         shapes[f"{name}.weight"] = shape
@@ -41,19 +43,19 @@ def compvis(width, mult, blocks, attention, context_dim, *, channels=4, classes=
         layer(f"{name}.proj_out", c, c, 1, 1)
 
     top = "model.diffusion_model"
-    layer(f"{top}.time_embed.0", emb, width)
+    layer(f"{top}.time_embed.0", emb, model_channels)
     layer(f"{top}.time_embed.2", emb, emb)
-    layer(f"{top}.input_blocks.0.0", width, channels, 3, 3)
-    c, n, ds, kept = width, 1, 1, [width]
-    for level, m in enumerate(mult):
-        for _ in range(blocks):
-            block(f"{top}.input_blocks.{n}.0", c, m * width)
-            c = m * width
+    layer(f"{top}.input_blocks.0.0", model_channels, channels, 3, 3)
+    c, n, ds, kept = model_channels, 1, 1, [model_channels]
+    for level, m in enumerate(channel_mult):
+        for _ in range(num_res_blocks):
+            block(f"{top}.input_blocks.{n}.0", c, m * model_channels)
+            c = m * model_channels
             if ds in attention:
                 transformer(f"{top}.input_blocks.{n}.1", c)
             kept.append(c)
             n += 1
-        if level < len(mult) - 1:
+        if level < len(channel_mult) - 1:
             layer(f"{top}.input_blocks.{n}.0.op", c, c, 3, 3)
             kept.append(c)
             n, ds = n + 1, 2 * ds
@@ -61,14 +63,14 @@ def compvis(width, mult, blocks, attention, context_dim, *, channels=4, classes=
     transformer(f"{top}.middle_block.1", c)
     block(f"{top}.middle_block.2", c, c)
     n = 0
-    for level, m in reversed(list(enumerate(mult))):
-        for i in range(blocks + 1):
-            block(f"{top}.output_blocks.{n}.0", c + kept.pop(), m * width)
-            c, last = m * width, 1
+    for level, m in reversed(list(enumerate(channel_mult))):
+        for i in range(num_res_blocks + 1):
+            block(f"{top}.output_blocks.{n}.0", c + kept.pop(), m * model_channels)
+            c, last = m * model_channels, 1
             if ds in attention:
                 transformer(f"{top}.output_blocks.{n}.1", c)
                 last = 2
-            if level and i == blocks:
+            if level and i == num_res_blocks:
                 layer(f"{top}.output_blocks.{n}.{last}.conv", c, c, 3, 3)
                 ds //= 2
             n += 1

@@ -55,11 +55,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """{script: flags} that make networks and runs so small that a step takes milliseconds."""
-    common = "--gpus 0 --batch-size 8 --warmup 5 --log-every 1 --save-every 3 --sample-steps 4"
-    pixel = "--width 16 --mult 1 2 --attention 8 --steps 20 --sample-every 8 --seeds 0-3"
-    latent = "--patch 2 --ae-width 16 --ae-blocks 1 --ae-steps 20 --n-eval 0 --heads 2"
-    return {
-        "ddpm_pixel": f"{common} {pixel}".split(),
-        "ldm_cfg": f"{common} {pixel} {latent}".replace("--attention 8", "").split(),
-    }
+    """{script: flags} of every chapter that trains: runs whose steps take milliseconds."""
+    import tiny_runs  # it imports every chapter
+
+    return {script: tiny_runs.tiny(script) for script in tiny_runs.TRAININGS}

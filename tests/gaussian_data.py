@@ -26,7 +26,7 @@ def off_mean(x, a):
 class Gaussian(torch.nn.Module):
     """The best eps_hat, in x's precision; no labels. wrong: adds that much of an odd error."""
 
-    label = None
+    null = 0
 
     def __init__(self, alpha_bar, wrong=0.0):
         super().__init__()

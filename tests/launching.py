@@ -18,7 +18,8 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 ALONE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")])}
-MODULES = ["launching", "ddpm_pixel", "ldm_cfg", "ddim", "pytest", "tyro", "torch._dynamo"]
+MODULES = ["launching", *sorted(path.stem for path in REPO.glob("*.py"))]
+MODULES += ["pytest", "tyro", "torch._dynamo"]
 MODULES += ["matplotlib.pyplot", "matplotlib.backends.backend_agg"]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(MODULES)

@@ -10,9 +10,19 @@ import torch
 import torch.nn.functional as F
 
 
-def published(width, mult, blocks, attention, *, classes=0, updown=False, scale_shift=True, out=6):
+def published(
+    model_channels,
+    channel_mult,
+    num_res_blocks,
+    attention,
+    *,
+    classes=0,
+    resblock_updown=False,
+    use_scale_shift_norm=True,
+    out=6,
+):
     """{name: shape} of UNetModel; attention: the factors of downsampling that attend."""
-    shapes, emb = {}, 4 * width
+    shapes, emb = {}, 4 * model_channels
 
     def layer(name, *shape):
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
@@ -20,7 +30,7 @@ def published(width, mult, blocks, attention, *, classes=0, updown=False, scale_
     def block(name, c_in, c):
         layer(f"{name}.in_layers.0", c_in)
         layer(f"{name}.in_layers.2", c, c_in, 3, 3)
-        layer(f"{name}.emb_layers.1", 2 * c if scale_shift else c, emb)
+        layer(f"{name}.emb_layers.1", 2 * c if use_scale_shift_norm else c, emb)
         layer(f"{name}.out_layers.0", c)
         layer(f"{name}.out_layers.3", c, c, 3, 3)
         if c_in != c:
@@ -31,23 +41,23 @@ def published(width, mult, blocks, attention, *, classes=0, updown=False, scale_
         layer(f"{name}.qkv", 3 * c, c, 1)
         layer(f"{name}.proj_out", c, c, 1)
 
-    layer("time_embed.0", emb, width)
+    layer("time_embed.0", emb, model_channels)
     layer("time_embed.2", emb, emb)
     if classes:
         shapes["label_emb.weight"] = (classes, emb)
-    c = int(mult[0] * width)
+    c = int(channel_mult[0] * model_channels)
     layer("input_blocks.0.0", c, 3, 3, 3)
     chans, n, ds = [c], 1, 1
-    for level, m in enumerate(mult):
-        for _ in range(blocks):
-            block(f"input_blocks.{n}.0", c, int(m * width))
-            c = int(m * width)
+    for level, m in enumerate(channel_mult):
+        for _ in range(num_res_blocks):
+            block(f"input_blocks.{n}.0", c, int(m * model_channels))
+            c = int(m * model_channels)
             if ds in attention:
                 attend(f"input_blocks.{n}.1", c)
             chans.append(c)
             n += 1
-        if level < len(mult) - 1:
-            if updown:
+        if level < len(channel_mult) - 1:
+            if resblock_updown:
                 block(f"input_blocks.{n}.0", c, c)
             else:
                 layer(f"input_blocks.{n}.0.op", c, c, 3, 3)
@@ -57,15 +67,15 @@ def published(width, mult, blocks, attention, *, classes=0, updown=False, scale_
     attend("middle_block.1", c)
     block("middle_block.2", c, c)
     n = 0
-    for level, m in reversed(list(enumerate(mult))):
-        for i in range(blocks + 1):
-            block(f"output_blocks.{n}.0", c + chans.pop(), int(m * width))
-            c, j = int(m * width), 1
+    for level, m in reversed(list(enumerate(channel_mult))):
+        for i in range(num_res_blocks + 1):
+            block(f"output_blocks.{n}.0", c + chans.pop(), int(m * model_channels))
+            c, j = int(m * model_channels), 1
             if ds in attention:
                 attend(f"output_blocks.{n}.1", c)
                 j = 2
-            if level and i == blocks:
-                if updown:
+            if level and i == num_res_blocks:
+                if resblock_updown:
                     block(f"output_blocks.{n}.{j}", c, c)
                 else:
                     layer(f"output_blocks.{n}.{j}.conv", c, c, 3, 3)

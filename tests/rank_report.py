@@ -1,20 +1,25 @@
-"""Chapter 1 as it is, but every rank also writes the EMA weights that it samples with."""
+"""A chapter as it is, but every rank also writes the weights that it has when it saves.
 
-from runtime.processes import World
+Started as `rank_report SCRIPT ARGUMENTS`; leaves rank0.pt, rank1.pt, ... beside the checkpoint.
+"""
 
+from runtime.run import Run
+
+import importlib
+import sys
 from pathlib import Path
 
 import torch
 
-import ddpm_pixel
-
 
 def main():
-    draw = ddpm_pixel.draw
+    script = sys.argv.pop(1)
+    save = Run.save
 
-    def report_and_draw(net, cfg, world: World, *args, **kwargs):
-        torch.save(net.state_dict(), Path(cfg.out) / f"rank{world.rank}.pt")
-        return draw(net, cfg, world, *args, **kwargs)
+    def report_and_save(self):
+        weights = {"model": self.net.state_dict(), "ema": self.ema.state_dict()}
+        torch.save(weights, Path(self.cfg.out) / f"rank{self.world.rank}.pt")
+        save(self)
 
-    ddpm_pixel.draw = report_and_draw
-    ddpm_pixel.main()
+    Run.save = report_and_save
+    importlib.import_module(script).main()

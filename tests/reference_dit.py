@@ -1,24 +1,13 @@
 """A diffusion transformer from its definition, and small ones to compare with it."""
 
-import importlib
 import math
-import sys
 
 import torch
 
 import dit
 
-SMALL = dict(width=32, depth=2, heads=2)
+SMALL = dict(hidden_size=32, depth=2, num_heads=2)
 SHAPE = (4, 8, 8)
-
-
-def bench_dit():
-    """bench/dit.py; as a program it puts the project's folder in place of its own on the path."""
-    path, sys.path[:] = sys.path.copy(), ["replaced", *sys.path]
-    try:
-        return importlib.import_module("bench.dit")
-    finally:
-        sys.path[:] = path
 
 
 def opened(shape=SHAPE, classes=5, **settings):

@@ -122,6 +122,21 @@ def scheduler_config(facts, learned):
     }
 
 
+def named_alpha_bar(schedule, T, alpha_min=0.001):
+    """alpha_bar_t float64 (T,) of a schedule by its name, as ddpm_pixel.make_alpha_bar has it.
+
+    It is spelled out here once more, because a room does not import a chapter.
+    """
+    t = torch.arange(T + 1, dtype=torch.float64)
+    if schedule == "linear":
+        return (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)).cumprod(0)
+    if schedule == "cosine":
+        f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    else:
+        f = torch.sigmoid(t.new_tensor(3.0)) - torch.sigmoid(6 * t / T - 3)
+    return (f[1:] / f[:-1]).clamp(min=alpha_min).cumprod(0)
+
+
 def _betas(config, path):
     """beta_t float64 (T,) of a scheduler's settings, and our name of the schedule."""
     T, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
@@ -134,9 +149,8 @@ def _betas(config, path):
         betas = torch.linspace(start, end, T, dtype=torch.float64)
         return betas, "linear" if ours else "other"
     if kind == "squaredcos_cap_v2":  # IDDPM eq. 17
-        t = torch.arange(T + 1, dtype=torch.float64) / T
-        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-        return (1 - f[1:] / f[:-1]).clamp(max=0.999), "cosine"
+        alpha_bar = named_alpha_bar("cosine", T)
+        return 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]), "cosine"
     raise BadInput(f"{path}: beta_schedule {kind!r} is not supported")
 
 

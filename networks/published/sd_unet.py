@@ -1,4 +1,4 @@
-"""Denoisers of latent diffusion that others published, read into latent_unet.LatentUNet.
+"""Denoisers of latent diffusion that others published, read into networks.sd_unet.LatentUNet.
 
     load_latent_unet("stable-diffusion-v1-5")            a folder of diffusers, pipeline or U-Net
     load_latent_unet("v1-5-pruned-emaonly.safetensors")  CompVis's names, .safetensors or .ckpt
@@ -69,7 +69,7 @@ FIXED = {
 BLOCK_TYPES = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
 
 
-def load_latent_unet(path, *, heads=None, head_channels=None, groups=None):
+def load_latent_unet(path, *, num_heads=None, num_head_channels=None, norm_groups=None):
     """A published denoiser: dict(channels, num_classes, settings, state).
 
     path      a diffusers folder (of a UNet2DConditionModel, or of a pipeline with unet/), one
@@ -80,9 +80,10 @@ def load_latent_unet(path, *, heads=None, head_channels=None, groups=None):
 
     The architecture comes from names and shapes of the tensors. They do not tell the keywords; one
     that is given wins over config.json, and without either the published value is taken:
-    heads, head_channels   8 heads (Stable Diffusion 1); with matrices instead of convolutions
-                           around the transformers 64 channels a head (2); 1 head with class tokens
-    groups                 32
+    num_heads          8 (Stable Diffusion 1); 1 with class tokens
+    num_head_channels  64 with matrices instead of convolutions around the transformers (2), else 0:
+                       num_heads holds
+    norm_groups        32
 
     BadInput, with the first names, for tensors or settings that are not those of such a network.
     """
@@ -110,31 +111,32 @@ def load_latent_unet(path, *, heads=None, head_channels=None, groups=None):
             f"{weights} makes {s.out} channels of {s.channels}, expected as many: networks that "
             "see more than the latent (inpainting, depth) cannot be used here"
         )
-    context_width = state[tokens].shape[-1]
+    context_dim = state[tokens].shape[-1]
     depth = sum(key.startswith(f"{middle}.") and key.endswith(".norm1.weight") for key in state)
 
-    if labels is not None and (labels.ndim != 2 or labels.shape[1] != context_width):
+    if labels is not None and (labels.ndim != 2 or labels.shape[1] != context_dim):
         labels = None  # a text encoder that has a tensor of this name
     matrices = state[f"{middle}.proj_in.weight"].ndim == 2
-    told = dict(heads=8 if labels is None else 1, head_channels=64 if matrices else 0, groups=32)
+    told = dict(num_heads=8 if labels is None else 1, norm_groups=32)
+    told["num_head_channels"] = 64 if matrices else 0
     if config and layout == "diffusers":
         told.update(_of_config(read_json(config), s, config))
-    if heads and not head_channels:
-        told["head_channels"] = 0
-    given = dict(heads=heads, head_channels=head_channels, groups=groups)
+    if num_heads and not num_head_channels:
+        told["num_head_channels"] = 0
+    given = dict(num_heads=num_heads, num_head_channels=num_head_channels, norm_groups=norm_groups)
     told.update({name: value for name, value in given.items() if value is not None})
 
-    ours = _converted(state, rows(s, layout, depth, context_width), weights)
+    ours = _converted(state, rows(s, layout, depth, context_dim), weights)
     if labels is not None:
         ours["label.weight"] = labels.float()
     mult = tuple(c // s.width if c % s.width == 0 else c / s.width for c in s.levels)
     settings = dict(
-        width=s.width,
-        mult=mult,
-        blocks=s.blocks,
-        attention=s.attention,
-        depth=depth,
-        context_width=context_width,
+        model_channels=s.width,
+        channel_mult=mult,
+        num_res_blocks=s.blocks,
+        attention_levels=s.attention,
+        transformer_depth=depth,
+        context_dim=context_dim,
         **told,
     )
     num_classes = None if labels is None else len(labels) - 1
@@ -144,7 +146,7 @@ def load_latent_unet(path, *, heads=None, head_channels=None, groups=None):
 # ------------------------------------------------------------------------------------------ names
 
 
-def rows(s, layout, depth, context_width):
+def rows(s, layout, depth, context_dim):
     """(our name, their names, shape) of every tensor of a network of this Structure.
 
     layout is "diffusers" or "openai", whose names CompVis has kept. s.attention are levels.
@@ -174,13 +176,13 @@ def rows(s, layout, depth, context_width):
             for names in BLOCK if c_in != c else BLOCK[:-1]:
                 yield from _row(f"{ours}.{names[0]}", [f"{at}.{names[column]}"], shapes[names[0]])
         elif kind == "attention":
-            yield from _transformer_rows(ours, at, c, depth, context_width)
+            yield from _transformer_rows(ours, at, c, depth, context_dim)
         else:  # a convolution that halves or doubles; here it is the part itself
             conv = "conv" if layout == "diffusers" else kind
             yield from _row(ours, [f"{at}.{conv}"], (c, c, 3, 3))
 
 
-def _transformer_rows(ours, at, c, depth, context_width):
+def _transformer_rows(ours, at, c, depth, context_dim):
     shapes = {
         "norm": (c,),
         "proj_in": (c, c),
@@ -191,7 +193,7 @@ def _transformer_rows(ours, at, c, depth, context_width):
         "self_attention.qkv": (3 * c, c),
         "self_attention.proj": (c, c),
         "cross_attention.q": (c, c),
-        "cross_attention.kv": (2 * c, context_width),
+        "cross_attention.kv": (2 * c, context_dim),
         "cross_attention.proj": (c, c),
         "feed_forward.widen": (8 * c, c),
         "feed_forward.narrow": (c, 4 * c),
@@ -270,11 +272,11 @@ def _of_config(config, s, path):
             f"{path}: attention_head_dim must be one number of heads or one for each level, "
             f"got {config['attention_head_dim']!r}"
         ) from None
-    told = dict(groups=config.get("norm_num_groups", 32))
+    told = dict(norm_groups=config.get("norm_num_groups", 32))
     if len({n for _, n in attends}) == 1:
-        return told | dict(heads=attends[0][1], head_channels=0)
+        return told | dict(num_heads=attends[0][1], num_head_channels=0)
     if len(sizes) == 1:
-        return told | dict(heads=attends[0][1], head_channels=sizes.pop())
+        return told | dict(num_heads=attends[0][1], num_head_channels=sizes.pop())
     raise BadInput(
         f"{path}: attention_head_dim {heads} is neither one number of heads nor one size of them"
     )

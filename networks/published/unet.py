@@ -2,11 +2,15 @@
 
     load_published("google-ddpm-cifar10-32")     a folder of diffusers, whole pipeline or U-Net
     load_published("cifar10_uncond_50M_500K.pt")  of improved-diffusion or guided-diffusion
+    read_network(path, "improved_ddpm")           one of these, or a checkpoint, as a checkpoint
     save_diffusers(folder, net.settings, ...)     DDPMPipeline.from_pretrained(folder) reads it
+
+    python -m networks.published CKPT --out FOLDER     writes a checkpoint as such a pipeline
 
 Weights are read as plain tensors only: nothing in such a file is ever executed.
 """
 
+from runtime.checkpoints import load_checkpoint
 from runtime.commandline import BadInput
 from runtime.files import atomic_write
 
@@ -20,6 +24,7 @@ from networks.published.files import (
     WEIGHTS,
     find_files,
     is_published,
+    named_alpha_bar,
     read_json,
     read_schedule,
     read_weights,
@@ -33,6 +38,7 @@ from networks.published.unet_names import (
     to_diffusers,
     with_present_names,
 )
+from networks.sizes import groups_for
 
 # How UNet2DModel spells the two styles of networks/adm_unet.py.
 STYLES = {
@@ -75,9 +81,9 @@ def load_published(
     *,
     size=None,
     style=None,
-    heads=None,
-    head_channels=None,
-    groups=None,
+    num_heads=None,
+    num_head_channels=None,
+    norm_groups=None,
     dropout=None,
     new_order=None,
     null_label=None,
@@ -86,7 +92,7 @@ def load_published(
 
     path     a diffusers folder (of a UNet2DModel, or of a pipeline with unet/ and scheduler/), one
              .safetensors or .bin in its names (config.json beside it is read), or OpenAI's .pt
-    settings keywords of unet.UNet; shape (C,H,W); state its float32 state_dict
+    settings keywords of adm_unet.UNet; shape (C,H,W); state its float32 state_dict
     facts    what the folder's scheduler tells, {} if there is none: alpha_bar float64 (T,),
              timesteps, schedule ("linear", "cosine" or "other"), prediction ("eps", "x0", "v"),
              variance ("small", "large", "learned")
@@ -95,12 +101,13 @@ def load_published(
 
     The architecture comes from names and shapes of the tensors. They do not tell the keywords; a
     keyword that is given wins over config.json, and without either the published value is taken:
-    size     height, or (height, width): by the levels, such as 32 for mult (1, 2, 2, 2)
+    size     height, or (height, width): by the levels, such as 32 for channel_mult (1, 2, 2, 2)
     style    "ddpm" for UNet2DModel's names, "adm" for OpenAI's
-    heads    1 for UNet2DModel's names. OpenAI's: with updown head_channels 64, but 4 heads at 128
-             pixels (guided-diffusion); else 4 heads with scale_shift, 1 without (improved)
-    groups   32.     dropout  0
-    new_order   OpenAI's use_new_attention_order: true for updown at 64 pixels only
+    num_heads   1 for UNet2DModel's names. OpenAI's: with resblock_updown num_head_channels 64, but
+             4 heads at 128 pixels (guided-diffusion); else 4 heads with use_scale_shift_norm, 1
+             without (improved-diffusion)
+    norm_groups   32.     dropout  0
+    new_order   OpenAI's use_new_attention_order: true for resblock_updown at 64 pixels only
     null_label  true for folders of save_diffusers: that the last row of labels means "no label"
     improved-diffusion trained T = 4000 with rescale_timesteps: call net(x, t * 1000 / 4000).
 
@@ -113,14 +120,14 @@ def load_published(
     told = published_defaults(layout, s)
     if config and layout == "diffusers":
         told.update(_of_config(read_json(config), s, config))
-    if heads and not head_channels:
-        told["head_channels"] = 0
+    if num_heads and not num_head_channels:
+        told["num_head_channels"] = 0
     given = dict(
         size=size,
         style=style,
-        heads=heads,
-        head_channels=head_channels,
-        groups=groups,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        norm_groups=norm_groups,
         dropout=dropout,
         new_order=new_order,
         null_label=null_label,
@@ -135,19 +142,20 @@ def load_published(
 
     ours = from_published(state, layout, s, weights)
     if layout == "openai" and not told["new_order"]:
-        _split_heads_last(ours, told["heads"], told["head_channels"], weights)
+        _split_heads_last(ours, told["num_heads"], told["num_head_channels"], weights)
     if s.labels and not told["null_label"]:
         label = ours["label.weight"]
         ours["label.weight"] = torch.cat([label, label.new_zeros(1, label.shape[1])])
+    by_name = ("num_heads", "num_head_channels", "dropout", "style", "norm_groups")
     settings = dict(
-        width=s.width,
-        mult=_mult(s),
-        blocks=s.blocks,
-        attention=tuple(height >> i for i in s.attention),
-        scale_shift=s.scale_shift,
-        updown=s.updown,
-        learned_variance=s.out != s.channels,
-        **{name: told[name] for name in ("heads", "head_channels", "dropout", "style", "groups")},
+        model_channels=s.width,
+        channel_mult=_mult(s),
+        num_res_blocks=s.blocks,
+        attention_resolutions=tuple(height >> i for i in s.attention),
+        use_scale_shift_norm=s.use_scale_shift_norm,
+        resblock_updown=s.resblock_updown,
+        learn_sigma=s.out != s.channels,
+        **{name: told[name] for name in by_name},
     )
     return dict(
         settings=settings,
@@ -159,77 +167,123 @@ def load_published(
     )
 
 
-def check_guidance(net, guidance, path):
-    """Raise BadInput for guidance with a network that never learned to do without a label."""
-    if guidance and net.label is not None and not net.without_label:
-        raise BadInput(f"{path} never learned to do without a label; leave out --guidance")
+def read_network(path, scripts=()):
+    """The state of a checkpoint, or of a published network in the form of one (see as_checkpoint).
+
+    scripts: stem of the script that samples it, or several; any without. BadInput, naming the file,
+    where another script does, where it is missing, and where it is no such file.
+    """
+    if not is_published(path):
+        return load_checkpoint(path, scripts)
+    state, scripts = as_checkpoint(path), [scripts] if isinstance(scripts, str) else scripts
+    if scripts and state["script"] not in scripts:
+        command = f"python {state['script']}.py --sample {path}"
+        raise BadInput(f"{path} has more than the U-Net of DDPM's paper; type {command}")
+    return state
 
 
 def as_checkpoint(path):
-    """A published network in the form of our checkpoints: dict(config, shape, class_names, ema).
+    """A published network in the form of a checkpoint of the chapter that has its U-Net.
 
-    None where `path` is no published network. config holds what the files tell of the network and
-    its schedule; where there is no scheduler, Ho et al.'s: linear, T = 1000, eps. "alpha_bar" is
-    the scheduler's own table, or None.
+    A dictionary: script, config (the settings that the files say of the network and its schedule,
+    by the names of that chapter's Config; data is ""), shape, class_names, ema, settings, alpha_bar
+    float64 (T,), null_label, and named: whether the files say a schedule. Where there is no
+    scheduler, it is Ho et al.'s: linear, T = 1000, eps. BadInput for a schedule without a name.
     """
-    if not is_published(path):
-        return None
     found = load_published(path)
-    facts, learned = found["facts"], found["settings"]["learned_variance"]
+    facts, settings = found["facts"], found["settings"]
+    named, learned = bool(facts), settings["learn_sigma"]
     if facts.get("schedule") == "other":
         raise BadInput(f"{path}: its noise schedule is neither linear, cosine nor sigmoid")
-    if not facts:
-        facts = dict(timesteps=1000, schedule="linear", prediction="eps", variance="auto")
+    if not named:
+        facts = dict(timesteps=1000, schedule="linear", prediction="eps", variance="small")
         print(
-            f"{path} has no scheduler: taken as linear, T = 1000, predicting eps. For another type "
-            "python ddpm_pixel.py --export it with --schedule, --timesteps, --prediction, --out",
+            f"{path} has no scheduler: taken as linear, T = 1000, predicting eps. Where it has "
+            f"another, type python -m networks.published {path} --out FOLDER with --schedule, "
+            "--timesteps, --prediction, and use FOLDER",
             file=sys.stderr,
         )
-    facts = facts | ({"variance": "auto"} if learned else {})
-    alpha_bar = facts.pop("alpha_bar", None)
+    if facts["variance"] == "learned" and not learned:
+        raise BadInput(f"{path}: its scheduler asks for a variance that its network does not give")
+    known = named_alpha_bar(facts["schedule"], facts["timesteps"], facts.get("alpha_min", 0.001))
+    alpha_bar = facts.get("alpha_bar", known)
+    if len(alpha_bar) != len(known) or not torch.allclose(alpha_bar, known, rtol=1e-3, atol=1e-9):
+        raise BadInput(f"{path}: its {facts['schedule']} schedule has other constants than ours")
+    facts = {name: value for name, value in facts.items() if name != "alpha_bar"}
+    facts |= {"variance": "auto"} if learned else {}
+    about = {"data": "", "class_cond": found["num_classes"] > 0, "ema": [0.9999]}
     return dict(
-        config={"data": "", **found["settings"], **facts, "conditional": found["num_classes"] > 0},
+        script="ddpm_pixel" if is_plain(settings) else "improved_ddpm",
+        config={**settings, **facts, **about},
         shape=found["shape"],
         class_names=[str(i) for i in range(found["num_classes"])],
         ema=found["state"],
-        alpha_bar=alpha_bar,
+        settings=settings,
+        alpha_bar=known,
         null_label=found["null_label"],
+        named=named,
     )
+
+
+def is_plain(settings):
+    """Whether these settings of a U-Net are those of DDPM's paper, as ddpm_pixel.py has it."""
+    more = ("use_scale_shift_norm", "resblock_updown", "learn_sigma", "num_head_channels")
+    whole = all(m == int(m) for m in settings["channel_mult"])
+    return settings["style"] == "ddpm" and whole and not any(settings[name] for name in more)
+
+
+def settings_of(state):
+    """What save_diffusers needs of the network in the state of a checkpoint.
+
+    One of ddpm_pixel.py holds the settings of its run only.
+    """
+    if state.get("settings"):
+        return state["settings"]
+    config = state["config"]
+    names = "model_channels channel_mult num_res_blocks attention_resolutions num_heads dropout"
+    settings = {name: config[name] for name in names.split()}
+    width = config["model_channels"]
+    levels = [width * m for m in config["channel_mult"]]
+    settings |= {"norm_groups": groups_for(width, levels, config["norm_groups"]), "style": "ddpm"}
+    more = ("num_head_channels", "use_scale_shift_norm", "resblock_updown", "learn_sigma")
+    return settings | dict.fromkeys(more, False)
 
 
 def save_diffusers(folder, settings, state, shape, num_classes, facts):
     """Write a network as a diffusers pipeline: unet/, scheduler/, model_index.json.
 
-    settings   of the network, as net.settings has them (groups a number, not 0)
+    settings   of the network, as net.settings has them (norm_groups a number, not 0)
     facts      dict(alpha_bar float64 (T,), prediction "eps", "x0" or "v", variance "small" or
                "large", which a network with learned variance overrules, schedule: its name)
     DDPMPipeline.from_pretrained(folder) samples it if it has no labels (that pipeline knows none);
     UNet2DModel.from_pretrained(folder, subfolder="unet") reads all, num_classes meaning "no label".
     BadInput for what UNet2DModel cannot express; ValueError for a state of other settings.
     """
-    height, mult = shape[1], settings["mult"]
-    levels = tuple(round(settings["width"] * m) for m in mult)
-    attention = tuple(i for i in range(len(mult)) if height >> i in settings["attention"])
-    if levels[0] != settings["width"]:
+    height, mult = shape[1], settings["channel_mult"]
+    levels = tuple(round(settings["model_channels"] * m) for m in mult)
+    heights = settings["attention_resolutions"]
+    attention = tuple(i for i in range(len(mult)) if height >> i in heights)
+    if levels[0] != settings["model_channels"]:
         raise BadInput(
             f"UNet2DModel cannot express a first level of {levels[0]} channels beside "
-            f"--width {settings['width']}: it takes one for the other"
+            f"--model-channels {settings['model_channels']}: it takes one for the other"
         )
-    head = settings["head_channels"] or None
-    if not head and settings["heads"] > 1:
-        heads = {levels[i] // settings["heads"] for i in (*attention, -1)}
+    head = settings["num_head_channels"] or None
+    if not head and settings["num_heads"] > 1:
+        heads = {levels[i] // settings["num_heads"] for i in (*attention, -1)}
         if len(heads) > 1:
             raise BadInput(
-                f"UNet2DModel cannot express {settings['heads']} heads at levels of different "
-                f"channels {levels}: it has one number of channels per head, --head-channels"
+                f"UNet2DModel cannot express {settings['num_heads']} heads at levels of different "
+                f"channels {levels}: it has one number of channels per head, --num-head-channels"
             )
         (head,) = heads
-    outputs = shape[0] * (1 + settings["learned_variance"])
-    scale_shift, updown, labels = settings["scale_shift"], settings["updown"], num_classes + 1
+    outputs = shape[0] * (1 + settings["learn_sigma"])
+    scale_shift, updown = settings["use_scale_shift_norm"], settings["resblock_updown"]
+    labels = num_classes + 1
     s = Structure(
-        settings["width"],
+        settings["model_channels"],
         levels,
-        settings["blocks"],
+        settings["num_res_blocks"],
         attention,
         scale_shift,
         updown,
@@ -248,14 +302,14 @@ def save_diffusers(folder, settings, state, shape, num_classes, facts):
         "down_block_types": [f"{'AttnDown' if i in attention else down}Block2D" for i in here],
         "up_block_types": [f"{'AttnUp' if i in attention else up}Block2D" for i in here][::-1],
         "block_out_channels": levels,
-        "layers_per_block": settings["blocks"],
+        "layers_per_block": settings["num_res_blocks"],
         "downsample_type": "resnet" if updown else "conv",
         "upsample_type": "resnet" if updown else "conv",
         "dropout": settings["dropout"],
         "act_fn": "silu",
         "attention_head_dim": head,
-        "norm_num_groups": settings["groups"],
-        "attn_norm_num_groups": settings["groups"],
+        "norm_num_groups": settings["norm_groups"],
+        "attn_norm_num_groups": settings["norm_groups"],
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
         "num_class_embeds": labels if num_classes else None,
         "_null_label": bool(num_classes),
@@ -266,7 +320,7 @@ def save_diffusers(folder, settings, state, shape, num_classes, facts):
         weights = {name: value.cpu() for name, value in to_diffusers(state, s).items()}
         save_file(weights, temporary, metadata={"format": "pt"})
     write_json(folder / "unet" / "config.json", config)
-    scheduler = scheduler_config(facts, settings["learned_variance"])
+    scheduler = scheduler_config(facts, settings["learn_sigma"])
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         name: ["diffusers", config["_class_name"]]
@@ -296,14 +350,14 @@ def _image_size(size, s, path):
 
 def published_defaults(layout, s):
     """What names and shapes do not tell, as it was in the published networks."""
-    told = dict(size=SIZES.get(_mult(s)), groups=32, dropout=0.0, heads=1, head_channels=0)
-    told.update(style="ddpm", new_order=True, null_label=False)
+    told = dict(size=SIZES.get(_mult(s)), norm_groups=32, dropout=0.0)
+    told.update(num_heads=1, num_head_channels=0, style="ddpm", new_order=True, null_label=False)
     if layout == "openai":
-        told.update(style="adm", new_order=s.updown and told["size"] == 64)
-        if s.updown and told["size"] != 128:
-            told.update(head_channels=64)
-        elif s.updown or s.scale_shift:
-            told.update(heads=4)
+        told.update(style="adm", new_order=s.resblock_updown and told["size"] == 64)
+        if s.resblock_updown and told["size"] != 128:
+            told.update(num_head_channels=64)
+        elif s.resblock_updown or s.use_scale_shift_norm:
+            told.update(num_heads=4)
     return told
 
 
@@ -324,7 +378,7 @@ def _of_config(config, s, path):
         if kind.removeprefix("UNetRes") not in BLOCK_TYPES:
             raise BadInput(f"{path}: blocks of type {kind} are not supported")
     config = {**DEFAULTS, **config}
-    halves = len(s.levels) > 1 and not s.updown  # else no convolution to pad
+    halves = len(s.levels) > 1 and not s.resblock_updown  # else no convolution to pad
     marks = [name for name in DEFAULTS if name in STYLES["adm"]]
     marks = [name for name in marks if halves or name != "downsample_padding"]
     style = [k for k, v in STYLES.items() if all(config[name] == v[name] for name in marks)]
@@ -334,23 +388,26 @@ def _of_config(config, s, path):
     size = config.get("sample_size")
     return dict(
         style=style[0],
-        groups=config["norm_num_groups"],
+        norm_groups=config["norm_num_groups"],
         dropout=config["dropout"],
-        heads=1,
-        head_channels=config["attention_head_dim"] or 0,
+        num_heads=1,
+        num_head_channels=config["attention_head_dim"] or 0,
         null_label=config.get("_null_label", False),
         **({"size": size if isinstance(size, int) else tuple(size)} if size else {}),
     )
 
 
-def _split_heads_last(state, heads, head_channels, path):
+def _split_heads_last(state, num_heads, num_head_channels, path):
     """OpenAI's first order of qkv's channels, (head, q k v, channel), to ours: q k v first."""
-    for name, value in state.items():
-        if ".qkv." in name:
+    name, parts = "num_heads", num_heads
+    if num_head_channels:
+        name, parts = "num_head_channels", num_head_channels
+    for key, value in state.items():
+        if ".qkv." in key:
             channels = len(value) // 3
-            n = channels // head_channels if head_channels else heads
-            if channels % (head_channels or heads):
-                wrong = f"head_channels {head_channels}" if head_channels else f"heads {heads}"
-                raise BadInput(f"{path}: {wrong} does not divide the {channels} channels of {name}")
-            parts = value.unflatten(0, (n, 3, channels // n))  # (heads,3,channels,...)
-            state[name] = parts.transpose(0, 1).flatten(0, 2).contiguous()
+            n = channels // num_head_channels if num_head_channels else num_heads
+            if channels % parts:
+                wrong = f"{name} {parts} does not divide the {channels} channels of {key}"
+                raise BadInput(f"{path}: {wrong}")
+            split = value.unflatten(0, (n, 3, channels // n))  # (heads,3,channels,...)
+            state[key] = split.transpose(0, 1).flatten(0, 2).contiguous()

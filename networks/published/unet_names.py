@@ -47,8 +47,8 @@ class Structure(NamedTuple):
     levels: tuple[int, ...]  # channels of each
     blocks: int
     attention: tuple[int, ...]  # the levels that attend
-    scale_shift: bool
-    updown: bool
+    use_scale_shift_norm: bool
+    resblock_updown: bool
     channels: int  # of its input
     out: int  # channels of its output
     labels: int  # rows of the label embedding, 0 for none
@@ -78,7 +78,7 @@ def modules(s):
             c = c_out
             skips.append(c)
         if level < len(s.levels) - 1:
-            n, kind = level * per + s.blocks, "block" if s.updown else "op"
+            n, kind = level * per + s.blocks, "block" if s.resblock_updown else "op"
             at = f"input_blocks.{n + 1}.0"
             yield kind, f"down.{n}.0", f"{theirs}.downsamplers.0", at, c, c
             skips.append(c)
@@ -96,7 +96,7 @@ def modules(s):
                 yield "attention", f"up.{n}.1", name, f"{at}.1", c_out, c_out
             c = c_out
         if level > 0:
-            j, kind = 2 if level in s.attention else 1, "block" if s.updown else "conv"
+            j, kind = 2 if level in s.attention else 1, "block" if s.resblock_updown else "conv"
             yield kind, f"up.{n}.{j}", f"{theirs}.upsamplers.0", f"{at}.{j}", c, c
 
 
@@ -120,7 +120,7 @@ def rows(s):
             shapes = {
                 "norm1": (c_in,),
                 "conv1": (c, c_in, 3, 3),
-                "emb": (c * (1 + s.scale_shift), c_emb),
+                "emb": (c * (1 + s.use_scale_shift_norm), c_emb),
                 "norm2": (c,),
                 "conv2": (c, c, 3, 3),
                 "skip": (c, c_in, 1, 1),
@@ -179,8 +179,8 @@ def structure(state, path):
         levels=channels,
         blocks=blocks,
         attention=tuple(i for i, key in enumerate(attends) if key in state),
-        scale_shift=size(f"{first[0]}.{emb}.weight", 0) == 2 * channels[0],
-        updown=updown,
+        use_scale_shift_norm=size(f"{first[0]}.{emb}.weight", 0) == 2 * channels[0],
+        resblock_updown=updown,
         channels=size(f"{ends['conv_in']}.weight", 1),
         out=size(f"{ends['conv_out']}.weight", 0),
         labels=len(state[label]) if label in state else 0,
@@ -216,15 +216,24 @@ def from_published(state, layout, s, path):
 
 
 def to_diffusers(state, s):
-    """UNet2DModel's state_dict of ours, float32; ValueError for a state of another network."""
+    """UNet2DModel's state_dict of ours, float32; ValueError for a state of another network.
+
+    A convolution of size 1 is taken for the linear layer that it is.
+    """
     theirs, table = {}, list(rows(s))
-    if {row.ours: row.shape for row in table} != {k: tuple(v.shape) for k, v in state.items()}:
+    flat = {k: v[..., 0, 0] if _is_pointwise(k, v) else v for k, v in state.items()}
+    if {row.ours: row.shape for row in table} != {k: tuple(v.shape) for k, v in flat.items()}:
         raise ValueError("the weights are not those of a network with these settings")
     for row in table:
-        parts = state[row.ours].detach().float().chunk(len(row.diffusers))
+        parts = flat[row.ours].detach().float().chunk(len(row.diffusers))
         for key, part in zip(row.diffusers, parts, strict=True):
             theirs[key] = part.clone(memory_format=torch.contiguous_format)
     return theirs
+
+
+def _is_pointwise(name, value):
+    """Whether it is the weight of an attention's layer, as ddpm_pixel.py has it."""
+    return value.ndim == 4 and name.split(".")[-2] in ("qkv", "proj")
 
 
 def with_present_names(state):

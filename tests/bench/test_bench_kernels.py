@@ -18,9 +18,9 @@ from kernels.dispatch import INTERPRET
 if INTERPRET or importlib.util.find_spec("triton") is None:
     pytest.skip("the table needs triton, not interpreting", allow_module_level=True)
 
-from bench import cases, measure
-from bench.cases import GroupNorm, Sampling
-from bench.offline import TARGETS
+from bench import measure
+from tests.cases.kernel_cases import OPERATIONS, GroupNorm, Sampling
+from tests.cases.offline import TARGETS
 
 SHAPES = ("128x256x4x4", "32x6x16x128", "32x4x16x16")  # one for each operation
 
@@ -62,7 +62,7 @@ def test_the_offline_table(repo):
 def test_counted_floors_are_those_of_the_cases(repo):
     done = run(repo, "traffic_table.py", "--shape", *SHAPES, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-    chosen = cases.chosen(argparse.Namespace(only=cases.OPERATIONS, shape=SHAPES))
+    chosen = measure.chosen(argparse.Namespace(only=OPERATIONS, shape=SHAPES))
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     passes = [(case, backward) for case in chosen for backward in case.directions]
     for line, (case, backward) in zip(lines, passes, strict=True):

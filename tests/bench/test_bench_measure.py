@@ -15,8 +15,10 @@ from kernels.dispatch import INTERPRET
 if INTERPRET or importlib.util.find_spec("triton") is None:
     pytest.skip("the program needs triton, not interpreting", allow_module_level=True)
 
-from bench import cases, measure
-from bench.cases import Attention, GroupNorm, Sampling
+from bench import measure
+from tests.cases import kernel_cases as cases
+from tests.cases import verify
+from tests.cases.kernel_cases import Attention, GroupNorm, Sampling
 
 TINY = [
     GroupNorm("here", 3, 8, 4, groups=4),
@@ -46,7 +48,7 @@ def made(case, backward):
 @every_pass
 def test_what_is_right_is_accepted(case, backward):
     inputs, dy = made(case, backward)
-    errors = measure.verify(case, inputs, dy)
+    errors = verify.verify(case, inputs, dy)
     names = [n for n, t in inputs.items() if t.is_floating_point()] if backward else ["result 0"]
     assert {error.name for error in errors} >= {*names, *(f"norm of {name}" for name in names)}
     assert all(error.right for error in errors) and max(error.value for error in errors) > 0
@@ -84,13 +86,13 @@ class Doubled(torch.autograd.Function):
 @pytest.mark.parametrize("how", [lambda y: 1.05 * y, lambda y: y * float("nan")], ids=["5%", "nan"])
 def test_a_wrong_kernel_is_refused(case, backward, how):
     inputs, dy = made(case, backward)
-    errors = measure.verify(case, inputs, dy, partial(spoiled(how), case.run))
+    errors = verify.verify(case, inputs, dy, partial(spoiled(how), case.run))
     assert not all(error.right for error in errors)
 
 
 def test_one_wrong_number_is_refused():
     inputs, _ = made(TINY[0], False)
-    errors = measure.verify(TINY[0], inputs, None, partial(spoiled(one_number), TINY[0].run))
+    errors = verify.verify(TINY[0], inputs, None, partial(spoiled(one_number), TINY[0].run))
     assert [error.right for error in errors if error.name == "result 0"] == [False]
 
 
@@ -98,10 +100,10 @@ def test_one_wrong_number_is_refused():
 def test_a_wrong_gradient_is_refused(case):
     inputs, dy = made(case, True)
     wrong = partial(spoiled(Doubled.apply), case.run)
-    assert all(e.right for e in measure.verify(case, inputs, None, wrong))
-    assert not all(e.right for e in measure.verify(case, inputs, dy, wrong))
+    assert all(e.right for e in verify.verify(case, inputs, None, wrong))
+    assert not all(e.right for e in verify.verify(case, inputs, dy, wrong))
     # A gradient far below 1 is within every bound on single numbers, but not in its norm.
-    errors = measure.verify(case, inputs, 1e-6 * dy, wrong)
+    errors = verify.verify(case, inputs, 1e-6 * dy, wrong)
     assert {error.name for error in errors if not error.right} >= {"norm of " + next(iter(inputs))}
 
 
@@ -151,7 +153,7 @@ def test_the_timed_table_rehearsed(bench, monkeypatch, capsys):
     monkeypatch.setattr(bench, "timed_rows", on_cpu)
     monkeypatch.setattr(bench, "chosen", lambda args: TINY)
     monkeypatch.setattr(measure, "CudaTimer", lambda: measure.cpu_timer)
-    monkeypatch.setattr(measure, "runs_kernel", lambda *_: True)
+    monkeypatch.setattr(verify, "runs_kernel", lambda *_: True)
     monkeypatch.setattr(measure, "REPEATS", 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Imaginary 9000")
@@ -195,17 +197,17 @@ def test_plain_pytorch_can_be_compiled_and_computes_the_same(case, backward, mon
     once(), once()  # a backward pass twice over one graph
     if case.operation == "sampling" and case.noisy:
         return  # its noise is another
-    expected = measure.results(case, case.reference, inputs, dy)
-    for name, found in measure.results(case, function, inputs, dy).items():
+    expected = verify.results(case, case.reference, inputs, dy)
+    for name, found in verify.results(case, function, inputs, dy).items():
         tolerance = 1e-5 if found.dtype == case.dtype == torch.float32 else 0.1
         torch.testing.assert_close(found.float(), expected[name].float(), rtol=0, atol=tolerance)
 
 
 def test_whether_a_kernel_ran_is_seen():
     inputs, dy = made(TINY[0], True)
-    assert not measure.runs_kernel(TINY[0], inputs) and not measure.runs_kernel(TINY[0], inputs, dy)
+    assert not verify.runs_kernel(TINY[0], inputs) and not verify.runs_kernel(TINY[0], inputs, dy)
 
-    @torch.library.custom_op(f"{measure.NAMESPACE}::rehearsal", mutates_args=())
+    @torch.library.custom_op(f"{verify.NAMESPACE}::rehearsal", mutates_args=())
     def operation(x: torch.Tensor) -> torch.Tensor:
         return x.clone()
 
@@ -213,7 +215,7 @@ def test_whether_a_kernel_ran_is_seen():
         def run(self, inputs):
             return (operation(inputs["x"]),)
 
-    assert measure.runs_kernel(Other("here", 3, 8, 4, groups=4), inputs)
+    assert verify.runs_kernel(Other("here", 3, 8, 4, groups=4), inputs)
 
 
 def test_functions_take_turns():

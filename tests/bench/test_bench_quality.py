@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ddim
 import ddpm_pixel
 
 PEER = importlib.util.find_spec("denoising_diffusion_pytorch") is not None
@@ -139,13 +140,14 @@ def test_what_was_trained_is_only_sampled_again(quality, peers, toy, tmp_path, m
     out = tmp_path / "new"
     out.mkdir()
     command = [*toy, "--out", str(out), "--peer-lr", "1e-3", "3e-4"]
-    chapter = ["--", "--width", "16", "--mult", "1", "2", "--attention", "8"]
+    chapter = ["--", "--model-channels", "16", "--channel-mult", "1", "2"]
+    chapter += ["--attention-resolutions", "8"]
     for _ in range(2):
         quality.main([*command, *chapter])
         line = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert trainings == [[3e-4, 1e-3]] and (out / "comparison.png").exists()
         assert (line["best_chapter_1"], line["best_peer"], line["no_worse"]) == (0.0, 1.0, True)
-        assert line["peer"]["dim"] == 8 and "--width" in line["chapter_1"]
+        assert line["peer"]["dim"] == 8 and "--model-channels" in line["chapter_1"]
         assert [row["lr"] for row in line["rows"][1:]] == [3e-4, 1e-3]
         assert line["rows"][1]["steps"] == 7 and line["features"] == "some features"
         assert line == json.loads((out / "result.json").read_text())
@@ -210,11 +212,15 @@ def test_the_command_line_names_chapter_1s_settings(quality, tmp_path, repo):
     cfg = parse(ddpm_pixel.Config, "", args.ours)
     mnist = parse(ddpm_pixel.Config, "", ["--config", f"{repo}/configs/mnist_pixel.yaml"])
     assert (cfg.data, cfg.seed, cfg.lr) == ("mnist", 5, 2e-3)
-    assert (cfg.width, cfg.mult, cfg.ema) == (mnist.width, mnist.mult, mnist.ema)
+    assert (cfg.model_channels, cfg.channel_mult, cfg.ema) == (
+        mnist.model_channels,
+        mnist.channel_mult,
+        mnist.ema,
+    )
     train = [str(part) for part in quality.ours_train(args, tmp_path, 70)[1:]]
     cfg = parse(ddpm_pixel.Config, "", train)
     ddpm_pixel.check(cfg)
-    assert cfg.steps == 70 and not cfg.conditional and cfg.sample_every == 0 and cfg.gpus == 0
+    assert cfg.steps == 70 and not cfg.class_cond and cfg.sample_every == 0 and cfg.gpus == 0
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
@@ -222,9 +228,10 @@ def test_both_sides_draw_with_the_same_number_of_evaluations(quality, peers, tmp
     args = quality.parse(["--out", str(tmp_path / "new"), "--n", "7", "--sample-steps", "30"])
     cfg = parse(ddpm_pixel.Config, "", args.ours)
     ours = quality.ours_sample(args, cfg, tmp_path, sampler, tmp_path / sampler)
-    ours = parse(ddpm_pixel.Config, "", [str(part) for part in ours[1:]])
-    assert (ours.n, ours.sample_steps, ours.eta) == (7, 30, 0)
-    assert ours.sampler == {"ancestral": "ddpm"}.get(sampler, sampler)
+    script = {"ancestral": ddpm_pixel, "ddim": ddim}[sampler]
+    assert ours[0] == f"{script.__name__}.py"
+    ours = parse(script.Config, "", [str(part) for part in ours[1:]])
+    assert (ours.n, ours.sample_steps, getattr(ours, "eta", 0)) == (7, 30, 0)
     theirs = quality.peer_sample(args, cfg, tmp_path, sampler, tmp_path / sampler)
     theirs = peers.parser().parse_args([str(part) for part in theirs[2:]])
     assert (theirs.n, theirs.sample_steps) == (7, 30)
@@ -253,10 +260,10 @@ def test_bad_arguments(quality, capsys, arguments, complaint):
 def test_both_networks_have_as_many_parameters_within_5_percent(quality, peers, tmp_path):
     args = quality.parse(["--data", "mnist", "--out", str(tmp_path / "new")])
     cfg = parse(ddpm_pixel.Config, "", args.ours)
-    ours = sum(p.numel() for p in ddpm_pixel.make_net(cfg, (1, 28, 28), 0).parameters())
-    dim, count = peers.matched_dim(ours, cfg.mult, 1)
+    ours = sum(p.numel() for p in ddpm_pixel.UNet((1, 28, 28), 0, cfg).parameters())
+    dim, count = peers.matched_dim(ours, cfg.channel_mult, 1)
     assert abs(count - ours) <= 0.05 * ours
-    net = peers.make(dim, cfg.mult, (1, 28, 28))
+    net = peers.make(dim, cfg.channel_mult, (1, 28, 28))
     assert sum(p.numel() for p in net.parameters()) == count
     assert "torchvision" not in sys.modules or sys.modules["torchvision"].__spec__
 

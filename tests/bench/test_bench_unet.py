@@ -77,12 +77,13 @@ def test_both_training_steps_change_their_weights_alike(speed, small, loaded):
 
 def test_flops_are_those_counted_by_hand(speed):
     """One level without attention below it: every convolution, linear layer and product."""
-    from networks.adm_unet import UNet
+    from ddpm_pixel import Config, UNet
 
-    net = UNet((1, 4, 4), 0, width=4, mult=(1,), blocks=1, attention=(), groups=1)
+    small = dict(model_channels=4, channel_mult=(1,), num_res_blocks=1, norm_groups=1)
+    net = UNet((1, 4, 4), 0, Config(attention_resolutions=(), **small))
     n, c, pixels = 2, 4, 16
     conv = sum(m.weight[0].numel() * m.out_channels for m in net.modules() if is_conv(m)) * pixels
-    tokens = (3 * c * c + c * c) * pixels + 2 * pixels * pixels * c  # qkv, proj; scores, sums
+    tokens = 2 * pixels * pixels * c  # scores, sums; qkv and proj are among the convolutions
     emb = 4 * 16 + 16 * 16 + 5 * 16 * 4  # the timestep's two layers; one of each residual block
     assert speed.flops(net, speed.batch(n, (1, 4, 4))) == 2 * n * (conv + tokens + emb)
 

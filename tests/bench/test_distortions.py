@@ -1,5 +1,7 @@
 """bench/distortions.py: each distortion does what it says, and the distance rises with each."""
 
+from runtime.commandline import BadInput
+
 import importlib
 import json
 import sys
@@ -215,7 +217,7 @@ def test_real_photographs_go_farther_from_themselves_at_every_level(bench, share
     source = shared_data / "cifar10" / "cifar10-jpeg.zip"
     if not source.is_file():
         pytest.skip(f"no {source}")
-    images = bench.data.load(source, tmp_path, split="test", classes="3,8").images[::7]
+    images = bench.datasets.load(source, tmp_path, split="test", classes="3,8").images[::7]
     others = np.repeat(glyphs.draw("test", range(len(images))), 3, axis=3)
     reference = bench.features.extract(Filters(), images)[0]
     curves = bench.measure(images, others, Filters(), reference)
@@ -242,10 +244,12 @@ def study(bench, monkeypatch, tmp_path, capsys):
     """study(*flags) runs the program on glyphs, by random filters: exit status, JSON, stderr."""
     monkeypatch.setattr(bench, "extractor", lambda args: Filters())
     sets = {
-        split: bench.data.Dataset("glyphs", glyphs.draw(split, range(60)), None, (), {})
+        split: bench.datasets.Dataset("glyphs", glyphs.draw(split, range(60)), None, (), {})
         for split in ("train", "test")
     }
-    monkeypatch.setattr(bench.data, "load", lambda name, root, split="train", size=0: sets[split])
+    monkeypatch.setattr(
+        bench.datasets, "load", lambda name, root, split="train", size=0: sets[split]
+    )
 
     def run(*flags):
         rc = bench.main(["--n", "0", "--other", "mnist", "--out", str(tmp_path / "out"), *flags])
@@ -288,7 +292,7 @@ def test_flags_that_make_no_sense_are_refused(bench, capsys, flags, word):
 
 
 def test_more_images_than_there_are_is_refused(study, bench):
-    with pytest.raises(bench.runtime.BadInput, match="--n 61: .* has only 60 images"):
+    with pytest.raises(BadInput, match="--n 61: .* has only 60 images"):
         study("--n", "61")
 
 

@@ -288,6 +288,17 @@ def test_what_is_beyond_a_limit_is_named():
     assert none == [f"{reading.FIRST}: no sampling step was seen; why"]
 
 
+def test_a_chapter_that_fails_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reading, "REPO", tmp_path)
+    (tmp_path / "a.py").write_text("x = 1\nraise ValueError('half written')\n")
+    monkeypatch.setattr(reading, "FIRST", "a")
+    with pytest.raises(SystemExit) as stop:
+        reading.main([])
+    assert stop.value.code == 1
+    out = capsys.readouterr().out
+    assert "\na failed: ValueError: half written\n" in out and "did not run" not in out
+
+
 def test_an_unknown_chapter_is_named():
     with pytest.raises(BadInput, match="no chapter nothing: there are .*ddpm_pixel"):
         reading.main(["nothing"])

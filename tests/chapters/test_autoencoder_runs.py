@@ -232,12 +232,12 @@ def test_a_published_autoencoder_is_read_and_not_trained(cfg, tmp_path):
         assert torch.equal(ae.state_dict()[name], value)
     words = ["--sample", tmp_path / "vae.pt", "--data", cfg.data, "--data-root", cfg.data_root]
     done = succeed("autoencoder", *words, "--out", tmp_path / "run", "--gpus", 0)
-    assert "autoencoder ldm of 0.08 M parameters, latents of 3 channels, 2 times" in done.out
+    assert "autoencoder ldm of 0.22 M parameters, latents of 3 channels, 2 times" in done.out
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files == {f"reconstructions.{kind}" for kind in ("png", "npz", "json")}
     with pytest.raises(BadInput, match="takes images of 1 channels, these have 3"):
         latent_shape(ae, (3, 24, 24))
-    with pytest.raises(BadInput, match="images of 24x25 cannot be made 2 times smaller.*--size 26"):
+    with pytest.raises(BadInput, match="images of 24x25 cannot be made 2 times smaller.*--size 24"):
         latent_shape(ae, (1, 24, 25))
 
 
@@ -245,8 +245,19 @@ def test_what_is_no_autoencoder_is_refused(tmp_path):
     with pytest.raises(BadInput, match="--ae vqq: expected the file or folder of an autoencoder"):
         load_autoencoder("vqq")
     torch.save({"script": "ddpm_pixel", "settings": {}}, tmp_path / "ckpt.pt")
-    with pytest.raises(BadInput, match="checkpoint of ddpm_pixel.py and of no autoencoder"):
+    with pytest.raises(BadInput, match="of ddpm_pixel.py, which holds no autoencoder"):
         load_autoencoder(tmp_path / "ckpt.pt")
+
+
+def test_a_checkpoint_of_a_latent_chapter_gives_its_first_stage(tmp_path):
+    torch.manual_seed(0)
+    ae = build("kl", channels=1, patch=2, model_channels=16)
+    state = {"script": "ldm_cfg", "config": {"ema": [0.9]}, "settings": {}, "ema": {}, "model": {}}
+    state |= {"ae": ae.settings, "autoencoder": ae.state_dict()}
+    torch.save(state, tmp_path / "ckpt.pt")
+    assert weights_hash(load_autoencoder(tmp_path / "ckpt.pt")) == weights_hash(ae)
+    with pytest.raises(BadInput, match="--ema 0.9: .* holds no running means of it"):
+        load_autoencoder(tmp_path / "ckpt.pt", ema=0.9)
 
 
 BAD = {

@@ -1,8 +1,10 @@
-"""Every sampler of chapter 2, step by step, against the schedulers of diffusers.
+"""DDPM, DDIM and DPM-Solver++, step by step, against the schedulers of diffusers.
 
 Both are given the same x_t and the same network output at every timestep. Their schedulers compute
 in float64 here, from our alpha_bar (their own table is multiplied up in float32), where they allow.
 """
+
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 
 import ddim
 import ddpm_pixel as ch1
+import dpm_solver
+import improved_ddpm
 from kernels import gaussian
 
 T, SHAPE = 1000, (2, 3, 5)
@@ -64,13 +68,13 @@ def pairs_of(timesteps):
     return list(zip(ts, [*ts[1:], -1], strict=True))
 
 
-def check(net, pairs, their_step, **how):
-    """Walk with `how`; their_step(step, t, x, out, z) -> (x_prev, x0_hat) must say the same."""
+def check(net, pairs, their_step, sample, **how):
+    """Walk by `sample`; their_step(step, t, x, out, z) -> (x_prev, x0_hat) must say the same."""
     seeds = torch.tensor([5, 6])
-    way = ddim.sampler(net, ALPHA_BAR, pairs, SHAPE, seeds, prediction=net.prediction, **how)
-    for step, ((t, t_prev), (reached, x_prev, x0_hat)) in enumerate(zip(pairs, way, strict=True)):
+    way = sample(net, ALPHA_BAR, pairs, SHAPE, seeds, **how)
+    for step, ((t, _), (x_prev, x0_hat)) in enumerate(zip(pairs, way, strict=True)):
         asked, x, out = net.asked[-1]
-        assert (asked, reached) == (t, t_prev)
+        assert asked == t
         z = gaussian(x.shape, seeds, step, "cpu").double()
         theirs, their_guess = their_step(step, t, x, out, z)
         torch.testing.assert_close(x_prev.double(), theirs.double(), **CLOSE)
@@ -119,6 +123,9 @@ def test_ancestral_steps(variance, prediction, clip, monkeypatch):
         done = theirs.step(out, t, x)
         return done.prev_sample, done.pred_original_sample
 
+    make_row = partial(ch1.ancestral_row, variance=variance)
+    if variance == "learned":
+        make_row = improved_ddpm.learned_row
     # Evenly, unevenly, and without leaving any out: the end of the whole chain.
     for ts in ({"num_inference_steps": 10}, {"timesteps": quadratic(12)}, {"timesteps": [*ENTIRE]}):
         theirs.set_timesteps(**ts)
@@ -126,8 +133,8 @@ def test_ancestral_steps(variance, prediction, clip, monkeypatch):
             net,
             pairs_of(theirs.timesteps),
             their_step,
-            sampler="ddpm",
-            variance=variance,
+            ch1.sample,
+            make_row=partial(make_row, prediction=prediction),
             clip=clip,
         )
 
@@ -155,7 +162,8 @@ def test_ddim_steps(eta, prediction, clip):
             return done.prev_sample, done.pred_original_sample
 
         net = Scripted(prediction)
-        check(net, pairs_of(theirs.timesteps), their_step, sampler="ddim", eta=eta, clip=clip)
+        how = {"eta": eta, "prediction": prediction, "clip": clip}
+        check(net, pairs_of(theirs.timesteps), their_step, ddim.sample, **how)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
@@ -182,16 +190,21 @@ def test_dpm_solver_steps(spacing, prediction):
             x_prev = theirs.step(out, t, x).prev_sample
             return x_prev, theirs.model_outputs[-1]
 
-        check(Scripted(prediction), pairs, their_step, sampler="dpmpp", clip=False)
+        sample = partial(dpm_solver.sample, "dpmpp", prediction=prediction)
+        check(Scripted(prediction), pairs, their_step, sample, clip=False)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "heun"])
-def test_a_learned_variance_does_not_reach_samplers_that_have_none(sampler):
+@pytest.mark.parametrize(
+    "sample",
+    [ddim.sample, partial(dpm_solver.sample, "dpmpp"), partial(dpm_solver.sample, "heun")],
+    ids=["ddim", "dpmpp", "heun"],
+)
+def test_a_learned_variance_does_not_reach_samplers_that_have_none(sample):
     pairs, seeds = ddim.subsequence(T, 8), torch.arange(2)
     ends = []
     for learned in (False, True):
         net = Scripted("v", learned)
-        way = ddim.sampler(net, ALPHA_BAR, pairs, SHAPE, seeds, sampler=sampler, prediction="v")
-        ends.append([x.clone() for _, x, _ in way])
+        way = sample(net, ALPHA_BAR, pairs, SHAPE, seeds, prediction="v")
+        ends.append([x.clone() for x, _ in way])
     for one, other in zip(*ends, strict=True):
         assert torch.equal(one, other)

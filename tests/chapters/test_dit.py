@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
-from reference_dit import SHAPE, SMALL, batch, bench_dit, by_definition, opened, relative
+from reference_dit import SHAPE, SMALL, batch, by_definition, opened, relative
 
+import ddpm_pixel
 import dit
-
-
-@pytest.fixture(scope="module")
-def speed():
-    return bench_dit()
-
+import improved_ddpm
+import ldm_cfg
+from kernels import gaussian
+from networks.adm_unet import timestep_embedding
+from tests.cases.dit_of_diffusers import twin
 
 # ----------------------------------------------------------------------------- what it computes
 
@@ -23,17 +23,17 @@ def speed():
     "shape, settings",
     [
         ((4, 8, 8), {}),
-        ((3, 4, 12), dict(learned_variance=True)),
-        ((4, 16, 8), dict(patch=4, heads=4, depth=1)),
-        ((1, 3, 5), dict(patch=1, mlp_ratio=2.5)),
-        ((32, 6, 4), dict(width=24, heads=1)),
+        ((3, 4, 12), dict(learn_sigma=True)),
+        ((4, 16, 8), dict(patch_size=4, num_heads=4, depth=1)),
+        ((1, 3, 5), dict(patch_size=1, mlp_ratio=2.5)),
+        ((32, 6, 4), dict(hidden_size=24, num_heads=1)),
     ],
 )
 def test_forward_is_the_published_one_from_the_weights_names_alone(shape, settings):
     """Non-square latents, all patches; float32 differs by the sums of some hundred numbers."""
     net, (z, t, y) = opened(shape, **settings), batch(shape)
     expected = by_definition(
-        net.state_dict(), net.settings["heads"], z, t, y, net.settings["patch"]
+        net.state_dict(), net.settings["num_heads"], z, t, y, net.settings["patch_size"]
     )
     with torch.no_grad():
         found = net(z, t, y)
@@ -41,7 +41,7 @@ def test_forward_is_the_published_one_from_the_weights_names_alone(shape, settin
         # In float64 what is left are the timestep's angles, which are always float32.
         small = torch.tensor([0, 1, 2, 3])
         exact = by_definition(
-            net.state_dict(), net.settings["heads"], z, small, y, net.settings["patch"]
+            net.state_dict(), net.settings["num_heads"], z, small, y, net.settings["patch_size"]
         )
         assert relative(net.double()(z.double(), small, y), exact) < 1e-9
 
@@ -50,13 +50,13 @@ def test_forward_is_the_published_one_from_the_weights_names_alone(shape, settin
     "shape, settings",
     [
         ((4, 8, 8), {}),
-        ((4, 16, 16), dict(patch=4, heads=4, learned_variance=True)),
-        ((3, 6, 6), dict(patch=1, width=48, heads=3, depth=3)),
+        ((4, 16, 16), dict(patch_size=4, num_heads=4, learn_sigma=True)),
+        ((3, 6, 6), dict(patch_size=1, hidden_size=48, num_heads=3, depth=3)),
     ],
 )
-def test_forward_equals_diffusers_with_the_same_weights(speed, shape, settings):
+def test_forward_equals_diffusers_with_the_same_weights(shape, settings):
     net, (z, t, y) = opened(shape, **settings), batch(shape)
-    theirs = speed.twin(net)
+    theirs = twin(net)
     with torch.no_grad():
         expected = theirs(z, t, y).sample
         assert expected.std() > 0.1  # and says something
@@ -102,7 +102,7 @@ def test_positions_are_sines_and_cosines_of_the_column_and_then_of_the_row():
 
 
 def test_timesteps_are_cosines_and_then_sines():
-    e = dit.timestep_embedding(torch.tensor([0, 7]), dit.FREQUENCIES, "adm")
+    e = timestep_embedding(torch.tensor([0, 7]), dit.FREQUENCIES, "adm")
     angles = [7 * 10000 ** (-i / 128) for i in range(128)]
     assert e.shape == (2, 256) and e[0].tolist() == [1] * 128 + [0] * 128
     assert e[1, :128].tolist() == pytest.approx(list(map(math.cos, angles)), abs=2e-6)
@@ -118,7 +118,7 @@ def test_timesteps_are_cosines_and_then_sines():
 def test_published_sizes_have_the_published_numbers_of_weights(name, count):
     """Table 4 rounds them to 33, 130 and 675 million; positions are counted, as in the files."""
     with torch.device("meta"):
-        net = dit.DiT((4, 32, 32), 1000, learned_variance=True, **dit.parse_size(name))
+        net = dit.DiT((4, 32, 32), 1000, learn_sigma=True, **dit.parse_size(name))
     assert sum(value.numel() for value in net.state_dict().values()) == count
     trained = sum(p.numel() for p in net.parameters())
     assert trained == count - net.pos_embed.numel()
@@ -127,7 +127,7 @@ def test_published_sizes_have_the_published_numbers_of_weights(name, count):
 @pytest.mark.parametrize("learned", [False, True])
 def test_output_starts_at_zero_and_every_block_as_the_identity(learned):
     torch.manual_seed(0)
-    net, (z, t, y) = dit.DiT(SHAPE, 5, learned_variance=learned, **SMALL), batch()
+    net, (z, t, y) = dit.DiT(SHAPE, 5, learn_sigma=learned, **SMALL), batch()
     out = net(z, t, y)
     assert out.shape == (4, 8 if learned else 4, 8, 8) and not out.any()
     x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
@@ -136,7 +136,7 @@ def test_output_starts_at_zero_and_every_block_as_the_identity(learned):
 
 def test_weights_are_drawn_from_the_published_distributions():
     torch.manual_seed(0)
-    net = dit.DiT((4, 8, 8), 300, width=256, depth=1, heads=4)
+    net = dit.DiT((4, 8, 8), 300, hidden_size=256, depth=1, num_heads=4)
     for layer, fan in (
         (net.x_embedder.proj, 4 * 2 * 2 + 256),
         (net.blocks[0].attn.qkv, 256 + 768),
@@ -173,9 +173,9 @@ def test_no_label_is_the_label_num_classes():
         assert torch.equal(alone(z, t), alone(z, t, torch.zeros(4, dtype=torch.long)))
 
 
-def test_checkpointing_gives_the_same_gradients_and_keeps_less():
-    def step(checkpointing):
-        net, kept = opened(depth=4, checkpointing=checkpointing).train(), {}
+def test_computing_activations_twice_gives_the_same_gradients_and_keeps_less():
+    def step(use_checkpoint):
+        net, kept = opened(depth=4, use_checkpoint=use_checkpoint).train(), {}
         mine = {p.untyped_storage().data_ptr() for p in net.parameters()}
 
         def pack(tensor):
@@ -219,6 +219,90 @@ def test_under_autocast_one_plus_a_small_scale_is_not_one():
         torch.testing.assert_close(found, expected, rtol=4e-6, atol=1e-6)
 
 
+# ------------------------------------------------------------------------------ loss and sampler
+
+
+def test_a_learned_variance_is_weighed_by_a_thousandth_of_the_bound():
+    alpha_bar = ldm_cfg.alpha_bar_of(dit.Config(schedule="linear", timesteps=100))
+    chain = improved_ddpm.make_chain(alpha_bar)
+    z0, eps, t = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.tensor([0, 20, 60, 99])
+    out = torch.randn(4, 4, 3, 3, requires_grad=True)
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+
+    def loss(prediction, channels=4):
+        told = out[:, :channels]
+        return dit.hybrid_loss(lambda *_: told, z0, t, eps, chain, None, prediction)
+
+    for prediction in ("eps", "v"):
+        z_t = a.sqrt() * z0 + (1 - a).sqrt() * eps
+        bound = 100 * improved_ddpm.vlb_terms(
+            out,
+            z0,
+            z_t,
+            t,
+            chain,
+            prediction=prediction,
+            variance="learned",
+            clip=False,
+            discrete=False,
+        )
+        simple = ldm_cfg.simple_loss(lambda *_: out[:, :2], z0, t, eps, alpha_bar, None, prediction)
+        assert torch.equal(loss(prediction, 2), simple)  # chapter 3's, where none is learned
+        expected = simple + 0.001 * bound.float()
+        torch.testing.assert_close(loss(prediction), expected, rtol=1e-4, atol=1e-5)
+        (plain,) = torch.autograd.grad(simple.sum(), out)
+        (both,) = torch.autograd.grad(loss(prediction).sum(), out)
+        torch.testing.assert_close(both[:, :2], plain[:, :2])  # the mean is left to L_simple
+        assert not plain[:, 2:].any() and (both[:, 2:] != 0).all()
+
+
+@pytest.mark.parametrize("v", [-1.0, 0.3, 1.0])
+def test_ancestral_steps_have_the_variance_that_the_network_tells(v):
+    """One step from given noise: the spread over seeds is between beta_tilde and beta."""
+    how = {"schedule": "linear", "timesteps": 100, "prediction": "eps", "learn_sigma": True}
+    cfg = dit.Config(**how, sampler="ddpm", sample_steps=3, guidance=2.0)
+    (t, t_prev), *_ = ddpm_pixel.timestep_pairs(100, 3)
+    assert (t, t_prev) == (99, 50)
+    alpha_bar = ldm_cfg.alpha_bar_of(cfg)
+    a, before = alpha_bar[t], alpha_bar[t_prev]
+    beta = 1 - a / before
+    small = beta * (1 - before) / (1 - a)
+    std = (0.5 * ((v + 1) / 2 * beta.log() + (1 - v) / 2 * small.log())).exp().item()
+
+    def net(z, t, y):
+        return torch.cat([z / (1 - a).sqrt().item(), torch.full_like(z, v)], 1)  # z0_hat 0
+
+    net.null, seeds = 0, torch.arange(20000)
+    walk = ldm_cfg.sample(net, cfg, (1, 1, 1), seeds, 0 * seeds, make_rows=dit.rows_of)
+    z = next(walk)[0] - (a / before).sqrt() * (1 - before) / (1 - a) * gaussian(
+        (20000, 1, 1, 1), seeds, -1, "cpu"
+    )
+    assert z.std().item() == pytest.approx(std, rel=0.02)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "ddpm"])
+def test_other_samplers_take_the_steps_of_chapter_3(sampler):
+    """Only ancestral steps have a variance to learn; where none was, that of chapter 3 is small."""
+    cfg = dit.Config(sampler=sampler, timesteps=50, learn_sigma=sampler != "ddpm")
+    alpha_bar, pairs = ldm_cfg.alpha_bar_of(cfg), ddpm_pixel.timestep_pairs(50, 4)
+    assert dit.rows_of(cfg, alpha_bar, pairs) == ldm_cfg.rows_of(cfg, alpha_bar, pairs)
+
+
+def test_settings_make_the_network_that_its_name_says():
+    cfg = dit.Config(model="dit-xs/2", learn_sigma=True)
+    net = dit.make_net(cfg, (2, 4, 6), 3)
+    sizes = dict(hidden_size=128, depth=4, num_heads=4, patch_size=2, mlp_ratio=4, learn_sigma=True)
+    assert net.settings == sizes and not net.use_checkpoint
+    again = dit.DiT((2, 4, 6), 3, **net.settings)
+    again.load_state_dict(net.state_dict())
+    z, t = torch.randn(2, 2, 4, 6), torch.tensor([0, 999])
+    for p in net.parameters():  # open the layers that start at zero
+        torch.nn.init.normal_(p, std=0.1)
+    assert net(z, t).shape == (2, 4, 4, 6)
+    assert torch.equal(net(z, t), net(z, t, torch.tensor([3, 3])))
+    assert not torch.equal(net(z, t), net(z, t, torch.tensor([0, 1])))
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 
@@ -230,12 +314,12 @@ def test_unknown_sizes_are_refused(name):
 
 def test_latents_that_cannot_be_cut_are_refused_with_patches_that_can():
     with pytest.raises(BadInput, match=r"6x10 cannot be cut .* 4x4: .* patch of 1 or 2, .* of 4"):
-        dit.DiT((4, 6, 10), 5, **SMALL, patch=4)
+        dit.DiT((4, 6, 10), 5, **SMALL, patch_size=4)
     with pytest.raises(BadInput, match=r"7x8 .* patch of 1, or"):
         dit.DiT((4, 7, 8), 5, **SMALL)
 
 
-@pytest.mark.parametrize("wrong", [dict(width=30), dict(heads=3), dict(depth=0)])
+@pytest.mark.parametrize("wrong", [dict(hidden_size=30), dict(num_heads=3), dict(depth=0)])
 def test_settings_that_do_not_fit_are_refused(wrong):
     with pytest.raises(BadInput, match="cannot be built: the width must be"):
         dit.DiT(SHAPE, 5, **{**SMALL, **wrong})

@@ -6,15 +6,11 @@ import argparse
 
 import pytest
 import torch
-from reference_dit import batch, bench_dit, opened, relative
+from reference_dit import batch, opened, relative
 from safetensors.torch import save_file
 
 import dit
-
-
-@pytest.fixture(scope="module")
-def speed():
-    return bench_dit()
+from tests.cases.dit_of_diffusers import twin
 
 
 def same(net, other):
@@ -28,7 +24,7 @@ def same(net, other):
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors", "nested", "half"])
 def test_files_in_the_published_names_are_read(tmp_path, suffix):
-    net = opened((4, 4, 12), learned_variance=True)
+    net = opened((4, 4, 12), learn_sigma=True)
     path, state = tmp_path / "net.pt", net.state_dict()
     if suffix == "safetensors":
         path = tmp_path / "net.safetensors"
@@ -43,7 +39,7 @@ def test_files_in_the_published_names_are_read(tmp_path, suffix):
         torch.save({"model": other, "ema": state, "opt": {"state": {}}, "args": flags}, path)
     else:
         torch.save(state, path)
-    same(dit.load_published(path, heads=2), net)
+    same(dit.load_published(path, num_heads=2), net)
 
 
 def test_names_are_those_of_the_published_files():
@@ -71,22 +67,24 @@ def test_heads_of_published_sizes_are_known_and_others_asked_for(tmp_path):
     torch.save(state | {"pos_embed": dit.positions(384, 4, 4)}, tmp_path / "net.pt")
     assert dit.load_published(tmp_path / "net.pt").settings == net.settings
     torch.save(opened().state_dict(), tmp_path / "small.pt")
-    with pytest.raises(BadInput, match="width 32 and depth 2, none of the published .*heads="):
+    with pytest.raises(
+        BadInput, match="hidden size 32 and depth 2, none of the published .*num_heads="
+    ):
         dit.load_published(tmp_path / "small.pt")
 
 
 @pytest.mark.parametrize("pipeline", [False, True])
-def test_folders_of_diffusers_are_read(speed, tmp_path, pipeline):
-    net = opened((4, 8, 8), patch=4, learned_variance=True)
+def test_folders_of_diffusers_are_read(tmp_path, pipeline):
+    net = opened((4, 8, 8), patch_size=4, learn_sigma=True)
     folder = tmp_path / "transformer" if pipeline else tmp_path
-    speed.twin(net).save_pretrained(folder)
+    twin(net).save_pretrained(folder)
     same(dit.load_published(tmp_path), net)
 
 
-def test_what_diffusers_computes_otherwise_is_as_documented(speed):
+def test_what_diffusers_computes_otherwise_is_as_documented():
     """Its class divides the index of a frequency by 127, and has 1e-5 in half of its norms."""
     net, (z, t, y) = opened(), batch()
-    theirs = speed.twin(net)
+    theirs = twin(net)
     with torch.no_grad():
         for block in theirs.transformer_blocks:
             block.norm3.eps = 1e-5
@@ -130,7 +128,7 @@ def damaged(state, kind):
 def test_files_that_hold_no_such_network_are_refused(tmp_path, kind, message):
     torch.save(damaged(opened().state_dict(), kind), tmp_path / "net.pt")
     with pytest.raises(BadInput, match=message):
-        dit.load_published(tmp_path / "net.pt", heads=2)
+        dit.load_published(tmp_path / "net.pt", num_heads=2)
 
 
 class Harmful:
@@ -152,10 +150,10 @@ def test_missing_torn_and_executable_files_are_refused(tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
-def test_folders_of_diffusers_that_are_something_else_are_refused(speed, tmp_path):
+def test_folders_of_diffusers_that_are_something_else_are_refused(tmp_path):
     with pytest.raises(BadInput, match=r"config\.json cannot be read"):
         dit.load_published(tmp_path)
-    theirs = speed.twin(opened())
+    theirs = twin(opened())
     theirs.save_pretrained(tmp_path)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     state, config = theirs.state_dict(), (tmp_path / "config.json").read_text()

@@ -1,8 +1,10 @@
-"""eval_fid.py as a program, on a small folder of drawn digits."""
+"""eval_fid.py as a program, on a small folder of drawn digits; its mathematics: test_eval_fid."""
 
 from runtime.commandline import entry
 
 import json
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 from reference_metrics import random_weights
 
 import eval_fid
-from evaluation.metrics import statistics
+from eval_fid import statistics
+from evaluation import choice, inception_features
 from image_data import datasets
-from networks import inception
 
 ROOT = Path(__file__).parents[2]
 STEPS = "60"
@@ -199,7 +201,7 @@ def test_inception_by_command_and_the_adm_layout(evaluate, home, weights):
     assert "resize tf1" in result["features"] and result["class_accuracy"] is None
     assert "N = 3 does not exceed the 2048 features" in err
     evaluate("stats", "real.npz", *flags, "tf1", "--layout", "adm", "--out", "adm.npz")
-    extractor = inception.load(str(weights), resize="tf1")
+    extractor = inception_features.load(str(weights), resize="tf1")
     with np.load(home / "adm.npz") as saved:
         feats, _, spatial = extractor(torch.from_numpy(saved["arr_0"]), spatial=True)
         for suffix, rows in (("", feats.numpy()), ("_s", spatial.numpy())):
@@ -212,6 +214,124 @@ def test_inception_by_command_and_the_adm_layout(evaluate, home, weights):
     with pytest.raises(SystemExit) as stop:  # statistics of another protocol
         evaluate("five.npz", "adm.npz", *flags, "clean")
     assert stop.value.code == 2
+
+
+# ------------------------------------------------------------------------------ --features auto
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """Downloads go to an address of this machine where nobody answers."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    monkeypatch.setenv("DIFFUSION_MIRROR", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(choice, "NOT_HAD", {})
+    return f"127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def coloured(home):
+    """The digits in colour: a data set, and labelled samples in tinted.npz."""
+    images, labels = drawn_digits(300, 2)
+    np.savez(home / "tinted.npz", images.repeat(3, axis=3), labels)
+    for path in sorted((home / "digits").rglob("*.png")):
+        copy = home / "coloured" / path.relative_to(home / "digits")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("RGB").save(copy)
+    return "coloured"
+
+
+def told(err):
+    """The lines of stderr but for the bars of training, preparing and computing."""
+    return [line for line in err.splitlines() if line.startswith(("warning", "error"))]
+
+
+def test_auto_takes_the_classifier_for_gray_images_and_says_nothing(evaluate, refused):
+    found, err = evaluate("samples.npz", "digits")
+    assert "classifier features" in found["features"] and "Inception" not in err
+
+
+def test_auto_takes_the_classifier_for_colour_where_no_weights_are_and_says_why_once(
+    evaluate, refused, coloured
+):
+    asked = []
+    unpatched = inception_features.find_weights
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            inception_features,
+            "find_weights",
+            lambda *args: asked.append(args) or unpatched(*args),
+        )
+        for _ in range(2):
+            found, err = evaluate("tinted.npz", coloured, "--metrics", "frechet", "--n", "150")
+            lines = [line for line in told(err) if "Inception" in line]
+            assert len(lines) == 1 and refused in lines[0] and "refused" in lines[0]
+            assert lines[0].startswith("warning: ") and "classifier" in lines[0]
+            assert "classifier features" in found["features"]
+            assert found["class_accuracy"] > 0.9
+    assert len(asked) == 1  # a failure is remembered
+
+
+def test_auto_does_not_wait_for_a_host_that_never_answers(evaluate, coloured, monkeypatch):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("DIFFUSION_MIRROR", address)
+        monkeypatch.setattr(choice, "NOT_HAD", {})
+        monkeypatch.setattr(choice, "PATIENCE", 0.3)
+        found, err = evaluate("tinted.npz", coloured, "--metrics", "frechet", "--n", "150")
+    (line,) = [line for line in told(err) if "Inception" in line]
+    assert "no answer within 0.3 s" in line or "timed out" in line
+    assert "classifier features" in found["features"]
+
+
+def test_auto_takes_inception_for_colour_where_its_weights_are(
+    evaluate, home, weights, coloured, refused, monkeypatch
+):
+    flags = ["--metrics", "frechet", "--n", "3"]
+    named, _ = evaluate("colour.npz", "colour.npz", "--weights", weights, *flags)
+    assert f"weights {weights.name}" in named["features"] and named["frechet"] < 1e-3
+    folder = home / "root" / "inception"
+    folder.mkdir(exist_ok=True)
+    published = "pt_inception-2015-12-05-6726825d.pth"
+    shutil.copy(weights, folder / published)  # random ones have another checksum
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("networks.inception.file_hash", lambda path: "6726825d")
+        found, err = evaluate("colour.npz", coloured, *flags)
+    assert f"weights {published}" in found["features"] and found["class_accuracy"] is None
+    assert not [line for line in told(err) if "classifier" in line]
+    monkeypatch.setattr(choice, "NOT_HAD", {})
+    found, err = evaluate("colour.npz", coloured, *flags)  # the file of another checksum
+    (folder / published).unlink()
+    (line,) = [line for line in told(err) if "Inception" in line]
+    assert "SHA-256" in line and "classifier features" in found["features"]
+
+
+def test_auto_follows_the_statistics_that_are_compared_with(evaluate, home, weights, refused):
+    np.savez(home / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(SystemExit) as stop:  # gray, but nothing else can be compared with these
+        evaluate("samples.npz", "wide.npz", "--data", "digits")
+    assert stop.value.code == 2
+    evaluate("stats", "digits", "--out", "narrow.npz")
+    found, _ = evaluate("samples.npz", "narrow.npz", "--data", "digits")
+    assert "classifier features" in found["features"]
+
+
+def test_inception_that_is_asked_for_and_not_there_is_an_error(evaluate, refused, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate("samples.npz", "digits", "--features", "inception")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "could not download" in err and refused in err
+
+
+def test_smoke_looks_at_few_images(evaluate):
+    found, _ = evaluate("samples.npz", "digits", "--smoke", steps="5")
+    assert found["n_generated"] == found["n_reference"] == 100
+
+
+# -------------------------------------------------------------------------- seeds, files and flags
 
 
 def test_n_draws_the_same_images_for_the_same_seed(evaluate):
@@ -251,6 +371,10 @@ def test_other_settings_train_another_classifier(evaluate):
     assert other["feature_hash"] != first["feature_hash"]
 
 
+BY_CLASSIFIER, ADM = ["--features", "classifier"], ["--out", "x.npz", "--layout", "adm"]
+WEIGHTS_NEED = ["--weights", "--features inception"]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -272,12 +396,15 @@ def test_other_settings_train_another_classifier(evaluate):
         (["samples.npz", "digits", "--out", "x.npz"], ["--out", "stats"]),
         (["samples.npz"], ["samples.npz", "A B"]),
         (["samples.npz", "digits", "--seed", "-1"], ["--seed"]),
-        (["samples.npz", "digits", "--weights", "w"], ["--weights", "--features inception"]),
+        (["samples.npz", "digits", *BY_CLASSIFIER, "--weights", "w"], WEIGHTS_NEED),
+        (["samples.npz", "digits", *BY_CLASSIFIER, "--resize", "tf1"], ["--resize", "inception"]),
+        (["samples.npz", "digits", "--weights", "w"], ["w: no such"]),
         (["samples.npz", "digits", "--sample-args=--n 2"], ["--sample-args", "checkpoint"]),
         (["samples.npz", "digits", "--json", "flat"], ["flat", "folder"]),
         (["samples.npz", "digits", "--metrics", "fid"], ["--metrics fid", "frechet, is"]),
         (["samples.npz", "digits", "--features", "inception", "--weights", "w"], ["w: no such"]),
-        (["stats", "digits", "--out", "x.npz", "--layout", "adm"], ["--features inception"]),
+        (["stats", "digits", *BY_CLASSIFIER, *ADM], ["--features inception"]),
+        (["stats", "digits", *ADM, "--weights", "w"], ["w: no such"]),
         (["samples.npz", "digits", "--resize", "nearest"], ["--resize", "tf1"]),
         (["stats", "digits"], ["--out"]),
         (["samples.npz", "digits", "--sise", "16"], ["--sise", "--size"]),

@@ -1,11 +1,14 @@
-"""eval_fid.Evaluator gives in a process what the program prints, and knows a part of the classes."""
+"""eval_fid.Evaluator gives in a process what the program prints, and knows some of the classes."""
 
 from runtime.commandline import BadInput
+from runtime.processes import World
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from launching import succeed
 
 from eval_fid import Evaluator
@@ -36,6 +39,22 @@ def test_an_evaluator_says_what_the_program_says(judged, tmp_path):
     assert found["frechet"] == pytest.approx(printed["frechet"], rel=1e-6) and found["frechet"] > 0
     assert found["class_accuracy"] == printed["class_accuracy"] > 0.9
     assert evaluator(samples)["class_accuracy"] is None
+
+
+def test_of_a_run_it_scores_what_is_drawn_for_the_seeds_and_labels(judged):
+    images, labels, folder, root = judged
+    asked = []
+
+    def draw(seeds, y, desc):
+        asked.append((seeds.tolist(), y.tolist(), desc))
+        return torch.from_numpy(images[seeds])
+
+    cfg = SimpleNamespace(data=folder, data_root=root, size=0, classes="")
+    evaluator = Evaluator.of_run(cfg, datasets.load(folder, root), World(), steps=40)
+    found = evaluator.score(draw, 20, 2)
+    assert asked == [(list(range(20)), [0, 1] * 10, "scoring")]
+    assert found == evaluator(images[:20], np.arange(20) % 2)
+    assert found["class_accuracy"] == (labels[:20] == np.arange(20) % 2).mean()
 
 
 def test_samples_of_one_class_are_compared_with_that_class(judged):

@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-import likelihood
-from schedules import make_alpha_bar, target_of
+import improved_ddpm
+from ddpm_pixel import target_of
+from ldm_cfg import Config, alpha_bar_of
 
 M, S = 0.4, 0.7  # Gaussian latents: numbers N(M, S^2), of which [-1, 1] does not hold a fifth
 PREDICTIONS, SCHEDULES = ("eps", "v", "x0"), ("linear", "scaled_linear", "cosine")
+
+
+def make_alpha_bar(schedule, T):
+    return alpha_bar_of(Config(schedule=schedule, timesteps=T))
 
 
 def latents(alpha_bar, n=24, seed=0):
@@ -75,12 +80,12 @@ def test_the_terms_of_latents_are_a_density_and_gaussians_divergences(prediction
     p = Normal(step_means(x0_hat, z_t, alpha_bar), std[1:])
     density = -Normal(x0_hat, std).log_prob(z0)[:1]
     expected = torch.cat([bits(density), bits(kl_divergence(q, p))])
-    ours = likelihood.vlb_terms(
+    ours = improved_ddpm.vlb_terms(
         torch.cat([out, v], 1) if variance == "learned" else out,
         z0,
         z_t,
         torch.arange(20),
-        likelihood.make_chain(alpha_bar),
+        improved_ddpm.make_chain(alpha_bar),
         prediction=prediction,
         variance=variance,
         clip=False,
@@ -92,12 +97,15 @@ def test_the_terms_of_latents_are_a_density_and_gaussians_divergences(prediction
 
 def test_only_row_0_tells_latents_from_images_which_are_the_default():
     alpha_bar = make_alpha_bar("cosine", 6)
-    chain, t = likelihood.make_chain(alpha_bar), torch.arange(6)
+    chain, t = improved_ddpm.make_chain(alpha_bar), torch.arange(6)
     level = torch.randint(256, (6, 2, 3, 4), generator=torch.Generator().manual_seed(0))
     x0 = level / 127.5 - 1
     x_t = x0.flip(0)
     out = torch.cat([x0 + 0.01, x0], 1)
-    for loss, options in ((likelihood.hybrid, {}), (likelihood.vlb_terms, {"variance": "learned"})):
+    for loss, options in (
+        (improved_ddpm.hybrid, {}),
+        (improved_ddpm.vlb_terms, {"variance": "learned"}),
+    ):
         default, pixels, density = (
             loss(out, x0, x_t, t, chain, prediction="x0", **options, **discrete)
             for discrete in ({}, {"discrete": True}, {"discrete": False})
@@ -113,9 +121,15 @@ def test_a_density_costs_less_than_a_code_by_the_width_of_a_level():
     """
     width, std, z = 2 / 255, 0.2, 0.5
     x0 = torch.arange(40, 215).double().div(127.5).sub(1).view(1, 1, 5, 35)
-    log_var = torch.tensor(std, dtype=torch.float64).log() * 2
-    code = likelihood.decoder_bits(x0, x0 + z * std, log_var)
-    density = likelihood.density_bits(x0, x0 + z * std, log_var)
+    log_var = torch.tensor([std], dtype=torch.float64).log() * 2
+    one, row = torch.ones_like(log_var), torch.zeros(1, dtype=torch.int64)
+    chain = improved_ddpm.Chain(row, one / 2, one, 0 * one, log_var, log_var)  # its last step only
+    code, density = (
+        improved_ddpm.vlb_terms(
+            x0 + z * std, x0, x0, row, chain, prediction="x0", clip=False, discrete=discrete
+        )
+        for discrete in (True, False)
+    )
     curvature = (z**2 - 1) / std**2  # of the density, relative to it
     left = -(width**2) / 24 * curvature / math.log(2)
     assert (code - density + math.log2(width)).item() == pytest.approx(left, rel=1e-3)
@@ -130,7 +144,7 @@ def test_learning_finds_the_best_variance_of_gaussian_latents(schedule, predicti
     and the optimum is known to rounding: beta_tilde + A^2 Var(z_0 | z_t), in row 0 the variance.
     """
     alpha_bar, ts = make_alpha_bar(schedule, 1000), torch.tensor([0, 1, 2, 10, 100, 400, 800])
-    chain = likelihood.make_chain(alpha_bar)
+    chain = improved_ddpm.make_chain(alpha_bar)
     _, _, z_t = latents(alpha_bar)
     share, left = given(alpha_bar)
     x0_hat = M + share * (z_t / alpha_bar.view(-1, 1, 1, 1).sqrt() - M)
@@ -141,7 +155,7 @@ def test_learning_finds_the_best_variance_of_gaussian_latents(schedule, predicti
     v = torch.zeros(len(ts), 1, 1, 1, dtype=torch.float64, requires_grad=True)
     for _ in range(30):  # Newton's steps; no row sees another's v
         both = torch.cat([out, v.expand_as(out)], 1)
-        loss = likelihood.hybrid(
+        loss = improved_ddpm.hybrid(
             both, z0, z_t, ts, chain, prediction=prediction, discrete=False
         ).sum()
         (slope,) = torch.autograd.grad(loss, v, create_graph=True)
@@ -173,12 +187,12 @@ def test_a_new_network_learns_its_variance_with_small_gradients_at_every_timeste
     alpha_bar, t = make_alpha_bar(schedule, 1000), torch.arange(1000)
     z0, _, z_t = latents(alpha_bar)
     out = torch.zeros(1000, 4, 3, 24, requires_grad=True)
-    added = 0.001 * likelihood.hybrid(
+    added = 0.001 * improved_ddpm.hybrid(
         out,
         z0.float(),
         z_t.float(),
         t,
-        likelihood.make_chain(alpha_bar),
+        improved_ddpm.make_chain(alpha_bar),
         prediction=prediction,
         discrete=False,
     )

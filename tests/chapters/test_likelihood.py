@@ -12,8 +12,7 @@ import torch
 from scipy.stats import norm
 
 import ddpm_pixel as ch1
-import likelihood
-from kernels import sampling_table
+import improved_ddpm as ch2
 
 PREDICTIONS, VARIANCES = ("eps", "v", "x0"), ("small", "large", "learned")
 
@@ -88,8 +87,8 @@ def test_every_term_is_the_papers(T, prediction, variance, clip):
     alpha_bar, level, x_t, eps, v = batch(T)
     out = rough(prediction, alpha_bar, level, x_t, eps)
     out = np.concatenate([out, v], 1) if variance == "learned" else out
-    chain = likelihood.make_chain(torch.from_numpy(alpha_bar))
-    ours = likelihood.vlb_terms(
+    chain = ch2.make_chain(torch.from_numpy(alpha_bar))
+    ours = ch2.vlb_terms(
         torch.from_numpy(out),
         torch.from_numpy(level / 127.5 - 1).float(),
         torch.from_numpy(x_t),
@@ -111,9 +110,9 @@ def test_terms_of_a_float32_network_are_those_of_float64():
     alpha_bar, level, x_t, eps, v = batch(1000)
     out = np.concatenate([rough("eps", alpha_bar, level, x_t, eps), v], 1)
     tensors = [torch.from_numpy(array) for array in (out, level / 127.5 - 1, x_t)]
-    chain, t = likelihood.make_chain(torch.from_numpy(alpha_bar)), torch.arange(1000)
-    exact = likelihood.vlb_terms(*tensors, t, chain, variance="learned")
-    ours = likelihood.vlb_terms(*(x.float() for x in tensors), t, chain, variance="learned")
+    chain, t = ch2.make_chain(torch.from_numpy(alpha_bar)), torch.arange(1000)
+    exact = ch2.vlb_terms(*tensors, t, chain, variance="learned")
+    ours = ch2.vlb_terms(*(x.float() for x in tensors), t, chain, variance="learned")
     torch.testing.assert_close(ours, exact, rtol=2e-4, atol=1e-6)
     assert ours.sum().item() == pytest.approx(exact.sum().item(), rel=1e-5)
 
@@ -121,8 +120,12 @@ def test_terms_of_a_float32_network_are_those_of_float64():
 @pytest.mark.parametrize("steps", [60, 7, 1])
 def test_the_chain_is_the_one_that_is_sampled(steps):
     alpha_bar, pairs = ch1.make_alpha_bar("linear", 60), ch1.timestep_pairs(60, steps)
-    chain = likelihood.make_chain(alpha_bar, [t for t, _ in pairs])
-    table = sampling_table(alpha_bar, pairs, variance="learned").flip(0)  # upward in t
+    chain = ch2.make_chain(alpha_bar, [t for t, _ in pairs])
+    floor, rows = chain.log_beta_tilde[0].item(), []
+    for t, t_prev in reversed(pairs):  # upward in t
+        a, a_prev = alpha_bar[t].item(), alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
+        rows.append(ch2.learned_row(a, a_prev, "eps", floor))
+    table = torch.tensor(rows)
     ours = torch.stack([chain.A, chain.B, chain.log_beta_tilde, chain.log_beta], dim=1).float()
     torch.testing.assert_close(ours, table[:, [2, 3, 6, 7]])
     assert chain.timesteps.tolist() == [t for t, _ in reversed(pairs)]
@@ -130,22 +133,22 @@ def test_the_chain_is_the_one_that_is_sampled(steps):
 
 def test_chains_and_outputs_that_cannot_be_are_refused():
     alpha_bar = ch1.make_alpha_bar("cosine", 8)
-    chain, x, t = likelihood.make_chain(alpha_bar), torch.zeros(2, 3, 4, 4), torch.zeros(2).long()
+    chain, x, t = ch2.make_chain(alpha_bar), torch.zeros(2, 3, 4, 4), torch.zeros(2).long()
     for wrong in (alpha_bar.flip(0), alpha_bar - 0.5, alpha_bar * 2):
         with pytest.raises(ValueError, match="fall strictly"):
-            likelihood.make_chain(wrong)
+            ch2.make_chain(wrong)
     with pytest.raises(ValueError, match="fall strictly"):
-        likelihood.make_chain(alpha_bar, [3, 3, 7])
+        ch2.make_chain(alpha_bar, [3, 3, 7])
     with pytest.raises(ValueError, match="float64"):
-        likelihood.make_chain(alpha_bar.float())
+        ch2.make_chain(alpha_bar.float())
     with pytest.raises(ValueError, match="needs 6 channels"):
-        likelihood.vlb_terms(x, x, x, t, chain, variance="learned")
+        ch2.vlb_terms(x, x, x, t, chain, variance="learned")
     with pytest.raises(ValueError, match="needs 3 channels"):
-        likelihood.vlb_terms(torch.cat([x, x], 1), x, x, t, chain)
+        ch2.vlb_terms(torch.cat([x, x], 1), x, x, t, chain)
     with pytest.raises(ValueError, match="prediction must be"):
-        likelihood.vlb_terms(x, x, x, t, chain, prediction="score")
+        ch2.vlb_terms(x, x, x, t, chain, prediction="score")
     with pytest.raises(ValueError, match="variance must be"):
-        likelihood.vlb_terms(x, x, x, t, chain, variance="none")
+        ch2.vlb_terms(x, x, x, t, chain, variance="none")
 
 
 # --------------------------------------------------------------------------- laws of a Gaussian
@@ -155,23 +158,23 @@ def test_kl_is_the_integral():
     for m1, v1, m2, v2 in [(0.3, -1.0, 0.1, 0.5), (0, 0, 0, 0), (1, -2, -1, -2.5), (0, 1, 0, -1)]:
         p, q = norm(m1, math.exp(v1 / 2)), norm(m2, math.exp(v2 / 2))
         kl = p.expect(lambda x, p=p, q=q: p.logpdf(x) - q.logpdf(x), epsabs=1e-12)
-        ours = likelihood.normal_kl(*torch.tensor([m1, v1, m2, v2], dtype=torch.float64))
+        ours = ch2.normal_kl(*torch.tensor([m1, v1, m2, v2], dtype=torch.float64))
         assert ours.item() == pytest.approx(kl, rel=1e-9, abs=1e-12)
 
 
 def test_the_prior_term_is_the_kl_to_noise():
     x0, a = torch.rand(3, 2, 4, 4).double() * 2 - 1, 0.37
     expected = (a * x0**2 + (1 - a) - 1 - math.log(1 - a)).mean(dim=(1, 2, 3)) / (2 * math.log(2))
-    ours = likelihood.prior_bits(x0, torch.tensor([0.9, a], dtype=torch.float64))
+    ours = ch2.prior_bits(x0, torch.tensor([0.9, a], dtype=torch.float64))
     torch.testing.assert_close(ours, expected)
-    assert (likelihood.prior_bits(x0, torch.tensor([0.9, 0.0]).double()) == 0).all()
+    assert (ch2.prior_bits(x0, torch.tensor([0.9, 0.0]).double()) == 0).all()
 
 
 def test_the_256_values_have_mass_1():
     x0 = torch.arange(256).div(127.5).sub(1)  # float32, as the data gives it
     for log_scale in (-20.0, -8.0, -5.0, -2.0, 0.0, 3.0, 7.0):
         for mean in (-1.5, -1.0, -0.1234, 0.0, 0.5, 1.0, 2.0):
-            logs = likelihood.discretized_gaussian_log_likelihood(
+            logs = ch2.discretized_gaussian_log_likelihood(
                 x0, torch.tensor(mean), torch.tensor(log_scale)
             )
             assert logs.exp().sum().item() == pytest.approx(1, abs=1e-11), (log_scale, mean)
@@ -197,7 +200,7 @@ def test_the_tails_are_right_where_the_cdf_rounds_to_0():
             if below > 0:
                 above, below = -below, -above
             truth = float(mpmath.log(mpmath.ncdf(above) - mpmath.ncdf(below)))
-            ours = likelihood.discretized_gaussian_log_likelihood(
+            ours = ch2.discretized_gaussian_log_likelihood(
                 torch.tensor(level / 127.5 - 1),
                 *torch.tensor([mean, log_scale], dtype=torch.float64),
             )
@@ -208,13 +211,13 @@ def test_gradients_are_finite_everywhere_and_right():
     x0 = torch.arange(256).div(127.5).sub(1).view(-1, 1, 1)
     mean = torch.tensor([-1e4, -1.0, -0.2, 0.0, 1.0, 30.0]).view(-1, 1).requires_grad_()
     log_scale = torch.tensor([-12.0, -9.0, -4.0, 0.0, 7.0]).requires_grad_()
-    logs = likelihood.discretized_gaussian_log_likelihood(x0, mean, log_scale)  # (256,6,5)
+    logs = ch2.discretized_gaussian_log_likelihood(x0, mean, log_scale)  # (256,6,5)
     each = torch.autograd.grad(logs.sum(), (mean, log_scale))
     assert logs.isfinite().all() and all(g.dtype == torch.float32 for g in each)
     assert all(g.isfinite().all() for g in each)
     mean, log_scale = torch.tensor([-0.9, 0.1, 1.0]), torch.tensor([[-3.0], [-1.0], [1.0]])
     assert torch.autograd.gradcheck(
-        lambda m, s: likelihood.discretized_gaussian_log_likelihood(x0[::51], m, s),
+        lambda m, s: ch2.discretized_gaussian_log_likelihood(x0[::51], m, s),
         (mean.double().requires_grad_(), log_scale.double().requires_grad_()),
     )
 
@@ -228,12 +231,12 @@ def test_only_v_learns_from_the_hybrid_loss(prediction):
     alpha_bar, level, x_t, eps, v = batch(T)
     numbers = np.concatenate([rough(prediction, alpha_bar, level, x_t, eps), v], 1)
     out = torch.from_numpy(numbers).requires_grad_()
-    losses = likelihood.hybrid(
+    losses = ch2.hybrid(
         out,
         torch.from_numpy(level / 127.5 - 1),
         torch.from_numpy(x_t),
         torch.arange(T),
-        likelihood.make_chain(torch.from_numpy(alpha_bar)),
+        ch2.make_chain(torch.from_numpy(alpha_bar)),
         prediction=prediction,
     )
     losses.sum().backward()

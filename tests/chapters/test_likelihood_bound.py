@@ -5,6 +5,7 @@ from runtime.processes import World
 import io
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import torch
 from scipy.stats import norm
 
 import ddpm_pixel as ch1
-import likelihood
-from image_data.datasets import Dataset
+import improved_ddpm as ch2
+from evaluation.likelihood import evaluate
+from image_data.batches import Dataset
 
 M, S = 0.1, 0.3  # Gaussian data: pixels N(M, S^2), rounded to levels
 
@@ -75,12 +77,12 @@ def mean_and_error(x):
 def cosine():
     """(alpha_bar of 1000 steps, 192 Gaussian images, their Bound under the perfect network)."""
     alpha_bar, images = ch1.make_alpha_bar("cosine", 1000), gaussian_images(192)
-    bound = likelihood.bits_per_dim(
+    bound = ch2.bits_per_dim(
         Perfect(alpha_bar),
         images,
         None,
         torch.arange(192),
-        likelihood.make_chain(alpha_bar),
+        ch2.make_chain(alpha_bar),
         variance="learned",
         clip=False,
     )
@@ -128,8 +130,8 @@ def test_a_linear_network_costs_what_its_gaussians_say(variance, timesteps):
     The expected KL of a step with variance var: 1/2 (log var/tilde + best_variance/var - 1).
     """
     whole = ch1.make_alpha_bar("linear", 1000)
-    chain, images = likelihood.make_chain(whole, timesteps), gaussian_images(128)
-    bound = likelihood.bits_per_dim(
+    chain, images = ch2.make_chain(whole, timesteps), gaussian_images(128)
+    bound = ch2.bits_per_dim(
         Perfect(whole, learned=False),
         images,
         None,
@@ -159,7 +161,7 @@ def test_a_linear_network_costs_what_its_gaussians_say(variance, timesteps):
 def test_learning_finds_the_variance_of_gaussian_data():
     ts, pixels = [1, 6, 13, 18], 40000
     alpha_bar = ch1.make_alpha_bar("cosine", 20)
-    chain, t = likelihood.make_chain(alpha_bar), torch.tensor(ts)
+    chain, t = ch2.make_chain(alpha_bar), torch.tensor(ts)
     generator = torch.Generator().manual_seed(0)
     x0 = M + S * torch.randn(4, 1, 1, pixels, generator=generator).double()
     a = alpha_bar[t].view(-1, 1, 1, 1)
@@ -171,7 +173,7 @@ def test_learning_finds_the_variance_of_gaussian_data():
     def closure():
         optimizer.zero_grad()
         out = torch.cat([x0_hat, v.expand_as(x0)], 1)
-        loss = likelihood.hybrid(out, x0, x_t, t, chain, prediction="x0").mean()
+        loss = ch2.hybrid(out, x0, x_t, t, chain, prediction="x0").mean()
         loss.backward()
         return loss
 
@@ -205,20 +207,20 @@ def coloured():
     """(uint8 images (6,4,3,2), labels, seeds, the chain of 10 steps)."""
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (6, 4, 3, 2), dtype=np.uint8))
-    chain = likelihood.make_chain(ch1.make_alpha_bar("cosine", 10))
+    chain = ch2.make_chain(ch1.make_alpha_bar("cosine", 10))
     return images, torch.arange(6) % 3, torch.arange(100, 106), chain
 
 
 def test_the_bound_does_not_depend_on_the_batch(coloured):
     images, y, seeds, chain = coloured
     ticks = []
-    whole = likelihood.bits_per_dim(
+    whole = ch2.bits_per_dim(
         Labelled(), images, y, seeds, chain, variance="learned", tick=lambda: ticks.append(1)
     )
     assert len(ticks) == 10 and whole.terms.shape == (6, 10)
     as_floats = images.permute(0, 3, 1, 2) / 127.5 - 1
     for part in (slice(4, 5), slice(1, 4)):
-        ours = likelihood.bits_per_dim(
+        ours = ch2.bits_per_dim(
             Labelled(), as_floats[part], y[part], seeds[part], chain, variance="learned"
         )
         # the float32 network rounds as its vectors fall, and so do floats of levels
@@ -230,9 +232,9 @@ def test_the_bound_does_not_depend_on_the_batch(coloured):
 def test_a_shorter_chain_sees_the_same_noise(coloured):
     images, y, seeds, chain = coloured
     net, alpha_bar = Labelled(), chain.alpha_bar
-    whole = likelihood.bits_per_dim(net, images, y, seeds, chain, variance="learned")
-    short = likelihood.bits_per_dim(
-        net, images, y, seeds, likelihood.make_chain(alpha_bar, [9, 0, 4]), variance="learned"
+    whole = ch2.bits_per_dim(net, images, y, seeds, chain, variance="learned")
+    short = ch2.bits_per_dim(
+        net, images, y, seeds, ch2.make_chain(alpha_bar, [9, 0, 4]), variance="learned"
     )
     assert net.seen == [*range(10), 0, 4, 9]
     assert torch.equal(short.x0_mse, whole.x0_mse[:, [0, 4, 9]])
@@ -241,11 +243,11 @@ def test_a_shorter_chain_sees_the_same_noise(coloured):
 
 def test_eps_cannot_be_predicted_where_nothing_is_left_of_the_image(coloured):
     images, y, seeds, chain = coloured
-    ends_in_zero = likelihood.make_chain(torch.tensor([0.9, 0.0]).double())
+    ends_in_zero = ch2.make_chain(torch.tensor([0.9, 0.0]).double())
     with pytest.raises(ValueError, match="alpha_bar > 0"):
-        likelihood.bits_per_dim(Labelled(), images, y, seeds, ends_in_zero, variance="learned")
+        ch2.bits_per_dim(Labelled(), images, y, seeds, ends_in_zero, variance="learned")
     for prediction in ("v", "x0"):
-        bound = likelihood.bits_per_dim(
+        bound = ch2.bits_per_dim(
             Labelled(), images, y, seeds, ends_in_zero, prediction=prediction, variance="learned"
         )
         assert bound.total.isfinite().all() and (bound.prior == 0).all()
@@ -254,12 +256,12 @@ def test_eps_cannot_be_predicted_where_nothing_is_left_of_the_image(coloured):
 def test_a_data_set_is_averaged_the_same_in_any_batches(coloured, tmp_path, capsys):
     images, y, _, chain = coloured
     ds = Dataset("tiny", images.numpy(), y.numpy(), ("a", "b", "c"), {})
-    common = dict(n=4, labels=True, variance="learned")
-    world = World()
-    values = likelihood.evaluate(Labelled(), ds, chain, world, tmp_path, batch_size=3, **common)
-    again = likelihood.evaluate(Labelled(), ds, chain, world, tmp_path, batch_size=100, **common)
+    bound_of = partial(ch2.bits_per_dim, Labelled(), chain=chain, variance="learned")
+    where = (ds, chain.timesteps.tolist(), World(), tmp_path)
+    values = evaluate(bound_of, *where, n=4, batch_size=3, labels=True)
+    again = evaluate(bound_of, *where, n=4, batch_size=100, labels=True)
     chosen = torch.tensor([0, 2, 3, 5])  # evenly spaced
-    bound = likelihood.bits_per_dim(
+    bound = ch2.bits_per_dim(
         Labelled(), images[chosen], y[chosen], chosen, chain, variance="learned"
     )
     mean, error = mean_and_error(bound.total)
@@ -278,7 +280,7 @@ def test_a_data_set_is_averaged_the_same_in_any_batches(coloured, tmp_path, caps
 
 def filled(T=5, times=10):
     """A LossSecondMoment that has seen `times` losses of each timestep, and those (T,times)."""
-    picker = likelihood.LossSecondMoment(T)
+    picker = ch2.LossSecondMoment(T)
     losses = np.random.default_rng(3).gamma(2, size=(T, times)) * np.arange(1, T + 1)[:, None]
     for column in losses.T:
         picker.update(torch.arange(T), torch.from_numpy(column))
@@ -322,7 +324,7 @@ def test_a_restored_state_goes_on_bit_for_bit():
     file = io.BytesIO()
     torch.save(picker.state_dict(), file)
     file.seek(0)
-    other = likelihood.LossSecondMoment(5)
+    other = ch2.LossSecondMoment(5)
     other.load_state_dict(torch.load(file, weights_only=True))
     for step in range(12):
         draws = [one.sample(np.random.default_rng([0, step]), 8) for one in (picker, other)]
@@ -332,4 +334,4 @@ def test_a_restored_state_goes_on_bit_for_bit():
             one.update(torch.from_numpy(draws[0][0]), torch.arange(8) * 0.3 + step)
     assert torch.equal(picker.probabilities(), other.probabilities())
     with pytest.raises(ValueError, match="5 timesteps, expected 6"):
-        likelihood.LossSecondMoment(6).load_state_dict(picker.state_dict())
+        ch2.LossSecondMoment(6).load_state_dict(picker.state_dict())

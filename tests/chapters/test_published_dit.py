@@ -1,7 +1,7 @@
-"""A published DiT becomes a checkpoint of chapter 3: the same images, or one line that says why."""
+"""A published DiT becomes a checkpoint of dit.py: the same images, or one line that says why."""
 
-from runtime.commandline import BadInput, parse_classes
 from runtime.checkpoints import load_checkpoint
+from runtime.commandline import BadInput, parse_classes
 
 import json
 import sys
@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 from launching import run, succeed
-from reference_dit import bench_dit, opened
+from reference_dit import opened
 from reference_metrics import import_references
 from safetensors.torch import save_file
 from vae_math import randomise
 
 import dit
-import ldm_cfg
-import published_dit
 from kernels import gaussian
 from networks.kl_autoencoder import KLVAE, TinyAutoencoder, load_pretrained
+from networks.published.dit import label_names, model_name
+from tests.cases.dit_of_diffusers import twin
+
+SMALL_AE = dict(model_channels=32, num_res_blocks=1, norm_groups=32)
 
 
 def ddim(forward, alpha_bar, steps, seeds, y, null, w, shape):
@@ -61,21 +63,21 @@ def assert_images(path, expected):
 
 def test_a_published_file_is_sampled_by_command():
     """DiT-S/8 and an autoencoder in the LDM code's names, against the two networks themselves."""
-    net = opened((4, 16, 16), 10, learned_variance=True, **dit.parse_size("dit-s/8"))
-    ae = randomise(KLVAE(width=32, mult=(1, 1, 1, 1), blocks=1, groups=32))
+    net = opened((4, 16, 16), 10, learn_sigma=True, **dit.parse_size("dit-s/8"))
+    ae = randomise(KLVAE(**SMALL_AE, channel_mult=(1, 1, 1, 1)))
     ae.post_quant_conv.weight.data /= 500  # else the norms to come would hide the latents' scale
     with tempfile.TemporaryDirectory() as folder:  # 0.3 GB
         folder = Path(folder)
         torch.save(net.state_dict(), folder / "DiT-S-8.pt")
         save_file(ae.state_dict(), folder / "ae.safetensors")
-        convert = [folder / "DiT-S-8.pt", "--ae", folder / "ae.safetensors", "--out"]
-        told = succeed("published_dit", *convert, folder / "run").out
+        convert = ["--published", folder / "DiT-S-8.pt", "--ae", folder / "ae.safetensors", "--out"]
+        told = succeed("dit", *convert, folder / "run").out
         assert "dit-s/8" in told and "10 labels, variance learned" in told
-        assert "scaling 0.18215, Stable Diffusion's, because its files do not tell it" in told
+        assert "scaling 0.18215, Stable Diffusion's, because its files do not say it" in told
         size = (folder / "run" / "ckpt.pt").stat().st_size
         assert size < 1.02 * (folder / "DiT-S-8.pt").stat().st_size + 2e6  # no weight twice
         sample = ["--n", 3, "--classes", "7,2", "--guidance", 2, "--sample-steps", 4, "--gpus", 0]
-        succeed("ldm_cfg", "--sample", folder / "run" / "ckpt.pt", *sample)
+        succeed("dit", "--sample", folder / "run" / "ckpt.pt", *sample)
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # DDPM section 4
         net = dit.load_published(folder / "DiT-S-8.pt")
         ae, _ = load_pretrained(folder / "ae.safetensors")
@@ -92,7 +94,7 @@ def test_a_published_file_is_sampled_by_command():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Chapter 3 takes "dit-s" for the small network of `opened`."""
+    """dit.py takes "dit-s" for the small network of `opened`."""
     monkeypatch.setitem(dit.SIZES, "s", (32, 2, 2))
 
 
@@ -124,7 +126,7 @@ LABELS = {"0": "tench, Tinca tinca", "1": "crane", "2": "7", "3": "crane, machin
 def pipeline(folder, net, ae=None, chain=None, labels=LABELS):
     """The folder of a DiTPipeline: (diffusers' transformer, its autoencoder, its scheduler)."""
     ae, chain = ae or autoencoderkl(scaling_factor=0.5), chain or scheduler()
-    theirs = bench_dit().twin(net)
+    theirs = twin(net)
     for part, name in ((theirs, "transformer"), (ae, "vae"), (chain, "scheduler")):
         part.save_pretrained(folder / name)
     (folder / "model_index.json").write_text(json.dumps({"id2label": labels}))
@@ -132,20 +134,20 @@ def pipeline(folder, net, ae=None, chain=None, labels=LABELS):
 
 
 def convert(path, **settings):
-    published_dit.convert(published_dit.Config(dit=str(path), **settings))
+    dit.convert(dit.Config(published=str(path), **settings))
 
 
 def test_a_folder_of_diffusers_is_sampled_as_diffusers_computes(tmp_path, small, monkeypatch):
     """Its chain, scale and labels are those of its files, without a flag."""
-    net = opened((4, 8, 8), patch=4, learned_variance=True)
+    net = opened((4, 8, 8), patch_size=4, learn_sigma=True)
     theirs, vae, chain = pipeline(tmp_path / "DiT", net)
     vae.post_quant_conv.weight.data /= 100  # as above
     vae.save_pretrained(tmp_path / "DiT" / "vae")
     convert(tmp_path / "DiT", out=str(tmp_path / "run"))
     argv = ["--sample", tmp_path / "run" / "ckpt.pt", "--seeds", "5-8", "--classes", "tench,3"]
     argv += ["--guidance", 1, "--sample-steps", 3, "--gpus", 0]
-    monkeypatch.setattr(sys, "argv", ["ldm_cfg.py", *map(str, argv)])
-    ldm_cfg.main()
+    monkeypatch.setattr(sys, "argv", ["dit.py", *map(str, argv)])
+    dit.main()
     seeds, y = torch.arange(5, 9), torch.tensor([3, 0, 3, 0])
     alpha_bar = chain.alphas_cumprod.double()
     z = ddim(lambda *a: theirs(*a).sample, alpha_bar, 3, seeds, y, 5, 1.0, (4, 8, 8))
@@ -158,13 +160,13 @@ def test_a_folder_of_diffusers_is_sampled_as_diffusers_computes(tmp_path, small,
 def test_names_of_labels_are_the_first_ones_and_all_different(tmp_path):
     pipeline_json = tmp_path / "model_index.json"
     pipeline_json.write_text(json.dumps({"id2label": LABELS}))
-    names = published_dit.label_names(tmp_path, 5)
+    names = label_names(tmp_path, 5)
     assert names == ["tench", "crane 1", "7 2", "crane 3", "4"]
     assert parse_classes("tench,crane 3,2,4", names) == [0, 3, 2, 4]
     pipeline_json.write_text("{}")
     numbers = [str(i) for i in range(1000)]
-    assert published_dit.label_names(tmp_path, 1000) == numbers
-    assert published_dit.label_names(tmp_path / "DiT.pt", 1000) == numbers
+    assert label_names(tmp_path, 1000) == numbers
+    assert label_names(tmp_path / "DiT.pt", 1000) == numbers
 
 
 @pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
@@ -172,9 +174,9 @@ def test_names_of_labels_are_the_first_ones_and_all_different(tmp_path):
 def test_every_size_of_the_paper_is_known_by_its_numbers(size, patch):
     name = f"dit-{size}/{patch}"
     settings = dit.parse_size(name)
-    assert published_dit.model_name(settings | {"mlp_ratio": 4.0}, "file") == name
+    assert model_name(settings | {"mlp_ratio": 4.0}, dit.SIZES, "file") == name
     with pytest.raises(BadInput, match="no published size .*mlp_ratio 3"):
-        published_dit.model_name(settings | {"mlp_ratio": 3.0}, "file")
+        model_name(settings | {"mlp_ratio": 3.0}, dit.SIZES, "file")
 
 
 @pytest.mark.parametrize("kind, scale", [("kl", 0.18215), ("folder", 0.5), ("tiny", 1.0)])
@@ -182,23 +184,23 @@ def test_latents_are_scaled_as_the_autoencoder_was_published(tmp_path, small, ki
     torch.save(opened((4, 8, 8)).state_dict(), tmp_path / "net.pt")
     named = tmp_path / {"kl": "ae.safetensors", "folder": "ae", "tiny": "tiny_encoder.pth"}[kind]
     if kind == "kl":
-        ae = KLVAE(width=32, mult=(1, 1, 1, 1), blocks=1, groups=32)
+        ae = KLVAE(**SMALL_AE, channel_mult=(1, 1, 1, 1))
         save_file(ae.state_dict(), named)
     elif kind == "folder":
         autoencoderkl(scaling_factor=0.5).save_pretrained(named)
     else:
-        ae = TinyAutoencoder(width=8)
+        ae = TinyAutoencoder(model_channels=8)
         for part in ("encoder", "decoder"):
             torch.save(getattr(ae, part).state_dict(), tmp_path / f"tiny_{part}.pth")
     convert(tmp_path / "net.pt", ae=str(named), out=str(tmp_path / "run"), data="photos")
-    state = load_checkpoint(tmp_path / "run" / "ckpt.pt", "ldm_cfg")
+    state = load_checkpoint(tmp_path / "run" / "ckpt.pt", "dit")
     assert state["scale"] == scale and state["shape"] == [3, 64, 64]
-    assert ("its files do not tell" in capsys.readouterr().out) == (kind == "kl")
-    told = dict(data="photos", size=64, model="dit-s/2", learned_variance=False)
+    assert ("its files do not say" in capsys.readouterr().out) == (kind == "kl")
+    told = dict(data="photos", size=64, model="dit-s/2", learn_sigma=False)
     told |= dict(schedule="linear", timesteps=1000, prediction="eps", label_dropout=0.1)
     assert told.items() <= state["config"].items()
     assert state["config"] == json.loads(json.dumps(state["config"]))  # as a run's: no tuples
-    net, loaded, _, _ = ldm_cfg.load_net(tmp_path / "run" / "ckpt.pt", "cpu")
+    net, _, _, loaded = dit.load_net(tmp_path / "run" / "ckpt.pt", "cpu")
     original = dit.load_published(tmp_path / "net.pt").state_dict()
     assert all(torch.equal(value, original[name]) for name, value in net.state_dict().items())
     z = torch.randn(1, 4, 8, 8)
@@ -231,20 +233,20 @@ def test_a_checkpoint_is_replaced_when_the_new_one_is_whole(tmp_path, small, mon
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("size", "no published size .*width 16, depth 2.*dit-s, dit-b, dit-l, dit-xl"),
-        ("heads", "no published size .*heads 4"),
-        ("shift", r"latents shifted by 0\.1, which chapter 3 does not do"),
+        ("size", "no published size .*hidden_size 16, depth 2.*dit-s, dit-b, dit-l, dit-xl"),
+        ("heads", "no published size .*num_heads 4"),
+        ("shift", r"latents shifted by 0\.1, which latent chapters do not do"),
         ("channels", "latents of 3 channels, .* of 4: .*--ae"),
         ("schedule", "scheduler_config.json: schedule other and prediction eps: expected"),
         ("prediction", "schedule linear and prediction x0: expected"),
         ("labels", "id2label must hold names by label, got a list"),
-        ("alike", "id2label tells 'crane 1' of two labels"),
+        ("alike", "id2label gives 'crane 1' to two labels"),
         ("no vae", "brings no autoencoder: add --ae"),
     ],
 )
-def test_folders_that_chapter_3_cannot_sample_are_refused(tmp_path, small, kind, message):
-    width, heads = 16 if kind == "size" else 32, 4 if kind == "heads" else 2
-    net = opened((3 if kind == "channels" else 4, 8, 8), width=width, heads=heads)
+def test_folders_that_cannot_be_sampled_are_refused(tmp_path, small, kind, message):
+    sizes = {"hidden_size": 16 if kind == "size" else 32, "num_heads": 4 if kind == "heads" else 2}
+    net = opened((3 if kind == "channels" else 4, 8, 8), **sizes)
     ae = autoencoderkl(shift_factor=0.1) if kind == "shift" else None
     chain = {"schedule": dict(beta_end=0.05), "prediction": dict(prediction_type="sample")}
     labels = {"labels": ["crane"], "alike": LABELS | {"0": "crane 1"}}.get(kind, LABELS)
@@ -258,9 +260,9 @@ def test_folders_that_chapter_3_cannot_sample_are_refused(tmp_path, small, kind,
 
 def test_an_autoencoder_whose_scale_nobody_tells_is_refused(tmp_path, small):
     torch.save(opened((4, 8, 8)).state_dict(), tmp_path / "net.pt")
-    ae = KLVAE(width=32, mult=(1, 1, 1), blocks=1, groups=32)  # f4, not Stable Diffusion's f8
+    ae = KLVAE(**SMALL_AE, channel_mult=(1, 1, 1))  # f4, not Stable Diffusion's f8
     save_file(ae.state_dict(), tmp_path / "ae.safetensors")
-    with pytest.raises(BadInput, match="does not tell what its latents are multiplied by"):
+    with pytest.raises(BadInput, match="does not say what its latents are multiplied by"):
         convert(tmp_path / "net.pt", ae=str(tmp_path / "ae.safetensors"), out=str(tmp_path / "run"))
 
 
@@ -275,7 +277,8 @@ def test_what_is_in_the_way_is_one_line_before_anything_is_read(tmp_path):
         ([tmp_path / "net.pt", "--ae", "ae", "--out", tmp_path / "trained"], "a run trained here"),
         ([tmp_path / "net.pt", "--ae", tmp_path / "ae"], "ae: no such file or folder"),
         ([tmp_path / "net.pt", "--scale", 1], "unknown flag --scale"),
+        ([tmp_path / "net.pt", "--sample", "ckpt.pt"], "--published and --sample: one at a time"),
     ):
-        done = run("published_dit", *flags)
+        done = run("dit", "--published", *flags)
         assert done.code == 2 and done.err.count("\n") == 1, done.err
         assert done.err.startswith("error: ") and message in done.err

@@ -5,16 +5,17 @@ from runtime.pictures import to_uint8
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import schedules
+import ddpm_pixel as ch1
+from image_data.batches import Dataset
 from kernels import gaussian
 
 
 def test_linear_schedule_is_that_of_the_paper():
-    alpha_bar = schedules.make_alpha_bar("linear", 1000)
+    alpha_bar = ch1.make_alpha_bar("linear", 1000)
     betas = [1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)]
     expected = [math.exp(sum(math.log1p(-b) for b in betas[: t + 1])) for t in (0, 1, 500, 999)]
     assert alpha_bar.dtype == torch.float64
@@ -24,25 +25,25 @@ def test_linear_schedule_is_that_of_the_paper():
 
 def test_cosine_schedule_follows_equation_17_until_beta_is_clipped():
     T = 400
-    alpha_bar = schedules.make_alpha_bar("cosine", T)
+    alpha_bar = ch1.make_alpha_bar("cosine", T)
     f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
     for t in (0, 1, 100, 390):
         assert alpha_bar[t].item() == pytest.approx(f[t + 1] / f[0], rel=1e-10)
     assert alpha_bar[-1] / alpha_bar[-2] == pytest.approx(1e-3)  # beta_T clipped to 0.999
 
 
-@pytest.mark.parametrize("schedule", schedules.SCHEDULES)
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 @pytest.mark.parametrize("T", [50, 500, 1000, 2000])
 def test_any_length_goes_from_image_to_noise(schedule, T):
-    alpha_bar = schedules.make_alpha_bar(schedule, T)
+    alpha_bar = ch1.make_alpha_bar(schedule, T)
     assert len(alpha_bar) == T and (alpha_bar.diff() < 0).all()
     assert alpha_bar[0] > 0.99 - 5 / T and 0 < alpha_bar[-1] < 1e-3
 
 
 def test_a_chain_of_another_length_keeps_the_noise_at_each_part_of_the_way():
-    thousand = schedules.make_alpha_bar("linear", 1000)
+    thousand = ch1.make_alpha_bar("linear", 1000)
     for T in (250, 500, 4000):
-        other = schedules.make_alpha_bar("linear", T)
+        other = ch1.make_alpha_bar("linear", T)
         for part in (0.25, 0.5, 0.75):
             here, there = other[int(part * T) - 1].item(), thousand[int(part * 1000) - 1].item()
             assert math.log(here) == pytest.approx(math.log(there), rel=0.03)
@@ -55,17 +56,17 @@ def test_the_marginals_are_those_of_the_chain_of_single_steps():
         beta = 1e-4 + (0.02 - 1e-4) * t / 999
         mean, variance = (1 - beta) ** 0.5 * mean, (1 - beta) * variance + beta
         if t in (0, 300, 999):
-            a = schedules.make_alpha_bar("linear", 1000)[t].item()
+            a = ch1.make_alpha_bar("linear", 1000)[t].item()
             assert (a**0.5, 1 - a) == pytest.approx((mean, variance), rel=1e-9)
 
 
 def test_q_sample_has_the_mean_and_variance_of_equation_4():
-    alpha_bar = schedules.make_alpha_bar("linear", 1000)
+    alpha_bar = ch1.make_alpha_bar("linear", 1000)
     x0 = torch.full((20000, 1, 1, 1), 0.5)
     for t in (0, 300, 999):
         ts = torch.full((20000,), t)
         eps = gaussian(x0.shape, torch.arange(20000), t, "cpu")
-        x_t = schedules.q_sample(x0, ts, eps, alpha_bar)
+        x_t = ch1.q_sample(x0, ts, eps, alpha_bar)
         a = alpha_bar[t].item()
         assert x_t.mean().item() == pytest.approx(0.5 * a**0.5, abs=4 * ((1 - a) / 20000) ** 0.5)
         assert x_t.var().item() == pytest.approx(1 - a, rel=0.05)
@@ -74,7 +75,7 @@ def test_q_sample_has_the_mean_and_variance_of_equation_4():
 
 @pytest.mark.parametrize("T, steps", [(1000, 1000), (1000, 50), (1000, 7), (10, 1), (2, 2)])
 def test_timestep_pairs_walk_down_to_the_image(T, steps):
-    pairs = schedules.timestep_pairs(T, steps)
+    pairs = ch1.timestep_pairs(T, steps)
     assert len(pairs) == steps and pairs[0][0] == T - 1 and pairs[-1][1] == -1
     assert all(t > t_prev for t, t_prev in pairs)
     assert all(a[1] == b[0] for a, b in zip(pairs, pairs[1:], strict=False))
@@ -83,7 +84,7 @@ def test_timestep_pairs_walk_down_to_the_image(T, steps):
 def test_sigmoid_schedule_is_that_of_its_paper_until_it_is_clipped():
     """gamma(t) of Jabri et al. 2022 with start -3, end 3, tau 1, written in numbers."""
     T = 500
-    alpha_bar = schedules.make_alpha_bar("sigmoid", T)
+    alpha_bar = ch1.make_alpha_bar("sigmoid", T)
 
     def gamma(t):
         def s(u):
@@ -98,8 +99,8 @@ def test_sigmoid_schedule_is_that_of_its_paper_until_it_is_clipped():
 
 def test_the_clip_of_alpha_is_an_option():
     for schedule in ("cosine", "sigmoid"):
-        free = schedules.make_alpha_bar(schedule, 50, alpha_min=0.0)
-        clipped = schedules.make_alpha_bar(schedule, 50, alpha_min=0.1)
+        free = ch1.make_alpha_bar(schedule, 50, alpha_min=0.0)
+        clipped = ch1.make_alpha_bar(schedule, 50, alpha_min=0.1)
         assert abs(free[-1]) < 1e-15  # all is noise
         alphas = clipped / torch.cat([torch.ones(1).double(), clipped[:-1]])
         assert alphas.min().item() == pytest.approx(0.1)
@@ -117,21 +118,8 @@ def test_schedules_are_those_of_diffusers(name, options):
     from diffusers import DDPMScheduler
 
     theirs = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, **options).alphas_cumprod
-    ours = schedules.make_alpha_bar(name, 1000)
+    ours = ch1.make_alpha_bar(name, 1000)
     torch.testing.assert_close(ours.log(), theirs.double().log(), rtol=1e-4, atol=1e-6)
-
-
-def test_timesteps_may_be_named():
-    assert schedules.timestep_pairs(100, 7, "0-2,50,99,50") == [
-        (99, 50),
-        (50, 2),
-        (2, 1),
-        (1, 0),
-        (0, -1),
-    ]
-    for visit, told in (("0-100", "0 to 99"), ("x", "--visit x")):
-        with pytest.raises(BadInput, match=told):
-            schedules.timestep_pairs(100, 7, visit)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
@@ -139,9 +127,9 @@ def test_targets_give_back_image_and_noise(prediction):
     """x0 and eps follow from x_t and the target: Salimans, Ho 2022, appendix D."""
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 5, 1, 2, 2, dtype=torch.float64, generator=g)
-    alpha_bar, t = schedules.make_alpha_bar("cosine", 100), torch.tensor([0, 3, 50, 90, 98])
-    x_t = schedules.q_sample(x0, t, eps, alpha_bar)
-    m = schedules.target_of(prediction, x0, eps, alpha_bar[t])
+    alpha_bar, t = ch1.make_alpha_bar("cosine", 100), torch.tensor([0, 3, 50, 90, 98])
+    x_t = ch1.q_sample(x0, t, eps, alpha_bar)
+    m = ch1.target_of(prediction, x0, eps, alpha_bar[t])
     alpha, sigma = (s.view(-1, 1, 1, 1) for s in (alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()))
     found = {
         "eps": lambda: ((x_t - sigma * m) / alpha, m),
@@ -152,41 +140,17 @@ def test_targets_give_back_image_and_noise(prediction):
     torch.testing.assert_close(found[1], eps)
 
 
-def test_min_snr_weights_are_the_same_loss_of_x0_whatever_is_predicted():
-    """weight(prediction) error(prediction)^2 = min(SNR, gamma) error(x0)^2 for one and the same
-    guess of the image."""
-    alpha_bar = schedules.make_alpha_bar("cosine", 100)
-    x0, x0_hat = torch.tensor(0.3).double(), torch.tensor(0.1).double()
-    x_t = torch.tensor(0.7).double()
-    for t in (0, 20, 50, 98):
-        a = alpha_bar[t]
-        wanted = min(float(a / (1 - a)), 5.0) * float(x0 - x0_hat) ** 2
-        noise = [(x_t - a.sqrt() * x) / (1 - a).sqrt() for x in (x0, x0_hat)]
-        for prediction in ("eps", "x0", "v"):
-            target, guess = (
-                schedules.target_of(prediction, x.view(1, 1, 1, 1), e.view(1, 1, 1, 1), a[None])
-                for x, e in zip((x0, x0_hat), noise, strict=True)
-            )
-            weight = schedules.min_snr_weight(prediction, a, 5.0)
-            assert float(weight * (target - guess) ** 2) == pytest.approx(wanted, rel=1e-9)
-
-
-def test_dynamic_thresholding_brings_each_image_back_by_its_own_percentile():
-    calm, wild = torch.linspace(-0.5, 0.5, 64), torch.linspace(-4, 4, 64)
-    found = schedules.dynamic_threshold(torch.stack([calm, wild]).view(2, 1, 8, 8))
-    torch.testing.assert_close(found[0].flatten(), calm)
-    s = torch.quantile(wild.abs(), 0.995)
-    torch.testing.assert_close(found[1].flatten(), wild.clamp(-s, s) / s)
-    assert found[1].abs().max() == 1
-
-
-def test_the_forward_film_goes_from_the_images_to_noise():
-    x0, alpha_bar = torch.full((3, 1, 4, 4), 0.5), schedules.make_alpha_bar("linear", 1000)
-    way = schedules.forward_film(x0, alpha_bar, frames=10)
-    assert len(way) == 11 and way[0].shape == (3, 4, 4, 1)
+def test_the_forward_film_goes_from_the_images_to_noise(monkeypatch):
+    ds = Dataset("flat", np.full((3, 4, 4, 1), 191, np.uint8), np.zeros(3, np.int64), (), {})
+    x0, alpha_bar, films = ds.batch(np.arange(3))[0], ch1.make_alpha_bar("linear", 1000), []
+    monkeypatch.setattr(ch1, "save_film", lambda *film: films.append(film))
+    ch1.save_forward(ds, alpha_bar, "path")
+    ((way, path, columns),) = films
+    assert (path, columns) == ("path", 3)
+    assert len(way) == 51 and way[0].shape == (3, 4, 4, 1)
     assert way[0].unique().tolist() == [191]
     eps = gaussian(x0.shape, torch.arange(3), 0, "cpu")
-    last = schedules.q_sample(x0, torch.full((3,), 999), eps, alpha_bar)
+    last = ch1.q_sample(x0, torch.full((3,), 999), eps, alpha_bar)
     assert torch.equal(way[-1], to_uint8(last)) and len(way[-1].unique()) > 20
 
 
@@ -199,13 +163,7 @@ def test_the_forward_film_goes_from_the_images_to_noise():
     ],
 )
 def test_a_schedule_that_makes_no_chain_is_refused(schedule, T, alpha_min, prediction, told):
-    alpha_bar = schedules.make_alpha_bar(schedule, T, alpha_min)
+    settings = dict(schedule=schedule, prediction=prediction, sample_steps=5, gpus=0)
     with pytest.raises(BadInput, match=told):
-        schedules.check_schedule(alpha_bar, prediction)
-    schedules.check_schedule(schedules.make_alpha_bar(schedule, 100), prediction)
-
-
-def test_schedules_are_drawn(tmp_path):
-    schedules.plot_schedules(tmp_path / "schedules.png", 50, 0.001)
-    with Image.open(tmp_path / "schedules.png") as picture:
-        assert picture.size == (1200, 400)
+        ch1.check(ch1.Config(timesteps=T, alpha_min=alpha_min, **settings))
+    ch1.check(ch1.Config(timesteps=100, **settings))

@@ -6,6 +6,7 @@ from runtime.pictures import save_samples
 import json
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ open(out, "w").write(json.dumps(
 ))
 print("a table of", images)
 """
+
+
+DIGITS = SimpleNamespace(name="digits", num_classes=10)  # as much of a Dataset as is looked at
 
 
 @dataclass
@@ -55,7 +59,7 @@ def test_reconstructions_and_samples_are_scored_and_told_in_a_line_each(run, cap
     monkeypatch.setenv("RANK", "0")  # under torchrun
     monkeypatch.setenv("WORLD_SIZE", "2")
     cfg.size, cfg.classes, cfg.gpus = 16, "3,7", 8
-    score(cfg, script)
+    score(cfg, DIGITS, script)
     out = capfd.readouterr().out.splitlines()
     assert out[0] == (
         f"{folder}/autoencoder/reconstructions.png: class accuracy 50.0 %, Fréchet distance 1.25 "
@@ -71,20 +75,20 @@ def test_reconstructions_and_samples_are_scored_and_told_in_a_line_each(run, cap
 def test_a_figure_is_computed_again_only_for_newer_images(run):
     cfg, script, folder = run
     told = [folder / "eval.json", folder / "autoencoder" / "eval.json"]
-    score(cfg, script)
+    score(cfg, DIGITS, script)
     first = [path.stat().st_mtime_ns for path in told]
-    score(cfg, script)
+    score(cfg, DIGITS, script)
     assert [path.stat().st_mtime_ns for path in told] == first
     later = first[0] + 10**9
     os.utime(folder / "samples.npz", ns=(later, later))
-    score(cfg, script)
+    score(cfg, DIGITS, script)
     assert told[0].stat().st_mtime_ns > first[0] and told[1].stat().st_mtime_ns == first[1]
 
 
 def test_figures_of_other_features_are_not_taken_for_the_classifiers(run):
     cfg, script, folder = run
     (folder / "eval.json").write_text('{"class_accuracy": null, "frechet": 9.0}')
-    score(cfg, script)
+    score(cfg, DIGITS, script)
     assert json.loads((folder / "eval.json").read_text())["frechet"] == 1.25
 
 
@@ -98,15 +102,22 @@ def test_new_samples_do_away_with_what_was_said_of_the_old(tmp_path):
 def test_without_reconstructions_samples_are_scored_alone(run, capfd):
     cfg, script, folder = run
     (folder / "autoencoder" / "reconstructions.npz").unlink()
-    score(cfg, script)
+    score(cfg, DIGITS, script)
     assert "reconstructions.png" not in capfd.readouterr().out
+
+
+def test_data_without_classes_are_not_scored_and_it_is_said(run, capfd):
+    cfg, script, folder = run
+    score(cfg, SimpleNamespace(name="photos", num_classes=0), script)
+    assert capfd.readouterr().out.startswith("no evaluation: photos has no classes")
+    assert not (folder / "eval.json").exists()
 
 
 def test_an_evaluation_that_fails_tells_its_command(run):
     cfg, script, _ = run
     cfg.data = "broken data"
     with pytest.raises(BadInput, match=r"eval\.py .*reconstructions\.npz 'broken data:test'"):
-        score(cfg, script)
+        score(cfg, DIGITS, script)
 
 
 def test_samples_are_drawn_again_only_when_something_decides_otherwise(toy, tiny, tmp_path):

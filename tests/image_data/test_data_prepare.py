@@ -72,7 +72,7 @@ def test_a_second_load_only_maps(many, tmp_path, monkeypatch):
     def never(*args):
         raise AssertionError("prepared again")
 
-    monkeypatch.setattr(datasets, "prepare", never)
+    monkeypatch.setattr(prepare, "prepare", never)
     again = datasets.load(str(folder), tmp_path / "d")
     assert isinstance(again.images, np.memmap) and not again.images.flags.writeable
     assert again.key == first.key and again.manifest == first.manifest
@@ -88,7 +88,7 @@ def test_a_warm_load_of_many_files_opens_none_of_them(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.decode, "inspect", lambda c, items, t: [(4, 4, True)] * len(items))
     monkeypatch.setattr(prepare.decode, "decode", lambda c, items, *rest: rows[: len(items)])
     datasets.load(tmp_path / "set", tmp_path / "d", workers=1)
-    monkeypatch.setattr(datasets, "prepare", None)
+    monkeypatch.setattr(prepare, "prepare", None)
     started = time.process_time()
     assert len(datasets.load(tmp_path / "set", tmp_path / "d")) == 20_000
     assert time.process_time() - started < 1.0
@@ -283,8 +283,8 @@ def test_after_sigkill_workers_end_and_the_next_load_succeeds(working, many, tmp
 
 def _load_and_tell(folder, root, barrier, queue):
     made = []
-    real = datasets.prepare
-    datasets.prepare = lambda *args: made.append(1) or time.sleep(0.2) or real(*args)
+    real = prepare.prepare
+    prepare.prepare = lambda *args: made.append(1) or time.sleep(0.2) or real(*args)
     barrier.wait()
     queue.put((datasets.load(folder, root, workers=1).key, len(made)))
 

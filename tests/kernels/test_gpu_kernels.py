@@ -1,6 +1,7 @@
 """The kernels as a GPU runs them, where there is one: right at every shape of the chapters.
 
-Without a GPU the interpreter (tests/kernels/interpreter) and the compiler (test_offline_*) stand in for it.
+Without a GPU the interpreter (tests/kernels/interpreter) and the compiler (test_offline_*) stand in
+for it.
 """
 
 import pytest

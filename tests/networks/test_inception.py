@@ -1,4 +1,4 @@
-"""inception.py against the networks and resizers that pytorch-fid, torch-fidelity and others ship.
+"""Inception and its features against the networks and resizers that pytorch-fid and others ship.
 
 The published weights are not needed: all networks get the same random ones, in their layout.
 """
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from reference_metrics import import_references, pytorch_fid_network, random_weights
 
-from networks import inception
-from networks.inception import PROTOCOLS, Conv, Extractor, Inception, resize_matrix
+from evaluation import inception_features
+from evaluation.inception_features import PROTOCOLS, Extractor, load, resize, resize_matrix
+from networks.inception import Conv, Inception
 
 import_references()
 
@@ -91,7 +92,7 @@ def test_resizing_is_that_of_the_reference(size, protocol):
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (2, *size, 3), generator=generator, dtype=torch.uint8)
     matrices = [resize_matrix(n, 299, protocol).float() for n in size]
-    found = inception.resize(planes(images), matrices, protocol)  # in [-1, 1]
+    found = resize(planes(images), matrices, protocol)  # in [-1, 1]
     expected = reference_resize(images, protocol)
     expected = expected / 127.5 - 1 if protocol == "pytorch-fid" else (expected - 128) / 128
     assert (found - expected).abs().max() < 2e-5
@@ -117,7 +118,7 @@ def test_features_are_those_of_pytorch_fid_as_it_ships(state, weights):
     theirs = pytorch_fid_network(state)
     with torch.no_grad():
         expected = theirs(planes(images) / 255)[0][:, :, 0, 0]
-    features, logits = inception.load(weights, resize="pytorch-fid")(images)
+    features, logits = load(weights, resize="pytorch-fid")(images)
     assert error(features, expected) < CLOSE
     assert error(logits, expected @ state["fc.weight"].T) < CLOSE
 
@@ -128,7 +129,7 @@ def test_features_and_logits_are_those_of_torch_fidelity(weights):
     names = ["2048", "logits_unbiased"]
     theirs = FeatureExtractorInceptionV3("x", names, feature_extractor_weights_path=str(weights))
     images = pictures(2)
-    found = inception.load(weights, resize="tf1")(images)
+    found = load(weights, resize="tf1")(images)
     for mine, expected in zip(found, theirs(images.permute(0, 3, 1, 2)), strict=True):
         assert error(mine, expected) < CLOSE
 
@@ -154,7 +155,7 @@ def test_the_network_of_torchvision_has_none_of_the_quirks(tmp_path):
     images = pictures(2, 299, 299)
     with torch.no_grad():
         classes = theirs(planes(images) / 127.5 - 1)
-    extractor = inception.load(tmp_path / "theirs.pth")
+    extractor = load(tmp_path / "theirs.pth")
     features, logits = extractor(images)
     assert "torchvision" in extractor.protocol and logits.shape == (2, 1000)
     assert error(features, pooled[0]) < CLOSE
@@ -211,7 +212,7 @@ def test_folding_changes_nothing_but_the_rounding(state):
 
 
 def test_features_do_not_depend_on_the_batch(state, monkeypatch):
-    monkeypatch.setattr(inception, "AT_ONCE", 8)
+    monkeypatch.setattr(inception_features, "AT_ONCE", 8)
     images, extractor = pictures(20), Extractor(state)
     together, alone = extractor(images), extractor(images[17:18])
     for mine, expected in zip(alone, together, strict=True):
@@ -238,7 +239,7 @@ def test_the_hash_tells_weights_and_protocols_apart(state, weights):
     other = {**state, "Mixed_7c.branch_pool.bn.bias": state["Mixed_7c.branch_pool.bn.bias"] + 1e-6}
     hashes.append(Extractor(other).feature_hash)
     assert len(set(hashes)) == 4 and all(len(h) == 8 and int(h, 16) >= 0 for h in hashes)
-    loaded = inception.load(weights)
+    loaded = load(weights)
     assert loaded.feature_hash == hashes[0]
     assert loaded.protocol == (
         f"Inception 2015-12-05, 2048-d, resize pytorch-fid, weights random.pth, "

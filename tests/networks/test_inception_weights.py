@@ -1,15 +1,18 @@
-"""The weights of inception.py: which files are taken, which are refused, and the download."""
+"""Inception's weights: which files are taken, which are refused, and the download."""
 
 from runtime.commandline import BadInput
 
 import functools
 import hashlib
 import http.server
+import socket
 import threading
+import time
 
 import pytest
 import torch
 
+from evaluation.inception_features import load
 from networks import inception
 from networks.inception import Inception
 
@@ -45,7 +48,7 @@ def test_a_file_of_other_weights_is_named_and_refused(content, words, tmp_path):
     path = tmp_path / "w.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(BadInput) as caught:
-        inception.load(str(path))
+        load(str(path))
     text = str(caught.value)
     assert text.startswith(str(path)) and "\n" not in text
     for word in words:
@@ -54,9 +57,9 @@ def test_a_file_of_other_weights_is_named_and_refused(content, words, tmp_path):
 
 def test_no_file_and_no_protocol_are_told(tmp_path):
     with pytest.raises(BadInput, match=r"nowhere\.pth: no such file; .*fid or torchvision"):
-        inception.load(str(tmp_path / "nowhere.pth"))
+        load(str(tmp_path / "nowhere.pth"))
     with pytest.raises(BadInput, match="'bilinear'.*pytorch-fid, tf1, clean"):
-        inception.load(resize="bilinear")
+        load(resize="bilinear")
 
 
 @pytest.mark.parametrize("name", ["pt_inception", "weights-inception"])
@@ -64,7 +67,7 @@ def test_a_published_name_is_not_believed(name, tmp_path):
     path = tmp_path / f"{name}-2015-12-05-6726825d.pth"
     torch.save(hollow(), path)
     with pytest.raises(BadInput, match="SHA-256 begins with .{8}, not with 6726825d"):
-        inception.load(str(path))
+        load(str(path))
 
 
 @pytest.fixture
@@ -96,7 +99,7 @@ def served(tmp_path, monkeypatch):
 
 def test_weights_are_downloaded_once_and_checked(served):
     root, name, seen = served(True)
-    extractors = [inception.load("", root), inception.load("fid", root)]
+    extractors = [load("", root), load("fid", root)]
     assert (root / "inception" / name).is_file() and seen == ["/" + name]
     assert f"weights {name}" in extractors[0].protocol
     assert extractors[0].feature_hash == extractors[1].feature_hash
@@ -107,8 +110,39 @@ def test_weights_are_downloaded_once_and_checked(served):
 def test_a_download_of_another_checksum_is_thrown_away(served):
     root, name, _ = served(False)
     with pytest.raises(BadInput) as caught:
-        inception.load("", root)
+        load("", root)
     text = str(caught.value)
     assert "sha256 " in text and "expected 6726825d" in text and "\n" not in text
     assert f"put it at {root / 'inception' / name}" in text
     assert not list((root / "inception").glob("[!.]*"))
+
+
+def test_with_little_patience_a_download_is_as_without(served):
+    root, name, seen = served(True)
+    extractor = load("", root, patience=5)
+    assert (root / "inception" / name).is_file() and f"weights {name}" in extractor.protocol
+    assert seen == ["/" + name] * 2  # the first byte, and all of them
+    load("", root, patience=5)
+    assert len(seen) == 2  # it is there
+
+
+@pytest.mark.parametrize("mirror", ["http://127.0.0.1:1", "nonsense", "http://127.0.0.1:1/{}/x"])
+def test_with_little_patience_what_cannot_be_had_is_told_at_once(mirror, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_MIRROR", mirror)
+    start = time.monotonic()
+    with pytest.raises(BadInput, match="could not download pt_inception") as caught:
+        load("", tmp_path, patience=5)
+    assert time.monotonic() - start < 2 and "\n" not in str(caught.value)
+    assert mirror.split("{")[0] in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_no_more_than_the_patience_is_waited(tmp_path, monkeypatch):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("DIFFUSION_MIRROR", address)
+        start = time.monotonic()
+        with pytest.raises(BadInput, match="no answer within 0.2 s|timed out"):
+            load("", tmp_path, patience=0.2)
+        assert time.monotonic() - start < 2

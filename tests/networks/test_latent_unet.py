@@ -16,7 +16,14 @@ from networks.sd_unet import (
     timestep_embedding,
 )
 
-SMALL = dict(width=16, mult=(1, 2), blocks=1, attention=(1,), heads=4, context_width=12)
+SMALL = dict(
+    model_channels=16,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_levels=(1,),
+    num_heads=4,
+    context_dim=12,
+)
 
 
 def build(classes=5, **changes):
@@ -102,14 +109,14 @@ def test_feed_forward_is_gated_by_an_exact_gelu():
 @pytest.mark.parametrize("attention", [(), (0, 1)])
 def test_network_keeps_any_sides_and_starts_at_zero(sides, attention):
     z, t, y = batch(sides)
-    net = build(attention=attention, mult=(1, 2, 2))
+    net = build(attention_levels=attention, channel_mult=(1, 2, 2))
     assert net(z, t, y).shape == z.shape and (net(z, t, y) == 0).all()
     assert opened(net)(z, t, y).shape == z.shape
 
 
 def test_a_learned_variance_doubles_the_output_and_leaves_the_first_half_as_it_was():
     z, t, y = batch((5, 6))
-    plain, learned = opened(build()), build(learned_variance=True)
+    plain, learned = opened(build()), build(learn_sigma=True)
     assert learned(z, t, y).shape == (3, 6, 5, 6) and not learned(z, t, y).any()
     state, last = plain.state_dict(), opened(learned).conv_out
     for name in ("weight", "bias"):
@@ -136,7 +143,7 @@ def silent(net, z, t, **told):
 
 def test_gradients_reach_every_parameter_through_a_text():
     z, t, _ = batch(n=4)
-    assert not silent(build(classes=None, depth=2), z, t, context=text(4))
+    assert not silent(build(classes=None, transformer_depth=2), z, t, context=text(4))
 
 
 def test_gradients_reach_all_but_the_weights_that_one_class_token_cannot_use():
@@ -199,7 +206,7 @@ def test_samples_of_a_batch_do_not_see_each_other():
 
 def test_checkpointing_changes_no_gradient():
     z, t, y = batch((7, 7))
-    plain, saving = (opened(build(checkpointing=c, add_label=True)) for c in (False, True))
+    plain, saving = (opened(build(use_checkpoint=c, add_label=True)) for c in (False, True))
     saving.load_state_dict(plain.state_dict())
     kept = []
     for net in (plain, saving):
@@ -215,7 +222,7 @@ def test_checkpointing_changes_no_gradient():
 
 
 def test_autocast_computes_nearly_the_same_in_bfloat16():
-    net, (z, t, y) = opened(build(attention=(0, 1), add_label=True)), batch((7, 7))
+    net, (z, t, y) = opened(build(attention_levels=(0, 1), add_label=True)), batch((7, 7))
     with torch.autocast("cpu", torch.bfloat16):
         out = net(z, t, y)
         out.float().square().mean().backward()
@@ -225,7 +232,7 @@ def test_autocast_computes_nearly_the_same_in_bfloat16():
 
 
 def test_channels_last_goes_through_the_network_without_a_copy():
-    net, (z, t, y) = opened(build(attention=(0, 1))), batch(n=2)
+    net, (z, t, y) = opened(build(attention_levels=(0, 1))), batch(n=2)
     with torch.no_grad(), Copies(size=2 * 16 * 4 * 4) as copies:  # the smallest activation
         out = net(z, t, y)
     assert not copies.found and out.is_contiguous(memory_format=torch.channels_last)
@@ -235,7 +242,7 @@ def test_channels_last_goes_through_the_network_without_a_copy():
 
 
 def test_settings_build_the_same_network_again():
-    net = build(head_channels=8, depth=2, add_label=True, learned_variance=True)
+    net = build(num_head_channels=8, transformer_depth=2, add_label=True, learn_sigma=True)
     again = LatentUNet(3, 5, **net.settings)
     again.load_state_dict(net.state_dict())
     assert again.settings == net.settings
@@ -245,8 +252,16 @@ def test_settings_build_the_same_network_again():
 @pytest.mark.parametrize("width, groups", [(6, 1), (16, 8), (48, 8), (320, 32)])
 def test_norm_groups_are_at_most_32_and_of_two_channels_or_more(width, groups):
     with torch.device("meta"):
-        net = LatentUNet(4, 10, width=width, mult=(1, 2), blocks=1, attention=(), heads=2)
-    assert net.settings["groups"] == groups
+        net = LatentUNet(
+            4,
+            10,
+            model_channels=width,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_levels=(),
+            num_heads=2,
+        )
+    assert net.settings["norm_groups"] == groups
     norms = [m for m in net.modules() if isinstance(m, torch.nn.GroupNorm)]
     assert {m.num_groups for m in norms} == {groups}
 
@@ -257,12 +272,12 @@ def test_ldms_network_for_imagenet_has_its_published_size():
         net = LatentUNet(
             3,
             1000,
-            width=192,
-            mult=(1, 2, 3, 5),
-            blocks=2,
-            attention=(1, 2, 3),
-            heads=1,
-            context_width=512,
+            model_channels=192,
+            channel_mult=(1, 2, 3, 5),
+            num_res_blocks=2,
+            attention_levels=(1, 2, 3),
+            num_heads=1,
+            context_dim=512,
         )
     assert sum(p.numel() for p in net.parameters()) == 400_920_579 + 1001 * 512
 
@@ -270,13 +285,19 @@ def test_ldms_network_for_imagenet_has_its_published_size():
 @pytest.mark.parametrize(
     "changes, word",
     [
-        (dict(width=15), "--width 15 must be even"),
-        (dict(attention=(0, 2)), "--attention 0 2 must be levels of --mult, counted from 0 to 1"),
-        (dict(attention=(-1,)), "--attention -1 must be levels"),
-        (dict(heads=3), r"--heads 3 must divide the channels \[32\]"),
-        (dict(heads=32, attention=(0,)), r"--heads 32 must divide the channels \[16, 32\]"),
-        (dict(head_channels=5), r"--head-channels 5 must divide the channels \[32\]"),
-        (dict(groups=5), r"5 norm groups must divide the channels \[16, 32\]"),
+        (dict(model_channels=15), "--model-channels 15 must be even"),
+        (
+            dict(attention_levels=(0, 2)),
+            "attention at 0, 2 must be at levels of --channel-mult, counted from 0 to 1",
+        ),
+        (dict(attention_levels=(-1,)), "attention at -1 must be at levels"),
+        (dict(num_heads=3), r"--num-heads 3 must divide the channels \[32\]"),
+        (
+            dict(num_heads=32, attention_levels=(0,)),
+            r"--num-heads 32 must divide the channels \[16, 32\]",
+        ),
+        (dict(num_head_channels=5), r"--num-head-channels 5 must divide the channels \[32\]"),
+        (dict(norm_groups=5), r"5 norm groups must divide the channels \[16, 32\]"),
     ],
 )
 def test_settings_that_make_no_network_are_refused(changes, word):

@@ -12,7 +12,8 @@ from diffusers.schedulers import scheduling_ddpm
 from safetensors.torch import load_file, save_file
 
 import ddpm_pixel
-from kernels import gaussian, sampling_table, sampling_update
+import improved_ddpm
+from kernels import gaussian, sampling_update
 from networks.adm_unet import UNet
 from networks.published.unet import load_published, save_diffusers
 from networks.published.unet_names import from_published, structure, to_diffusers
@@ -60,33 +61,53 @@ THEIRS = {
 STYLE = {"ddpm": "ddpm", "adm": "adm", "defaults": "adm"}
 
 # Settings of ours, with image shape and number of classes.
-DDPM_OURS = dict(width=16, mult=(1, 2), blocks=1, attention=(4,))
+DDPM_OURS = dict(
+    style="ddpm",
+    model_channels=16,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+)
 OURS = {
     "ddpm": (DDPM_OURS, (3, 8, 8), 0),
     "labels, heads, v": (
-        dict(DDPM_OURS, attention=(8, 4), mult=(1, 1), heads=2, learned_variance=True),
+        dict(
+            DDPM_OURS,
+            attention_resolutions=(8, 4),
+            channel_mult=(1, 1),
+            num_heads=2,
+            learn_sigma=True,
+        ),
         (1, 8, 12),
         4,
     ),
-    "scale and shift": (dict(DDPM_OURS, scale_shift=True, dropout=0.1, groups=8), (3, 8, 8), 0),
-    "up and down": (dict(DDPM_OURS, updown=True, head_channels=4, blocks=2), (3, 8, 8), 0),
+    "scale and shift": (
+        dict(DDPM_OURS, use_scale_shift_norm=True, dropout=0.1, norm_groups=8),
+        (3, 8, 8),
+        0,
+    ),
+    "up and down": (
+        dict(DDPM_OURS, resblock_updown=True, num_head_channels=4, num_res_blocks=2),
+        (3, 8, 8),
+        0,
+    ),
     "adm": (
         dict(
-            width=16,
-            mult=(1, 2, 3),
-            blocks=1,
-            attention=(8, 4),
-            head_channels=8,
+            model_channels=16,
+            channel_mult=(1, 2, 3),
+            num_res_blocks=1,
+            attention_resolutions=(8, 4),
+            num_head_channels=8,
             style="adm",
-            scale_shift=True,
-            updown=True,
-            learned_variance=True,
+            use_scale_shift_norm=True,
+            resblock_updown=True,
+            learn_sigma=True,
         ),
         (3, 16, 8),
         3,
     ),
-    "learned": (dict(DDPM_OURS, learned_variance=True), (3, 8, 8), 0),
-    "adm, convolutions": (dict(DDPM_OURS, style="adm", mult=(1, 1.5, 2)), (3, 8, 8), 0),
+    "learned": (dict(DDPM_OURS, learn_sigma=True), (3, 8, 8), 0),
+    "adm, convolutions": (dict(DDPM_OURS, style="adm", channel_mult=(1, 1.5, 2)), (3, 8, 8), 0),
 }
 
 
@@ -171,13 +192,13 @@ def test_a_network_from_here_computes_the_same_in_diffusers(name, tmp_path):
     assert {k: torch.equal(v, again["state"][k]) for k, v in net.state_dict().items()} == (
         dict.fromkeys(again["state"], True)
     )
-    heads = ("heads", "head_channels")  # heads of equal size are written as their size
+    heads = ("num_heads", "num_head_channels")  # heads of equal size are written as their size
     assert {k: v for k, v in again["settings"].items() if k not in heads} == (
         {k: v for k, v in net.settings.items() if k not in heads}
     )
     found = again["facts"]
     torch.testing.assert_close(found["alpha_bar"], facts()["alpha_bar"], rtol=1e-12, atol=0)
-    variance = "learned" if net.settings["learned_variance"] else "small"
+    variance = "learned" if net.settings["learn_sigma"] else "small"
     assert [found[k] for k in ("timesteps", "schedule", "prediction", "variance")] == [
         10,
         "cosine",
@@ -192,7 +213,15 @@ def test_the_published_ddpm_network_has_our_keys_and_shapes_and_35_746_307_param
             **dict(THEIRS["ddpm"], sample_size=32, block_out_channels=(128, 256, 256, 256))
             | dict(norm_num_groups=32)
         )
-        ours = UNet((3, 32, 32), 0, width=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,))
+        ours = UNet(
+            (3, 32, 32),
+            0,
+            style="ddpm",
+            model_channels=128,
+            channel_mult=(1, 2, 2, 2),
+            num_res_blocks=2,
+            attention_resolutions=(16,),
+        )
     assert theirs.num_parameters() == 35_746_307
     layout, s = structure(theirs.state_dict(), "memory")
     shapes = {k: v.shape for k, v in from_published(theirs.state_dict(), layout, s, "").items()}
@@ -224,14 +253,18 @@ def test_an_exported_pipeline_walks_the_same_chain(prediction, variance, tmp_pat
     images = pipeline(batch_size=2, num_inference_steps=10, output_type="pt").images
 
     found = load_published(tmp_path)["facts"]
-    table = sampling_table(
-        found["alpha_bar"], pairs, variance=found["variance"], prediction=found["prediction"]
-    )
-    x = noise[-1]
-    for step, (t, _) in enumerate(pairs):
+    alpha_bar, x = found["alpha_bar"], noise[-1]
+    chain = improved_ddpm.make_chain(alpha_bar)
+    for step, (t, t_prev) in enumerate(pairs):
+        a, a_prev = alpha_bar[t].item(), alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
+        if found["variance"] == "learned":
+            floor = chain.log_beta_tilde[0].item()
+            row = improved_ddpm.learned_row(a, a_prev, found["prediction"], floor)
+        else:
+            row = ddpm_pixel.ancestral_row(a, a_prev, found["prediction"], found["variance"])
         with torch.no_grad():
             out = net(x, torch.full((2,), t))
-        x, x0_hat = sampling_update(x, out, table, step, seeds=seeds)
+        x, x0_hat = sampling_update(x, out, row, step=step, seeds=seeds)
         assert (x - seen[step].prev_sample).abs().max() < 1e-4
         assert (x0_hat - seen[step].pred_original_sample).abs().max() < 1e-4
     assert len(seen) == 10 and x.std() > 0.1
@@ -255,7 +288,7 @@ def test_a_single_file_is_enough_and_keywords_tell_the_rest(tmp_path):
     single = tmp_path / "alone" / "net.safetensors"
     single.parent.mkdir()
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").rename(single)
-    found = load_published(single, size=8, groups=4)
+    found = load_published(single, size=8, norm_groups=4)
     assert found["settings"] == net.settings and found["facts"] == {}
     (tmp_path / "unet" / "config.json").rename(single.with_name("config.json"))
     assert load_published(single)["settings"] == net.settings
@@ -343,8 +376,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(mult=(2, 2)), "first level of 32 channels"),
-        (dict(heads=2, attention=(8,)), "2 heads at levels of different channels"),
+        (dict(channel_mult=(2, 2)), "first level of 32 channels"),
+        (dict(num_heads=2, attention_resolutions=(8,)), "2 heads at levels of different channels"),
     ],
 )
 def test_what_unet2dmodel_cannot_express_is_refused(changes, message, tmp_path):

@@ -70,10 +70,10 @@ def test_files_are_mapped_not_read(tmp_path, form, name):
 def test_a_transformer_that_was_read_no_longer_needs_its_file(tmp_path, form, name):
     """A mapped file that is written over, in place, would change the weights with it."""
     torch.manual_seed(0)
-    net = dit.DiT((4, 4, 4), 3, width=32, depth=1, heads=2, patch=2)
+    net = dit.DiT((4, 4, 4), 3, hidden_size=32, depth=1, num_heads=2, patch_size=2)
     state = {key: value.clone() for key, value in net.state_dict().items()}
     path = save(tmp_path / name, state, form)
-    read = dit.load_published(path, heads=2)
+    read = dit.load_published(path, num_heads=2)
     with open(path, "r+b") as file:
         file.write(b"\xff" * path.stat().st_size)
     assert same(read.state_dict(), state)

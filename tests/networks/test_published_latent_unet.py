@@ -49,9 +49,9 @@ THEIRS = {
     ),
 }
 HEADS = {
-    "SD 1": dict(heads=4, head_channels=0),
-    "SD 2": dict(heads=2, head_channels=8),
-    "two deep, below the first level": dict(heads=2, head_channels=0),
+    "SD 1": dict(num_heads=4, num_head_channels=0),
+    "SD 2": dict(num_heads=2, num_head_channels=8),
+    "two deep, below the first level": dict(num_heads=2, num_head_channels=0),
 }
 
 
@@ -113,7 +113,7 @@ def test_a_network_of_diffusers_computes_the_same_here(name, sides, tmp_path, pu
     theirs = randomised(published_unet(**THEIRS[name]))
     theirs.save_pretrained(tmp_path)
     found = load_latent_unet(tmp_path)
-    assert {k: found["settings"][k] for k in ("heads", "head_channels")} == HEADS[name]
+    assert {k: found["settings"][k] for k in ("num_heads", "num_head_channels")} == HEADS[name]
     assert_same(rebuilt(found), theirs, sides, text(THEIRS[name]["cross_attention_dim"]))
 
 
@@ -123,17 +123,23 @@ def test_the_published_networks_have_our_shapes_and_parameters(published_unet):
         cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
     )
     for config, mine, count in (
-        (dict(cross_attention_dim=768), dict(heads=8, context_width=768), 859_520_964),
-        (sd2, dict(head_channels=64, context_width=1024), 865_910_724),
+        (dict(cross_attention_dim=768), dict(num_heads=8, context_dim=768), 859_520_964),
+        (sd2, dict(num_head_channels=64, context_dim=1024), 865_910_724),
     ):
         with torch.device("meta"):
             theirs = published_unet(**config)
             ours = LatentUNet(
-                4, None, width=320, mult=(1, 2, 4, 4), blocks=2, attention=(0, 1, 2), **mine
+                4,
+                None,
+                model_channels=320,
+                channel_mult=(1, 2, 4, 4),
+                num_res_blocks=2,
+                attention_levels=(0, 1, 2),
+                **mine,
             )
         assert theirs.num_parameters() == sum(p.numel() for p in ours.parameters()) == count
         layout, s = structure(theirs.state_dict(), "memory")
-        table = list(rows(s._replace(attention=(0, 1, 2)), layout, 1, mine["context_width"]))
+        table = list(rows(s._replace(attention=(0, 1, 2)), layout, 1, mine["context_dim"]))
         assert {key for _, keys, _ in table for key in keys} == set(theirs.state_dict())
         assert {name: shape for name, _, shape in table} == (
             {k: tuple(v.shape) for k, v in ours.state_dict().items()}
@@ -148,7 +154,7 @@ def test_the_list_of_compvis_names_is_that_of_stable_diffusion():
     assert len(shapes) == 686 and sum(map(math.prod, shapes.values())) == 859_520_964
 
 
-SMALL = dict(width=32, mult=(1, 2, 2), blocks=1, context_dim=12)
+SMALL = dict(model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, context_dim=12)
 OF_DIFFUSERS = dict(
     block_out_channels=(32, 64, 64),
     layers_per_block=1,
@@ -181,17 +187,17 @@ def test_compvis_weights_of_text_compute_the_same(form, tmp_path, published_unet
         save_file(state | other, path)
     found = load_latent_unet(path)
     assert found["num_classes"] is None and found["settings"] == dict(
-        width=32,
-        mult=(1, 2, 2),
-        blocks=1,
-        attention=(1,),
-        heads=8,
-        head_channels=0,
-        depth=1,
-        context_width=12,
-        groups=32,
+        model_channels=32,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attention_levels=(1,),
+        num_heads=8,
+        num_head_channels=0,
+        transformer_depth=1,
+        context_dim=12,
+        norm_groups=32,
     )
-    found = load_latent_unet(path, heads=2, groups=16)
+    found = load_latent_unet(path, num_heads=2, norm_groups=16)
     theirs = by_diffusers(published_unet, state, 2, norm_num_groups=16)
     assert_same(rebuilt(found), theirs, (8, 8), text(12))
 
@@ -201,7 +207,7 @@ def test_compvis_weights_of_classes_compute_the_same(tmp_path, published_unet):
     state = random(compvis(**SMALL, attention=(2,), channels=3, classes=11))
     save_file(state, tmp_path / "net.safetensors")
     found = load_latent_unet(tmp_path / "net.safetensors")
-    assert (found["num_classes"], found["channels"], found["settings"]["heads"]) == (10, 3, 1)
+    assert (found["num_classes"], found["channels"], found["settings"]["num_heads"]) == (10, 3, 1)
     unet = {k: v for k, v in state.items() if k.startswith("model.")}
     theirs = by_diffusers(published_unet, unet, 1, in_channels=3, out_channels=3)
     table = state["cond_stage_model.embedding.weight"]
@@ -250,9 +256,12 @@ def test_a_single_file_is_enough_and_keywords_tell_the_rest(folder, tmp_path, fo
     path = tmp_path / form
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     published = load_latent_unet(path)["settings"]  # Stable Diffusion 2's, by the matrices
-    assert (published["head_channels"], published["groups"]) == (64, 32)
-    found, expected = load_latent_unet(path, head_channels=8, groups=4), load_latent_unet(folder)
-    assert found["settings"] | dict(heads=2) == expected["settings"]
+    assert (published["num_head_channels"], published["norm_groups"]) == (64, 32)
+    found, expected = (
+        load_latent_unet(path, num_head_channels=8, norm_groups=4),
+        load_latent_unet(folder),
+    )
+    assert found["settings"] | dict(num_heads=2) == expected["settings"]
     assert all(torch.equal(v, expected["state"][k]) for k, v in found["state"].items())
 
 

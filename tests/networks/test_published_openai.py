@@ -15,24 +15,48 @@ from networks.published.unet_names import from_published, structure
 # By the flags in their READMEs: image size, heads, order, and millions of parameters where stated
 # (the third's name says 270; the others in the hyperparameters of Dhariwal & Nichol 2021).
 PUBLISHED = {
-    "cifar10_uncond_50M": (dict(width=128, mult=(1, 2, 2, 2), attention=(2, 4)), 32, 4, False, 0),
-    "imagenet64_uncond": (dict(width=128, mult=(1, 2, 3, 4), attention=(4, 8)), 64, 4, False, 0),
+    "cifar10_uncond_50M": (
+        dict(model_channels=128, channel_mult=(1, 2, 2, 2), attention=(2, 4)),
+        32,
+        4,
+        False,
+        0,
+    ),
+    "imagenet64_uncond": (
+        dict(model_channels=128, channel_mult=(1, 2, 3, 4), attention=(4, 8)),
+        64,
+        4,
+        False,
+        0,
+    ),
     "imagenet64_cond_270M": (
-        dict(width=192, mult=(1, 2, 3, 4), attention=(4, 8), classes=1000),
+        dict(model_channels=192, channel_mult=(1, 2, 3, 4), attention=(4, 8), classes=1000),
         64,
         4,
         False,
         273,
     ),
     "lsun_uncond_100M": (
-        dict(width=128, mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), scale_shift=False),
+        dict(
+            model_channels=128,
+            channel_mult=(1, 1, 2, 2, 4, 4),
+            num_res_blocks=2,
+            attention=(16,),
+            use_scale_shift_norm=False,
+        ),
         256,
         1,
         False,
         0,
     ),
     "64x64_diffusion": (
-        dict(width=192, mult=(1, 2, 3, 4), attention=(2, 4, 8), classes=1000, updown=True),
+        dict(
+            model_channels=192,
+            channel_mult=(1, 2, 3, 4),
+            attention=(2, 4, 8),
+            classes=1000,
+            resblock_updown=True,
+        ),
         64,
         "64 channels",
         True,
@@ -40,12 +64,12 @@ PUBLISHED = {
     ),
     "128x128_diffusion": (
         dict(
-            width=256,
-            mult=(1, 1, 2, 3, 4),
-            blocks=2,
+            model_channels=256,
+            channel_mult=(1, 1, 2, 3, 4),
+            num_res_blocks=2,
             attention=(4, 8, 16),
             classes=1000,
-            updown=True,
+            resblock_updown=True,
         ),
         128,
         4,
@@ -54,12 +78,12 @@ PUBLISHED = {
     ),
     "256x256_diffusion": (
         dict(
-            width=256,
-            mult=(1, 1, 2, 2, 4, 4),
-            blocks=2,
+            model_channels=256,
+            channel_mult=(1, 1, 2, 2, 4, 4),
+            num_res_blocks=2,
             attention=(8, 16, 32),
             classes=1000,
-            updown=True,
+            resblock_updown=True,
         ),
         256,
         "64 channels",
@@ -68,12 +92,12 @@ PUBLISHED = {
     ),
     "512x512_diffusion": (
         dict(
-            width=256,
-            mult=(0.5, 1, 1, 2, 2, 4, 4),
-            blocks=2,
+            model_channels=256,
+            channel_mult=(0.5, 1, 1, 2, 2, 4, 4),
+            num_res_blocks=2,
             attention=(16, 32, 64),
             classes=1000,
-            updown=True,
+            resblock_updown=True,
         ),
         512,
         "64 channels",
@@ -86,37 +110,37 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_networks_are_recognised_and_have_our_shapes(name):
     config, size, heads, new_order, millions = PUBLISHED[name]
-    config = {"blocks": 3, **config}
+    config = {"num_res_blocks": 3, **config}
     state = {k: torch.empty(v, device="meta") for k, v in published(**config).items()}
     if millions:
         assert round(sum(v.numel() for v in state.values()) / 1e6) == millions
     layout, s = structure(state, name)
     told = published_defaults(layout, s)
-    assert (told["size"], told["new_order"], told["groups"]) == (size, new_order, 32)
-    assert told["head_channels"] == 64 if heads == "64 channels" else told["heads"] == heads
+    assert (told["size"], told["new_order"], told["norm_groups"]) == (size, new_order, 32)
+    assert told["num_head_channels"] == 64 if heads == "64 channels" else told["num_heads"] == heads
 
-    settings = {k: config[k] for k in ("width", "mult", "blocks")}
-    settings |= {k: told[k] for k in ("style", "groups", "heads", "head_channels")}
+    settings = {k: config[k] for k in ("model_channels", "channel_mult", "num_res_blocks")}
+    settings |= {k: told[k] for k in ("style", "norm_groups", "num_heads", "num_head_channels")}
     with torch.device("meta"):
         net = UNet(
             (3, size, size),
             config.get("classes", 0),
-            learned_variance=True,
+            learn_sigma=True,
             **settings,
-            attention=[size // ds for ds in config["attention"]],
-            scale_shift=config.get("scale_shift", True),
-            updown=config.get("updown", False),
+            attention_resolutions=[size // ds for ds in config["attention"]],
+            use_scale_shift_norm=config.get("use_scale_shift_norm", True),
+            resblock_updown=config.get("resblock_updown", False),
         )
     expected = {k: tuple(v.shape) for k, v in net.state_dict().items()}
     if net.label is not None:  # theirs have no row for "no label"
-        expected["label.weight"] = (1000, 4 * config["width"])
+        expected["label.weight"] = (1000, 4 * config["model_channels"])
     found = from_published(state, layout, s, name)
     assert {k: tuple(v.shape) for k, v in found.items()} == expected
 
 
 def test_names_and_shapes_of_the_64x64_network():
     """A few of the tensors of 64x64_diffusion.pt, spelled out."""
-    shapes = published(**{"blocks": 3, **PUBLISHED["64x64_diffusion"][0]})
+    shapes = published(**{"num_res_blocks": 3, **PUBLISHED["64x64_diffusion"][0]})
     for name, shape in {
         "time_embed.0.weight": (768, 192),
         "label_emb.weight": (1000, 768),
@@ -148,24 +172,24 @@ def weights(seed=0, **config):
     return state
 
 
-SMALL = dict(width=64, mult=(1, 2), blocks=1, attention=(2,))
+SMALL = dict(model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention=(2,))
 CASES = {
-    "improved": (SMALL, dict(heads=4)),
+    "improved": (SMALL, dict(num_heads=4)),
     "improved, no scale and shift": (
-        dict(SMALL, scale_shift=False, out=3, blocks=2),
-        dict(heads=2),
+        dict(SMALL, use_scale_shift_norm=False, out=3, num_res_blocks=2),
+        dict(num_heads=2),
     ),
     "guided": (
-        dict(SMALL, attention=(1, 2), updown=True, classes=3),
-        dict(head_channels=32, new_order=True),
+        dict(SMALL, attention=(1, 2), resblock_updown=True, classes=3),
+        dict(num_head_channels=32, new_order=True),
     ),
     "guided, first order": (
-        dict(SMALL, updown=True, mult=(1, 1, 2), attention=(4,)),
-        dict(head_channels=32),
+        dict(SMALL, resblock_updown=True, channel_mult=(1, 1, 2), attention=(4,)),
+        dict(num_head_channels=32),
     ),
     "a narrow first level": (
-        dict(SMALL, width=128, mult=(0.5, 1), updown=True),
-        dict(heads=4, head_channels=0),
+        dict(SMALL, model_channels=128, channel_mult=(0.5, 1), resblock_updown=True),
+        dict(num_heads=4, num_head_channels=0),
     ),
 }
 
@@ -178,15 +202,15 @@ def test_openai_weights_compute_the_same_here(name, tmp_path):
     found = load_published(tmp_path / "model.pt", size=(8, 12), **keywords)
     net = UNet(found["shape"], found["num_classes"], **found["settings"]).eval()
     net.load_state_dict(found["state"])
-    assert net.settings["learned_variance"] == (config.get("out", 6) == 6)
+    assert net.settings["learn_sigma"] == (config.get("out", 6) == 6)
     assert not found["null_label"]
 
     x = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(1)).double()
     t, y = torch.tensor([3, 999]), torch.tensor([0, 2]) if net.label is not None else None
 
     def heads_of(channels):
-        per = keywords.get("head_channels")
-        return channels // per if per else keywords["heads"]
+        per = keywords.get("num_head_channels")
+        return channels // per if per else keywords["num_heads"]
 
     doubled = {k: v.double() for k, v in state.items()}
     expected = forward(doubled, x, t, y, heads_of, keywords.get("new_order", False))
@@ -224,7 +248,7 @@ REFUSED = {
     "encoder": (lambda s: [s.pop(k) for k in list(s) if k.startswith("out")], {}, "no U-Net"),
     "size": (lambda s: None, {"size": None}, "size=32"),
     "odd size": (lambda s: None, {"size": (8, 9)}, "8x9"),
-    "heads": (lambda s: None, {"heads": 3}, "heads 3"),
+    "heads": (lambda s: None, {"num_heads": 3}, "heads 3"),
     "not tensors": (lambda s: s.update(step=3), {}, "not a state_dict"),
 }
 

@@ -10,9 +10,22 @@ from recording import Copies
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks import adm_unet as unet
+from networks.sizes import groups_for
 
-SMALL = dict(width=16, mult=(1, 2), blocks=1, attention=(4,))
-ADM = dict(style="adm", scale_shift=True, updown=True, head_channels=8, learned_variance=True)
+SMALL = dict(
+    style="ddpm",
+    model_channels=16,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+)
+ADM = dict(
+    style="adm",
+    use_scale_shift_norm=True,
+    resblock_updown=True,
+    num_head_channels=8,
+    learn_sigma=True,
+)
 STYLES = {"ddpm": SMALL, "adm": {**SMALL, **ADM}}
 each_style = pytest.mark.parametrize("settings", STYLES.values(), ids=STYLES)
 
@@ -48,7 +61,15 @@ def test_timestep_embedding_is_sines_and_cosines(style, last, sines):
 
 def test_the_cifar10_configuration_has_the_35_7_million_parameters_of_the_paper():
     with torch.device("meta"):
-        net = unet.UNet((3, 32, 32), 0, width=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,))
+        net = unet.UNet(
+            (3, 32, 32),
+            0,
+            style="ddpm",
+            model_channels=128,
+            channel_mult=(1, 2, 2, 2),
+            num_res_blocks=2,
+            attention_resolutions=(16,),
+        )
     # The published checkpoint google/ddpm-cifar10-32 has exactly this many.
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
     assert {m.num_groups for m in net.modules() if isinstance(m, torch.nn.GroupNorm)} == {32}
@@ -59,7 +80,7 @@ def test_the_cifar10_configuration_has_the_35_7_million_parameters_of_the_paper(
 def test_network_keeps_shape_starts_at_zero_and_reaches_every_parameter(shape, settings):
     net, (x, t, y) = build(shape, **settings), batch(shape, 4)
     out = net(x, t, y)
-    channels = shape[0] * (1 + net.settings["learned_variance"])
+    channels = shape[0] * (1 + net.settings["learn_sigma"])
     assert out.shape == (4, channels, *shape[1:]) and (out == 0).all()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(3):  # zero layers open one after the other
@@ -124,7 +145,7 @@ def test_every_residual_block_sees_the_timestep(width, scale_shift):
     """A group of one channel would normalise away the embedding added to that channel."""
     torch.manual_seed(0)
     block = unet.ResBlock(
-        width, width, 8, groups=unet.norm_groups(width, [width]), scale_shift=scale_shift
+        width, width, 8, groups=groups_for(width, [width]), use_scale_shift_norm=scale_shift
     )
     torch.nn.init.normal_(block.conv2.weight)
     x, emb = torch.randn(1, width, 4, 4), torch.randn(2, 8)
@@ -136,13 +157,14 @@ def test_every_residual_block_sees_the_timestep(width, scale_shift):
     "width, groups", [(2, 1), (6, 1), (10, 2), (16, 4), (32, 8), (36, 9), (100, 25), (224, 32)]
 )
 def test_groups_are_a_quarter_of_width_or_the_next_divisor(width, groups):
-    assert unet.norm_groups(width, [width, 2 * width]) == groups
+    assert groups_for(width, [width, 2 * width]) == groups
 
 
 def test_with_scale_shift_a_resized_block_is_that_of_the_paper():
     """ADM eq. 1 with 1 + scale, and both branches resized before the convolution, by hand."""
     torch.manual_seed(0)
-    block = opened(unet.ResBlock(4, 6, 8, groups=2, scale_shift=True, resample=unet.halve)).double()
+    block = unet.ResBlock(4, 6, 8, groups=2, use_scale_shift_norm=True, resample=unet.halve)
+    block = opened(block).double()
     x, emb = torch.randn(2, 4, 4, 6).double(), torch.randn(2, 8).double()
     F, (n1, c1, n2, c2) = torch.nn.functional, (block.norm1, block.conv1, block.norm2, block.conv2)
     h = F.silu(F.group_norm(x, 2, n1.weight, n1.bias, 1e-6))
@@ -161,7 +183,7 @@ def test_no_label_is_the_label_num_classes(settings):
     assert not torch.equal(net(x, t), net(x, t, torch.zeros(3, dtype=torch.long)))
 
 
-def gradients(net, checkpointing):
+def gradients(net, use_checkpoint):
     """(output, gradients, bytes kept for backward) of a training step with dropout."""
     kept = {}
 
@@ -170,7 +192,7 @@ def gradients(net, checkpointing):
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    net.checkpointing = checkpointing
+    net.use_checkpoint = use_checkpoint
     net.zero_grad()
     torch.manual_seed(3)
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
@@ -183,9 +205,9 @@ def gradients(net, checkpointing):
 
 @each_style
 def test_checkpointing_keeps_less_and_gives_the_same_gradients(settings):
-    net = opened(build(**{**settings, "dropout": 0.2, "blocks": 2}))
-    out, grads, size = gradients(net, checkpointing=False)
-    again, grads_again, smaller = gradients(net, checkpointing=True)
+    net = opened(build(**{**settings, "dropout": 0.2, "num_res_blocks": 2}))
+    out, grads, size = gradients(net, use_checkpoint=False)
+    again, grads_again, smaller = gradients(net, use_checkpoint=True)
     assert torch.equal(out, again)
     for name in grads:
         torch.testing.assert_close(grads_again[name], grads[name], rtol=1e-6, atol=1e-6, msg=name)
@@ -193,7 +215,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(settings):
 
 
 def test_the_network_compiles_as_one_graph():
-    settings = dict(SMALL, attention=(), scale_shift=True, checkpointing=True)
+    settings = dict(SMALL, attention_resolutions=(), use_scale_shift_norm=True, use_checkpoint=True)
     net, graphs = opened(build(**settings)), []
 
     def as_it_is(graph, inputs):
@@ -208,11 +230,11 @@ def test_the_network_compiles_as_one_graph():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(groups=3), "3 norm groups must divide"),
-        (dict(groups=16), "two or more"),
-        (dict(heads=3), "--heads 3 must divide"),
-        (dict(head_channels=5), "--head-channels 5 must divide"),
-        (dict(width=15), "--width 15 must be even"),
+        (dict(norm_groups=3), "--norm-groups 3 must divide"),
+        (dict(norm_groups=16), "two or more"),
+        (dict(num_heads=3), "--num-heads 3 must divide"),
+        (dict(num_head_channels=5), "--num-head-channels 5 must divide"),
+        (dict(model_channels=15), "--model-channels 15 must be even"),
         (dict(style="edm"), "--style 'edm' is not known"),
     ],
 )

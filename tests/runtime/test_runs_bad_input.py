@@ -1,7 +1,7 @@
 """Bad input: exit code 2 and one line that says what was wrong; never a traceback."""
 
-from runtime.commandline import BadInput, entry
 from runtime.checkpoints import load_checkpoint
+from runtime.commandline import BadInput, entry
 
 import os
 import subprocess

@@ -1,10 +1,10 @@
 """Checkpoints that are damaged, foreign, hostile or of another configuration."""
 
-from runtime.commandline import BadInput
-from runtime.processes import World
 from runtime.checkpoints import DamagedCheckpoint, load_checkpoint
-from runtime.run import Run
+from runtime.commandline import BadInput
 from runtime.files import read_log
+from runtime.processes import World
+from runtime.run import Run
 
 import os
 import pickle

@@ -1,7 +1,7 @@
 """One process and two: the same data, the same losses, the same samples."""
 
-from runtime.processes import World
 from runtime.files import read_log
+from runtime.processes import World
 
 import subprocess
 import sys

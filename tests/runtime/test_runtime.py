@@ -2,14 +2,12 @@
 
 from runtime import commandline
 from runtime.commandline import BadInput, parse_classes, parse_seeds, split_list
-from runtime.files import atomic_write
+from runtime.files import atomic_write, read_log
+from runtime.folder import RunFolder
 from runtime.pictures import save_gif, save_grid, tile, to_uint8
-from runtime.processes import World
-from runtime.run import Run
-from runtime.files import read_log
 from runtime.plots import plot_loss
-from runtime.run import LossMeter, learning_rate
-from runtime.training import ema_update
+from runtime.processes import World
+from runtime.run import EMA, LossMeter, learning_rate
 
 import math
 import warnings
@@ -21,7 +19,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 
 @dataclass
@@ -204,57 +201,55 @@ def test_learning_rate():
 def test_ema_is_the_plain_loop():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    averaged = AveragedModel(net, multi_avg_fn=ema_update(0.5))
+    average = EMA(net, 0.5)
     mean = None
     for n in range(12):
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(torch.randn_like(p))
-        averaged.update_parameters(net)
+        average.update(net, n)
         now = [p.detach().double() for p in net.parameters()]
         d = min(0.5, (1 + n) / (10 + n))  # the first call only copies
         mean = now if n == 0 else [d * m + (1 - d) * p for m, p in zip(mean, now, strict=True)]
-        for p, m in zip(averaged.module.parameters(), mean, strict=True):
+        for p, m in zip(average.net.parameters(), mean, strict=True):
             assert torch.allclose(p.double(), m, atol=1e-6)
     assert d == 0.5  # both halves of the rule were reached
 
 
 def test_loss_meter_means(tmp_path):
-    run = Run(tmp_path, "toy", {}, World())
-    meter = LossMeter("cpu")
-    meter.add(0, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 3]))
-    meter.add(1, torch.tensor([6.0]), torch.tensor([3]))
-    assert meter.read(run.world, run) == {"loss": 3.0, "loss_q1": 1.5, "loss_q4": 4.5}
-    meter.add(2, torch.tensor([5.0]), torch.tensor([1]))
-    assert meter.read(run.world, run) == {"loss": 5.0, "loss_q2": 5.0}  # it starts again
+    world, checkpoint, meter = World(), tmp_path / "ckpt.pt", LossMeter("cpu")
+    meter.add(0, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0.24, 0.99]))
+    meter.add(1, torch.tensor([6.0]), torch.tensor([0.75]))
+    assert meter.read(world, checkpoint) == {"loss": 3.0, "loss_q1": 1.5, "loss_q4": 4.5}
+    meter.add(2, torch.tensor([5.0]), torch.tensor([0.25]))
+    assert meter.read(world, checkpoint) == {"loss": 5.0, "loss_q2": 5.0}  # it starts again
     whole = LossMeter("cpu")
     whole.add(0, torch.tensor([1.0, 3.0], requires_grad=True))
-    assert whole.read(run.world, run)["loss"] == 2.0
+    assert whole.read(world, checkpoint) == {"loss": 2.0}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_loss_meter_names_the_first_bad_step(bad, tmp_path):
-    run = Run(tmp_path, "toy", {}, World())
     meter = LossMeter("cpu")
     for step, loss in [(4, 1.0), (5, bad), (6, 1.0), (7, bad)]:
-        meter.add(step, torch.tensor([1.0, loss]), torch.tensor([0, 1]))
+        meter.add(step, torch.tensor([1.0, loss]), torch.tensor([0, 0.25]))
     with pytest.raises(BadInput, match="not finite at step 5; no checkpoint exists yet"):
-        meter.read(run.world, run)
+        meter.read(World(), tmp_path / "ckpt.pt")
 
 
 def test_loss_curve_and_log(tmp_path):
-    run = Run(tmp_path, "toy", {}, World())
-    plot_loss(run)
+    folder = RunFolder(tmp_path, "toy", {}, World())
+    plot_loss(tmp_path)
     assert not (tmp_path / "loss.png").exists()  # nothing to draw yet
     for step in range(1, 30):
-        run.log(step, loss=1 / step, loss_q1=2 / step)
+        folder.log(step, loss=1 / step, loss_q1=2 / step)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 30, "lo')  # torn by a kill
     rows = read_log(tmp_path / "log.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 30)) and rows[4]["loss"] == 0.2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot_loss(run)
+        plot_loss(tmp_path)
     picture = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).reshape(-1, 3)
     assert len(np.unique(picture, axis=0)) > 50  # axes, two lines, letters
 
@@ -263,14 +258,14 @@ def test_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorboard", None)
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(BadInput, match="pip install tensorboard"):
-        Run(tmp_path, "toy", {}, World(), tensorboard=True)
+        RunFolder(tmp_path, "toy", {}, World(), tensorboard=True)
     monkeypatch.undo()
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = Run(tmp_path, "toy", {}, World(), tensorboard=True)
+    folder = RunFolder(tmp_path, "toy", {}, World(), tensorboard=True)
     for step in (1, 2):
-        run.log(step, loss=0.5 * step)
-    run.board.flush()
+        folder.log(step, loss=0.5 * step)
+    folder.board.flush()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 1.0)]

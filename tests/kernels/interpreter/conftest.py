@@ -6,7 +6,7 @@ The variable is read where a kernel is defined, so these tests need a process of
 without it they are left out, and `make test` runs both.
 """
 
-import importlib
+import importlib.util
 import os
 
 import pytest
@@ -14,8 +14,6 @@ import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
-else:
-    importlib.import_module("bf16")  # repairs the interpreter
 
 
 @pytest.fixture(autouse=True)

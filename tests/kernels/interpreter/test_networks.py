@@ -1,20 +1,25 @@
 """Whole networks of the chapters through the kernels: equal to the references, and trainable."""
 
-from runtime.training import read_log
+from runtime.files import read_log
 
 import sys
+from functools import partial
 
 import pytest
 import torch
 from launching import start_ranks, succeed
 from recording import interpreted_launches
 
-import autoencoder
+import ddim
 import ddpm_pixel
+import dpm_solver
+import improved_ddpm
+import ldm_cfg
 from dit import DiT
-from networks import adm_unet as unet
+from networks import adm_unet
 from networks.kl_autoencoder import KLVAE
 from networks.sd_unet import LatentUNet
+from networks.small_autoencoder import Autoencoder
 
 OPERATIONS = ["attention", "group_norm_silu", "sampling_update"]
 
@@ -46,37 +51,46 @@ def waken(net):
     return net.to(memory_format=torch.channels_last)
 
 
+SMALL = {"model_channels": 16, "channel_mult": (1, 2), "attention_resolutions": (6,)}
+
+
 def pixel():
-    net = unet.UNet((3, 12, 20), 4, width=16, mult=(1, 2), blocks=1, attention=(6,), heads=2)
+    net = ddpm_pixel.UNet((3, 12, 20), 4, ddpm_pixel.Config(**SMALL, num_heads=2))
     return waken(net), torch.randn(2, 3, 12, 20)
 
 
 def adm():
-    net = unet.UNet(
+    net = adm_unet.UNet(
         (3, 12, 20),
         4,
-        width=16,
-        mult=(1, 2),
-        blocks=1,
-        attention=(6,),
-        head_channels=8,
-        style="adm",
-        scale_shift=True,
-        updown=True,
+        **SMALL,
+        num_res_blocks=1,
+        num_head_channels=8,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+        learn_sigma=True,
     )
     return waken(net), torch.randn(2, 3, 12, 20)
 
 
 def latent():
-    net = LatentUNet(
-        4, 4, width=32, mult=(1, 2), blocks=1, attention=(1,), heads=2, context_width=16
-    )
+    sizes = {"model_channels": 16, "channel_mult": (1, 2), "attention_resolutions": (4,)}
+    net = ldm_cfg.UNet((4, 7, 5), 4, ldm_cfg.Config(**sizes, num_heads=2))
+    return waken(net), torch.randn(2, 4, 7, 5)
+
+
+def stable_diffusion():
+    sizes = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1}
+    net = LatentUNet(4, 4, **sizes, attention_levels=(1,), num_heads=2, context_dim=16)
     return waken(net), torch.randn(2, 4, 7, 5)
 
 
 def transformer():
-    net = DiT((4, 6, 4), 4, width=32, depth=1, heads=2, patch=2)
+    net = DiT((4, 6, 4), 4, hidden_size=32, depth=1, num_heads=2, patch_size=2)
     return waken(net), torch.randn(2, 4, 6, 4)
+
+
+NETWORKS = [pixel, adm, latent, stable_diffusion, transformer]
 
 
 def run(net, x):
@@ -90,7 +104,7 @@ def run(net, x):
     return {"output": out.detach(), "x": x.grad, **gradients}
 
 
-@pytest.mark.parametrize("build", [pixel, adm, latent, transformer], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", NETWORKS, ids=lambda build: build.__name__)
 def test_unet_through_the_kernels_equals_the_references(build, references, launched):
     net, x = build()
     ours = run(net, x)
@@ -108,11 +122,11 @@ def test_unet_through_the_kernels_equals_the_references(build, references, launc
 
 @pytest.mark.parametrize("kind", ["kl", "ldm"])
 def test_autoencoder_through_the_kernels_equals_the_references(kind, references, launched):
-    sizes = dict(width=16, mult=(1, 2), blocks=1, z_channels=4)
+    sizes = {"model_channels": 16, "num_res_blocks": 1, "z_channels": 4}
     ae = waken(
-        autoencoder.Autoencoder(3, patch=2, **sizes)
+        Autoencoder(3, patch=2, channel_mult=(1, 2), **sizes)
         if kind == "kl"
-        else KLVAE(3, **sizes | {"mult": (1, 1, 2)})
+        else KLVAE(3, channel_mult=(1, 1, 2), **sizes)
     )
     torch.manual_seed(2)
     x, noise = torch.randn(2, 3, 12, 20), torch.randn(2, 4, 3, 5)
@@ -123,28 +137,32 @@ def test_autoencoder_through_the_kernels_equals_the_references(kind, references,
         assert (a - b).abs().max() < 1e-5 * b.abs().max().clamp(min=1)
 
 
+large = partial(ddpm_pixel.ancestral_row, variance="large")
+learned = partial(improved_ddpm.learned_row, floor=-9.0)
 SAMPLERS = {
-    "ancestral": {},
-    "ddim": {"eta": 0.0},
-    "guided": {"guidance": 1.5},
-    "large": {"variance": "large"},
+    "ancestral": ddpm_pixel.sample,
+    "ddim": ddim.sample,
+    "guided": partial(ddpm_pixel.sample, w=1.5),
+    "large": partial(ddpm_pixel.sample, make_row=large),
+    "learned": partial(ddpm_pixel.sample, make_row=learned),
+    "dpmpp": partial(dpm_solver.sample, "dpmpp"),
 }
 
 
-@pytest.mark.parametrize("settings", SAMPLERS.values(), ids=SAMPLERS)
-def test_samples_through_the_kernels_equal_the_references(settings, references, launched):
-    net, _ = pixel()
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_through_the_kernels_equal_the_references(name, references, launched):
+    net, _ = adm() if name == "learned" else pixel()
     net.conv_out.weight.data.mul_(0.1)  # an untrained network's chain would amplify roundings
     alpha_bar = ddpm_pixel.make_alpha_bar("cosine", 100)
     pairs = [(70, 40), (40, 10), (10, -1)]  # nearer to T, eq. 15 divides roundings by 0.001
     seeds, y = torch.tensor([17, -3]), torch.tensor([0, 2])
 
     def draw():
-        walk = ddpm_pixel.sampler(net, alpha_bar, pairs, (3, 12, 20), seeds, y, **settings)
-        return [x for _, x, _ in walk]
+        trajectory = SAMPLERS[name](net, alpha_bar, pairs, (3, 12, 20), seeds, y)
+        return [x for x, _ in trajectory]
 
     ours = draw()
-    assert [name for name, _ in launched].count("_update_kernel") >= 3
+    assert [kernel for kernel, _ in launched].count("_update_kernel") >= 3
     references()
     for a, b in zip(ours, draw(), strict=True):
         assert a.stride() == b.stride()

@@ -114,12 +114,13 @@ def test_compile_attention(backend):
 def test_compile_sampling(backend):
     x, out, seeds = images(2, 3, 5, 4), images(2, 3, 5, 4), torch.tensor([3, -5])
 
-    def update(x, out, step):
-        return sampling_update(x * 0.5, out, ROWS[step], step=step, seeds=seeds)[0] * 2
+    def update(x, out, row, step):
+        return sampling_update(x * 0.5, out, row, step=step, seeds=seeds)[0] * 2
 
     compiled = torch.compile(update, fullgraph=True, backend=backend)
-    for step in (0, 1):
-        torch.testing.assert_close(compiled(x, out, step), update(x, out, step), rtol=0, atol=1e-6)
+    for step, row in enumerate(ROWS):
+        got, expected = (function(x, out, row, step) for function in (compiled, update))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
 def test_fake_tensors_have_the_shape_type_and_memory_of_real_ones():

@@ -9,7 +9,11 @@ import math
 import pytest
 import torch
 
-from kernels import gaussian, sampling_table, sampling_update
+import ddim
+import ddpm_pixel
+import dpm_solver
+import improved_ddpm
+from kernels import gaussian, sampling_update
 
 MU = 0.6
 
@@ -35,34 +39,77 @@ def chain(first, stride):
     return list(zip(ts, (*ts[1:], -1), strict=True))
 
 
-def ode_error(steps, prediction="eps", s=0.5, **sampler):
+# ---------------------------------------------------------------------------------- the rows
+#
+# (ᾱ of the step before or None, ᾱ_t, ᾱ_prev, prediction) -> Row
+
+
+def ancestral(variance):
+    def row(before, a, a_prev, prediction):
+        return ddpm_pixel.ancestral_row(a, a_prev, prediction, variance)
+
+    return row
+
+
+def learned(before, a, a_prev, prediction):
+    return improved_ddpm.learned_row(a, a_prev, prediction)
+
+
+def implicit(eta):
+    def row(before, a, a_prev, prediction):
+        return ddim.ddim_row(a, a_prev, eta, prediction)
+
+    return row
+
+
+def rows_of(make_row, alpha_bar, pairs, prediction="eps"):
+    numbers = [1.0 if t < 0 else alpha_bar[t].item() for t in (pairs[0][0], *(u for _, u in pairs))]
+    before = [None, *numbers]
+    steps = zip(before, numbers, numbers[1:], strict=False)
+    return [make_row(*step, prediction) for step in steps]
+
+
+# ------------------------------------------------------------------------------------ the ODE
+
+
+def ode_error(steps, make_row, prediction="eps", s=0.5):
     """Largest error at t = 0 (before the last row, whose x0_hat is a denoising, not the ODE)."""
     alpha_bar = evenly_spaced_log_snr(240)
     pairs = chain(240, 240 // steps)
-    table = sampling_table(alpha_bar, pairs, prediction=prediction, **sampler)
+    rows = rows_of(make_row, alpha_bar, pairs, prediction)
     mean, std = mean_and_std(alpha_bar[-1].item(), s)
     ray = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1)
     x, history = mean + std * ray, None
     for step, (t, _) in enumerate(pairs[:-1]):
         out = network(x, alpha_bar[t].item(), s, prediction)
-        x, history = sampling_update(x, out, table, step, history=history, clip=False)
+        x, history = sampling_update(x, out, rows[step], step=step, history=history, clip=False)
     mean, std = mean_and_std(alpha_bar[0].item(), s)
     return (x - mean - std * ray).abs().max().item()
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-@pytest.mark.parametrize("sampler, order", [({"eta": 0.0}, 1), ({"multistep": True}, 2)])
-def test_converges_to_the_ode_at_its_order(sampler, order, prediction):
-    errors = [ode_error(steps, prediction, **sampler) for steps in (30, 60, 120)]
+@pytest.mark.parametrize(
+    "make_row, order", [(implicit(0.0), 1), (dpm_solver.dpmpp_row, 2)], ids=["ddim", "dpmpp"]
+)
+def test_converges_to_the_ode_at_its_order(make_row, order, prediction):
+    errors = [ode_error(steps, make_row, prediction) for steps in (30, 60, 120)]
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
     assert all(abs(measured - order) < 0.12 for measured in orders), (errors, orders)
 
 
-def moments_at_zero(s, stride=1, v_of_pair=None, **sampler):
+def test_ddim_without_eta_is_deterministic_and_takes_no_seeds():
+    first, second = ode_error(10, implicit(0.0)), ode_error(10, implicit(0.0))
+    assert first == second
+
+
+# -------------------------------------------------------------------------------- the moments
+
+
+def moments_at_zero(s, make_row, stride=1, v_of_pair=None):
     """Mean and variance of 300,000 samples when they reach t = 0, with what they should be."""
     alpha_bar = evenly_spaced_log_snr(40)
     pairs = chain(40, stride)
-    table = sampling_table(alpha_bar, pairs, **sampler)
+    rows = rows_of(make_row, alpha_bar, pairs)
     seeds = torch.arange(300)
     mean, std = mean_and_std(alpha_bar[-1].item(), s)
     x = mean + std * gaussian((300, 1, 1000), seeds, -1, "cpu")
@@ -72,7 +119,7 @@ def moments_at_zero(s, stride=1, v_of_pair=None, **sampler):
             v = v_of_pair(alpha_bar[t].item(), alpha_bar[t_prev].item(), s)
             assert -1 <= v <= 1
             out = torch.cat([out, torch.full_like(out, v)], dim=1)
-        x, _ = sampling_update(x, out, table, step, seeds=seeds, clip=False)
+        x, _ = sampling_update(x, out, rows[step], step=step, seeds=seeds, clip=False)
     mean, std = mean_and_std(alpha_bar[0].item(), s)
     return x.double().mean(), x.double().var(), mean, std**2
 
@@ -90,33 +137,29 @@ def exact_v(at, ap, s):
 
 @pytest.mark.parametrize("stride", [1, 8])
 @pytest.mark.parametrize(
-    "s, sampler, v_of_pair",
+    "s, make_row, v_of_pair",
     [
-        (1.0, {"variance": "large"}, None),  # β is the exact reverse variance of N(μ, 1) data
-        (1e-6, {"variance": "small"}, None),  # β̃ that of a single point,
-        (1e-6, {"eta": 0.5}, None),  # where every DDIM(η) is exact too
-        (0.5, {"variance": "learned"}, exact_v),  # in between the network has to say
+        (1.0, ancestral("large"), None),  # β is the exact reverse variance of N(μ, 1) data
+        (1e-6, ancestral("small"), None),  # β̃ that of a single point,
+        (1e-6, implicit(0.5), None),  # where every DDIM(η) is exact too
+        (0.5, learned, exact_v),  # in between the network has to say
     ],
+    ids=["large", "small", "ddim", "learned"],
 )
-def test_ancestral_sampling_has_the_right_moments(s, sampler, v_of_pair, stride):
-    mean, variance, true_mean, true_variance = moments_at_zero(s, stride, v_of_pair, **sampler)
+def test_ancestral_sampling_has_the_right_moments(s, make_row, v_of_pair, stride):
+    mean, variance, true_mean, true_variance = moments_at_zero(s, make_row, stride, v_of_pair)
     assert abs(mean - true_mean) < 4 * (true_variance / 300_000) ** 0.5
     assert abs(variance / true_variance - 1) < 4 * (2 / 300_000) ** 0.5
 
 
-def test_ddim_without_eta_is_deterministic_and_takes_no_seeds():
-    first, second = ode_error(10, eta=0.0), ode_error(10, eta=0.0)
-    assert first == second
-
-
 def test_noise_of_each_step_is_its_own():
     alpha_bar, seeds = evenly_spaced_log_snr(40), torch.arange(4)
-    table = sampling_table(alpha_bar, chain(40, 1))
+    rows = rows_of(ancestral("small"), alpha_bar, chain(40, 1))[:-1]
     x = torch.zeros(4, 1, 500)
     noise = torch.stack(
         [
-            sampling_update(x, x, table, step, seeds=seeds)[0].flatten() / table[step, 5]
-            for step in range(40)
+            sampling_update(x, x, row, step=step, seeds=seeds)[0].flatten() / row.S
+            for step, row in enumerate(rows)
         ]
     )
     expected = torch.stack([gaussian(x.shape, seeds, step, "cpu").flatten() for step in range(40)])
