@@ -15,7 +15,7 @@ That layer starts at zero, so at first every gate is 0 and every block is the id
 layer starts at zero, too. With --learn-sigma the network also gives the variance, which L_hybrid
 teaches it (improved_ddpm.py; latents have no levels, so L_0 is of a density).
 
-    python dit.py --data mnist --model dit-s/2            TIME
+    python dit.py --data mnist --model dit-s/2       20 minutes on two CPU cores (an estimate)
     python dit.py --config configs/imagenet100_dit_b2.yaml --model dit-xl/2 --gpus 8 --shard
     python dit.py --published DiT-XL-2-256x256.pt --ae sd-vae-ft-ema --out runs/dit-xl
 

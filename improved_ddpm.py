@@ -14,8 +14,9 @@ L_vlb teaches the network the variance of p, too, by a second half v of its chan
     Sigma = exp(f log beta_t + (1 - f) log beta_tilde_t),  f = (v + 1) / 2                 eq. 15
     L_hybrid = L_simple + 0.001 L_vlb             the mean learns from L_simple alone      eq. 16
 
-    python improved_ddpm.py --data mnist                            MINUTES
-    python improved_ddpm.py --nll runs/iddpm-mnist/ckpt.pt          bits per dimension, MINUTES
+    python improved_ddpm.py --data mnist --steps 200 --warmup 20     4.5 minutes: rough digits
+    python improved_ddpm.py --nll runs/iddpm-mnist/ckpt.pt --n 16 --sample-steps 100
+                                                       40 seconds: 2.61 bits/dim in 100 terms
     torchrun --nproc-per-node 8 improved_ddpm.py --config configs/cifar10_iddpm_cosine.yaml
 """
 

@@ -250,10 +250,11 @@ def flags(config, folder, checkpoint):
     common = ["--gpus", "0", "--out", str(folder / "out"), *data]
     if issubclass(config, RunConfig):
         return [*common, *SHORT.split()]
-    known = {field.name for field in dataclasses.fields(config)}
+    known = {field.name: str(field.type) for field in dataclasses.fields(config)}
     wanted = {"sample": checkpoint, "n": "4", "sample_steps": "5", "batch_size": "4"}
     typed = [("--" + name.replace("_", "-"), v) for name, v in wanted.items() if name in known]
-    return [*common, *(part for pair in typed for part in pair)]
+    first = [str(checkpoint)] if "Positional" in known.get("checkpoint", "") else []
+    return [*first, *common, *(part for pair in typed for part in pair)]
 
 
 def drive(chapter, folder, checkpoint, modules):

@@ -326,6 +326,8 @@ def check_sampling(cfg):
         raise BadInput(f"--guidance {cfg.guidance}: expected a finite number")
     if getattr(cfg, "n_eval", 0) and max(cfg.n, cfg.n_eval) < 2:
         raise BadInput("--n-eval must be 0, or at least 2: a covariance is compared")
+    if getattr(cfg, "metric_every", 0) and cfg.metric_n < 2:
+        raise BadInput("--metric-n must be at least 2: a covariance is compared")
 
 
 def check_processes(gpus, batch_size, planned=False):

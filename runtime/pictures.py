@@ -55,8 +55,8 @@ def save_film(frames, path, columns=None, most=50):
     and 99 % of the way, one below the other."""
     strip = [frames[int(part * len(frames))] for part in (0, 0.25, 0.5, 0.75, 0.99)]
     save_grid(np.concatenate(strip), f"{path}.png", columns)
-    kept = frames[::-1][:: -(-len(frames) // most)][::-1]  # the last is always among them
-    save_gif(kept, f"{path}.gif", columns)
+    kept = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
+    save_gif([frames[i] for i in kept], f"{path}.gif", columns)
 
 
 def save_samples(folder, images, labels, columns=None):

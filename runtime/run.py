@@ -92,10 +92,7 @@ class EMA:
     def update(self, net, n):
         d = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
         ours, theirs = list(self.net.parameters()), list(net.parameters())
-        if n:
-            torch._foreach_lerp_(ours, theirs, 1 - d)
-        else:
-            torch._foreach_copy_(ours, theirs)
+        torch._foreach_lerp_(ours, theirs, 1 - d)
         for mine, other in zip(self.net.buffers(), net.buffers(), strict=True):
             mine.copy_(other)
 

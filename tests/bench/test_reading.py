@@ -7,8 +7,10 @@ import importlib
 import sys
 import types
 from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
+import tyro
 
 
 def load():
@@ -238,6 +240,11 @@ class Training(RunConfig):
 
 
 @dataclass
+class Comparing:
+    checkpoint: Annotated[str, tyro.conf.Positional] = ""
+
+
+@dataclass
 class Sampling:
     sample: str = ""
     n: int = 100
@@ -249,6 +256,7 @@ def test_a_chapter_that_trains_runs_as_smoke_and_one_that_samples_gets_a_checkpo
     flags = reading.flags(Sampling, tmp_path, "ckpt.pt")
     assert flags[flags.index("--sample") + 1] == "ckpt.pt" and flags[-2:] == ["--n", "4"]
     assert "--smoke" not in flags and "--batch-size" not in flags
+    assert reading.flags(Comparing, tmp_path, "ckpt.pt")[0] == "ckpt.pt"
 
 
 FOUND = {

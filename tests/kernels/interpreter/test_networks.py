@@ -177,7 +177,8 @@ def losses(folder):
 
 
 def test_two_processes_train_chapter_1_through_the_kernels_as_one(toy, tiny, tmp_path):
-    flags = [*tiny["ddpm_pixel"], *toy, *SHORT, "--steps", "3"]
+    net = ["--model-channels", "16", "--channel-mult", "1", "2", "--attention-resolutions", "8"]
+    flags = [*tiny["ddpm_pixel"], *toy, *SHORT, *net, "--steps", "3"]
     succeed("ddpm_pixel", *flags, "--out", tmp_path / "one")
     ranks = start_ranks("ddpm_pixel", *flags, "--out", tmp_path / "two")
     for done in [rank.wait() for rank in ranks]:
@@ -187,7 +188,8 @@ def test_two_processes_train_chapter_1_through_the_kernels_as_one(toy, tiny, tmp
 
 
 def test_chapter_3_runs_through_the_kernels(toy, tiny, tmp_path):
-    flags = [*tiny["ldm_cfg"], *toy, *SHORT, "--steps", "2", "--ae-steps", "2"]
+    net = ["--patch", "2", "--ae-channels", "16", "--ae-blocks", "1", "--model-channels", "16", "--num-heads", "2"]
+    flags = [*tiny["ldm_cfg"], *toy, *SHORT, *net, "--steps", "2", "--ae-steps", "2"]
     succeed("ldm_cfg", *flags, "--out", tmp_path / "run")
     assert len(losses(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "samples.png").exists()
