@@ -90,16 +90,16 @@ def make_alpha_bar(schedule, T, alpha_min=0.001):
     linear   beta_t from 1e-4 to 0.02 at T = 1000, times 1000/T for others (section 4)
     cosine   f(t+1) / f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), s = 0.008 (2102.09672, eq. 17)
     sigmoid  the same, f(t) = S(3) - S(6t/T - 3), S(u) = 1/(1 + e^-u) (2212.11972, tau = 1)
-    alpha_t stays above alpha_min: the last steps of the latter two would erase all that is left.
+    alpha_t stays above alpha_min, so that no last step erases all that is left.
     """
     t = torch.arange(T + 1, dtype=torch.float64)
-    if schedule == "linear":
-        return (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)).cumprod(0)
     if schedule == "cosine":
         f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
     else:
         f = torch.sigmoid(t.new_tensor(3.0)) - torch.sigmoid(6 * t / T - 3)
-    return (f[1:] / f[:-1]).clamp(min=alpha_min).cumprod(0)
+    linear = 1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+    alpha = linear if schedule == "linear" else f[1:] / f[:-1]
+    return alpha.clamp(min=alpha_min).cumprod(0)
 
 
 def alpha_bar_of(cfg):

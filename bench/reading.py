@@ -46,7 +46,7 @@ LIMITS = {"lines": 500, "fields": 40, "train": 60, "skips": 0}  # of every chapt
 FIRST_LOADS = 20  # files that importing chapter 1 loads
 FIRST_STEPS = {"training": 8, "sampling": 7}  # files that one of its steps passes through
 FIRST_LINES = 200  # lines that one of its steps executes
-SHORT = "--smoke --steps 5 --log-every 5 --save-every 5 --sample-every 0"
+SHORT = "--steps 5 --log-every 5 --save-every 5 --sample-every 0"
 HEADING = f"{'':20}{'lines':>6}{'fields':>8}{'train':>7}  {'loads':16}{'training':34}sampling"
 
 
@@ -247,7 +247,7 @@ def write_images(folder, size=16, count=32):
 def flags(config, folder, checkpoint):
     """The command line for a short run of a chapter with this class Config."""
     data = ["--data", str(folder / "images"), "--data-root", str(folder / "data")]
-    common = ["--gpus", "0", "--out", str(folder / "out"), *data]
+    common = ["--smoke", "--gpus", "0", "--out", str(folder / "out"), *data]
     if issubclass(config, RunConfig):
         return [*common, *SHORT.split()]
     known = {field.name: str(field.type) for field in dataclasses.fields(config)}

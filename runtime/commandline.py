@@ -319,7 +319,7 @@ def check_positive(cfg, *names):
 def check_sampling(cfg):
     """Raise BadInput for settings that draw no samples: before training, which they end."""
     parse_seeds(cfg.seeds, cfg.n)
-    if cfg.sample_steps > cfg.timesteps:
+    if not cfg.sample and cfg.sample_steps > cfg.timesteps:  # a checkpoint has its own
         wrong = f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps"
         raise BadInput(f"{wrong} {cfg.timesteps}")
     if not math.isfinite(cfg.guidance):

@@ -74,8 +74,11 @@ class Started:
         self.folder.cleanup()
         return Done(self.process.exitcode, *read)
 
-    def kill_when(self, condition, delay=0.0, limit=60):
-        """SIGKILL, `delay` seconds after condition() became true; it must be alive until then."""
+    def kill_when(self, condition, delay=0.0, limit=60, others=()):
+        """SIGKILL, `delay` seconds after condition() became true; it must be alive until then.
+
+        others: further Started, killed at the same moment.
+        """
         end = time.monotonic() + limit
         while not condition():
             alive = self.process.is_alive()
@@ -84,10 +87,12 @@ class Started:
             time.sleep(0.0005)
         time.sleep(delay)
         assert self.process.is_alive(), f"ended before it was killed: {self.wait(1)}"
-        self.process.kill()
-        self.process.join()
+        for started in (*others, self):
+            started.process.kill()
+        for started in (*others, self):
+            started.process.join()
+            started.folder.cleanup()
         assert self.process.exitcode == -9
-        self.folder.cleanup()
 
 
 def run(script, *arguments, env=None, limit=120):

@@ -89,9 +89,7 @@ def kill_while_training(start, folder, gap, delay):
     if before:  # hold the old file, so that its inode number cannot be given to the new one
         os.link(log, folder / "held")
     step = saved_step(folder) + gap
-    processes = start()
-    for i, process in enumerate(processes):
-        moment = partial(log_passes, folder, before, step) if i == 0 else lambda: True
-        process.kill_when(moment, delay if i == 0 else 0)
+    first, *others = start()
+    first.kill_when(partial(log_passes, folder, before, step), delay, others=others)
     (folder / "held").unlink(missing_ok=True)
     assert not (folder / "samples.npz").exists()

@@ -128,13 +128,13 @@ def named_alpha_bar(schedule, T, alpha_min=0.001):
     It is spelled out here once more, because a room does not import a chapter.
     """
     t = torch.arange(T + 1, dtype=torch.float64)
-    if schedule == "linear":
-        return (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)).cumprod(0)
     if schedule == "cosine":
         f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
     else:
         f = torch.sigmoid(t.new_tensor(3.0)) - torch.sigmoid(6 * t / T - 3)
-    return (f[1:] / f[:-1]).clamp(min=alpha_min).cumprod(0)
+    linear = 1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+    alpha = linear if schedule == "linear" else f[1:] / f[:-1]
+    return alpha.clamp(min=alpha_min).cumprod(0)
 
 
 def _betas(config, path):

@@ -129,7 +129,7 @@ def test_a_published_network_of_classes_is_sampled_but_not_guided(tmp_path):
         layers_per_block=1,
         norm_num_groups=8,
         num_class_embeds=3,
-        attention_head_dim=64,
+        attention_head_dim=None,
         **DDPM_FORM,
     ).save_pretrained(tmp_path)
     given = ["--sample", tmp_path, "--seeds", "0-1", "--sample-steps", 2]
@@ -141,7 +141,7 @@ def test_a_published_network_of_classes_is_sampled_but_not_guided(tmp_path):
         assert np.load(tmp_path / "samples.npz")["arr_1"].tolist() == [2, 2]
 
 
-def test_scores_on_the_way_are_logged_and_drawn(toy, tiny, tmp_path, monkeypatch):
+def test_scores_on_the_way_are_logged_and_drawn(toy, tmp_path, monkeypatch):
     class Evaluator(eval_fid.Evaluator):
         def __init__(self, *args, **options):
             self.calls = 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import write_images
-from launching import run, succeed
+from launching import run, start_ranks, succeed
 from PIL import Image
 
 import ddpm_pixel as ch1
@@ -240,6 +240,21 @@ def test_importance_sampling_is_kept_in_the_checkpoint(toy, tmp_path):
     assert torch.equal(unbroken["picker"]["last"], again["picker"]["last"])
     for name, value in unbroken["model"].items():
         assert torch.equal(value, again["model"][name]), name
+
+
+def test_two_processes_remember_the_losses_of_the_whole_batch(toy, tmp_path):
+    flags = [*SMALL, *toy, "--timesteps", 5, "--schedule-sampler", "loss-second-moment"]
+    flags += ["--objective", "vlb", "--sample-every", 0, "--steps", 3]
+    succeed("improved_ddpm", *flags, "--out", tmp_path / "one")
+    for rank in start_ranks("improved_ddpm", *flags, "--out", tmp_path / "two"):
+        done = rank.wait()
+        assert done.code == 0, done.err
+    one, two = (
+        torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["picker"]["last"]
+        for name in ("one", "two")
+    )
+    assert torch.equal(one.isfinite(), two.isfinite()) and one.isfinite().sum() > 20
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=0, equal_nan=True)
 
 
 def test_bits_per_dimension_of_a_checkpoint(trained, toy, tmp_path):

@@ -19,7 +19,7 @@ from launching import Started, start_ranks, succeed
 from run_folders import assert_same_tree, kill_while_training, rows, saved_step
 from tiny_runs import TRAININGS, flags
 
-# What a resumed run must find again, where a chapter has it: masks, means, parts, what picks t.
+# What a resumed run must find again, where a chapter has it: dropout's masks, means, what picks t.
 HARD = {
     "dropout": 0.1,
     "ema": (0.9, 0.99),
@@ -29,6 +29,8 @@ HARD = {
     "schedule_sampler": "loss-second-moment",
     "save_every": 4,
     "sample_every": 40,
+    "model_channels": 8,
+    "channel_mult": (1,),
 }
 
 
