@@ -2,7 +2,7 @@
 
 Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239).
 
-A fixed Markov chain turns an image x_0 into noise x_T in T small steps (in code t is 1 less),
+A fixed Markov chain turns an image x_0 into noise x_T in T small steps (in code t runs from 0),
 
     q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)                      eq. 4
 
@@ -16,7 +16,7 @@ and with it the chain is walked backwards, from noise to an image (Algorithm 2).
     python ddpm_pixel.py --sample runs/pixel-mnist/ckpt.pt --n 100 --classes 3,7      one minute
     torchrun --nproc-per-node 8 ddpm_pixel.py --config configs/cifar10_ddpm.yaml      8 GPUs
 
-Beyond the paper: other schedules and targets, labels with guidance; each stands beside its source.
+Beyond the paper: other schedules, targets and losses; labels and guidance (arXiv:2207.12598).
 """
 
 from runtime import checkpoints
@@ -46,13 +46,13 @@ from networks.sizes import check_unet, groups_for
 @dataclass
 class Config(cli.RunConfig):
     timesteps: int = 1000  # T, the length of the chain
-    schedule: Literal["linear", "cosine", "sigmoid"] = "linear"  # of the noise; DDPM's is linear
-    alpha_min: float = 0.001  # smallest alpha_t, so that no step of cosine or sigmoid erases all
+    schedule: Literal["linear", "cosine", "sigmoid"] = "linear"  # how alpha_bar falls; DDPM: linear
+    alpha_min: float = 0.001  # smallest alpha_t: no step erases all that is left of the image
     prediction: Literal["eps", "x0", "v"] = "eps"  # what the network gives: noise, image or v
     loss: Literal["l2", "l1", "huber"] = "l2"  # distance of prediction and target
 
     model_channels: int = 32  # channels at full resolution
-    channel_mult: tuple[int, ...] = (1, 2, 4)  # the same at each resolution, in model_channels
+    channel_mult: tuple[int, ...] = (1, 2, 4)  # times model_channels: channels at each resolution
     num_res_blocks: int = 1  # residual blocks per resolution (DDPM: 2)
     attention_resolutions: tuple[int, ...] = (7, 8)  # heights at which blocks attend (DDPM: 16)
     num_heads: int = 1  # attention heads
@@ -60,7 +60,7 @@ class Config(cli.RunConfig):
     dropout: float = 0.0  # dropout in residual blocks (DDPM: 0.1 on CIFAR-10)
     use_checkpoint: bool = False  # compute activations twice instead of keeping them
     class_cond: bool = True  # give the network the class label, where the data has classes
-    label_dropout: float = 0.1  # how often training hides it, for guidance's unconditional half
+    label_dropout: float = 0.1  # how often training replaces it by "no label", for guidance
 
     metric_every: int = 0  # steps between two scores of --metric-n samples by eval_fid.py; 0: never
     metric_n: int = 500  # samples that are scored
@@ -85,7 +85,7 @@ class Config(cli.RunConfig):
 
 
 def make_alpha_bar(schedule, T, alpha_min=0.001):
-    """alpha_bar_t for t = 0..T-1, float64 (T,): the share of the image's variance that is left.
+    """alpha_bar_t = alpha_0 ... alpha_t, alpha_t = 1 - beta_t, for t = 0..T-1: float64 (T,).
 
     linear   beta_t from 1e-4 to 0.02 at T = 1000, times 1000/T for others (section 4)
     cosine   f(t+1) / f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), s = 0.008 (2102.09672, eq. 17)
@@ -93,12 +93,12 @@ def make_alpha_bar(schedule, T, alpha_min=0.001):
     alpha_t stays above alpha_min, so that no last step erases all that is left.
     """
     t = torch.arange(T + 1, dtype=torch.float64)
-    if schedule == "cosine":
-        f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
-    else:
+    f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    if schedule == "sigmoid":
         f = torch.sigmoid(t.new_tensor(3.0)) - torch.sigmoid(6 * t / T - 3)
-    linear = 1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
-    alpha = linear if schedule == "linear" else f[1:] / f[:-1]
+    alpha = f[1:] / f[:-1]
+    if schedule == "linear":
+        alpha = 1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
     return alpha.clamp(min=alpha_min).cumprod(0)
 
 
@@ -161,7 +161,7 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every position (B,C,H,W) attends to all of its image; the heads split the channels."""
+    """All positions of (B,C,H,W) attend to each other; q, k, v are (B,heads,HW,C/heads)."""
 
     def __init__(self, channels, heads, groups):
         super().__init__()
@@ -288,8 +288,8 @@ class UNet(nn.Module):
 def target_of(prediction, x0, eps, a):
     """What the network should give for x0, eps (B,C,H,W) and a = alpha_bar_t (B,), like x0.
 
-    eps, x0, or v = sqrt(a) eps - sqrt(1-a) x0 (Salimans, Ho 2022, arXiv:2202.00512), which is the
-    noise where there is little of it, and minus the image where there is little else.
+    eps, x0, or v = sqrt(a) eps - sqrt(1-a) x0 (Salimans, Ho 2022, arXiv:2202.00512): the noise
+    at a = 1, minus the image at a = 0.
     """
     a = a.view(-1, 1, 1, 1)
     v = a.sqrt().to(x0.dtype) * eps - (1 - a).sqrt().to(x0.dtype) * x0
@@ -315,9 +315,9 @@ def x0_coefficients(a, prediction="eps"):
 
 
 def ancestral_row(a, a_prev, prediction="eps", variance="small"):
-    """The step from alpha_bar_t = a to a_prev: x_{t-1} = A x0_hat + B x_t + S z.
+    """The step from alpha_bar_t = a to a_prev: x_{t-1} = A x0_hat + B x_t + S z, eq. 7.
 
-    Over several timesteps beta is that of all of them. The last step, a_prev = 1, is x0_hat.
+    Where x0_hat is not clipped, this is line 4 of Algorithm 2 (eq. 11). beta spans the whole step.
     """
     p, q = x0_coefficients(a, prediction)
     beta = 1 - a / a_prev
@@ -325,11 +325,11 @@ def ancestral_row(a, a_prev, prediction="eps", variance="small"):
     B = math.sqrt(a / a_prev) * (1 - a_prev) / (1 - a)
     beta_tilde = (1 - a_prev) / (1 - a) * beta  # its variance: eq. 7
     sigma = math.sqrt(beta_tilde if variance == "small" else beta)  # section 3.2
-    return Row(p, q, A, B, S=sigma if a_prev < 1 else 0.0)
+    return Row(p, q, A, B, S=sigma if a_prev < 1 else 0.0)  # the last step gives x0_hat itself
 
 
 def guided_pass(net, x, t, y, w):
-    """(out, out_uncond), like x: one batch of 2B; w = 0 and w = -1 need one of them only."""
+    """(out, out_uncond), like x; the step takes (1+w) out - w out_uncond (2207.12598, eq. 6)."""
     t = torch.full((len(x),), t, device=x.device)  # (B,)
     if y is None or w == 0:
         return net(x, t, y), None
@@ -341,11 +341,11 @@ def guided_pass(net, x, t, y, w):
 
 def timestep_pairs(T, steps):
     """A walk down the chain, [(t, t_prev), ...], the last t_prev is -1: `steps` of its timesteps,
-    evenly spaced, both ends included. Algorithm 2 takes all T. BadInput for more.
+    evenly spaced, both ends included. Algorithm 2 takes all T. BadInput where steps exceed T.
     """
     if steps > T:
         raise cli.BadInput(f"--sample-steps {steps} exceeds the chain's --timesteps {T}")
-    ts = torch.linspace(T - 1, 0, steps).round().long().unique().flip(0).tolist()
+    ts = torch.linspace(T - 1, 0, steps).round().long().tolist()
     return list(zip(ts, [*ts[1:], -1], strict=True))
 
 
@@ -353,10 +353,10 @@ def timestep_pairs(T, steps):
 def sample(net, alpha_bar, pairs, shape, seeds, y=None, w=0.0, make_row=ancestral_row, clip=True):
     """Walk from noise to images of the seeds (B,); yields x_{t-1} and x0_hat, (B,C,H,W) each.
 
-    An image is a function of its seed and label y alone. make_row(a, a_prev) makes the step; clip
+    An image is a function of its seed and label y alone. make_row(a, a_prev) makes a step; clip
     keeps x0_hat in [-1, 1]. alpha_bar (T,) lies on the CPU: reading it never waits for a GPU.
     """
-    x = gaussian((len(seeds), *shape), seeds, -1, seeds.device)  # x_T ~ N(0, I), (B,C,H,W)
+    x = gaussian((len(seeds), *shape), seeds, -1, seeds.device)  # x_T (B,C,H,W), as step -1
     x = x.to(memory_format=torch.channels_last)
     for step, (t, t_prev) in enumerate(pairs):
         out, out_uncond = guided_pass(net, x, t, y, w)
@@ -406,11 +406,11 @@ def train(cfg, world):
 
     for step in run.steps():  # goes on where it stopped; saves between two steps
         for part in run.parts(step):  # this process's share, in --accumulate parts
-            x0, y = run.images(part)  # (b,C,H,W), (b,)
+            x0, y = run.images(part)  # (b,C,H,W), (b,); Algorithm 1, lines 2 to 5
             y = run.hide(part, y, cfg.label_dropout) if cfg.class_cond else None
             t, eps = run.uniform(part, cfg.timesteps), run.noise(part, x0.shape)
             losses = simple_loss(run.model, x0, t, eps, alpha_bar, y, cfg.prediction, cfg.loss)
-            run.backward(losses, t / cfg.timesteps)
+            run.backward(losses, t / cfg.timesteps)  # the log splits losses by quarter of t / T
         run.descend()  # clip the gradient, Adam, running means, log
         if evaluator and (run.due(cfg.metric_every) or run.done):
             drawn = partial(draw, run.ema, cfg, world, ds.shape)

@@ -5,7 +5,7 @@ Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local
 (arXiv:1606.03498).
 
 A network turns each image into a vector f of d features, so a set of N images is a cloud of points.
-A Gaussian stands for the cloud, with mean m and covariance C; that of the real images has a w.
+A Gaussian stands for the cloud, with mean m and covariance C; m_w and C_w are of the real images.
 
     m = 1/N Σ f_i,   C = 1/(N - 1) Σ (f_i - m)(f_i - m)ᵀ
 
@@ -18,7 +18,7 @@ equally often, p(y),
 
     IS = exp(E_x KL(p(y|x) ‖ p(y)))                                 Salimans et al. 2016, section 4
 
-    python eval_fid.py glyphs:train glyphs:test --n 10000   # a minute at first, then 10 s: 0.023
+    python eval_fid.py glyphs:train glyphs:test --n 10000   # 0.023; a minute at first, then 10 s
     python eval_fid.py mnist:train mnist:test --n 10000     # real against real, the floor: 0.027
     python eval_fid.py samples.npz cifar10:train --features inception   # 0.07 s an image: FID
 
@@ -28,7 +28,7 @@ kernel distance, precision and recall, density and coverage, the share of sample
 the class they were asked for, and whether they are copies. The last line is one JSON object.
 
     python eval_fid.py runs/pixel-mnist/ckpt.pt --metrics all   # draws 1,000 samples itself
-    python eval_fid.py runs/pixel-mnist mnist:test --curve      # its checkpoints, one by one
+    python eval_fid.py runs/pixel-mnist mnist:test --curve      # of each that --keep-every kept
     python eval_fid.py stats glyphs:test --out glyphs.npz       # keeps m and C of a reference
 
 What A and B may be: evaluation/image_sets.py. Which features: evaluation/choice.py; the network of
@@ -72,15 +72,16 @@ class Config(cli.Command):
     a: Annotated[str, tyro.conf.Positional] = ""
     """generated images or a checkpoint; or the word `stats`, to write B's statistics to --out"""
     b: Annotated[str, tyro.conf.Positional] = ""
-    """reference images; of a data set the test split, unless its name ends in :train; of a
-    checkpoint that is A, by default, what it was trained on"""
+    """reference images; of a data set its test split, unless the name ends in :train. Empty, where
+    A is a checkpoint: the test split of the data it was trained on"""
     metrics: str = "frechet,is,kid,prdc"  # of frechet is kid prdc classes memorisation; or all
     features: Literal["auto", "inception", "classifier"] = "auto"
     """whose features are compared; auto: Inception's for colour images where its weights are there
     or can be downloaded, else those of a classifier of the data set"""
     weights: str = ""  # file of Inception's weights; empty: downloaded to --data-root once
     resize: Literal["pytorch-fid", "tf1", "clean"] = "pytorch-fid"  # how images become 299x299
-    data: str = ""  # labelled data set that the classifier is trained on; empty: B
+    data: str = ""
+    """labelled data set that the classifier learns; empty: B"""
     size: int = 0  # resize data sets and folders as in training; 0 keeps their size
     n: int = 0
     """images of each side, drawn without replacement; 0: all. Of a checkpoint: how many samples
@@ -153,8 +154,8 @@ def gaussian(mu, sigma):
 def frechet_distance(mu, sigma, mu_w, sigma_w, *, method="eigen"):
     """d² = ‖m - m_w‖² + tr(C + C_w - 2 (C C_w)^½), eq. 6; 0 for equal ones.
 
-    mu (d,) and sigma (d, d) are m and C; in float64. method "sqrtm" is the equation as it stands,
-    "eigen" the same figure ten times as fast. Raises BadInput for other shapes, values that are not
+    mu (d,) and sigma (d, d) are m and C; in float64. method "sqrtm" takes roots of matrices by
+    scipy (see by_sqrtm), "eigen" gives the same figure ten times as fast. Raises BadInput for other shapes, values that are not
     finite, and negative eigenvalues, which no covariance has.
     """
     if method not in ("eigen", "sqrtm"):
@@ -185,13 +186,13 @@ def by_eigenvalues(own, real, rtol=1e-7):
     traces = (np.vdot(side.factor, side.factor) for side in (own, real))  # tr F Fᵀ = ‖F‖²
     apart = squared_distance(own, real) + sum(traces)
     if own.factor.shape == real.factor.shape == own.C.shape:
-        # Of full rank the eigenvalues cost a quarter: of Lᵀ C_w L, which LAPACK makes of triangles.
+        # Of full rank, the eigenvalues of Lᵀ C_w L take a quarter of the time of the SVD below.
         product = scipy.linalg.lapack.dsygst(real.C.T, own.factor.T, itype=2, lower=0)[0]
         values = scipy.linalg.eigvalsh(
             product, lower=False, overwrite_a=True, check_finite=False, driver="evd"
         )
         roots = np.sqrt(values.clip(0))
-        # Rounding moves a value by about `noise`, its root doubled by noise / root.
+        # Rounding moves a value by about `noise`, twice its root by noise / root.
         noise, distance = EPS * values[-1], apart - 2 * roots.sum()
         if np.linalg.norm(noise / np.sqrt(roots**2 + noise)) <= rtol * distance:
             return float(distance)
@@ -210,7 +211,8 @@ def sqrt_covariance(sigma):
     """The symmetric square root of a positive semi-definite matrix (d, d), by scipy's sqrtm.
 
     It may leave a small imaginary part where an eigenvalue was rounded below zero, and some
-    versions answer an exactly singular matrix with NaN: then once more beside it.
+    versions answer an exactly singular matrix with NaN: then again with 1e-14 of its
+    mean eigenvalue added to the diagonal.
     """
     sigma = (sigma + sigma.T) / 2
     beside = 1e-14 * np.trace(sigma) / len(sigma)
@@ -242,7 +244,7 @@ def inception_score(logits, splits=10):
 
     The mean over `splits` consecutive parts and, as usual, the standard deviation over them
     (divided by their number); p(y) is each part's own. In float64, from logarithms alone, so that
-    no class is too unlikely. Raises BadInput for N < splits and logits that are not finite.
+    log 0 never occurs. Raises BadInput for N < splits and logits that are not finite.
     """
     n, found = len(logits), []
     if n < splits:

@@ -61,8 +61,8 @@ class Config(cli.RunConfig):
     ae: str = "kl"
     """kl: train a small one here; or the path of one, published or trained by autoencoder.py"""
     patch: int = 4  # the autoencoder first folds patches of this side into channels
-    ae_channels: int = 64  # its channels after that
-    ae_mult: tuple[int, ...] = (1,)  # times these at each resolution; each but the first halves
+    ae_channels: int = 64  # channels of the autoencoder after folding
+    ae_mult: tuple[int, ...] = (1,)  # ae_channels times these at each resolution; all but one halve
     ae_blocks: int = 2  # its residual blocks per resolution
     z_channels: int = 4  # channels of the latent
     kl_weight: float = 3e-3  # weight of the KL term beside the reconstruction error
@@ -73,9 +73,9 @@ class Config(cli.RunConfig):
     schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"  # scaled: Stable Diffusion's
     prediction: Literal["eps", "v"] = "v"
     """what the network predicts: noise, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0"""
-    model: Literal["unet", "sd", "sd-label"] = "unet"  # sd: Stable Diffusion's structure
+    model: Literal["unet", "sd", "sd-label"] = "unet"  # sd: class token by cross-attention, LDM 3.3
     model_channels: int = 48  # channels of the U-Net at full latent resolution
-    channel_mult: tuple[int, ...] = (1, 2)  # the same at each resolution, in model_channels
+    channel_mult: tuple[int, ...] = (1, 2)  # times model_channels: channels at each resolution
     num_res_blocks: int = 1  # residual blocks per resolution
     attention_resolutions: tuple[int, ...] = (4,)  # latent heights at which blocks attend
     num_heads: int = 4  # attention heads
@@ -86,7 +86,7 @@ class Config(cli.RunConfig):
     steps: int = 1500  # optimizer steps of the diffusion
     lr: float = 2e-3  # peak learning rate
     warmup: int = 100  # steps over which a learning rate rises from zero, in both trainings
-    ema: tuple[float, ...] = (0.995,)  # decays of running means; the first is what gets sampled
+    ema: tuple[float, ...] = (0.995,)
     save_every: int = 250  # steps between two checkpoints, a multiple of --log-every
     sample_every: int = 500  # steps between two sample grids; 0 for none but the last
 
@@ -100,7 +100,7 @@ class Config(cli.RunConfig):
     guidance: float = 1.0
     """w in (1+w) eps(z,y) - w eps(z): -1 unconditional, 0 conditional; others write s = 1+w"""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """guide only while t/T lies in it (Kynkäänniemi et al. 2024); elsewhere w = 0"""
+    """guide only while t/T (Kynkäänniemi et al. 2024: sigma) lies in it; elsewhere w = 0"""
     guidance_rescale: float = 0.0
     """0..1: how far the guided estimate gets back the conditional one's spread (Lin et al. 2024)"""
 
@@ -142,8 +142,8 @@ def make_autoencoder(cfg, shape):
 def train_autoencoder(cfg, world, ds):
     """The frozen autoencoder, on every rank: trained, or going on where it stopped, or read.
 
-    |x - D(z)| and a weak pull of q(z|x) towards N(0, I), which keeps latents near each other
-    without blurring the images.
+    L1 and a weak pull of q(z|x) to N(0, I), which keeps latents near each other. LDM's perceptual
+    and adversarial terms are in autoencoder.py.
     """
     first = first_stage(cfg)
     torch.manual_seed(cfg.seed)
@@ -176,7 +176,7 @@ class UNet(nn.Module):
     z (B,C,h,w) noisy latents of any sides, t (B,) timesteps from 0, y (B,) int labels; the label
     net.null, which is num_classes, means "no label", and so does None. z_shape is (C,h,w), cfg a
     Config. The residual blocks and the self-attention are chapter 1's. On the way down a
-    convolution halves the latent; on the way up every position is taken four times.
+    convolution halves the latent; on the way up it takes the nearest position.
     """
 
     def __init__(self, z_shape, num_classes, cfg):
@@ -235,7 +235,7 @@ class UNet(nn.Module):
         for layer in self.down:
             h = run(layer, h, emb)
             skips.append(h)
-        h = run(self.middle, h, emb)  # (B,C_last,h/2^k,w/2^k), k = len(channel_mult) - 1
+        h = run(self.middle, h, emb)  # (B,C_last,h/2^k,w/2^k) rounded up, k = len(channel_mult) - 1
         for layer in self.up:
             skip = skips.pop()
             if h.shape != skip.shape:  # (B,C,ceil(h/2),ceil(w/2)) -> (B,C,h,w)
@@ -245,7 +245,7 @@ class UNet(nn.Module):
 
 
 def make_net(cfg, z_shape, num_classes):
-    """The denoiser cfg.model for latents z_shape (C,h,w)."""
+    """cfg.model for z_shape (C,h,w); sd, sd-label (which adds the label to t, too): sd_unet.py."""
     if cfg.model != "unet":
         from networks.sd_unet import denoiser
 
@@ -253,7 +253,7 @@ def make_net(cfg, z_shape, num_classes):
     return UNet(z_shape, num_classes, cfg).to(memory_format=torch.channels_last)
 
 
-# --------------------------------------------------------------------------- the loss: LDM eq. 2
+# ----------------------------------------------------------------- the loss: LDM eq. 3, CFG alg. 1
 
 
 def alpha_bar_of(cfg):
@@ -268,8 +268,8 @@ def alpha_bar_of(cfg):
 def simple_loss(net, z0, t, eps, alpha_bar, y, prediction="eps"):
     """||target - net(z_t, t, y)||^2 of each latent, (B,), a mean over its numbers.
 
-    The target is eps, or v, whose error does not explode into z0_hat where alpha_bar is nearly 0
-    (Salimans, Ho, "Progressive Distillation", 2022, section 4).
+    The target is eps or v. At alpha_bar near 0 an error of eps_hat becomes a large one of z0_hat;
+    an error of v does not (Salimans, Ho, "Progressive Distillation", 2022, section 4).
     """
     a = alpha_bar[t].view(-1, 1, 1, 1)  # (B,1,1,1)
     signal, noise = a.sqrt().to(z0.dtype), (1 - a).sqrt().to(z0.dtype)
@@ -304,7 +304,7 @@ def guided(net, z, t, y, w, rescale=0.0):
 
 
 def rows_of(cfg, alpha_bar, pairs):
-    """The steps of the sampler cfg.sampler, from chapters 1 and 2."""
+    """The steps of cfg.sampler: ddim.py's, dpm_solver.py's or chapter 1's ancestral ones."""
     a = [alpha_bar[t].item() for t, _ in pairs] + [1.0]
     steps = range(len(pairs))
     if cfg.sampler == "ddim":
@@ -316,13 +316,13 @@ def rows_of(cfg, alpha_bar, pairs):
 
 @torch.no_grad()
 def sample(net, cfg, z_shape, seeds, y, make_rows=rows_of):
-    """Walk from noise to latents of the seeds (B,) and labels y (B,); yields z and z0_hat, like it.
+    """Walk from noise to latents of the seeds (B,) and labels y (B,); yields z, z0_hat (B,C,h,w).
 
     A latent is a function of its seed and label alone. make_rows gives the numbers of every step.
     """
     alpha_bar = alpha_bar_of(cfg)
     pairs = ddpm_pixel.timestep_pairs(cfg.timesteps, cfg.sample_steps)
-    z = gaussian((len(seeds), *z_shape), seeds, -1, seeds.device)  # z_T ~ N(0, I), (B,C,h,w)
+    z = gaussian((len(seeds), *z_shape), seeds, -1, seeds.device)  # z_T (B,C,h,w), as step -1
     z, z0_hat = z.to(memory_format=torch.channels_last), None
     for step, ((t, _), row) in enumerate(zip(pairs, make_rows(cfg, alpha_bar, pairs), strict=True)):
         low, high = cfg.guidance_interval
@@ -337,7 +337,7 @@ def sample(net, cfg, z_shape, seeds, y, make_rows=rows_of):
 def draw(walk, ae, scale, cfg, world, seeds, labels, desc="sampling"):
     """uint8 images (N,H,W,C) of seeds and labels (N,), on every rank: each draws its share.
 
-    walk(seeds, labels) is sample() but for these; scale is what latents were multiplied by.
+    walk(seeds, labels) is sample() with all else given; scale is what latents were multiplied by.
     """
 
     def images(part, tick):
@@ -345,7 +345,7 @@ def draw(walk, ae, scale, cfg, world, seeds, labels, desc="sampling"):
         with world.autocast():
             for z, _ in trajectory:  # noqa: B007
                 tick()
-        with torch.no_grad():  # in fp32: half precision overflows in decoders
+        with torch.no_grad():  # outside autocast, so in fp32: half precision overflows in decoders
             return to_uint8(ae.decode(z.float() / scale))
 
     return world.in_parts(images, len(seeds), cfg.batch_size, cfg.sample_steps, desc)
@@ -387,7 +387,7 @@ def train(cfg, world):
 
 
 def encode(cfg, world, ds, ae):
-    """The latents of the data set, encoded once; times their scale they have variance 1."""
+    """Latents of the data, encoded once; times their scale, variance is 1 (LDM appendix G)."""
     folder, made_of = Path(cfg.out, "latents"), {"autoencoder": checkpoints.weights_hash(ae)}
     shape = {"z_channels": ae.z_channels, "factor": ae.factor}
     return cache_latents(folder, world, ds, ae.encode, made_of=made_of, flip=cfg.flip, **shape)
@@ -403,7 +403,7 @@ def latent_run(cfg, world, latents, net, ae):
 
 def draw_latents(run, part):
     """z0 ~ scale * q(z|x) (b,C,h,w) of the images of a part, and their labels (b,) or None."""
-    moments, y = run.images(part)  # (b,2C,h,w)
+    moments, y = run.images(part)  # of the cache: (b,2C,h,w)
     mean, log_var = moments.chunk(2, dim=1)
     noise = run.noise(part, mean.shape, "posterior")
     return run.ds.scale * (mean + (0.5 * log_var).exp() * noise), y

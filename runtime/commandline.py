@@ -32,7 +32,7 @@ def default_gpus():
 class Command:
     """The settings that every command has."""
 
-    config: str = ""  # YAML file of these settings; flags override it
+    config: str = ""  # YAML file of settings, under the flags; if empty, that of --data in configs/
     out: str = ""  # folder for what is made
     smoke: bool = False  # a few tiny steps, to see that everything works
     data: str = "glyphs"

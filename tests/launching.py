@@ -119,3 +119,18 @@ def succeed(script, *arguments, env=None, limit=120):
     done = run(script, *arguments, env=env, limit=limit)
     assert done.code == 0, done.err
     return done
+
+
+def refusal(done):
+    """The one line on standard error of a command that refused its input, without progress bars."""
+    assert done.code == 2, (done.code, done.err)
+    assert "Traceback" not in done.err
+    lines = [line for line in done.err.replace("\r", "\n").splitlines() if line.strip()]
+    lines = [line for line in lines if "%|" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.err
+    return lines[0]
+
+
+def refused(script, *arguments, env=None):
+    """As run(), and it must refuse its input: the one line that says why."""
+    return refusal(run(script, *arguments, env=env))

@@ -3,8 +3,8 @@
 from runtime.checkpoints import DamagedCheckpoint, load_checkpoint
 from runtime.commandline import BadInput
 from runtime.files import read_log
+from runtime.folder import RunFolder
 from runtime.processes import World
-from runtime.run import Run
 
 import os
 import pickle
@@ -12,16 +12,21 @@ import shutil
 
 import pytest
 import torch
-from launching import run as run_script
-from launching import succeed
+from launching import refused, succeed
+from run_folders import assert_same, saved
+from tiny_runs import TRAININGS, fields, flags
 
-SETTINGS = {"width": 1}
+SETTINGS = {"model_channels": 1}
+
+
+def open_run(folder, settings=SETTINGS, script="toy", **options):
+    return RunFolder(folder, script, settings, World(), **options)
 
 
 @pytest.fixture
-def saved(tmp_path):
+def two_steps(tmp_path):
     """A run directory with checkpoints of steps 1 and 2."""
-    run = Run(tmp_path, "toy", SETTINGS, World())
+    run = open_run(tmp_path)
     assert run.restore() is None
     for step in (1, 2):
         run.log(step, loss=1.0)
@@ -45,53 +50,54 @@ DAMAGES = ["cut in half", "cut by one byte", "empty", "garbage"]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_is_refused_by_name(saved, how):
-    damage(saved / "ckpt.pt", how)
+def test_damaged_is_refused_by_name(two_steps, how):
+    damage(two_steps / "ckpt.pt", how)
     with pytest.raises(DamagedCheckpoint) as error:
-        load_checkpoint(saved / "ckpt.pt", "toy")
-    assert str(saved / "ckpt.pt") in str(error.value) and "\n" not in str(error.value)
-    run = Run(saved, "toy", SETTINGS, World(), resume=str(saved / "ckpt.pt"))
+        load_checkpoint(two_steps / "ckpt.pt", "toy")
+    assert str(two_steps / "ckpt.pt") in str(error.value) and "\n" not in str(error.value)
+    run = open_run(two_steps, resume=str(two_steps / "ckpt.pt"))
     with pytest.raises(BadInput, match="ckpt.pt is truncated"):
         run.restore()
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_auto_goes_back_to_the_one_before_and_warns(saved, how, capsys):
-    damage(saved / "ckpt.pt", how)
-    state = Run(saved, "toy", SETTINGS, World()).restore()
+def test_auto_goes_back_to_the_one_before_and_warns(two_steps, how, capsys):
+    damage(two_steps / "ckpt.pt", how)
+    state = open_run(two_steps).restore()
     assert state["step"] == 1 and torch.equal(state["weights"], torch.full((1000,), 1.0))
-    assert [row["step"] for row in read_log(saved / "log.jsonl")] == [1]
+    assert [row["step"] for row in read_log(two_steps / "log.jsonl")] == [1]
     warning = capsys.readouterr().err.splitlines()
     assert len(warning) == 1 and warning[0].startswith("warning: checkpoint")
     assert "ckpt.pt" in warning[0] and "ckpt-previous.pt" in warning[0]
 
 
-def test_auto_never_starts_over_where_checkpoints_are_damaged(saved):
+def test_auto_never_starts_over_where_checkpoints_are_damaged(two_steps):
     for name in ("ckpt.pt", "ckpt-previous.pt"):
-        damage(saved / name, "cut in half")
+        damage(two_steps / name, "cut in half")
     with pytest.raises(BadInput, match="--resume never"):
-        Run(saved, "toy", SETTINGS, World()).restore()
-    assert len(read_log(saved / "log.jsonl")) == 2  # nothing was touched
-    fresh = Run(saved, "toy", SETTINGS, World(), resume="never")
-    assert fresh.restore() is None and read_log(saved / "log.jsonl") == []
+        open_run(two_steps).restore()
+    assert len(read_log(two_steps / "log.jsonl")) == 2  # nothing was touched
+    fresh = open_run(two_steps, resume="never")
+    assert fresh.restore() is None and read_log(two_steps / "log.jsonl") == []
 
 
-def test_of_another_script_or_configuration(saved):
-    with pytest.raises(BadInput, match="written by toy, expected one that other wrote"):
-        Run(saved, "other", SETTINGS, World()).restore()
-    with pytest.raises(BadInput, match="width 1 there, 2 here"):
-        Run(saved, "toy", {"width": 2}, World()).restore()
-    data = {"made_of": {"data_key": "abc"}}
+def test_of_another_script_or_configuration(two_steps):
+    with pytest.raises(BadInput, match="written by toy.py, expected one of other.py"):
+        open_run(two_steps, script="other").restore()
+    with pytest.raises(BadInput, match="model_channels 1 there, 2 here"):
+        open_run(two_steps, {"model_channels": 2}).restore()
     with pytest.raises(BadInput, match="data_key None there, abc here"):
-        Run(saved, "toy", SETTINGS, World(), **data).restore()
-    free = Run(saved, "toy", SETTINGS | {"steps": 9, "n": 3}, World())
+        open_run(two_steps, made_of={"data_key": "abc"}).restore()
+    free = open_run(two_steps, SETTINGS | {"steps": 9, "n": 3}, free={"steps", "n"})
     assert free.restore()["step"] == 2
+    with pytest.raises(BadInput, match="n None there, 3 here"):
+        open_run(two_steps, SETTINGS | {"steps": 9, "n": 3}, free={"steps"}).restore()
 
 
 def test_torch_file_that_no_run_wrote(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "ckpt.pt")
     with pytest.raises(BadInput, match="by none of these scripts"):
-        Run(tmp_path, "toy", SETTINGS, World()).restore()
+        open_run(tmp_path).restore()
     with pytest.raises(BadInput, match="no such file"):
         load_checkpoint(tmp_path / "elsewhere.pt")
 
@@ -121,30 +127,44 @@ def test_checkpoint_cannot_run_code(tmp_path, form):
     assert trap.exists()  # the trap does work
 
 
-def test_command_line(toy, tiny, tmp_path):
-    """What the scripts say of each, and that a run goes on from the previous one bit for bit."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = [*tiny["ddpm_pixel"], *toy, "--sample-every", 0]
-    succeed("ddpm_pixel", *flags, "--out", whole)
+@pytest.fixture(scope="module", params=TRAININGS)
+def trained(request, toy, tiny, tmp_path_factory):
+    """(script, its flags, the folder of a whole run)."""
+    script, out = request.param, tmp_path_factory.mktemp(request.param) / "whole"
+    given = [*tiny[script], *toy, "--sample-every", "0"]
+    succeed(script, *given, "--out", out)
+    return script, given, out
 
-    def refused(*args, script="ddpm_pixel"):
-        done = run_script(script, *args)
-        assert done.code == 2 and "Traceback" not in done.err
-        lines = [line for line in done.err.splitlines() if "%|" not in line]
-        assert len(lines) == 1 and lines[0].startswith("error: "), done.err
-        return lines[0]
 
-    other = refused(*flags, "--out", whole, "--lr", "0.5")
-    assert "lr 0.001 there, 0.5 here" in other and str(whole) in other
-    foreign = refused(*tiny["ldm_cfg"], "--sample", whole / "ckpt.pt", script="ldm_cfg")
-    assert "written by ddpm_pixel, expected one that ldm_cfg wrote" in foreign
-
+def test_a_chapter_goes_on_from_the_checkpoint_before_a_damaged_one(trained, tmp_path):
+    """And ends bit for bit as the whole run did; a damaged one that is named is refused."""
+    script, given, whole = trained
+    broken = tmp_path / "broken"
     shutil.copytree(whole, broken)
     damage(broken / "ckpt.pt", "cut in half")
-    assert "truncated" in refused("--gpus", 0, "--sample", broken / "ckpt.pt")
-    assert "truncated" in refused(*flags, "--out", broken, "--resume", broken / "ckpt.pt")
-    done = succeed("ddpm_pixel", *flags, "--out", broken)
+    assert "truncated" in refused(script, "--gpus", 0, "--sample", broken / "ckpt.pt")
+    resumed = [*given, "--out", broken, "--resume", broken / "ckpt.pt"]
+    assert "truncated" in refused(script, *resumed)
+    done = succeed(script, *given, "--out", broken)
     assert "warning: checkpoint" in done.err and "ckpt-previous.pt" in done.err
-    a, b = (torch.load(f / "ckpt.pt", weights_only=True) for f in (whole, broken))
-    assert all(torch.equal(a["ema"][name], b["ema"][name]) for name in a["ema"])
+    a, b = saved(whole), saved(broken)
     assert a["step"] == b["step"] == 20
+    for part in ("model", "ema", "more_emas", "optimizer"):
+        assert_same(a[part], b[part])
+
+
+def test_a_chapter_refuses_what_another_configuration_or_script_wrote(trained, tmp_path):
+    script, given, whole = trained
+    other = refused(script, *given, "--out", whole, "--lr", "0.5")
+    rate = fields(script)["lr"].default
+    assert f"lr {rate} there, 0.5 here" in other and str(whole) in other
+    foreign = tmp_path / "foreign.pt"
+    torch.save(saved(whole) | {"script": "another"}, foreign)
+    for asked in (["--sample", foreign], ["--resume", foreign, "--out", tmp_path / "new"]):
+        told = refused(script, *given, *asked)
+        assert "foreign.pt was written by another.py, expected one of" in told and script in told
+    assert not (tmp_path / "new" / "ckpt.pt").exists()
+    assert "no such file" in refused(script, *given, "--resume", "always", "--out", tmp_path)
+    longer = flags(script, timesteps=500)
+    if longer:
+        assert "timesteps 1000 there, 500 here" in refused(script, *given, *longer, "--out", whole)
