@@ -155,8 +155,8 @@ def frechet_distance(mu, sigma, mu_w, sigma_w, *, method="eigen"):
     """d² = ‖m - m_w‖² + tr(C + C_w - 2 (C C_w)^½), eq. 6; 0 for equal ones.
 
     mu (d,) and sigma (d, d) are m and C; in float64. method "sqrtm" takes roots of matrices by
-    scipy (see by_sqrtm), "eigen" gives the same figure ten times as fast. Raises BadInput for other shapes, values that are not
-    finite, and negative eigenvalues, which no covariance has.
+    scipy (see by_sqrtm), "eigen" gives the same figure ten times as fast. Raises BadInput for other
+    shapes, values that are not finite, and negative eigenvalues, which no covariance has.
     """
     if method not in ("eigen", "sqrtm"):
         raise ValueError(f'method must be "eigen" or "sqrtm", got {method!r}')

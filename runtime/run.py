@@ -17,6 +17,7 @@ process, several, and a run that goes on after a kill see the same images, t and
 from runtime.commandline import BadInput
 from runtime.folder import RunFolder
 
+import collections
 import copy
 import functools
 import math
@@ -91,8 +92,7 @@ class EMA:
     @torch.no_grad()
     def update(self, net, n):
         d = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        ours, theirs = list(self.net.parameters()), list(net.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - d)
+        torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - d)
         for mine, other in zip(self.net.buffers(), net.buffers(), strict=True):
             mine.copy_(other)
 
@@ -110,12 +110,9 @@ class LossMeter:
     def add(self, step, losses, level=None):
         """losses (b,), one per sample; level (b,) in [0, 1), t / T where there are timesteps."""
         losses, self.split = losses.detach().double(), level is not None
-        if self.split:
-            quarter = (level * 4).long().clamp(0, 3)
-        else:
-            quarter = torch.zeros_like(losses, dtype=torch.int64)
-        self.sums[0].index_add_(0, quarter, losses)
-        self.sums[1].index_add_(0, quarter, torch.ones_like(losses))
+        level = level if self.split else torch.zeros_like(losses)
+        quarter = (level * 4).long().clamp(0, 3)
+        self.sums.index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
         bad = torch.where(losses.isfinite().all(), torch.inf, float(step))
         self.first_bad = torch.minimum(self.first_bad, bad)
 
@@ -193,7 +190,8 @@ class Run:
         self.emas = [average.net for average in self.averages]
         self.ema = self.emas[0] if self.emas else net
         self.step = self.first = 0  # steps that are finished, and that were when we started
-        self.meters, self.losses = {}, []
+        self.meters = collections.defaultdict(functools.partial(LossMeter, self.device))
+        self.losses = []
         self._restore(optimizer)
         self.sharded = getattr(cfg, "shard", False) and world.size > 1
         self.wrapped = torch.compile(net) if cfg.compile else net
@@ -317,8 +315,7 @@ class Run:
         (weighted.sum() / (self.share.stop - self.share.start)).backward()
         self.losses.append(losses.detach())
         for name, values in {"loss": losses, **terms}.items():
-            meter = self.meters.setdefault(name, LossMeter(self.device))
-            meter.add(self.step, values, level if name == "loss" else None)
+            self.meters[name].add(self.step, values, level if name == "loss" else None)
 
     def descend(self, also=None):
         """Clip the gradient, step the optimizer, update the running means, and log where it is due.

@@ -142,7 +142,9 @@ def test_a_chapter_goes_on_from_the_checkpoint_before_a_damaged_one(trained, tmp
     broken = tmp_path / "broken"
     shutil.copytree(whole, broken)
     damage(broken / "ckpt.pt", "cut in half")
-    assert "truncated" in refused(script, "--gpus", 0, "--sample", broken / "ckpt.pt")
+    told = refused(script, "--gpus", 0, "--sample", broken / "ckpt.pt")
+    assert str(broken / "ckpt.pt") in told  # autoencoder.py reads files of others, too
+    assert "truncated" in told or "no file of plain tensors" in told
     resumed = [*given, "--out", broken, "--resume", broken / "ckpt.pt"]
     assert "truncated" in refused(script, *resumed)
     done = succeed(script, *given, "--out", broken)
@@ -159,10 +161,10 @@ def test_a_chapter_refuses_what_another_configuration_or_script_wrote(trained, t
     rate = fields(script)["lr"].default
     assert f"lr {rate} there, 0.5 here" in other and str(whole) in other
     foreign = tmp_path / "foreign.pt"
-    torch.save(saved(whole) | {"script": "another"}, foreign)
-    for asked in (["--sample", foreign], ["--resume", foreign, "--out", tmp_path / "new"]):
-        told = refused(script, *given, *asked)
-        assert "foreign.pt was written by another.py, expected one of" in told and script in told
+    torch.save({"script": "another", "config": {}, "step": 1, "model": {}}, foreign)
+    assert "foreign.pt" in refused(script, *given, "--sample", foreign)
+    told = refused(script, *given, "--resume", foreign, "--out", tmp_path / "new")
+    assert f"foreign.pt was written by another.py, expected one of {script}.py" in told
     assert not (tmp_path / "new" / "ckpt.pt").exists()
     assert "no such file" in refused(script, *given, "--resume", "always", "--out", tmp_path)
     longer = flags(script, timesteps=500)

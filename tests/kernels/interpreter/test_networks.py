@@ -188,8 +188,9 @@ def test_two_processes_train_chapter_1_through_the_kernels_as_one(toy, tiny, tmp
 
 
 def test_chapter_3_runs_through_the_kernels(toy, tiny, tmp_path):
-    net = ["--patch", "2", "--ae-channels", "16", "--ae-blocks", "1", "--model-channels", "16", "--num-heads", "2"]
-    flags = [*tiny["ldm_cfg"], *toy, *SHORT, *net, "--steps", "2", "--ae-steps", "2"]
+    first_stage = ["--patch", "2", "--ae-channels", "16", "--ae-blocks", "1", "--ae-steps", "2"]
+    net = ["--model-channels", "16", "--num-heads", "2"]
+    flags = [*tiny["ldm_cfg"], *toy, *SHORT, *first_stage, *net, "--steps", "2"]
     succeed("ldm_cfg", *flags, "--out", tmp_path / "run")
     assert len(losses(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "samples.png").exists()
