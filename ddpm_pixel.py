@@ -196,7 +196,7 @@ class Upsample(nn.Conv2d):
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Layer(nn.ModuleList):
+class Layer(nn.Sequential):
     """Parts in a row; only residual blocks see the embedding. skip is joined to the channels."""
 
     def forward(self, h, emb, skip=None):
@@ -239,21 +239,21 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, c_out in enumerate(levels):
             for _ in range(cfg.num_res_blocks):
-                self.down.append(Layer([block(c, c_out), *attend(c_out)]))
+                self.down.append(Layer(block(c, c_out), *attend(c_out)))
                 c = c_out
                 skips.append(c)
             if level < len(levels) - 1:
-                self.down.append(Layer([Downsample(c)]))
+                self.down.append(Layer(Downsample(c)))
                 height //= 2
                 skips.append(c)
-        self.middle = Layer([block(c, c), SelfAttention(c, cfg.num_heads, groups), block(c, c)])
+        self.middle = Layer(block(c, c), SelfAttention(c, cfg.num_heads, groups), block(c, c))
         for level, c_out in reversed(list(enumerate(levels))):
             for i in range(cfg.num_res_blocks + 1):
                 parts = [block(c + skips.pop(), c_out), *attend(c_out)]
                 if level > 0 and i == cfg.num_res_blocks:
                     parts.append(Upsample(c_out))
                     height *= 2
-                self.up.append(Layer(parts))
+                self.up.append(Layer(*parts))
                 c = c_out
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = zero(nn.Conv2d(c, channels, 3, padding=1))

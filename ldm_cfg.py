@@ -195,14 +195,14 @@ class UNet(nn.Module):
         def layer(c_in, c_out, height):
             attend = height in cfg.attention_resolutions
             parts = [SelfAttention(c_out, cfg.num_heads, groups)] if attend else []
-            return Layer([ResBlock(c_in, c_out, c_emb, groups, 0.0), *parts])
+            return Layer(ResBlock(c_in, c_out, c_emb, groups, 0.0), *parts)
 
         c, skips = levels[0], [(levels[0], height)]  # channels and heights
         self.conv_in = nn.Conv2d(channels, c, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, c_out in enumerate(levels):
             if level:  # (B,c,h,w) -> (B,c,ceil(h/2),ceil(w/2))
-                self.down.append(Layer([nn.Conv2d(c, c, 3, stride=2, padding=1)]))
+                self.down.append(Layer(nn.Conv2d(c, c, 3, stride=2, padding=1)))
                 height = -(-height // 2)
                 skips.append((c, height))
             for _ in range(cfg.num_res_blocks):
@@ -211,7 +211,7 @@ class UNet(nn.Module):
                 skips.append((c, height))
         attend = SelfAttention(c, cfg.num_heads, groups)
         blocks = [ResBlock(c, c, c_emb, groups, 0.0) for _ in range(2)]
-        self.middle = Layer([blocks[0], attend, blocks[1]])
+        self.middle = Layer(blocks[0], attend, blocks[1])
         for c_out in reversed(levels):
             for _ in range(cfg.num_res_blocks + 1):
                 c_skip, height = skips.pop()

@@ -15,13 +15,16 @@ import time
 import zipfile
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from tqdm import tqdm
-
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where this file would hide the module of its name
+
+import runtime  # noqa: E402, F401  sets how threads wait, before torch loads them
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 from image_data import batches, datasets  # noqa: E402
 
 COUNT, BATCH, TURNS, WORKERS = 5000, 64, 7, 2

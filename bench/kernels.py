@@ -29,6 +29,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where this file would hide the package of its name
 
+import runtime  # noqa: E402, F401  sets how threads wait, before torch loads them
+
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of bench/
 
+import runtime  # noqa: E402, F401  sets how threads wait, before torch loads them
+
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402

@@ -175,7 +175,7 @@ class SelfAttention(nn.Module):
         return pointwise(self.proj, out).add_(x)
 
 
-class Layer(nn.ModuleList):
+class Layer(nn.Sequential):
     """Parts in a row; only residual blocks see the embedding. skip is joined to the channels."""
 
     def forward(self, h, emb, skip=None):
@@ -279,15 +279,15 @@ class UNet(nn.Module):
         for level, c_out in enumerate(levels):
             for _ in range(num_res_blocks):
                 parts = [attend(c_out)] if height in attention_resolutions else []
-                self.down.append(Layer([block(c, c_out), *parts]))
+                self.down.append(Layer(block(c, c_out), *parts))
                 c = c_out
                 skips.append(c)
             if level < len(levels) - 1:
                 smaller = block(c, c, halve) if resblock_updown else Downsample(c, style)
-                self.down.append(Layer([smaller]))
+                self.down.append(Layer(smaller))
                 height //= 2
                 skips.append(c)
-        self.middle = Layer([block(c, c), attend(c), block(c, c)])
+        self.middle = Layer(block(c, c), attend(c), block(c, c))
         self.up = nn.ModuleList()
         for level, c_out in reversed(list(enumerate(levels))):
             for i in range(num_res_blocks + 1):
@@ -296,7 +296,7 @@ class UNet(nn.Module):
                     larger = block(c_out, c_out, double) if resblock_updown else Upsample(c_out)
                     parts.append(larger)
                     height *= 2
-                self.up.append(Layer([block(c + skips.pop(), c_out), *parts]))
+                self.up.append(Layer(block(c + skips.pop(), c_out), *parts))
                 c = c_out
         self.norm_out = Norm(norm_groups, c, eps)
         outputs = 2 * channels if learn_sigma else channels

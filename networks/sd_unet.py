@@ -146,7 +146,7 @@ class Upsample(nn.Conv2d):
         return super().forward(F.interpolate(x, size=size, mode="nearest"))
 
 
-class Layer(nn.ModuleList):
+class Layer(nn.Sequential):
     """Parts in a row, each with what it sees. skip is joined to the channels of what comes in."""
 
     def forward(self, h, emb, context, skip=None, size=None):
@@ -252,20 +252,20 @@ class LatentUNet(nn.Module):
         for level, c_out in enumerate(levels):
             for _ in range(num_res_blocks):
                 parts = [transformer(c_out)] if level in attention_levels else []
-                self.down.append(Layer([block(c, c_out), *parts]))
+                self.down.append(Layer(block(c, c_out), *parts))
                 c = c_out
                 skips.append(c)
             if level < len(levels) - 1:
-                self.down.append(Layer([Downsample(c)]))
+                self.down.append(Layer(Downsample(c)))
                 skips.append(c)
-        self.middle = Layer([block(c, c), transformer(c), block(c, c)])
+        self.middle = Layer(block(c, c), transformer(c), block(c, c))
         self.up = nn.ModuleList()
         for level, c_out in reversed(list(enumerate(levels))):
             for i in range(num_res_blocks + 1):
                 parts = [transformer(c_out)] if level in attention_levels else []
                 if level > 0 and i == num_res_blocks:
                     parts.append(Upsample(c_out))
-                self.up.append(Layer([block(c + skips.pop(), c_out), *parts]))
+                self.up.append(Layer(block(c + skips.pop(), c_out), *parts))
                 c = c_out
         out = 2 * channels if learn_sigma else channels
         self.norm_out = Norm(norm_groups, c)

@@ -319,6 +319,8 @@ def check_positive(cfg, *names):
 def check_sampling(cfg):
     """Raise BadInput for settings that draw no samples: before training, which they end."""
     parse_seeds(cfg.seeds, cfg.n)
+    if not cfg.sample and cfg.guidance and not getattr(cfg, "class_cond", True):
+        raise BadInput("--no-class-cond: this network knows no labels; leave out --guidance")
     if not cfg.sample and cfg.sample_steps > cfg.timesteps:  # a checkpoint has its own
         wrong = f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps"
         raise BadInput(f"{wrong} {cfg.timesteps}")
@@ -361,3 +363,14 @@ def check_run(cfg):
         if first % second:
             raise BadInput(f"--{often}-every {first} must be a multiple of --{base}-every {second}")
     check_processes(cfg.gpus, cfg.batch_size, planned=getattr(cfg, "dry_run", False))
+    check_numbers(cfg)
+
+
+def check_numbers(cfg):
+    """Raise BadInput for a number that is not finite, and for a whole number below 0."""
+    for name, value in vars(cfg).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
+            raise BadInput(f"--{name.replace('_', '-')} {value}: expected a finite number")
+        if any(isinstance(v, int) and v < 0 for v in numbers):
+            raise BadInput(f"--{name.replace('_', '-')} {value}: expected at least 0")

@@ -21,6 +21,7 @@ not tell whether the run was split.
 
 import contextlib
 import copy
+from collections import OrderedDict
 
 import torch
 from torch import nn
@@ -30,16 +31,17 @@ from torch import nn
 
 
 def units(net):
-    """Parts of `net` that are gathered one at a time: the parts of its lists.
+    """Parts of `net` that are gathered one at a time: the parts of its lists, and its layers.
 
-    A ModuleList that computes (it has a forward) is one part. This is how the networks here cut
-    themselves up for `checkpointing`, too: what is computed again is then gathered just once more.
+    A Sequential with a forward of its own is a layer. This is how the networks here cut themselves
+    up for `use_checkpoint`, too: what is computed again is then gathered just once more.
     """
     found = []
     for part in net.children():
         if isinstance(part, nn.ModuleList):
-            computes = type(part).forward is not nn.Module.forward
-            found += [part] if computes else part
+            found += part
+        elif isinstance(part, nn.Sequential) and type(part) is not nn.Sequential:
+            found.append(part)
     return found
 
 
@@ -133,21 +135,19 @@ def unsharded(net):
         yield
         return
     parts = [part for part in net.modules() if hasattr(part, "unshard")]
-    net.set_reshard_after_forward(False)
     # What inference_mode gathers, backward() could never use again.
     with torch.inference_mode(False):
         for part in parts:
             part.unshard()
-    ran = []
-    hook = net.register_forward_pre_hook(lambda *_: ran.append(True))
+    # Hooks would split a part after its forward, and put that on record for a backward that never
+    # comes.
+    hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in parts]
+    for part in parts:
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
-        hook.remove()
-        if ran:
-            # Forwards are on record for a backward that never comes; and one that an error broke
-            # off would count as running, so that nothing could be split again.
-            net.reset_iter_state()
+        for part, before, after in hooks:
+            part._forward_pre_hooks, part._forward_hooks = before, after
         for part in parts:
             part.reshard()
-        net.set_reshard_after_forward(True)

@@ -1,8 +1,8 @@
 """Small networks trained with their weights split over ranks; each rank writes what it saw."""
 
 from runtime.processes import World, launch
+from runtime.run import EMA
 from runtime.sharding import load_optimizer, shard, unsharded, whole
-from runtime.training import ema_update
 
 import contextlib
 import copy
@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 from dit import DiT
 from networks.sd_unet import LatentUNet
@@ -24,19 +23,27 @@ def make(kind, checkpointing=False):
     """A network of 2 blocks without a zero among its weights, which would hide what is behind."""
     torch.manual_seed(0)
     if kind == "dit":
-        net = DiT(SHAPE, CLASSES, width=32, depth=2, heads=2, checkpointing=checkpointing)
+        net = DiT(
+            SHAPE,
+            CLASSES,
+            hidden_size=32,
+            depth=2,
+            num_heads=2,
+            patch_size=2,
+            use_checkpoint=checkpointing,
+        )
     else:
         net = LatentUNet(
             SHAPE[0],
             CLASSES,
-            width=16,
-            mult=(1, 2),
-            blocks=1,
-            attention=(1,),
-            heads=2,
-            context_width=12,
+            model_channels=16,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_levels=(1,),
+            num_heads=2,
+            context_dim=12,
             add_label=True,
-            checkpointing=checkpointing,
+            use_checkpoint=checkpointing,
         )
     for p in net.parameters():
         if not p.any():
@@ -59,13 +66,13 @@ class Training:
     def __init__(self, kind, world=None, state=None, checkpointing=False):
         self.world = world or World()
         self.net = make(kind, checkpointing).double()
-        self.ema = AveragedModel(self.net, multi_avg_fn=ema_update(0.9))
+        self.ema, self.updates = EMA(self.net, 0.9), 0
         if state:
             self.net.load_state_dict(state["model"])
-            self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.fill_(state["step"])
+            self.ema.net.load_state_dict(state["ema"])
+            self.updates = state["step"]
         shard(self.net, self.world)
-        shard(self.ema.module, self.world)
+        shard(self.ema.net, self.world)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-2, fused=True)
         if state:
             load_optimizer(self.optimizer, state["optimizer"])
@@ -80,19 +87,20 @@ class Training:
             norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self.ema.update_parameters(self.net)
+            self.ema.update(self.net, self.updates)
+            self.updates += 1
             seen.append((float(self.world.sum(loss.detach())) / self.world.size, float(norm)))
         return seen
 
     def state(self, step):
-        parts = dict(model=self.net, ema=self.ema.module, optimizer=self.optimizer)
+        parts = dict(model=self.net, ema=self.ema.net, optimizer=self.optimizer)
         state = {name: whole(part.state_dict()) for name, part in parts.items()}
         return copy.deepcopy({"step": step, **state})  # what is not split goes on changing
 
     def held(self):
         """Bytes of memory behind this process's weights, moments and running mean."""
         moments = [s[m] for s in self.optimizer.state.values() for m in ("exp_avg", "exp_avg_sq")]
-        lists = list(self.net.parameters()), moments, list(self.ema.module.parameters())
+        lists = list(self.net.parameters()), moments, list(self.ema.net.parameters())
         return [
             sum(getattr(x, "_local_tensor", x).untyped_storage().nbytes() for x in tensors)
             for tensors in lists
@@ -122,7 +130,7 @@ def see(kind, world, folder):
     training = Training(kind, world)
     saw["first"] = training.run(range(3))
     saw["held"], saw["state 3"] = training.held(), training.state(3)
-    saw["ema samples"] = sampled(training.ema.module, 3 if rank == 0 else 0)
+    saw["ema samples"] = sampled(training.ema.net, 3 if rank == 0 else 0)
     saw["samples"] = sampled(training.net, 0 if rank == 0 else 3)
     with contextlib.suppress(IndexError), unsharded(training.net):
         if rank == 0:  # breaks off in the middle
@@ -131,7 +139,7 @@ def see(kind, world, folder):
     state = torch.load(folder / f"{kind}.pt", weights_only=True)
     resumed = Training(kind, world, state, checkpointing=True)
     with torch.no_grad():  # forwards that no backward follows
-        saw["answers"] = [t(*batch(0)[0]) for t in (training.net, resumed.ema.module)]
+        saw["answers"] = [t(*batch(0)[0]) for t in (training.net, resumed.ema.net)]
     saw["held after"], saw["resumed held"] = training.held(), resumed.held()
     saw["resumed samples"] = sampled(resumed.net, rank)
     saw["resumed"], saw["resumed state 6"] = resumed.run(range(3, 6)), resumed.state(6)

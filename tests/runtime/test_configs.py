@@ -2,6 +2,7 @@
 
 from runtime.commandline import parse
 
+import importlib
 import re
 from pathlib import Path
 
@@ -9,18 +10,21 @@ import pytest
 import torch
 
 import ddpm_pixel
+import improved_ddpm
 import ldm_cfg
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
-PRESETS = [path for path in FILES if "_" not in path.stem or path.stem.endswith("_pixel")]
+SUFFIXES = ("", "_pixel", "_iddpm", "_dit")  # of the files that a data set's name finds
+SETS = ("glyphs", "mnist", "fashion_mnist", "cifar10", "afhq", "imagenet100")
+PRESETS = [path for path in FILES if path.stem in {s + end for s in SETS for end in SUFFIXES}]
 
 
 def script_of(path):
     """The chapter that the head of the file says to run."""
     named = re.search(r"python (\w+)\.py", path.read_text())
-    return {"ddpm_pixel": ddpm_pixel, "ldm_cfg": ldm_cfg}[named[1]]
+    return importlib.import_module(named[1])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -29,7 +33,7 @@ def test_every_file_parses_and_passes_the_checks(path):
     cfg = parse(script.Config, "", ["--config", str(path)])
     script.check(cfg)
     assert cfg.data in path.stem or path.stem == "mnist_cs771"
-    assert text.startswith("# ") and ("README.md" in text or "Nobody" in text or "minutes" in text)
+    assert text.startswith("# ") and ("RESULTS.md" in text or "Nobody" in text or "minutes" in text)
 
 
 def images_of(cfg):
@@ -40,15 +44,20 @@ def images_of(cfg):
     return channels, side, side
 
 
-PIXEL = [path for path in FILES if script_of(path) is ddpm_pixel]
+PIXEL = [path for path in FILES if script_of(path) in (ddpm_pixel, improved_ddpm)]
 
 
 @pytest.mark.parametrize("path", PIXEL, ids=lambda p: p.stem)
-def test_every_network_of_chapter_1_can_be_built_and_walked(path):
-    cfg = parse(ddpm_pixel.Config, "", ["--config", str(path)])
+def test_every_network_in_pixels_can_be_built_and_walked(path):
+    script = script_of(path)
+    cfg = parse(script.Config, "", ["--config", str(path)])
     with torch.device("meta"):
-        net = ddpm_pixel.make_net(cfg, images_of(cfg), 10 * cfg.conditional)
-    assert net.conv_out.out_channels == images_of(cfg)[0] * (1 + cfg.learned_variance)
+        if script is ddpm_pixel:
+            net = ddpm_pixel.UNet(images_of(cfg), 10 * cfg.class_cond, cfg)
+        else:
+            net = improved_ddpm.make_net(cfg, images_of(cfg), 10 * cfg.class_cond)
+    outputs = 1 + getattr(cfg, "learn_sigma", False)
+    assert net.conv_out.out_channels == images_of(cfg)[0] * outputs
     assert ddpm_pixel.timestep_pairs(cfg.timesteps, cfg.sample_steps)
     if path.stem == "cifar10_ddpm":
         assert sum(p.numel() for p in net.parameters()) == 35_746_307
@@ -56,15 +65,14 @@ def test_every_network_of_chapter_1_can_be_built_and_walked(path):
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 def test_the_name_of_the_data_set_finds_its_file(path):
-    script, pattern = script_of(path), str(path.with_name("{data}.yaml"))
-    if path.stem.endswith("_pixel"):
-        pattern = str(path.with_name("{data}_pixel.yaml"))
-    data = path.stem.removesuffix("_pixel")
+    script = script_of(path)
+    data = max((s for s in SETS if path.stem.startswith(s)), key=len)
+    pattern = str(path.with_name("{data}" + path.stem.removeprefix(data) + ".yaml"))
     found = parse(script.Config, "", ["--data", data], preset=pattern)
     named = parse(script.Config, "", ["--config", str(path)])
     assert found == named
     over = parse(script.Config, "", ["--data", data, "--steps", "7"], preset=pattern)
-    assert over.steps == 7 and over.width == named.width
+    assert over.steps == 7 and over.batch_size == named.batch_size
 
 
 def test_the_glyphs_file_repeats_the_defaults():

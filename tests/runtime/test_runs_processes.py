@@ -10,53 +10,66 @@ import numpy as np
 import pytest
 import torch
 from launching import free_port, start_ranks, succeed
-
-from image_data import batches
-
-CHAPTERS = ["ddpm_pixel", "ldm_cfg"]
+from run_folders import saved
+from tiny_runs import TRAININGS, fields, flags
 
 
-def test_processes_split_each_batch_of_one():
-    for world in (2, 4):
-        for step in range(20):  # 20 steps of 8 over 50 images: the fourth epoch begins in them
-            whole = batches.indices(50, 8, 3, step)
-            parts = [batches.indices(50, 8, 3, step, rank, world) for rank in range(world)]
-            assert np.array_equal(np.concatenate(parts), whole)
-            flips = [batches.flips(8, 3, step, rank, world) for rank in range(world)]
-            assert np.array_equal(np.concatenate(flips), batches.flips(8, 3, step))
+def run_two(script, *arguments):
+    """Two processes as under torchrun, to their end."""
+    done = [process.wait() for process in start_ranks(script, *arguments)]
+    assert [d.code for d in done] == [0, 0], done[0].err + done[1].err
 
 
-@pytest.mark.parametrize("script", CHAPTERS)
-def test_torchrun_of_two_logs_the_same_losses(script, repo, toy, tiny, tmp_path):
-    flags = [*tiny[script], *toy, "--sample-every", "0", "--flip"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    succeed(script, *flags, "--out", one)
+def run_torchrun(script, *arguments):
+    """The same from a shell, by torchrun itself."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), str(repo / f"{script}.py"), *flags]
-    done = subprocess.run([*command, "--out", str(two)], cwd=repo, capture_output=True, text=True)
+    command += ["--master-port", str(free_port()), f"{script}.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for stage in [".", "autoencoder"] if script == "ldm_cfg" else ["."]:
-        logs = [read_log(folder / stage / "log.jsonl") for folder in (one, two)]
-        assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
-        assert len(logs[0]) == 20
-        for a, b in zip(*logs, strict=True):
+
+
+def same_losses(one, two, tolerance=1e-5):
+    """Every run in the folder `two` logged, at the same steps, the losses of that in `one`."""
+    logs = sorted(path.relative_to(one) for path in one.rglob("log.jsonl"))
+    assert logs
+    for name in logs:
+        first, second = (read_log(folder / name) for folder in (one, two))
+        assert [row["step"] for row in first] == [row["step"] for row in second]
+        for a, b in zip(first, second, strict=True):
             assert set(a) == set(b) and a["lr"] == b["lr"]
-            for name in [n for n in a if n.startswith("loss")]:
-                assert a[name] == pytest.approx(b[name], abs=1e-5), (stage, a, b)
+            for key in [key for key in a if key.startswith("loss")]:
+                assert a[key] == pytest.approx(b[key], abs=tolerance), (name, a, b)
         # the losses differ from step to step far more than that, so the order was the same
-        assert np.ptp([row["loss"] for row in logs[0]]) > 0.01
+        assert np.ptp([row["loss"] for row in first]) > 0.01, name
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_two_processes_log_the_losses_of_one(script, toy, tiny, tmp_path):
+    more = flags(script, ae_steps=20, accumulate=2, ema=(0.9,), sample_every=0)
+    given = [*tiny[script], *toy, *more, "--flip"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    succeed(script, *given, "--out", one)
+    run_two(script, *given, "--out", two)
+    assert len(read_log(one / "log.jsonl")) == 20
+    same_losses(one, two)
+
+
+def test_torchrun_logs_the_losses_of_one_process(repo, toy, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(repo)
+    given = [*tiny["ddpm_pixel"], *toy, "--sample-every", "0", "--flip"]
+    succeed("ddpm_pixel", *given, "--out", tmp_path / "one")
+    run_torchrun("ddpm_pixel", *given, "--out", tmp_path / "two")
+    same_losses(tmp_path / "one", tmp_path / "two")
 
 
 def samples(folder):
     return np.load(folder / "samples.npz")
 
 
-@pytest.mark.parametrize("script", CHAPTERS)
+@pytest.mark.parametrize("script", [s for s in TRAININGS if {"sample", "seeds"} <= {*fields(s)}])
 def test_a_sample_is_a_function_of_its_seed(script, toy, tiny, tmp_path):
-    flags = [*tiny[script], *toy, "--steps", 6, "--sample-every", 0, "--seeds", "1-2"]
-    if script == "ldm_cfg":
-        flags += ["--ae-steps", 6]
-    succeed(script, *flags, "--out", tmp_path / "run")
+    given = [*tiny[script], *toy, "--steps", 6, "--sample-every", 0, "--seeds", "1-2"]
+    succeed(script, *given, "--out", tmp_path / "run")
 
     def draw(name, *extra, size=1):
         args = ["--sample", tmp_path / "run" / "ckpt.pt", "--out", tmp_path / name, "--gpus", 0]
@@ -67,7 +80,7 @@ def test_a_sample_is_a_function_of_its_seed(script, toy, tiny, tmp_path):
         found = samples(tmp_path / name)
         return found["arr_0"].astype(int), found["arr_1"]
 
-    noisy = ["--sampler", "ddpm"]
+    noisy = flags(script, sampler="ddpm")
     alone, label = draw("alone", "--seeds", 17, *noisy)
     many, labels = draw("many", "--seeds", "0-63", "--batch-size", 64, *noisy)
     split, split_labels = draw("split", "--seeds", "0-63", "--batch-size", 8, *noisy, size=2)
@@ -89,17 +102,17 @@ def test_shares_cover():
         assert torch.equal(rows, torch.arange(n))
 
 
-def test_ema_moves_and_the_ranks_agree(toy, tiny, tmp_path):
+@pytest.mark.parametrize("script", TRAININGS)
+def test_ema_moves_and_the_ranks_agree(script, toy, tiny, tmp_path):
     """Each rank reports what it has at the end; the checkpoint is rank 0's."""
-    flags = [*tiny["ddpm_pixel"], *toy, "--steps", 12, "--sample-every", 0, "--accumulate", 2]
-    for process in start_ranks("rank_report", *flags, "--out", tmp_path):
-        done = process.wait()
-        assert done.code == 0, done.err
+    given = [*tiny[script], *toy, "--steps", 12, *flags(script, sample_every=0, accumulate=2)]
+    run_two("rank_report", script, *given, "--out", tmp_path)
     reports = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
-    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    state = saved(tmp_path)
     moved = 0
-    for name, ema in saved["ema"].items():
-        assert torch.equal(reports[0][name], reports[1][name])
-        assert torch.equal(reports[0][name], ema)
-        moved += not torch.equal(ema, saved["model"][name])
-    assert moved > len(saved["ema"]) * 0.9
+    for name, ema in state["ema"].items():
+        assert torch.equal(reports[0]["ema"][name], reports[1]["ema"][name])
+        assert torch.equal(reports[0]["ema"][name], ema)
+        assert torch.equal(reports[0]["model"][name], reports[1]["model"][name])
+        moved += not torch.equal(ema, state["model"][name])
+    assert moved > len(state["ema"]) * 0.8
