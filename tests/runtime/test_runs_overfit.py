@@ -34,13 +34,20 @@ def fit(parameters, loss, steps, lr):
 
 def pixel_net(num_classes=2):
     torch.manual_seed(0)
-    cfg = ddpm_pixel.Config(width=16, mult=(1, 2), attention=(4,))
-    return ddpm_pixel.make_net(cfg, (1, 8, 8), num_classes)
+    cfg = ddpm_pixel.Config(model_channels=16, channel_mult=(1, 2), attention_resolutions=(4,))
+    return ddpm_pixel.UNet((1, 8, 8), num_classes, cfg).to(memory_format=torch.channels_last)
 
 
 def latent_net(num_classes=2):
     torch.manual_seed(0)
-    cfg = ldm_cfg.Config(width=16, mult=(1, 2), heads=2, context_width=16)
+    cfg = ldm_cfg.Config(model_channels=16, attention_resolutions=(2,), num_heads=2)
+    return ldm_cfg.make_net(cfg, (4, 4, 4), num_classes)
+
+
+def sd_net(num_classes=2):
+    torch.manual_seed(0)
+    cfg = ldm_cfg.Config(model="sd-label", model_channels=16, num_heads=2, context_dim=16)
+    cfg.attention_resolutions = (2,)
     return ldm_cfg.make_net(cfg, (4, 4, 4), num_classes)
 
 
@@ -52,6 +59,7 @@ CHAPTERS = [
     pytest.param(ddpm_pixel.simple_loss, pixel_net, (1, 8, 8), id="pixel"),
     pytest.param(ldm_cfg.simple_loss, latent_net, (4, 4, 4), id="latent eps"),
     pytest.param(latent_v_loss, latent_net, (4, 4, 4), id="latent v"),
+    pytest.param(latent_v_loss, sd_net, (4, 4, 4), id="latent v, Stable Diffusion's structure"),
 ]
 
 
@@ -63,17 +71,17 @@ def test_denoiser_learns_one_batch(simple_loss, make, shape):
     alpha_bar = ddpm_pixel.make_alpha_bar("linear", 1000)
 
     def loss():
-        return simple_loss(net, x0, y, t, eps, alpha_bar).mean()
+        return simple_loss(net, x0, t, eps, alpha_bar, y).mean()
 
     losses = fit(net.parameters(), loss, 220, 5e-3)
-    silent = simple_loss(lambda x, t, y: torch.zeros_like(x), x0, y, t, eps, alpha_bar).mean()
+    silent = simple_loss(lambda x, t, y: torch.zeros_like(x), x0, t, eps, alpha_bar, y).mean()
     assert losses[0] == pytest.approx(silent.item(), abs=1e-6) and silent > 0.3
     assert losses[-1] < 0.02
 
 
 def test_autoencoder_learns_one_batch():
     torch.manual_seed(0)
-    cfg = ldm_cfg.Config(patch=2, ae_width=32, ae_blocks=1, z_channels=4, kl_weight=1e-6)
+    cfg = autoencoder.Config(patch=2, model_channels=32, num_res_blocks=1, kl_weight=1e-6)
     ae, x = autoencoder.make_autoencoder(cfg, (1, 8, 8)), toy_batch((1, 8, 8))
     noise = gaussian((8, 4, 4, 4), torch.arange(8), 0, "cpu")
 
@@ -94,7 +102,7 @@ def test_labels_and_time_are_learned_from(simple_loss, make, shape):
     alpha_bar = ddpm_pixel.make_alpha_bar("cosine", 1000)
 
     def loss():
-        return simple_loss(net, x0, y, t, eps, alpha_bar).mean()
+        return simple_loss(net, x0, t, eps, alpha_bar, y).mean()
 
     fit(net.parameters(), loss, 5, 1e-2)
     net.zero_grad()
