@@ -88,7 +88,7 @@ class Config(cli.RunConfig):
     warmup: int = 100  # steps over which a learning rate rises from zero, in both trainings
     ema: tuple[float, ...] = (0.995,)
     save_every: int = 250  # steps between two checkpoints, a multiple of --log-every
-    sample_every: int = 500  # steps between two sample grids; 0 for none but the last
+    sample_every: int = 750  # steps between two sample grids; 0 for none but the last
 
     sample: str = ""  # do not train: sample this checkpoint, by its settings where none are typed
     n: int = 100  # how many samples
@@ -150,7 +150,7 @@ def train_autoencoder(cfg, world, ds):
     ae = make_autoencoder(cfg, ds.shape).to(world.device)
     z_shape = latent_shape(ae, ds.shape)
     if cfg.ae == "kl":
-        make = partial(torch.optim.Adam, lr=first.lr, fused=world.device.type == "cuda")
+        make = partial(torch.optim.Adam, lr=first.lr, fused=True)
         run = Run(first, world, ds, net=ae, optimizer=make, script="autoencoder")
         run.say(f"autoencoder from step {run.first} of {first.steps}")
         for step in run.steps():
@@ -395,7 +395,7 @@ def encode(cfg, world, ds, ae):
 
 def latent_run(cfg, world, latents, net, ae):
     """The run of a denoiser; its checkpoints hold the autoencoder, too."""
-    make = partial(torch.optim.Adam, lr=cfg.lr, fused=world.device.type == "cuda")
+    make = partial(torch.optim.Adam, lr=cfg.lr, fused=True)
     facts = {"scale": latents.scale, "ae": ae.settings, "autoencoder": ae.state_dict()}
     made_of = {"autoencoder": checkpoints.weights_hash(ae)}
     return Run(cfg, world, latents, net=net, optimizer=make, facts=facts, made_of=made_of)

@@ -1,6 +1,9 @@
 """The form of the project: who imports whom, how long a file may be, and what a chapter holds."""
 
+from runtime.commandline import RunConfig
+
 import ast
+import dataclasses
 import subprocess
 import sys
 import unicodedata
@@ -10,25 +13,21 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "runtime", "image_data", "networks", "evaluation")
-# Nothing imports upward or sideways: what stands here may import what stands before it.
+# Nothing imports upward or sideways: what stands here may import what stands before it. It is the
+# only list of chapters: all else finds them in the root, by their Config.
 ORDER = (
     *ROOMS,
     "eval_fid",
-    "schedules",
-    "likelihood",
     "ddpm_pixel",
     "improved_ddpm",
     "ddim",
-    "inversion",
     "dpm_solver",
-    "compare",
     "compare_samplers",
     "classifier_guidance",
     "edm",
     "autoencoder",
     "ldm_cfg",
     "dit",
-    "published_dit",
     "flow_matching",
     "stable_diffusion",
     "bench",
@@ -119,8 +118,60 @@ def test_file_is_short_and_finished(path):
         assert "fmt" + ": skip" not in text and "fmt" + ": off" not in text
     wide = [sum(not unicodedata.combining(c) for c in line) for line in lines]
     assert max(wide, default=0) <= 100
+    assert "raise NotImplemented" + "Error" not in text
     for mark in ("TO" + "DO", "FIX" + "ME", "XX" + "X"):
         assert not [line for line in lines if mark in line]
+
+
+def test_the_root_holds_chapters_and_nothing_else():
+    assert {place_of(path) for path in CHAPTERS} <= set(ORDER) - {*ROOMS, "bench"}
+
+
+def config_of(path):
+    """(statements, source lines) of a chapter's class Config."""
+    text = path.read_text()
+    (config,) = (
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.ClassDef) and node.name == "Config"
+    )
+    return config.body, text.splitlines()
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
+def test_every_setting_of_a_chapter_is_documented(path):
+    """By a comment on its line or a string below it, its line of --help; or it has RunConfig's."""
+    body, lines = config_of(path)
+    inherited = {field.name for field in dataclasses.fields(RunConfig)}
+    for node, below in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            told = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            told |= any("  # " in line for line in lines[node.lineno - 1 : node.end_lineno])
+            assert told or node.target.id in inherited, node.target.id
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
+def test_a_chapter_begins_with_three_commands(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    commands = [
+        line for line in text.splitlines() if line.startswith(("    python ", "    torchrun "))
+    ]
+    assert len(commands) >= 3 and any(f" {path.name}" in line for line in commands)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in ALL if p.name == "__init__.py" and p.parent.name != "kernels"], ids=name_of
+)
+def test_a_package_imports_nothing_of_ours(path):
+    assert not imported(path) & set(ORDER)
+
+
+@pytest.mark.parametrize("path", [p for p in ALL if place_of(p) != "tests"], ids=name_of)
+def test_no_statement_runs_for_its_exception_alone(path):
+    """A bare expression is a call, a yield or a docstring."""
+    wanted = (ast.Call, ast.Yield, ast.YieldFrom, ast.Constant)
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Expr) or isinstance(node.value, wanted), node.lineno
 
 
 @pytest.mark.parametrize("command", ["check", "format --check"])
