@@ -83,6 +83,8 @@ def test_the_clip_of_alpha_is_an_option():
         alphas = clipped / torch.cat([torch.ones(1).double(), clipped[:-1]])
         assert alphas.min().item() == pytest.approx(0.1)
         torch.testing.assert_close(free[:40], clipped[:40], rtol=1e-12, atol=0)
+    short = ch1.make_alpha_bar("linear", 15)  # beta_t would reach 0.02 1000 / 15 = 4/3
+    assert short[-1] / short[-2] == pytest.approx(0.001)
 
 
 @pytest.mark.parametrize("name, theirs", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])

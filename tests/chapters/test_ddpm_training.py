@@ -169,7 +169,7 @@ def test_scores_on_the_way_are_logged_and_drawn(toy, tmp_path, monkeypatch):
     [
         (["--schedule", "cosine", "--alpha-min", "0"], "--prediction v or x0"),
         (["--schedule", "cosine", "--alpha-min", "1"], "must fall"),
-        (["--timesteps", "9", "--sample-steps", "4"], "must fall"),
+        (["--timesteps", "9", "--sample-steps", "4"], "--alpha-min leaves no image"),
         (["--variance", "learned"], "--variance"),
         (["--ema", "0.9", "1.5"], "--ema"),
         (["--accumulate", "0"], "--accumulate"),

@@ -53,16 +53,18 @@ def test_any_number_of_processes_shares_the_same_batches(n, size, tmp_path):
         assert (np.concatenate([np.arange(24)[mine[0].where] for mine in parts]) == range(24)).all()
 
 
-@pytest.mark.parametrize("accumulate, sizes", [(1, [12]), (5, [3, 3, 3, 3]), (12, [1] * 12)])
-def test_the_share_of_a_process_comes_in_parts(accumulate, sizes, tmp_path):
-    for rank in range(2):
-        parts = parts_of(100, 3, tmp_path, rank=rank, size=2, accumulate=accumulate)
-        assert [len(part.rows) for part in parts] == sizes
-        share = slice(12 * rank, 12 * rank + 12)
-        assert (
-            np.concatenate([part.rows for part in parts]) == indices(100, 24, 9, 3)[share]
-        ).all()
-        assert (np.concatenate([part.flip for part in parts]) == flips(24, 9, 3)[share]).all()
+@pytest.mark.parametrize(
+    "size, accumulate, lengths",
+    [(2, 1, [12]), (2, 5, [3, 3, 3, 3]), (2, 12, [1] * 12), (3, 3, [3, 3, 2])],
+)
+def test_the_share_of_a_process_comes_in_parts(size, accumulate, lengths, tmp_path):
+    whole, coins = indices(100, 24, 9, 3), flips(24, 9, 3)
+    for rank in range(size):
+        parts = parts_of(100, 3, tmp_path, rank=rank, size=size, accumulate=accumulate)
+        share = slice(24 // size * rank, 24 // size * (rank + 1))
+        assert [len(part.rows) for part in parts] == lengths
+        assert (np.concatenate([part.rows for part in parts]) == whole[share]).all()
+        assert (np.concatenate([part.flip for part in parts]) == coins[share]).all()
 
 
 def test_order_depends_on_seed_and_step_alone():

@@ -37,8 +37,8 @@ HARD = {
 @pytest.mark.parametrize("size", [1, 2], ids=["one process", "two processes"])
 @pytest.mark.parametrize("script", TRAININGS)
 def test_killed_again_and_again_equals_unbroken(script, size, toy, tiny, tmp_path):
-    """Six times, or thrice where two processes train."""
-    steps = 70 if size == 1 else 45
+    """Five times, or twice where two processes train."""
+    steps, kills = (60, 5) if size == 1 else (36, 2)
     given = [*tiny[script], *toy, *flags(script, **HARD, steps=steps)]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
@@ -49,7 +49,7 @@ def test_killed_again_and_again_equals_unbroken(script, size, toy, tiny, tmp_pat
 
     chance = random.Random(17)
     broken.mkdir()
-    for _ in range(6 if size == 1 else 3):
+    for _ in range(kills):
         gap, delay = chance.randint(1, 6), chance.uniform(0, 0.02)
         kill_while_training(lambda: start(broken), broken, gap, delay)
     assert 0 < saved_step(broken) < steps

@@ -67,14 +67,13 @@ def test_smoke(script, kind, tmp_path):
         check_samples(out, shape, 8, len(classes))
     if "class_cond" not in fields(script):
         return
-    succeed(script, "--smoke", *given, "--out", tmp_path / "b", "--no-class-cond")
-    check_samples(tmp_path / "b", shape, 8, 0)
     for sampler in SAMPLERS:
-        for name, labels in (("out", len(classes)), ("b", 0)):
-            drawn = tmp_path / f"{name}-{sampler}"
-            walk = ["--sample", tmp_path / name / "ckpt.pt", "--out", drawn]
-            succeed(sampler, "--smoke", *walk, "--gif", "--gpus", 0)
-            check_samples(drawn, shape, 8, labels)
+        walk = ["--sample", out / "ckpt.pt", "--out", tmp_path / sampler, "--gif", "--gpus", 0]
+        succeed(sampler, "--smoke", *walk)
+        check_samples(tmp_path / sampler, shape, 8, len(classes))
+    if classes:
+        succeed(script, "--smoke", *given, "--out", tmp_path / "b", "--no-class-cond")
+        check_samples(tmp_path / "b", shape, 8, 0)
 
 
 @pytest.mark.parametrize("script", TRAININGS)
