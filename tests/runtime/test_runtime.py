@@ -237,6 +237,19 @@ def test_loss_meter_names_the_first_bad_step(bad, tmp_path):
         meter.read(World(), tmp_path / "ckpt.pt")
 
 
+def test_loss_meter_names_the_step_at_which_another_process_met_a_bad_loss(tmp_path):
+    class First(World):
+        """The first of two; the second met its first bad loss at step 5."""
+
+        def sum(self, tensor):
+            return tensor + torch.tensor([0.0, 5.0], dtype=tensor.dtype)
+
+    meter = LossMeter("cpu")
+    meter.add(7, torch.tensor([1.0]))
+    with pytest.raises(BadInput, match="not finite at step 5;"):
+        meter.read(First(0, 2), tmp_path / "ckpt.pt")
+
+
 def test_loss_curve_and_log(tmp_path):
     folder = RunFolder(tmp_path, "toy", {}, World())
     plot_loss(tmp_path)
