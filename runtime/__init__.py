@@ -2,11 +2,11 @@
 
 At the end of every parallel loop, threads wait for the last one. GNU's OpenMP, which PyTorch uses
 on Linux, has them turn in a loop 300,000 times before they sleep. On a machine that does other work
-too, they turn in the very time that the last one needs. Measured: the demo's training step on two
-cores, beside 0, 1, 2 and 4 processes that never rest, in steps a second
+too, they turn in the very time that the last one needs. A training step of the demo's size on two
+cores, beside 0, 1, 2 and 4 processes that never rest, in steps a second (RESULTS.md):
 
-    300,000 turns        6.3   1.9   0.16  0.11
-    1,000 turns          7.0   3.0   3.1   1.3
+    300,000 turns        8.9   2.6   2.1   1.0
+    1,000 turns          8.7   3.8   3.1   1.8
 
 What the user sets in GOMP_SPINCOUNT or OMP_WAIT_POLICY stays. `python bench/busy.py` prints this
 table for the machine that it runs on. Every script imports this package first.
