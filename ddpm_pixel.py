@@ -396,7 +396,7 @@ def train(cfg, world):
 
         evaluator = Evaluator.of_run(cfg, ds, world)
     seeds = cli.parse_seeds(cfg.seeds, cfg.n)
-    labels = cli.labels_for(seeds, range(net.null))
+    labels = cli.labels_for(seeds, range(net.null), cfg.guidance)
     if world.is_main:
         count = sum(p.numel() for p in net.parameters()) / 1e6
         print(f"{ds.name}: {len(ds)} images {ds.shape}, {net.null} classes")
