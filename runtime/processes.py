@@ -38,10 +38,6 @@ class World:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
 
-    def no_sync(self, model, on):
-        """Leave the gradients of what `wrap` returned unshared, if `on`: more are to be added."""
-        return model.no_sync() if on and self.size > 1 else contextlib.nullcontext()
-
     def sum(self, tensor):
         """The sum of `tensor` over all processes, in place."""
         if self.size > 1:
