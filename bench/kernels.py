@@ -38,7 +38,7 @@ from bench import measure  # noqa: E402
 from bench.measure import add_filters, chosen  # noqa: E402
 from tests.cases import verify  # noqa: E402
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 OFFLINE = {  # heading: width
     "shape": 26,
     "pass": 4,
@@ -193,7 +193,7 @@ def offline_rows(cases, targets, counts, progress=iter):
 
     `right` is false where the counting found a fault, or counted other launches than these.
     """
-    from tests.cases.offline import compiled_for, inspect_kernel
+    from tests.cases.offline import arch_of_target, compiled_for, inspect_kernel
 
     for case, backward in progress([(c, b) for c in cases for b in c.directions]):
         first = {"shape": case.name, "pass": "bwd" if backward else "fwd"}
@@ -201,7 +201,7 @@ def offline_rows(cases, targets, counts, progress=iter):
         first["eager ops÷floor"] = " / ".join(f"{passes:.1f}" for passes in eager)
         count = next(counts)
         assert count["case"] == [*title_of(case), case.name] and count["backward"] == backward
-        if not case.has_kernel(backward):
+        if not all(case.has_kernel(backward, arch_of_target(target)) for target in targets):
             yield case, first | {"kernel": "none: reference"}, True
             continue
         inputs, launches = case.inputs("cpu", empty), {}
@@ -244,7 +244,7 @@ def code_cells(target, report):
 def counted(args):
     """The lines of bench/traffic_table.py, run beside this process on the same cases."""
     command = [sys.executable, str(REPO / "bench" / "traffic_table.py")]
-    command += ["--only", *args.only, "--shape", *args.shape]
+    command += ["--only", *args.only, "--shape", *args.shape, "--target", args.targets[0]]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -26,6 +26,7 @@ import triton  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from bench.measure import add_filters, chosen  # noqa: E402
+from tests.cases.offline import TARGETS, arch_of_target, planned_for  # noqa: E402
 from tests.cases.traffic import count_traffic  # noqa: E402
 
 
@@ -60,20 +61,23 @@ def count(case, backward):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_filters(parser)
+    parser.add_argument("--target", choices=TARGETS, default="sm_80", help="whose plan is followed")
     args = parser.parse_args()
     if not triton.knobs.runtime.interpret:
         parser.error("set TRITON_INTERPRET=1: bytes are counted in Triton's interpreter")
     torch.set_num_threads(1)
-    for case in chosen(args):
-        for backward in case.directions:
-            print(json.dumps(report(case, backward)), flush=True)
+    arch = arch_of_target(args.target)
+    with planned_for(arch):
+        for case in chosen(args):
+            for backward in case.directions:
+                print(json.dumps(report(case, backward, arch)), flush=True)
 
 
-def report(case, backward):
+def report(case, backward, arch):
     """What a line says: programs are those of the whole launches, of which a part was run."""
     counted = case.counted
     line = {"case": [case.operation, case.where, case.name], "backward": backward}
-    if not case.has_kernel(backward):
+    if not case.has_kernel(backward, arch):
         return line
     traffic = count(counted, backward)
     return line | {

@@ -37,9 +37,20 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import check_devices, tl, triton, use_kernels
+from kernels.dispatch import (
+    Launch,
+    applier,
+    arch_of,
+    check_devices,
+    nobody_traces,
+    signature,
+    tl,
+    triton,
+    use_kernels,
+)
 
 LOG2E = math.log2(math.e)
+SMALLEST = 2.0**-126  # positive fp32 number that a GPU does not take for 0
 
 
 def _reference(q, k, v, scale):
@@ -97,15 +108,20 @@ def _inside(start, length, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.con
 def _forward_kernel(q, k, v, o, lse, scale_log2, q_strides, k_strides, v_strides, o_strides,
                     H, N, M, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
-                    ALIGN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Equations 1 and 2 for BLOCK_N queries of one sample and head."""
+                    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+                    POSITIVE: tl.constexpr):  # fmt: skip
+    """Equations 1 and 2 for BLOCK_N queries of one sample and head.
+
+    A positive scale keeps the order of a row: the largest product is the largest score, and only
+    it is multiplied before the exponent, where scale · product - m is one instruction. For any
+    other scale all products are multiplied first, and 1 takes the scale's place in the exponent.
+    """
     tiles = tl.cdiv(N, BLOCK_N)  # neighbours on the grid read the same keys, from the L2 cache
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     start = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N
     q = _matrix(q, q_strides, batch_head, H, start, ALIGN)
     k = _matrix(k, k_strides, batch_head, H, 0, ALIGN)
     v = _matrix(v, v_strides, batch_head, H, 0, ALIGN)
-    o = _matrix(o, o_strides, batch_head, H, start, ALIGN)
     queries = _inside(start, N, D, BLOCK_N, BLOCK_D, EVEN_N)
     q_i = tl.load(_tile(q, q_strides, BLOCK_N, BLOCK_D, ALIGN), mask=queries, other=0.0)
 
@@ -113,15 +129,18 @@ def _forward_kernel(q, k, v, o, lse, scale_log2, q_strides, k_strides, v_strides
     m = tl.full((BLOCK_N,), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    factor = scale_log2 if POSITIVE else 1.0
     for first in range(0, M, BLOCK_M):
         keys = _inside(first, M, D, BLOCK_M, BLOCK_D, EVEN_M)
         k_j = tl.load(_tile(k, k_strides, BLOCK_M, BLOCK_D, ALIGN), mask=keys, other=0.0)
         v_j = tl.load(_tile(v, v_strides, BLOCK_M, BLOCK_D, ALIGN), mask=keys, other=0.0)
-        s = tl.dot(q_i, tl.trans(k_j), input_precision=PRECISION) * scale_log2
+        s = tl.dot(q_i, tl.trans(k_j), input_precision=PRECISION)
+        if not POSITIVE:
+            s *= scale_log2
         if not EVEN_M:
             s = tl.where((first + tl.arange(0, BLOCK_M) < M)[None, :], s, -float("inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))  # loses NaN, but p = exp2(NaN - m_new) does not
-        p = tl.exp2(s - m_new[:, None])
+        m_new = tl.maximum(m, tl.max(s, 1) * factor)  # loses NaN, but exp2(NaN - m_new) does not
+        p = tl.exp2(s * factor - m_new[:, None])
         shrink = tl.exp2(m - m_new)
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v_j.dtype), v_j, acc * shrink[:, None], input_precision=PRECISION)
@@ -130,6 +149,7 @@ def _forward_kernel(q, k, v, o, lse, scale_log2, q_strides, k_strides, v_strides
         v += BLOCK_M * v_strides[2]
 
     acc = (acc / total[:, None]).to(o.dtype.element_ty)
+    o = _matrix(o, o_strides, batch_head, H, start, ALIGN)
     tl.store(_tile(o, o_strides, BLOCK_N, BLOCK_D, ALIGN), acc, mask=queries)
     rows = start + tl.arange(0, BLOCK_N)
     tl.store(lse + batch_head * N + rows, m + tl.log2(total), mask=rows < N)
@@ -224,9 +244,9 @@ def _dkdv_kernel(q, k, v, do, lse, delta, dk, dv, scale, scale_log2, q_strides, 
 
 # --------------------------------------------------------------------------------- launch plan
 #
-# One table of tiles, warps and stages for all NVIDIA GPUs from sm_80 on. Its entries are the
-# largest tiles found that fit everywhere, which compiling for sm_80, sm_90 and sm_100 shows without
-# a GPU:
+# One table of tiles, warps and stages for all NVIDIA GPUs from sm_80 on, but for sm_90. Its entries
+# are the largest tiles found that fit everywhere, which compiling for sm_80, sm_90 and sm_100 shows
+# without a GPU:
 #
 # - No register is spilled to memory, for D divisible by 8 and any lengths. Accumulators set the
 #   limit: dk and dv of 64 keys and D = 256 alone are half of all registers that a multiprocessor
@@ -239,9 +259,21 @@ def _dkdv_kernel(q, k, v, do, lse, delta, dk, dv, scale, scale_log2, q_strides, 
 #
 # In fp32 an operand is two tf32 numbers and takes four times the registers of a 16-bit one, so
 # tiles are small. With D > 128 nothing useful fits, and the reference runs.
+#
+# sm_90 has rows of its own in 16 bits. No GPU has timed them; they follow from what compiling says:
+#
+# - A warp-group product of n columns reads its left factor from memory for each n of them, so n is
+#   at least 64 in forward and 32 in dq. That takes up to 192 KiB and a multiprocessor to itself.
+# - A tile that stays has 128 rows where registers allow it: keys and values (of dkdv: queries) then
+#   come half as often from the L2 cache, whose bandwidth 64 rows would use up.
+# - With D up to 32 exponentials are what costs, and small programs overlap them: two with 8 warps
+#   for each multiprocessor in forward and dq, three with 4 in dkdv.
+# - dkdv at D = 256 has n = 16, and its second warp group repeats the scores of the first: dk and dv
+#   of more keys do not fit. Where a GPU shows that SDPA trains faster, a row without "dq" and
+#   "dkdv" leaves all of training to it, and keeps "forward" for sampling.
 
 # (bytes of a number, D up to): (BLOCK_N queries, BLOCK_M keys, warps, stages) of each kernel
-TILES = {
+EVERYWHERE = {
     (2, 32): {"forward": (128, 64, 4, 3), "dq": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2)},
     (2, 64): {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2)},
     (2, 128): {"forward": (128, 64, 8, 2), "dq": (64, 32, 4, 2), "dkdv": (32, 64, 8, 2)},
@@ -250,17 +282,30 @@ TILES = {
     (4, 64): {"forward": (64, 16, 8, 2), "dq": (32, 32, 8, 1), "dkdv": (32, 32, 8, 1)},
     (4, 128): {"forward": (16, 32, 4, 1), "dq": (16, 32, 8, 1), "dkdv": (32, 16, 8, 1)},
 }
+HOPPER = EVERYWHERE | {
+    (2, 32): {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkdv": (64, 64, 4, 2)},
+    (2, 128): {"forward": (128, 128, 8, 2), "dq": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2)},
+    (2, 256): {"forward": (128, 64, 8, 2), "dq": (128, 32, 8, 2), "dkdv": (32, 64, 8, 2)},
+}
+TILES = {75: {}, 90: HOPPER}  # by architecture; all others have EVERYWHERE
 
 
-def plan(kernel, dim, itemsize):
+def plan(kernel, dim, itemsize, arch):
     """(BLOCK_N, BLOCK_M, warps, stages) of a kernel; None if there is none for such inputs.
 
     kernel: "forward", "dq" or "dkdv". dim: D. itemsize: bytes of a number of q, k and v.
+    arch: the GPU's, as dispatch.arch_of tells it.
     """
-    for (size, largest), tiles in TILES.items():
+    for (size, largest), tiles in TILES.get(arch, EVERYWHERE).items():
         if size == itemsize and 1 <= dim <= largest:
-            return tiles[kernel]
+            return tiles.get(kernel)
     return None
+
+
+def planned(dim, itemsize, arch, gradient):
+    """Whether `plan` has the kernels of forward, and with `gradient` those of backward."""
+    kernels = ("forward", "dq", "dkdv") if gradient else ("forward",)
+    return all(plan(kernel, dim, itemsize, arch) for kernel in kernels)
 
 
 def _with_rows(x):
@@ -281,7 +326,7 @@ def _constants(kernel, q, k, *others):
     others: the further tensors whose strides the kernel takes.
     """
     dim = q.shape[3]
-    block_n, block_m, warps, stages = plan(kernel, dim, q.element_size())
+    block_n, block_m, warps, stages = plan(kernel, dim, q.element_size(), arch_of(q.device))
     strides = [stride for tensor in (q, k, *others) for stride in tensor.stride()[:3]]
     return dict(
         D=dim,
@@ -306,38 +351,50 @@ def _empty(like):
     return like.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
-def _forward(q, k, v, scale):
-    """o (B, H, N, D), its memory (B, N, H, D), and L · log₂e (B, H, N) in fp32."""
-    batch, heads, n = q.shape[:3]
-    o, lse = _empty(q), q.new_empty(batch, heads, n, dtype=torch.float32)
+def _launch(name, kernel, q, k, v, *others, **constants):
+    """The Launch of a kernel, which `plan` calls by name; others: what else it takes strides of."""
+    named = _constants(name, q, k, v, *others)
+    (batch, heads, n), m = q.shape[:3], k.shape[2]
+    block = named["BLOCK_M"] if name == "dkdv" else named["BLOCK_N"]
+    grid = batch * heads * triton.cdiv(m if name == "dkdv" else n, block)
+    strides = (tensor.stride() for tensor in (q, k, v, *others))
+    return Launch(kernel, grid, *strides, heads, n, m, **named, **constants)
+
+
+def _forward(q, k, v, scale, launches=None):
+    """o (B, H, N, D), its memory (B, N, H, D), and L · log₂e (B, H, N) in fp32.
+
+    launches: a dict that keeps each Launch for inputs of the same signature.
+    """
+    o, lse = _empty(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if k.shape[2] == 1:
+        return o.copy_(v), lse  # the only key weighs 1, whatever its score; nobody reads L
     if o.numel() > 0:
-        q, k, v = map(_with_rows, (q, k, v))
-        named = _constants("forward", q, k, v, o)
-        _forward_kernel[(batch * heads * triton.cdiv(n, named["BLOCK_N"]),)](
-            q, k, v, o, lse, scale * LOG2E, q.stride(), k.stride(), v.stride(), o.stride(),
-            heads, n, k.shape[2], **named,
-        )  # fmt: skip
+        launches = {} if launches is None else launches
+        q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
+        if "forward" not in launches:
+            positive = scale * LOG2E >= SMALLEST
+            launches["forward"] = _launch("forward", _forward_kernel, q, k, v, o, POSITIVE=positive)
+        launches["forward"](q, k, v, o, lse, scale * LOG2E)
     return o, lse
 
 
-def _backward(do, q, k, v, o, lse, scale):
+def _backward(do, q, k, v, o, lse, scale, launches=None):
     """dq, dk and dv, the memory of each in the order of o's."""
-    batch, heads, n, m = *q.shape[:3], k.shape[2]
     dq, dk, dv, delta = _empty(q), _empty(k), _empty(v), torch.empty_like(lse)
     if o.numel() == 0:  # without queries no key has a gradient
         return dq, dk.zero_(), dv.zero_()
-    do, q, k, v = map(_with_rows, (do, q, k, v))
-    inputs = q.stride(), k.stride(), v.stride()
-    named = _constants("dq", q, k, v, o, do)
-    _dq_kernel[(batch * heads * triton.cdiv(n, named["BLOCK_N"]),)](
-        q, k, v, o, do, lse, delta, dq, scale, scale * LOG2E, *inputs, o.stride(), do.stride(),
-        heads, n, m, **named,
-    )  # fmt: skip
-    named = _constants("dkdv", q, k, v, do, dk)
-    _dkdv_kernel[(batch * heads * triton.cdiv(m, named["BLOCK_M"]),)](
-        q, k, v, do, lse, delta, dk, dv, scale, scale * LOG2E, *inputs, do.stride(), dk.stride(),
-        heads, n, m, **named,
-    )  # fmt: skip
+    if k.shape[2] == 1:
+        torch.sum(do, 2, keepdim=True, out=dv)
+        return dq.zero_(), dk.zero_(), dv
+    if launches is None or do.stride() != o.stride() or do.data_ptr() % 16:
+        launches = {}
+    do, q, k, v = _with_rows(do), _with_rows(q), _with_rows(k), _with_rows(v)
+    if "dq" not in launches:
+        launches["dq"] = _launch("dq", _dq_kernel, q, k, v, o, do)
+        launches["dkdv"] = _launch("dkdv", _dkdv_kernel, q, k, v, do, dk)
+    launches["dq"](q, k, v, o, do, lse, delta, dq, scale, scale * LOG2E)
+    launches["dkdv"](q, k, v, do, lse, delta, dk, dv, scale, scale * LOG2E)
     return dq, dk, dv
 
 
@@ -378,11 +435,34 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, do, _):
-    return *_attention_backward(do, *ctx.saved_tensors, ctx.scale), None
+def _gradients(ctx, do):
+    """dq, dk and dv."""
+    launches = getattr(ctx, "launches", None)
+    if launches is None or torch.is_grad_enabled() or not nobody_traces((do,)):
+        return _attention_backward(do, *ctx.saved_tensors, ctx.scale)  # no second derivatives
+    return _backward(do, *ctx.saved_tensors, ctx.scale, launches)
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
+_attention.register_autograd(lambda ctx, do, _: (*_gradients(ctx, do), None), setup_context=_save)
+
+
+class _Attention(torch.autograd.Function):
+    """The same where nobody traces."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, launches):
+        o, lse = _forward(q, k, v, scale, launches)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.scale, ctx.launches = scale, launches
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        return *_gradients(ctx, do), None, None
+
+
+_apply = applier(_Attention)
+_remembered = {}  # {what decides it: the launches, by name}
 
 
 def attention(q, k, v, *, scale=None):
@@ -400,8 +480,33 @@ def attention(q, k, v, *, scale=None):
         float32               1 to 128, forward and backward
 
     NaN and infinities do what they do in PyTorch: a score of -inf weighs 0, and a row with a score
-    of +inf, or with none but -inf, is NaN.
+    of +inf, or with none but -inf, is NaN. But where M is 1, a kernel's place is taken by a copy of
+    v, and its score is not computed.
     """
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype in (dtype, torch.float64) else x.to(dtype) for x in (q, k, v))
+    if not use_kernels(q):
+        _check(q, k, v)
+        return _reference(q, k, v, scale)
+    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    key = signature((q, k, v)) if nobody_traces((q, k, v)) else None
+    launches = None if key is None else _remembered.get((key, scale, gradient))
+    if launches is None:
+        _check(q, k, v)
+        if not planned(q.shape[3], q.element_size(), arch_of(q.device), gradient):
+            return _reference(q, k, v, scale)
+        if key is not None:
+            launches = _remembered[key, scale, gradient] = {}
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if launches is None:
+        return _attention(q, k, v, scale)[0]
+    if gradient:
+        return _apply(q, k, v, scale, launches)
+    return _forward(q, k, v, scale, launches)[0]
+
+
+def _check(q, k, v):
     if q.ndim != 4:
         raise ValueError(f"q must be (B, H, N, D), got {tuple(q.shape)}")
     batch, heads, _, dim = q.shape
@@ -412,13 +517,5 @@ def attention(q, k, v, *, scale=None):
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     check_devices(q, k=k, v=v)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    kernels = ("forward", "dq", "dkdv") if gradient else ("forward",)
-    if not use_kernels(q) or not all(plan(kernel, dim, q.element_size()) for kernel in kernels):
-        return _reference(q, k, v, scale)
-    return _attention(q, k, v, dim**-0.5 if scale is None else float(scale))[0]

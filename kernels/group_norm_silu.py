@@ -37,7 +37,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import check_devices, tl, triton, use_kernels
+from kernels.dispatch import (
+    Launch,
+    applier,
+    check_devices,
+    nobody_traces,
+    signature,
+    tl,
+    triton,
+    use_kernels,
+)
 
 
 def _centred(x, groups):
@@ -46,8 +55,7 @@ def _centred(x, groups):
     PyTorch's CPU kernel for channels_last computes E[x²] - E[x]², which at a mean of ten standard
     deviations has lost half of fp32's digits and at a thousand all of them.
     """
-    mean = x.detach()[..., None].flatten(2).mean(2)  # (B,C)
-    mean = mean.unflatten(1, (groups, -1)).mean(2)  # (B,G)
+    mean = x.detach()[..., None].flatten(2).mean(2).unflatten(1, (groups, -1)).mean(2)  # (B,G)
     mean = mean.repeat_interleave(x.shape[1] // groups, dim=1)  # (B,C)
     return x - mean.view(*mean.shape, *[1] * (x.ndim - 2))
 
@@ -109,6 +117,16 @@ def _affine_of(weight, bias, scale, shift, scale_stride, shift_stride, sample, c
         a = a * gain
         b = b * gain + tl.load(shift + channel, mask=real, other=0.0).to(tl.float32)
     return a, b
+
+
+@triton.jit
+def _sigmoid(e):
+    """1 / (1 + e), which is sigmoid(z) for e = exp(-z).
+
+    A GPU has the reciprocal root as one instruction; an exact division would take ten.
+    """
+    root = tl.rsqrt(1 + e)
+    return root * root
 
 
 @triton.jit
@@ -196,12 +214,15 @@ def _combined_statistics(
 
 @triton.jit
 def group_norm_forward(
-    x, weight, bias, scale, shift, scale_stride, shift_stride, partial, y, mean, rstd, eps,
+    x, weight, bias, scale, shift, scale_stride, shift_stride, partial, y, statistics, eps,
     C: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
     INNERMOST: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """y of one tile. Without `partial` the tile holds all positions and finds the statistics."""
+    """y of one tile, and its groups' statistics (B, G, 2): mean and rstd.
+
+    Without `partial` the tile holds all positions and finds the statistics.
+    """
     STRETCHES: tl.constexpr = triton.cdiv(P, ROWS)
     program = tl.program_id(0)
     if partial is not None:  # from the end: what group_norm_statistics read last may be in cache
@@ -227,12 +248,12 @@ def group_norm_forward(
     a, b = _affine_of(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, real)
     z = value * (r * a)[None, :] + b[None, :]
     if SILU:
-        z = z * tl.sigmoid(z)
+        z = z * _sigmoid(tl.exp2(z * -1.4426950408889634))
     tl.store(y + sample * (C * P) + offset, z.to(y.dtype.element_ty), mask=exists)
-    group = sample * (C // SIZE) + channel // SIZE
+    place = statistics + (sample * (C // SIZE) + channel // SIZE) * 2
     first = real & (channel % SIZE == 0) & (stretch == 0)
-    tl.store(mean + group, mu, mask=first)
-    tl.store(rstd + group, r, mask=first)
+    tl.store(place, mu, mask=first)
+    tl.store(place + 1, r, mask=first)
 
 
 # ------------------------------------------------------------------------------------ backward
@@ -240,18 +261,23 @@ def group_norm_forward(
 
 @triton.jit
 def _gradient_of_z(dy, xhat, a, b, SILU: tl.constexpr):
-    """dz, the gradient before the SiLU: silu'(z) = s · (1 + z · (1 - s)) with s = sigmoid(z)."""
+    """dz, the gradient before the SiLU: silu'(z) = s · (1 + z · (1 - s)) with s = sigmoid(z).
+
+    1 - s is taken as e · s with e = exp(-z): where s is near 1, the difference has lost its digits.
+    """
     if SILU:
         z = xhat * a[None, :] + b[None, :]
-        s = tl.sigmoid(z)
-        return dy * (s * (1 + z * (1 - s)))
+        e = tl.exp2(z * -1.4426950408889634)
+        s = _sigmoid(e)
+        e = tl.minimum(e, 8.507059173023462e37)  # 2¹²⁶: e · s stays a number where s is 0
+        return dy * (s * (1 + z * (e * s)))
     else:
         return dy
 
 
 @triton.jit
 def group_norm_sums(
-    dy, x, weight, bias, scale, shift, scale_stride, shift_stride, mean, rstd, partial,
+    dy, x, weight, bias, scale, shift, scale_stride, shift_stride, statistics, partial,
     C: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
     INNERMOST: tl.constexpr, SILU: tl.constexpr,
@@ -260,9 +286,9 @@ def group_norm_sums(
     sample, chunk, channel, real = _place_of(tl.program_id(0), C, SIZE, GROUPS, WIDTH, CHUNKS)
     dy += sample * (C * P)
     x += sample * (C * P)
-    group = sample * (C // SIZE) + channel // SIZE
-    mu = tl.load(mean + group, mask=real, other=0.0)
-    r = tl.load(rstd + group, mask=real, other=0.0)
+    place = statistics + (sample * (C // SIZE) + channel // SIZE) * 2
+    mu = tl.load(place, mask=real, other=0.0)
+    r = tl.load(place + 1, mask=real, other=0.0)
     a, b = _affine_of(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, real)
     row = chunk * CHUNK + tl.arange(0, ROWS)
     sum_dz = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -293,13 +319,16 @@ def _combined_sums(partial, sample, channel, real, C: tl.constexpr, CHUNKS: tl.c
 
 @triton.jit
 def group_norm_backward(
-    dy, x, weight, bias, scale, shift, scale_stride, shift_stride, mean, rstd, partial,
-    dx, sum_dz, sum_dz_xhat,
+    dy, x, weight, bias, scale, shift, scale_stride, shift_stride, statistics, partial,
+    dx, sums,
     C: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
     INNERMOST: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """dx of one tile. Without `partial` the tile holds all positions and finds the sums."""
+    """dx of one tile, and S1 and S2 of its channels, `sums` (B, 2, C).
+
+    Without `partial` the tile holds all positions and finds the sums.
+    """
     STRETCHES: tl.constexpr = triton.cdiv(P, ROWS)
     program = tl.program_id(0)
     if partial is not None:  # from the end: what group_norm_sums read last may be in cache
@@ -309,9 +338,9 @@ def group_norm_backward(
     offset, exists = _tile_of(position, channel, real, C, P, INNERMOST)
     xhat = tl.load(x + sample * (C * P) + offset, mask=exists, other=0.0).to(tl.float32)
     dz = tl.load(dy + sample * (C * P) + offset, mask=exists, other=0.0).to(tl.float32)
-    group = sample * (C // SIZE) + channel // SIZE
-    mu = tl.load(mean + group, mask=real, other=0.0)
-    r = tl.load(rstd + group, mask=real, other=0.0)
+    place = statistics + (sample * (C // SIZE) + channel // SIZE) * 2
+    mu = tl.load(place, mask=real, other=0.0)
+    r = tl.load(place + 1, mask=real, other=0.0)
     a, b = _affine_of(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, real)
     xhat = (xhat - mu[None, :]) * r[None, :]
     dz = tl.where(exists, _gradient_of_z(dz, xhat, a, b, SILU), 0.0)
@@ -324,8 +353,40 @@ def group_norm_backward(
     mean_2 = _group_sum(a * S2, SIZE, GROUPS) / (SIZE * P)
     gradient = r[None, :] * (a[None, :] * dz - mean_1[None, :] - xhat * mean_2[None, :])
     tl.store(dx + sample * (C * P) + offset, gradient.to(dx.dtype.element_ty), mask=exists)
-    tl.store(sum_dz + sample * C + channel, S1, mask=real & (stretch == 0))
-    tl.store(sum_dz_xhat + sample * C + channel, S2, mask=real & (stretch == 0))
+    place = sums + sample * (2 * C) + channel
+    tl.store(place, S1, mask=real & (stretch == 0))
+    tl.store(place + C, S2, mask=real & (stretch == 0))
+
+
+@triton.jit
+def group_norm_parameters(
+    sums, weight, bias, scale, shift, scale_stride, shift_stride, dweight, dbias, dscale, dshift, B,
+    C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The gradients of all but x, of WIDTH channels: from S1 and S2, sums over the samples."""
+    channel = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    real = channel < C
+    w = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
+    sum_weight = tl.zeros((ROWS, WIDTH), tl.float32)
+    sum_bias = tl.zeros((ROWS, WIDTH), tl.float32)
+    for first in range(0, B, ROWS):
+        sample = (first + tl.arange(0, ROWS))[:, None]
+        exists = (sample < B) & real[None, :]
+        S1 = tl.load(sums + sample * (2 * C) + channel[None, :], mask=exists, other=0.0)
+        S2 = tl.load(sums + sample * (2 * C) + C + channel[None, :], mask=exists, other=0.0)
+        if scale is not None:
+            place = sample * C + channel[None, :]
+            from_scale = w[None, :] * S2 + b[None, :] * S1
+            tl.store(dscale + place, from_scale.to(dscale.dtype.element_ty), mask=exists)
+            tl.store(dshift + place, S1.to(dshift.dtype.element_ty), mask=exists)
+            place = scale + sample * scale_stride + channel[None, :]
+            gain = 1 + tl.load(place, mask=exists, other=0.0).to(tl.float32)
+            S1, S2 = gain * S1, gain * S2
+        sum_weight += S2
+        sum_bias += S1
+    tl.store(dweight + channel, tl.sum(sum_weight, 0).to(dweight.dtype.element_ty), mask=real)
+    tl.store(dbias + channel, tl.sum(sum_bias, 0).to(dbias.dtype.element_ty), mask=real)
 
 
 # --------------------------------------------------------------------------------- launch plan
@@ -424,6 +485,31 @@ def _cut(x, groups, backward):
 # ------------------------------------------------------------------------------------ launches
 
 
+class Launches(NamedTuple):
+    """How one pass over inputs of one signature is launched, forward or backward."""
+
+    chunks: int  # partial results of each group; 0 where there is no first kernel
+    first: Launch | None
+    second: Launch
+
+
+def _launches(x, groups, silu, backward):
+    """The Launches for inputs like x, which is contiguous or has its channels innermost."""
+    plan, constants = _cut(x, groups, backward)
+    blocks = len(x) * groups // plan.groups
+    silu_too = {"SILU": silu}  # statistics do not ask for it
+    chunk = {"CHUNK": plan.chunk}  # and the last kernel of the backward pass not for this
+    first = None
+    if plan.chunks:
+        kernel = group_norm_sums if backward else group_norm_statistics
+        named = constants | chunk | (silu_too if backward else {})
+        first = Launch(kernel, blocks * plan.chunks, **named, num_warps=16)
+    kernel = group_norm_backward if backward else group_norm_forward
+    named = constants | silu_too | ({} if backward else chunk)
+    grid = blocks * triton.cdiv(constants["P"], plan.rows)
+    return Launches(plan.chunks, first, Launch(kernel, grid, **named, num_warps=plan.warps))
+
+
 def _parameters(weight, bias, scale, shift):
     """The parameters with contiguous channels, and how far apart the samples of scale, shift lie.
 
@@ -436,48 +522,59 @@ def _parameters(weight, bias, scale, shift):
     return weight, bias, scale, shift, scale.stride(0), shift.stride(0)
 
 
-def _forward(x, weight, bias, scale, shift, groups, eps, silu):
-    """y, and mean and rstd (B, groups) in fp32. x is contiguous or has its channels innermost."""
+def _forward(x, weight, bias, scale, shift, groups, eps, silu, launches=None):
+    """y, and mean and rstd (B, groups, 2) in fp32. x is dense, its channels first or innermost.
+
+    launches: a dict that keeps the Launches for inputs of the same signature.
+    """
     y = torch.empty_like(x)
-    mean = torch.empty(len(x), groups, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    statistics = torch.empty((len(x), groups, 2), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return y, mean.zero_(), rstd.zero_()
-    plan, constants = _cut(x, groups, backward=False)
-    blocks = len(x) * groups // plan.groups
+        return y, statistics.zero_()
+    launches = {} if launches is None else launches
+    if "forward" not in launches:
+        launches["forward"] = _launches(x, groups, silu, backward=False)
+    chunks, first, second = launches["forward"]
     partial = None
-    if plan.chunks:
-        partial = mean.new_empty(len(x), plan.chunks, groups, 2)
-        group_norm_statistics[(blocks * plan.chunks,)](
-            x, partial, CHUNK=plan.chunk, **constants, num_warps=16
-        )
-    group_norm_forward[(blocks * triton.cdiv(constants["P"], plan.rows),)](
-        x, *_parameters(weight, bias, scale, shift), partial, y, mean, rstd, eps,
-        CHUNK=plan.chunk, SILU=silu, **constants, num_warps=plan.warps,
-    )  # fmt: skip
-    return y, mean, rstd
+    if chunks:
+        partial = statistics.new_empty(len(x), chunks, groups, 2)
+        first(x, partial)
+    second(x, *_parameters(weight, bias, scale, shift), partial, y, statistics, eps)
+    return y, statistics
 
 
-def _backward(dy, x, weight, bias, scale, shift, mean, rstd, groups, silu):
-    """dx, and S1 and S2 (B, C) in fp32. dy lies in memory as x does."""
+def _backward(dy, x, weight, bias, scale, shift, statistics, groups, silu, launches=None):
+    """dx, and S1 and S2 (B, 2, C) in fp32. dy lies in memory as x does."""
     dx = torch.empty_like(x)
-    sum_dz = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
-    sum_dz_xhat = torch.empty_like(sum_dz)
+    sums = torch.empty((len(x), 2, x.shape[1]), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return dx, sum_dz.zero_(), sum_dz_xhat.zero_()
-    plan, constants = _cut(x, groups, backward=True)
-    blocks = len(x) * groups // plan.groups
-    inputs = (dy, x, *_parameters(weight, bias, scale, shift), mean, rstd)
+        return dx, sums.zero_()
+    if launches is None or dy.data_ptr() % 16:
+        launches = {}
+    if "backward" not in launches:
+        launches["backward"] = _launches(x, groups, silu, backward=True)
+    chunks, first, second = launches["backward"]
+    inputs = (dy, x, *_parameters(weight, bias, scale, shift), statistics)
     partial = None
-    if plan.chunks:
-        partial = mean.new_empty(len(x), plan.chunks, 2, x.shape[1])
-        group_norm_sums[(blocks * plan.chunks,)](
-            *inputs, partial, CHUNK=plan.chunk, SILU=silu, **constants, num_warps=16
-        )
-    group_norm_backward[(blocks * triton.cdiv(constants["P"], plan.rows),)](
-        *inputs, partial, dx, sum_dz, sum_dz_xhat, SILU=silu, **constants, num_warps=plan.warps
-    )
-    return dx, sum_dz, sum_dz_xhat
+    if chunks:
+        partial = statistics.new_empty(len(x), chunks, 2, x.shape[1])
+        first(*inputs, partial)
+    second(*inputs, partial, dx, sums)
+    return dx, sums
+
+
+def _parameter_gradients(sums, weight, bias, scale, shift, launches):
+    """dweight and dbias (C,), dscale and dshift (B, C) or None, from S1 and S2 (B, 2, C)."""
+    found = [t if t is None else t.new_empty(t.shape) for t in (weight, bias, scale, shift)]
+    if "parameters" not in launches:
+        batch, _, channels = sums.shape
+        width = min(64, triton.next_power_of_2(channels))
+        rows = min(2048 // width, triton.next_power_of_2(batch))
+        named = {"C": channels, "ROWS": rows, "WIDTH": width, "num_warps": 4}
+        grid = triton.cdiv(channels, width)
+        launches["parameters"] = Launch(group_norm_parameters, grid, batch, **named)
+    launches["parameters"](sums, *_parameters(weight, bias, scale, shift), *found)
+    return found
 
 
 # -------------------------------------------------------------------------------------- wiring
@@ -487,46 +584,49 @@ def _backward(dy, x, weight, bias, scale, shift, mean, rstd, groups, silu):
 def _group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
     groups: int, eps: float, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(x):
         return _forward(x, weight, bias, scale, shift, groups, eps, silu)
 
 
 @_group_norm_silu.register_fake
 def _(x, weight, bias, scale, shift, groups, eps, silu):
-    mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
-    return torch.empty_like(x), mean, torch.empty_like(mean)
+    return torch.empty_like(x), x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
 
 
 @torch.library.custom_op("diffusion_book::group_norm_silu_backward", mutates_args=())
 def _group_norm_silu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+    shift: Tensor | None, statistics: Tensor, groups: int, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(x):
-        return _backward(dy, x, weight, bias, scale, shift, mean, rstd, groups, silu)
+        dx, sums = _backward(dy, x, weight, bias, scale, shift, statistics, groups, silu)
+        return dx, *(S.contiguous() for S in sums.unbind(1))
 
 
 @_group_norm_silu_backward.register_fake
-def _(dy, x, weight, bias, scale, shift, mean, rstd, groups, silu):
+def _(dy, x, weight, bias, scale, shift, statistics, groups, silu):
     sums = x.new_empty(x.shape[:2], dtype=torch.float32)
     return torch.empty_like(x), sums, torch.empty_like(sums)
 
 
 def _save_for_backward(ctx, inputs, output):
     x, weight, bias, scale, shift, ctx.groups, _, ctx.silu = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
-    ctx.set_materialize_grads(False)  # no zeros for mean and rstd, which nobody differentiates
+    ctx.save_for_backward(x, weight, bias, scale, shift, output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the statistics, which nobody differentiates
 
 
-def _gradients(ctx, dy, *_):
-    """From dy to the gradients of all inputs; what is (B, C) stays in plain PyTorch."""
-    x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+def _laid_out(dy, x):
+    """dy, or a copy of it, in x's order of memory: contiguous or with channels innermost."""
     dim = -1 if x.is_contiguous() else 1  # x's innermost dimension
-    dy = dy.movedim(dim, -1).contiguous().movedim(-1, dim)
+    return dy.movedim(dim, -1).contiguous().movedim(-1, dim)
+
+
+def _gradients(ctx, dy, _):
+    """From dy to the gradients of all inputs; what is (B, C) stays in plain PyTorch."""
+    x, weight, bias, scale, shift, statistics = ctx.saved_tensors
     dx, S1, S2 = _group_norm_silu_backward(
-        dy, x, weight, bias, scale, shift, mean, rstd, ctx.groups, ctx.silu
+        _laid_out(dy, x), x, weight, bias, scale, shift, statistics, ctx.groups, ctx.silu
     )
     _, needs_weight, needs_bias, needs_scale, needs_shift, *_ = ctx.needs_input_grad
     gain = 1 if scale is None else 1 + scale.float()
@@ -538,6 +638,32 @@ def _gradients(ctx, dy, *_):
 
 
 _group_norm_silu.register_autograd(_gradients, setup_context=_save_for_backward)
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    """The same where nobody traces."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, shift, groups, eps, silu, launches):
+        y, statistics = _forward(x, weight, bias, scale, shift, groups, eps, silu, launches)
+        ctx.save_for_backward(x, weight, bias, scale, shift, statistics)
+        ctx.groups, ctx.silu, ctx.launches = groups, silu, launches
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled() or not nobody_traces((dy,)):  # refuses second derivatives
+            return *_gradients(ctx, dy, None), None
+        x, *parameters, statistics = ctx.saved_tensors
+        inputs = _laid_out(dy, x), x, *parameters, statistics, ctx.groups, ctx.silu
+        dx, sums = _backward(*inputs, ctx.launches)
+        wanted = any(ctx.needs_input_grad[1:5])
+        found = _parameter_gradients(sums, *parameters, ctx.launches) if wanted else [None] * 4
+        return dx, *found, None, None, None, None
+
+
+_apply = applier(_GroupNormSilu)
+_remembered = {}  # {what decides it: the Launches of both passes, by name}
 
 
 def group_norm_silu(x, groups, weight, bias, *, eps=1e-5, scale=None, shift=None, silu=True):
@@ -552,6 +678,42 @@ def group_norm_silu(x, groups, weight, bias, *, eps=1e-5, scale=None, shift=None
     copy of it otherwise; they can be differentiated once. The reference takes groups of more than
     4096 channels and samples of 2³¹ numbers, besides what is no work for kernels at all.
     """
+    if not use_kernels(x):
+        _check(x, groups, weight, bias, scale, shift)
+        return _reference(x, groups, weight, bias, eps, scale, shift, silu)
+    arguments = x, weight, bias, scale, shift, groups, float(eps), silu
+    key = _key(arguments)
+    launches = None if key is None else _remembered.get(key)
+    if launches is None:
+        _check(x, groups, weight, bias, scale, shift)
+        if x.shape[1] // groups > WIDEST or math.prod(x.shape[1:]) >= 2**31:
+            return _reference(x, groups, weight, bias, eps, scale, shift, silu)
+        if not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
+            x, key = x.contiguous(), None
+        if key is None or x.numel() == 0:
+            return _group_norm_silu(x, *arguments[1:])[0]
+        launches = _remembered[key] = {}
+    if torch.is_grad_enabled() and _wants_gradient(x, weight, bias, scale, shift):
+        return _apply(*arguments, launches)
+    return _forward(*arguments, launches)[0]
+
+
+def _key(arguments):
+    """What decides how a call is launched, and that it was found right; None for tracers."""
+    x, weight, bias, scale, shift, groups, _, silu = arguments
+    tensors = (x, weight, bias) if scale is None else (x, weight, bias, scale, shift)
+    if (scale is None) != (shift is None) or not nobody_traces(tensors):
+        return None
+    key = signature(tensors)
+    return key and (*key, groups, silu)
+
+
+def _wants_gradient(x, weight, bias, scale, shift):
+    wanted = x.requires_grad or weight.requires_grad or bias.requires_grad
+    return wanted or (scale is not None and (scale.requires_grad or shift.requires_grad))
+
+
+def _check(x, groups, weight, bias, scale, shift):
     if x.ndim < 2:
         raise ValueError(f"x must be (B, C, ...), got {tuple(x.shape)}")
     batch, channels = x.shape[:2]
@@ -568,9 +730,3 @@ def group_norm_silu(x, groups, weight, bias, *, eps=1e-5, scale=None, shift=None
             if value.shape != (batch, channels):
                 raise ValueError(f"{name} must be ({batch}, {channels}), got {tuple(value.shape)}")
     check_devices(x, weight=weight, bias=bias, scale=scale, shift=shift)
-    too_large = channels // groups > WIDEST or math.prod(x.shape[1:]) >= 2**31
-    if too_large or not use_kernels(x):
-        return _reference(x, groups, weight, bias, eps, scale, shift, silu)
-    if not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
-        x = x.contiguous()
-    return _group_norm_silu(x, weight, bias, scale, shift, groups, eps, silu)[0]

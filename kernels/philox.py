@@ -8,14 +8,15 @@ turns those into the four normals of places e .. e+3 of sample b:
     z = radius · cos(angle), radius · sin(angle)         of words (0, 1), and again of (2, 3)
 
 So a sample does not depend on its batch, process or device. The same numbers are made twice here:
-in PyTorch (`gaussian`), and inside a Triton kernel, where no noise goes through memory.
+by PyTorch's operators, of which it takes some two hundred, and inside a Triton kernel. `gaussian`
+launches a kernel of its own on a GPU; in that of the sampling update no noise goes through memory.
 """
 
 import math
 
 import torch
 
-from kernels.dispatch import tl, triton
+from kernels.dispatch import Launch, arch_of, nobody_traces, signature, tl, triton
 
 WORD = 0xFFFFFFFF  # 32 bits; words are kept in int64 tensors, or are plain Python ints
 
@@ -52,22 +53,9 @@ def check_seeds(seeds, batch):
         raise ValueError(f"seeds must be int64 ({batch},), got {seeds.dtype} {tuple(seeds.shape)}")
 
 
-def gaussian(shape, seeds, step, device):
-    """Standard normal noise that depends on nothing but (seed, step, place in the sample).
-
-    shape: (B, ...). seeds: (B,) int64, any 64-bit values. step: int from -1 (the start noise x_T)
-    to 2³² - 2. device: where the noise is made. Returns contiguous float32 of `shape`, numbered
-    in the order of the sample's own C, H, W, whatever memory format it is added to.
-    Raises ValueError for seeds that do not fit and steps out of range.
-    """
-    shape = torch.Size(shape)
-    if len(shape) == 0:
-        raise ValueError("shape must be (B, ...), got ()")
-    check_seeds(seeds, shape[0])
-    if not -1 <= step < WORD:
-        raise ValueError(f"step must be in -1 .. 2**32 - 2, got {step}")
-    per_sample = math.prod(shape[1:])
-    seeds = seeds.to(device)[:, None]  # (B, 1)
+def _reference(shape, seeds, step):
+    """`gaussian` for seeds (B, 1), which lie where the noise is wanted."""
+    per_sample, device = math.prod(shape[1:]), seeds.device
     # + 0 made from data: torch.compile multiplies a bare arange in 32 bits (pytorch issue 175966)
     counter = torch.arange(math.ceil(per_sample / 4), device=device) + (seeds[:1] & 0)  # (1, n)
     words = _philox(counter, step & WORD, 0, 0, seeds & WORD, (seeds >> 32) & WORD)  # 4 x (B, n)
@@ -125,3 +113,59 @@ def one_normal(seed, step, place):
     second_pair = (place & 2) != 0
     z0, z1 = _box_muller_kernel(tl.where(second_pair, u2, u0), tl.where(second_pair, u3, u1))
     return tl.where((place & 1) != 0, z1, z0)
+
+
+BLOCKS = 256  # of four numbers, that a program makes
+
+
+@triton.jit(do_not_specialize=["step"])
+def _gaussian_kernel(z, seeds, step, count, BLOCKS: tl.constexpr):
+    """Numbers of one sample, of which it has `count`: 4 · BLOCKS of them."""
+    tiles = tl.cdiv(count, 4 * BLOCKS)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    first = tl.program_id(0) % tiles * BLOCKS
+    z0, z1, z2, z3 = four_normals(tl.load(seeds + sample), step, first + tl.arange(0, BLOCKS))
+    four = tl.join(tl.join(z0, z2), tl.join(z1, z3))  # (BLOCKS, 2, 2): z0 z1, z2 z3
+    place = 4 * first + tl.arange(0, 4 * BLOCKS)
+    tl.store(z + sample * count + place, four.reshape(4 * BLOCKS), place < count)
+
+
+_remembered = {}  # {what decides it: the launch}
+
+
+def _launch(shape, seeds, step):
+    z = torch.empty(shape, dtype=torch.float32, device=seeds.device)
+    step &= WORD
+    step -= (step >> 31) << 32  # the same 32 bits as an int32
+    key = signature((z, seeds))
+    launch = _remembered.get(key)
+    if launch is None:
+        count = z.numel() // len(z)
+        launch = Launch(
+            _gaussian_kernel, len(z) * triton.cdiv(count, 4 * BLOCKS), count, BLOCKS=BLOCKS
+        )
+        if key is not None:
+            _remembered[key] = launch
+    with torch.cuda.device_of(z):
+        launch(z, seeds, step)
+    return z
+
+
+def gaussian(shape, seeds, step, device):
+    """Standard normal noise that depends on nothing but (seed, step, place in the sample).
+
+    shape: (B, ...). seeds: (B,) int64, any 64-bit values. step: int from -1 (the start noise x_T)
+    to 2³² - 2. device: where the noise is made. Returns contiguous float32 of `shape`, numbered
+    in the order of the sample's own C, H, W, whatever memory format it is added to.
+    Raises ValueError for seeds that do not fit and steps out of range.
+    """
+    shape = torch.Size(shape)
+    if len(shape) == 0:
+        raise ValueError("shape must be (B, ...), got ()")
+    check_seeds(seeds, shape[0])
+    if not -1 <= step < WORD:
+        raise ValueError(f"step must be in -1 .. 2**32 - 2, got {step}")
+    seeds = seeds.to(device)
+    if seeds.is_cuda and math.prod(shape) and arch_of(seeds.device) and nobody_traces((seeds,)):
+        return _launch(shape, seeds.contiguous(), step)
+    return _reference(shape, seeds[:, None], step)

@@ -98,7 +98,7 @@ def test_targets_are_those_that_can_be_compiled_for(bench):
 def test_counting_that_ends_early_is_an_error(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "REPO", tmp_path)  # where there is no such program
     with pytest.raises(RuntimeError, match="traffic_table.py .*ended early"):
-        list(bench.counted(argparse.Namespace(only=["sampling"], shape=["x"])))
+        list(bench.counted(argparse.Namespace(only=["sampling"], shape=["x"], targets=["sm_80"])))
 
 
 def test_a_large_sample_is_counted_in_a_quarter_with_the_same_tiles():

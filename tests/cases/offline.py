@@ -5,9 +5,10 @@
     print(inspect_kernel(launches[0].kernel))
 
 Inside `compiled_for` every `kernel[grid](...)` goes through Triton's real launch code, which
-specialises on alignment, divisibility and constants as on the GPU, and compiles down to machine
-code; then nothing is launched, so outputs stay as they were allocated. The disassembler that comes
-with Triton tells the rest. TRITON_INTERPRET must not be set: it is read where a kernel is defined.
+plans for the target, specialises on alignment, divisibility and constants as on the GPU, and
+compiles down to machine code; then nothing is launched, so outputs stay as they were allocated. The
+disassembler that comes with Triton tells the rest. TRITON_INTERPRET must not be set: it is read
+where a kernel is defined.
 """
 
 import collections
@@ -26,12 +27,17 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-CUDA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+from kernels import dispatch
+from tests.cases.kernel_cases import forget_launches
+
+CPU = torch.device("cpu")
+CUDA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in CUDA}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 # Of a multiprocessor: warps that fit, blocks that fit, KiB of shared memory (CUDA C programming
 # guide, technical specifications per compute capability). Each has 65,536 registers.
 LIMITS = {
+    75: (32, 16, 64),
     80: (64, 32, 164),
     86: (48, 16, 100),
     89: (48, 24, 100),
@@ -56,8 +62,9 @@ class Report:
     """What one compiled kernel asks of a GPU. Counts of instructions are in its text, not in time.
 
     registers: of each thread. spill_bytes: stores and loads of registers that did not fit.
-    shared: bytes of a block. hgmma: warp-group matrix instructions (sm_90); mma: all matrix
-    instructions (HMMA, HGMMA, tcgen05, MFMA). load_widths, store_widths: {bits: instructions} on
+    shared: bytes of a block. hgmma: warp-group matrix instructions (sm_90), hgmma_columns: {n:
+    instructions} of those, n columns of the result at a time; mma: all matrix instructions (HMMA,
+    HGMMA, tcgen05, MFMA). load_widths, store_widths: {bits: instructions} on
     global memory; async_copies: of those loads, which go straight to shared memory.
     occupancy: share of a multiprocessor's warps that can be resident at once; None on AMD.
     """
@@ -69,6 +76,7 @@ class Report:
     spill_bytes: int
     shared: int
     hgmma: int
+    hgmma_columns: dict
     mma: int
     load_widths: dict
     store_widths: dict
@@ -99,6 +107,24 @@ class _NoGPU:
         return torch.device("cpu")
 
 
+def arch_of_target(target):
+    """90 of "sm_90". AMD's GPUs, which take no kernels yet, are planned for as sm_80."""
+    return int(target[3:]) if target in CUDA else 80
+
+
+@contextlib.contextmanager
+def planned_for(arch):
+    """Launches of CPU tensors inside are planned as on a GPU of this architecture, 90 for sm_90."""
+    planned = dispatch._archs[CPU]
+    dispatch._archs[CPU] = arch
+    forget_launches()
+    try:
+        yield
+    finally:
+        dispatch._archs[CPU] = planned
+        forget_launches()
+
+
 @contextlib.contextmanager
 def compiled_for(target):
     """Compile what is launched inside for `target`, a key of TARGETS; gives the list of launches.
@@ -117,7 +143,8 @@ def compiled_for(target):
     driver.set_active(_NoGPU(target))
     JITFunction.run = compile_only
     try:
-        yield launches
+        with planned_for(arch_of_target(target)):
+            yield launches
     finally:
         JITFunction.run = run
         driver._active = active
@@ -172,6 +199,7 @@ def _inspect_nvidia(kernel):
         spill_bytes=spilled,
         shared=kernel.metadata.shared,
         hgmma=sum_of("HGMMA"),
+        hgmma_columns=_columns(count),
         mma=sum_of("HMMA", "HGMMA") + tcgen05,
         load_widths=_widths(count, "LDG", "LDGSTS"),
         store_widths=_widths(count, "STG"),
@@ -179,6 +207,15 @@ def _inspect_nvidia(kernel):
         instructions=sum(count.values()),
         occupancy=_occupancy(arch, registers, kernel.metadata.shared, kernel.metadata.num_warps),
     )
+
+
+def _columns(count):
+    """{n: instructions} of warp-group products: HGMMA.64x128x16.F32.BF16 has 128 columns."""
+    columns = collections.Counter()
+    for op, n in count.items():
+        if shape := re.match(r"HGMMA\.64x(\d+)x\d+", op):
+            columns[int(shape[1])] += n
+    return dict(sorted(columns.items()))
 
 
 def _widths(count, *names):
@@ -253,6 +290,7 @@ def _inspect_amd(kernel):
         spill_bytes=4 * 64 * field("vgpr_spill_count"),
         shared=kernel.metadata.shared,
         hgmma=0,
+        hgmma_columns={},
         mma=sum(n for op, n in count.items() if op.startswith("v_mfma")),
         load_widths=widths("load"),
         store_widths=widths("store"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels import Row, attention, dispatch, group_norm_silu, sampling_update
+from kernels.attention import planned
 from kernels.dispatch import INTERPRET, use_kernels
 
 WITHOUT_TRITON = """
@@ -47,16 +48,34 @@ def test_other_devices_take_the_reference():
 
 @pytest.mark.parametrize(
     "capability, hip, expected",
-    [((7, 5), None, False), ((8, 0), None, True), ((12, 0), None, True), ((9, 4), "6.4", False)],
-    ids=["turing", "ampere", "blackwell", "amd"],
+    [
+        ((7, 0), None, 0),
+        ((7, 5), None, 75),
+        ((8, 0), None, 80),
+        ((12, 0), None, 120),
+        ((9, 4), "6.4", 0),
+    ],
+    ids=["volta", "turing", "ampere", "blackwell", "amd"],
 )
-def test_gpus(capability, hip, expected, monkeypatch):
+def test_gpus(capability, hip, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(dispatch, "_runs_on", {})
+    monkeypatch.setattr(dispatch, "_archs", {})
     for _ in range(2):  # asked, and remembered
-        assert dispatch._kernels_run_on(torch.device("cuda", 0)) == expected
+        assert dispatch.arch_of(torch.device("cuda", 0)) == expected
+    said = capsys.readouterr().err
+    assert said.count("\n") == said.count("PyTorch runs attention") == (expected == 75)
+
+
+@pytest.mark.parametrize(
+    "dtype, runs", [(torch.float16, True), (torch.float32, True), (torch.bfloat16, False)], ids=str
+)
+def test_turing_has_kernels_for_two_dtypes_and_none_for_attention(dtype, runs, monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRET", True)
+    monkeypatch.setattr(dispatch, "_archs", {torch.device("cpu"): 75})
+    assert use_kernels(torch.ones(2, dtype=dtype)) == runs
+    assert not any(planned(64, itemsize, 75, gradient=False) for itemsize in (2, 4))
 
 
 def test_tensors_of_other_devices_are_refused():
@@ -70,3 +89,19 @@ def test_tensors_of_other_devices_are_refused():
     ):
         with pytest.raises(ValueError, match="must be on cpu, it is on meta"):
             call()
+
+
+def test_the_compiler_is_imported_only_where_something_is_compiled(repo):
+    program = "import sys, kernels; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=repo, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_for_the_compiler_an_architecture_is_a_constant():
+    """As torch.compiler.assume_constant_result marks it."""
+
+    def marked():
+        return 1
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked).items() <= vars(dispatch.arch_of).items()

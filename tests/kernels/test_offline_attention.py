@@ -81,6 +81,27 @@ def test_the_chapters_shapes(dtype, dim, target):
     check(target, dtype, dim, EVEN, tokens)
 
 
+# The lengths of the chapters' images and latents; 49 are 7x7 patches of 4x4 pixels.
+SLOW_LENGTHS = [pytest.param(length, marks=pytest.mark.slow) for length in (16, 64, 1024)]
+
+
+@pytest.mark.parametrize("length", [49, 256, *SLOW_LENGTHS])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_products_of_warp_groups_are_wide(dim, length):
+    """A product of n columns reads its left factor anew every n columns: few are slow ones.
+
+    dk and dv of 64 keys and D = 256 fill the registers, and a second warp group then repeats the
+    scores of the first: that kernel has n = 16, and no larger tile was found that fits.
+    """
+    forward, dq, dkdv = (
+        inspect_kernel(launched.kernel)
+        for launched in launch("sm_90", *empty(tokens, BF16, dim, (length, length)))
+    )
+    assert min(forward.hgmma_columns) >= 64, forward
+    assert min(dq.hgmma_columns) >= 32, dq
+    assert min(dkdv.hgmma_columns) >= (16 if dim == 256 else 32), dkdv
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lengths", [EVEN, RAGGED, CROSS], ids=name)
 @pytest.mark.parametrize("dtype, dim", [(t, d) for t in DIMS_OF for d in DIMS_OF[t]], ids=name)

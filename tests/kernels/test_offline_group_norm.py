@@ -13,10 +13,11 @@ if INTERPRET or importlib.util.find_spec("triton") is None:
     pytest.skip("compiling needs triton, not interpreting", allow_module_level=True)
 
 from kernels.group_norm_silu import _backward, _forward
+from tests.cases.kernel_cases import PUBLIC
 from tests.cases.offline import compiled_for, inspect_kernel
 
 GROUPS = 32
-# (batch, channels, side, scale and shift?): configs/cifar10_pixel.yaml, behind skips too;
+# (batch, channels, side, scale and shift?): configs/cifar10_ddpm.yaml, behind skips too;
 CIFAR = [
     (128, channels, side, False)
     for side, widths in {32: (128, 256, 384), 16: (256, 512), 8: (256, 512), 4: (256, 512)}.items()
@@ -68,11 +69,11 @@ def launched(target, shape, dtype, innermost):
     scale = shift = None
     if film:
         scale, shift = torch.empty(batch, 2 * channels, dtype=dtype).chunk(2, dim=1)
-    mean, rstd = torch.empty(2, batch, GROUPS)
+    statistics = torch.empty(batch, GROUPS, 2)
     with compiled_for(target) as forward:
         _forward(x, weight, bias, scale, shift, GROUPS, 1e-5, True)
     with compiled_for(target) as backward:
-        _backward(dy, x, weight, bias, scale, shift, mean, rstd, GROUPS, True)
+        _backward(dy, x, weight, bias, scale, shift, statistics, GROUPS, True)
     return forward, backward
 
 
@@ -131,6 +132,47 @@ def test_on_hopper(shape, dtype, innermost):
 def test_elsewhere(target, shape):
     forward, backward = launched(target, shape, *HALF)
     assert_no_spills([*forward, *backward])
+
+
+def assert_fit_for_turing(launches):
+    """A multiprocessor of sm_75 has room for 1024 threads, and a block for 64 KiB."""
+    assert_no_spills(launches)
+    for launch in launches:
+        report = inspect_kernel(launch.kernel)
+        assert report.shared <= 64 * 1024 and report.warps <= 32, report
+        assert report.load_widths.get(128, 0) > 0, report
+
+
+TURING = {"fp16": (torch.float16, True), "fp32": FULL, "nchw": (torch.float16, False)}
+
+
+@pytest.mark.parametrize("kind", ["fp16", "fp32"])
+@pytest.mark.parametrize("shape", [CHOSEN[0], CHOSEN[3], CHOSEN[-1]], ids=name_of)
+def test_on_turing(shape, kind):
+    forward, backward = launched("sm_75", shape, *TURING[kind])
+    assert_fit_for_turing([*forward, *backward])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TURING)
+@pytest.mark.parametrize("shape", CIFAR + LATENTS + AUTOENCODER, ids=name_of)
+def test_everything_on_turing(shape, kind):
+    forward, backward = launched("sm_75", shape, *TURING[kind])
+    assert_fit_for_turing([*forward, *backward])
+
+
+@pytest.mark.parametrize("case", PUBLIC, ids=lambda case: case.name)
+def test_published_shapes(case):
+    """Samples of up to 168 million numbers, whose offsets have 32 bits."""
+    assert math.prod(case.shape[1:]) < 2**31
+    inputs = case.inputs("cpu", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
+    with compiled_for("sm_90") as forward:
+        case.launch(inputs, backward=False)
+    with compiled_for("sm_90") as backward:
+        case.launch(inputs, backward=True)
+    assert_fit_for_hopper(forward, backward, case.dtype.itemsize)
+    for launch in (*forward, *backward):
+        assert launch.grid[0] >= 3 * 132  # work for each multiprocessor of an H100
 
 
 @pytest.mark.slow

@@ -78,6 +78,17 @@ def test_compiles_without_spills_elsewhere(target, shape, layout):
     assert report.registers <= 48
 
 
+@pytest.mark.parametrize("out_dtype", [*DTYPES, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("call", ["everything", "ddim, guided"])
+def test_small_on_turing(call, shape, layout, out_dtype):
+    report = inspect_kernel(compiled("sm_75", call, shape, layout, out_dtype).kernel)
+    assert report.spill_bytes == 0
+    assert report.shared <= 64 * 1024
+    assert report.occupancy == 1  # which allows 64 registers there
+
+
 @pytest.mark.parametrize("shape", [(3, 3, 7, 5), (2, 70, 6, 6)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_odd_shapes_compile_within_the_same_bounds(shape, layout):

@@ -7,6 +7,7 @@ import torch
 from attention_math import (
     DTYPES,
     LAYOUTS,
+    TOLERANCE,
     by_kernel,
     check,
     check_sums,
@@ -20,6 +21,8 @@ from tf32 import TF32, TF32X3, nearest, tensor_cores, truncated
 
 from kernels import attention
 from kernels.attention import _forward
+from tests.cases.offline import planned_for
+from tests.cases.traffic import count_traffic
 
 LENGTHS = [(1, 1), (1, 16), (7, 1), (16, 7), (64, 64), (65, 65), (77, 130), (130, 77), (16, 257)]
 DIMS = [16, 24, 32, 40, 64, 80, 96, 128, 160, 256]
@@ -56,9 +59,33 @@ def test_any_strides(n, m, dim, dtype, layout):
 
 
 @DTYPES
-@pytest.mark.parametrize("scale", [None, 0.3, 0, -0.3])
+@pytest.mark.parametrize("scale", [None, 0.3, 1e-60, 0, -1e-60, -0.3])
 def test_any_scale(scale, dtype):
+    """The largest product of a row is its largest score only where the scale is positive."""
     check(*inputs(tokens, 1, 1, 35, 67, 16, dtype), scale)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("n, m", [(130, 67), (128, 128)])
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+def test_the_tiles_of_hopper(dim, n, m, sign):
+    """Others are planned for a CPU."""
+    with planned_for(90):
+        check(*inputs(tokens, 1, 1, n, m, dim, torch.bfloat16), sign * dim**-0.5)
+
+
+@DTYPES
+@pytest.mark.parametrize("n", [1, 37])
+def test_one_key_is_copied(n, dtype):
+    """Its weight is 1, which no query and no key can change."""
+    q, k, v, do = inputs(tokens, 2, 2, n, 1, 24, dtype)
+    with count_traffic() as traffic:
+        o, dq, dk, dv = by_kernel(q, k, v, do, 0.3)
+    assert traffic.launches == []
+    assert torch.equal(o, v.expand_as(o)) and o.transpose(1, 2).is_contiguous()
+    assert not dq.any() and not dk.any()
+    assert error(dv, do.double().sum(2, keepdim=True)) <= TOLERANCE[dtype]
+    assert o.data_ptr() != v.data_ptr()
 
 
 @pytest.mark.parametrize("scale", [1, 1.0, -1], ids=repr)

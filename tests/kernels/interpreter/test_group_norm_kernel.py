@@ -28,7 +28,12 @@ from group_norm_math import (
 )
 from recording import interpreted_launches
 
-from kernels.group_norm_silu import _backward, _forward, group_norm_silu
+from kernels.group_norm_silu import (
+    _backward,
+    _forward,
+    _parameter_gradients,
+    group_norm_silu,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and inf
 every_dense_order = pytest.mark.parametrize("order", DENSE, ids=lambda order: order.__name__)
@@ -137,19 +142,26 @@ def test_statistics_and_sums(case, order):
     values, dy = inputs(case, dtype=torch.float16, order=order)
     shape, groups = CASES[case]
     affine = [values[name] for name in ("weight", "bias", "scale", "shift")]
-    _, mean, rstd = _forward(values["x"], *affine, groups, 1e-5, True)
+    _, statistics = _forward(values["x"], *affine, groups, 1e-5, True)
+    mean, rstd = statistics.unbind(2)
     runs = values["x"].double().reshape(shape[0], groups, -1)
     variance = runs.var(2, correction=0)
     assert mean.dtype == rstd.dtype == torch.float32
     assert errors(mean, runs.mean(2)).max() < 2e-6
     assert errors(rstd, (variance + 1e-5).rsqrt()).max() < 2e-6
 
-    _, sum_dz, sum_dz_xhat = _backward(dy, values["x"], *affine, mean, rstd, groups, True)
+    _, sums = _backward(dy, values["x"], *affine, statistics, groups, True)
+    sum_dz, sum_dz_xhat = sums.unbind(1)
     exact = exact_outcome(case, values, dy)
     w, b = values["weight"].double(), values["bias"].double()
     assert sum_dz.dtype == sum_dz_xhat.dtype == torch.float32
     assert errors(sum_dz, exact["dshift"]).max() < 5e-6
     assert errors(w * sum_dz_xhat + b * sum_dz, exact["dscale"]).max() < 5e-6
+
+    gradients = _parameter_gradients(sums, *affine, {})
+    for name, gradient in zip(("weight", "bias", "scale", "shift"), gradients, strict=True):
+        assert gradient.dtype == values[name].dtype
+        assert errors(gradient, exact[f"d{name}"]).max() < 5e-6
 
 
 # ---- which kernels run
@@ -164,7 +176,8 @@ def test_a_group_that_fits_takes_one_launch_and_others_two(case, order):
         y = group_norm_silu(groups=CASES[case][1], **values)
     with interpreted_launches(run=False) as backward:
         y.backward(dy)
-    assert len(forward) == len(backward) == (1 if case in SMALL else 2)
+    assert len(forward) == (1 if case in SMALL else 2)
+    assert [name for name, _ in backward[len(forward) :]] == ["group_norm_parameters"]
     assert set(LARGE) | set(SMALL) == set(CASES)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from noise_math import KNOWN_ANSWERS, box_muller_float64, normals_float64
 
-from kernels import gaussian
+from kernels import gaussian, philox
 from kernels.dispatch import tl, triton
 from kernels.philox import _box_muller_kernel, four_normals, one_normal
 
@@ -124,3 +124,15 @@ def test_box_muller_at_the_edges_of_its_quarter_turns():
     expected = torch.tensor([box_muller_float64(*pair) for pair in u.T.tolist()])
     radius = expected.norm(dim=1, keepdim=True)
     assert ((z - expected).abs() <= 2**-22 * radius).all()  # two units in the last place
+
+
+@pytest.mark.parametrize("step", [-1, 0, 999, 2**31, 2**32 - 2])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 3, 32, 32), (2, 4097)], ids=str)
+def test_the_kernel_of_gaussian_is_its_twin(shape, step):
+    """Counts that no block of four and no program divides; a launch that is remembered, too."""
+    seeds = torch.tensor(SEEDS[: shape[0]])
+    for again in range(2):
+        found = philox._launch(torch.Size(shape), seeds + again, step)
+        assert found.shape == shape and found.dtype == torch.float32 and found.is_contiguous()
+        expected = gaussian(shape, seeds + again, step, "cpu")
+        assert (found - expected).abs().max() < 4e-6

@@ -56,8 +56,8 @@ def test_opcheck_group_norm(channels_last, conditioned):
         scale = shift = None
     torch.library.opcheck(ops.group_norm_silu, (x, weight, bias, scale, shift, 3, 1e-5, True))
     with torch.no_grad():
-        y, mean, rstd = ops.group_norm_silu(x, weight, bias, scale, shift, 3, 1e-5, True)
-        arguments = (y, x, weight, bias, scale, shift, mean, rstd, 3, True)
+        y, statistics = ops.group_norm_silu(x, weight, bias, scale, shift, 3, 1e-5, True)
+        arguments = (y, x, weight, bias, scale, shift, statistics, 3, True)
     torch.library.opcheck(
         ops.group_norm_silu_backward, [a.detach() if torch.is_tensor(a) else a for a in arguments]
     )
@@ -196,3 +196,20 @@ def test_sampling_stays_differentiable():
     x_prev, x0_hat = sampling_update(x, out, ROWS[1], step=1, clip=False)
     x_prev.sum().backward()
     assert out.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("operation", ["norm", "attention"])
+def test_a_second_derivative_is_refused_where_it_is_taken(operation):
+    """Not silently zero; and the first one is right where somebody only asks for a graph."""
+    if operation == "norm":
+        inputs = require_grad(norm_arguments())
+        y = norm(*inputs)
+    else:
+        inputs = require_grad([t.contiguous() for t in packed_qkv()[1]])
+        y = attention(*inputs)
+    plain = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
+    first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+    for a, b in zip(plain, first, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=0, atol=1e-5)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first[0].square().sum(), inputs[0])
