@@ -33,7 +33,8 @@ from runtime import checkpoints
 from runtime import commandline as cli
 from runtime.files import atomic_write
 from runtime.pictures import save_grid, to_uint8
-from runtime.processes import launch
+from runtime.precision import LossScaler
+from runtime.processes import exact, launch
 from runtime.run import Run
 
 import json
@@ -142,7 +143,7 @@ def update_codebook(book, z, codes, world, rng, decay=0.99, dead=0.1):
         found += one_hot.t() @ F.pad(part, (1, 0), value=1.0)
 
     picks = rng.choice(everywhere, book.size, everywhere < book.size)
-    picks = torch.from_numpy(picks).to(z.device) - world.rank * here  # (K,)
+    picks = world.upload(picks) - world.rank * here  # (K,)
     mine = ((picks >= 0) & (picks < here))[:, None]
     fresh = torch.where(mine, z[picks.clamp(0, here - 1)], 0.0)  # (K,C), one process adds it
     found = world.sum(torch.cat([found, fresh], dim=1))
@@ -200,7 +201,8 @@ class Adversary:
         self.weight, self.batch_size, self.world = weight, batch_size, world
         net = Discriminator(shape[0], width)
         self.net = net.to(world.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(net.parameters(), betas=(0.5, 0.9))
+        self.optimizer = world.adam(1e-3, betas=(0.5, 0.9))(net.parameters())
+        self.scaler = LossScaler(world)  # in fp16 its gradients are not as long as the other's
 
     def generator_losses(self, x_hat, reconstruction, last):
         """What is added to the loss of each image, (b,): weight lambda (-mean D(x_hat)).
@@ -212,19 +214,20 @@ class Adversary:
         self.net.requires_grad_(False)
         losses = -self.net(x_hat).float().mean(dim=(1, 2))
         self.net.requires_grad_(True)
-        lengths = []
+        lengths, scale = [], 2.0**10  # else in fp16 the gradient of a pixel is 0
         for term in (reconstruction, losses):
-            (gradient,) = torch.autograd.grad(term.mean(), last, retain_graph=True)
-            lengths.append((self.world.sum(gradient.float()) / self.world.size).norm())
+            (gradient,) = torch.autograd.grad(scale * term.mean(), last, retain_graph=True)
+            lengths.append((self.world.sum(gradient.float()) / self.world.size / scale).norm())
         lambda_ = (lengths[0] / (lengths[1] + 1e-6)).clamp(max=1e4)
-        return self.weight * lambda_ * losses
+        finite = torch.stack(lengths).isfinite().all()  # else the batch has overflowed in fp16
+        return self.weight * torch.where(finite, lambda_, 0.0) * losses
 
     def learn(self, x, x_hat):
         """The hinge loss, (b,), of D above 1 for x and below -1 for x_hat; keeps its gradient."""
         with self.world.autocast():
             real, fake = self.net(torch.cat([x, x_hat.detach()])).float().chunk(2)  # (b,h,w)
         losses = 0.5 * (F.relu(1 - real) + F.relu(1 + fake)).mean(dim=(1, 2))
-        (losses.sum() / self.batch_size).backward()
+        self.scaler.scale(losses.sum() / self.batch_size).backward()
         return losses.detach()
 
     def step(self, lr):
@@ -233,15 +236,18 @@ class Adversary:
             self.world.sum(p.grad)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self):
-        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+        parts = ("net", "optimizer", "scaler")
+        return {name: getattr(self, name).state_dict() for name in parts}
 
     def load_state_dict(self, state):
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state.get("scaler"))
 
 
 def loss_terms(cfg, ae, model, x, noise, perceptual):
@@ -271,7 +277,7 @@ def loss_terms(cfg, ae, model, x, noise, perceptual):
 
 
 def train(cfg, world):
-    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+    ds = datasets.of(cfg)
     torch.manual_seed(cfg.seed)
     ae = make_autoencoder(cfg, ds.shape).to(world.device)
     z_shape, book = latent_shape(ae, ds.shape), getattr(ae, "codebook", None)
@@ -286,8 +292,8 @@ def train(cfg, world):
         keep["adversary"] = adversary
         if cfg.compile:  # lambda needs two more passes backwards through one graph
             torch._functorch.config.donated_buffer = False
-    adam = partial(torch.optim.Adam, lr=cfg.lr)
-    run = Run(cfg, world, ds, net=ae, optimizer=adam, keep=keep, made_of=made_of)
+    how = {"optimizer": world.adam(cfg.lr), "keep": keep, "made_of": made_of}
+    run = Run(cfg, world, ds, net=ae, **how)
     run.say(f"{ds.name}: {len(ds)} images {ds.shape}, autoencoder {cfg.ae}, latents {z_shape}")
 
     for step in run.steps():  # goes on where it stopped; saves between two steps
@@ -325,6 +331,7 @@ def train(cfg, world):
 
 
 @torch.no_grad()
+@exact()
 def reconstruct(ae, ds, chosen, device):
     """(x, x_hat), (b,C,H,W) in [-1,1] on the device, of images `chosen` int64 (b,), without noise.
 
@@ -342,7 +349,7 @@ def pairs(x, x_hat):
 
 def held_out(cfg):
     """(images that training does not see, ""); without such images (training images, why)."""
-    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+    ds = datasets.of(cfg)
     how = {"split": "test", "size": cfg.size, "classes": cfg.classes}
     try:
         test = datasets.load(cfg.data, cfg.data_root, **how)
@@ -363,6 +370,8 @@ def report(ae, cfg, world, folder, batch=64):
                           weights; one line is printed. Nothing is done where just this has been
                           reported before. BadInput for images that do not fit.
     """
+    if cfg.dry_run:
+        return
     images, why = held_out(cfg)
     latent_shape(ae, images.shape, flag="--data")
     count, path = min(len(images), cfg.n), Path(folder) / "reconstructions.json"
@@ -440,6 +449,8 @@ def check(cfg):
         not_negative="discriminator disc_start",
         fraction="kl_weight",
     )
+    if cfg.discriminator and cfg.graph:
+        raise cli.BadInput("--graph and --discriminator: one at a time, it asks for two gradients")
     if cfg.discriminator and cfg.disc_start >= cfg.steps:
         found = f"--disc-start {cfg.disc_start} is not before --steps {cfg.steps}"
         raise cli.BadInput(f"{found}: the discriminator would never start")
@@ -456,7 +467,7 @@ def main():
     if cfg.sample:
         launch(sample_checkpoint, cfg)
         return
-    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+    ds = datasets.of(cfg)
     make_autoencoder(cfg, ds.shape)  # what does not fit says so before there are processes
     launch(train, replace(cfg, out=cfg.out or f"runs/ae-{cfg.ae}-{Path(cfg.data).stem}"))
 

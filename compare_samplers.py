@@ -61,7 +61,7 @@ SHOWN = 16  # images in a cell of the grids
 
 
 @dataclass
-class Config(cli.Command):
+class Config(cli.NetworkCommand):
     checkpoint: Annotated[str, tyro.conf.Positional] = ""
     """a checkpoint of ddpm_pixel.py or improved_ddpm.py, or a published network"""
     n: int = 1000  # images of each row of the tables
@@ -177,7 +177,8 @@ def compare(cfg, world):
     }
 
     def draw(sampler, steps, w, n, desc):
-        trajectory = trajectory_of(cfg, net, trained, alpha_bar, shape, sampler, steps, w)
+        quick = world.for_sampling(net)
+        trajectory = trajectory_of(cfg, quick, trained, alpha_bar, shape, sampler, steps, w)
         y = None if labels is None else labels[:n]
         return world.draw(trajectory, seeds[:n], y, cfg.batch_size, steps, desc)
 
@@ -368,7 +369,7 @@ def check(cfg):
         raise cli.BadInput("--n, --seeds: at least 2 images, a covariance is compared")
     numbers_of(cfg.compare_steps, "--compare-steps")
     numbers_of(cfg.compare_guidance, "--compare-guidance", float)
-    cli.check_processes(cfg.gpus, cfg.batch_size)
+    cli.check_processes(cfg.gpus, cfg.batch_size, precision=cfg.precision)
 
 
 def main():

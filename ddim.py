@@ -39,7 +39,7 @@ ODE: dpm_solver.py. All of them side by side: compare_samplers.py.
 from runtime import commandline as cli
 from runtime.pictures import save_film, save_grid, save_samples, to_uint8
 from runtime.plots import plot_lines
-from runtime.processes import launch
+from runtime.processes import exact, launch
 
 import math
 import time
@@ -56,7 +56,7 @@ from kernels import Row, gaussian, sampling_update
 
 
 @dataclass
-class Config(cli.Command):
+class Config(cli.NetworkCommand):
     sample: str = ""
     """draw from this network: a checkpoint of ddpm_pixel.py or improved_ddpm.py, or published"""
     encode: str = ""  # of this network: held-out images to their x_T and back, in ever more steps
@@ -245,7 +245,7 @@ def sample_checkpoint(cfg, world):
     seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
     pairs = subsequence(trained.timesteps, cfg.sample_steps, cfg.spacing)
     how = {"w": cfg.guidance, "eta": cfg.eta, "prediction": trained.prediction}
-    trajectory = partial(sample, net, alpha_bar, pairs, shape, **how)
+    trajectory = partial(sample, world.for_sampling(net), alpha_bar, pairs, shape, **how)
     calls = len(pairs) * passes(labels, cfg.guidance)
     draw_samples(cfg, world, trajectory, seeds, labels, len(pairs), calls, f"eta {cfg.eta:g}")
 
@@ -292,10 +292,12 @@ def end_of(trajectory, tick):
     return x
 
 
+@exact()
 def reconstruct(cfg, world, solve=decode):
     """--encode: test images to codes and, by `solve`, back (section 5.4, table 2)."""
     net, trained, shape, names, alpha_bar = load_net(cfg.encode, world.device)
     seeds, _ = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
+    net = world.for_sampling(net)
     x0, y = held_out(cfg, trained, shape, names, seeds)
     if cfg.guidance and y is None:
         raise cli.BadInput("--guidance needs images of the network's own classes")
@@ -324,6 +326,7 @@ def reconstruct(cfg, world, solve=decode):
         print(f"the images, and below them what came back: {picture}; {curve}")
 
 
+@exact()
 def interpolate(cfg, world, solve=decode):
     """--interpolate: eleven images, by `solve`, between each two codes (section 5.3)."""
     net, trained, shape, names, alpha_bar = load_net(cfg.interpolate, world.device)
@@ -337,6 +340,7 @@ def interpolate(cfg, world, solve=decode):
         labels = cli.labels_for(torch.arange(n), cli.parse_classes(cfg.classes, names))
     else:
         labels = None
+    net = world.for_sampling(net)
     ends = held_out(cfg, trained, shape, names, seeds)[0] if cfg.data else None
     pairs = subsequence(trained.timesteps, cfg.sample_steps, cfg.spacing)
     how = {"w": cfg.guidance, "prediction": trained.prediction}
@@ -393,7 +397,7 @@ def task_of(cfg, script="ddim.py"):
 def check_task(cfg):
     """Raise BadInput for a setting out of its range, of all but eta."""
     cli.check_ranges(cfg, positive="n sample_steps batch_size")
-    cli.check_processes(cfg.gpus, cfg.batch_size)
+    cli.check_processes(cfg.gpus, cfg.batch_size, precision=cfg.precision)
     numbers_of(cfg.encode_steps, "--encode-steps")
     if cfg.encode and cfg.classes:
         raise cli.BadInput("--encode takes the test images in order: choose them by --seeds")

@@ -376,7 +376,7 @@ def trajectory(net, cfg, shape, seeds, y=None):
 
 def draw(net, cfg, world, shape, seeds, labels, desc="sampling"):
     """uint8 images (N,H,W,C) of the seeds (N,), the same on every rank: each draws its share."""
-    walk = partial(trajectory, net, cfg, shape)
+    walk = partial(trajectory, world.for_sampling(net), cfg, shape)
     return world.draw(walk, seeds, labels, cfg.batch_size, cfg.sample_steps, desc)
 
 
@@ -384,12 +384,12 @@ def draw(net, cfg, world, shape, seeds, labels, desc="sampling"):
 
 
 def train(cfg, world):
-    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+    ds = datasets.of(cfg)
     alpha_bar = alpha_bar_of(cfg).to(world.device)
     torch.manual_seed(cfg.seed)
     net = UNet(ds.shape, ds.num_classes * cfg.class_cond, cfg)
     net = net.to(world.device, memory_format=torch.channels_last)
-    run = Run(cfg, world, ds, net=net, optimizer=lambda params: torch.optim.Adam(params, lr=cfg.lr))
+    run = Run(cfg, world, ds, net=net, optimizer=world.adam(cfg.lr))
     evaluator = None
     if cfg.metric_every:
         from eval_fid import Evaluator
@@ -492,7 +492,7 @@ def main():
     if cfg.sample:
         launch(sample_checkpoint, cfg)
     else:
-        datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)  # by one process
+        datasets.of(cfg)  # by one process
         launch(train, replace(cfg, out=cfg.out or f"runs/pixel-{Path(cfg.data).stem}"))
 
 

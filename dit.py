@@ -54,7 +54,6 @@ from networks.adm_unet import timestep_embedding
 @dataclass
 class Config(cli.RunConfig):
     stage: Literal["all", "autoencoder", "latents", "diffusion"] = "all"  # stop after this one
-    dry_run: bool = False  # prepare the data, say what would be done, and how much that needs
 
     ae: str = "kl"  # kl: train a small one; or the path of one, published or of autoencoder.py
     patch: int = 4  # the autoencoder first folds patches of this side into channels
@@ -390,7 +389,7 @@ def make_net(cfg, z_shape, num_classes):
 
 def train(cfg, world):
     """All stages but the evaluation."""
-    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+    ds = datasets.of(cfg)
     if world.is_main:
         print(f"{ds.name}: {len(ds)} images {ds.shape}, {ds.num_classes} classes")
     ae = ldm_cfg.train_autoencoder(cfg, world, ds)
@@ -417,10 +416,12 @@ def train(cfg, world):
             run.backward(losses, t / cfg.timesteps)
         run.descend()
         if run.due(cfg.sample_every):
-            walk = partial(ldm_cfg.sample, run.ema, cfg, latents.z_shape, make_rows=rows_of)
+            walk = partial(ldm_cfg.sample, world.for_sampling(run.ema), make_rows=rows_of)
+            walk = partial(walk, cfg, latents.z_shape)
             with sharding.unsharded(run.ema):  # ranks draw different numbers of samples
                 images = ldm_cfg.draw(walk, ae, latents.scale, cfg, world, seeds, labels)
             run.save_grid(images)
+            del walk  # what it has recorded on a GPU needs memory
     last_samples(cfg, world, SAMPLING, sample_checkpoint)
 
 

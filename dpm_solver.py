@@ -52,7 +52,7 @@ from kernels import Row, sampling_update
 
 
 @dataclass
-class Config(cli.Command):
+class Config(cli.NetworkCommand):
     sample: str = ""
     """draw from this network: a checkpoint of ddpm_pixel.py or improved_ddpm.py, or published"""
     encode: str = ""
@@ -171,6 +171,7 @@ def sample_checkpoint(cfg, world):
     seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
     pairs = subsequence(trained.timesteps, cfg.sample_steps, cfg.spacing)
     how = {"w": cfg.guidance, "prediction": trained.prediction}
+    net = world.for_sampling(net)
     trajectory = partial(sample, cfg.sampler, net, alpha_bar, pairs, shape, **how)
     calls = calls_of(cfg.sampler, len(pairs)) * ddim.passes(labels, cfg.guidance)
     ddim.draw_samples(cfg, world, trajectory, seeds, labels, len(pairs), calls, cfg.sampler)

@@ -227,35 +227,37 @@ class LossSecondMoment:
     of it stays so. Losses times weights have the mean that uniform timesteps give, and less noise.
     """
 
-    def __init__(self, T):
-        self.last = torch.full((T, 10), torch.nan, dtype=torch.float64)  # the newest at the end
+    def __init__(self, T, device="cpu"):
+        self.last = torch.full((T, 10), torch.nan, dtype=torch.float64, device=device)  # old to new
 
     def probabilities(self):
         """p, float64 (T,)."""
         root = self.last.square().mean(1).sqrt()  # nan where there are fewer than 10
         uniform = torch.full_like(root, 1 / len(root))
-        return 0.999 * root / root.sum() + 0.001 * uniform if root.sum() > 0 else uniform
+        return torch.where(root.sum() > 0, 0.999 * root / root.sum() + 0.001 * uniform, uniform)
 
-    def sample(self, rng, n):
-        """n timesteps, int64 (n,), and their weights, float64 (n,), drawn by a numpy Generator."""
-        p = self.probabilities().numpy()
-        t = rng.choice(len(p), size=n, p=p)
+    def sample(self, u):
+        """Timesteps, int64 (n,), and their weights, of u (n,) in [0, 1): all three float64."""
+        p = self.probabilities()
+        t = torch.searchsorted(p.cumsum(0) / p.cumsum(0)[-1], u, right=True)
         return t, 1 / (len(p) * p[t])
 
     def update(self, t, losses):
         """Remember the finite ones of the losses (B,) at timesteps t (B,), of all processes."""
-        for i, loss in zip(t.tolist(), losses.tolist(), strict=True):
-            if math.isfinite(loss):
-                self.last[i] = torch.cat([self.last[i, 1:], self.last.new_tensor([loss])])
+        each = torch.arange(len(self.last), device=t.device)  # (T,)
+        of = torch.cat([each.repeat_interleave(10), torch.where(losses.isfinite(), t, len(each))])
+        of, order = of.sort(stable=True)  # those of one t lie together, the newest last
+        values = torch.cat([self.last.flatten(), losses.double()])[order]
+        self.last = values.unfold(0, 10, 1)[torch.searchsorted(of, each, right=True) - 10]
 
     def state_dict(self):
-        return {"last": self.last.clone()}
+        return {"last": self.last.cpu()}
 
     def load_state_dict(self, state):
         """Go on as the one that gave this state. Raises ValueError if its T was another."""
         if len(state["last"]) != len(self.last):
             raise ValueError(f"{len(state['last'])} timesteps, expected {len(self.last)}")
-        self.last = state["last"].clone()
+        self.last = state["last"].to(self.last.device)
 
 
 # ----------------------------------------------------------------------- sampling: section 4
@@ -290,11 +292,10 @@ def pairs_of(cfg):
     """The walk down the chain, [(t, t_prev), ...]. BadInput for timesteps that exceed it."""
     if not cfg.timestep_respacing:
         return timestep_pairs(cfg.timesteps, cfg.sample_steps)
-    ts = cli.parse_seeds(cfg.timestep_respacing, 0, "--timestep-respacing")
-    ts = ts.unique().flip(0).tolist()
-    if ts[0] >= cfg.timesteps:
-        raise cli.BadInput(f"--timestep-respacing {ts[0]}: there are 0 to {cfg.timesteps - 1}")
-    return list(zip(ts, [*ts[1:], -1], strict=True))
+    ts = cli.parse_seeds(cfg.timestep_respacing, 0, "--timestep-respacing").unique().tolist()
+    if ts[-1] >= cfg.timesteps:
+        raise cli.BadInput(f"--timestep-respacing {ts[-1]}: there are 0 to {cfg.timesteps - 1}")
+    return list(zip(ts[::-1], [*ts[-2::-1], -1], strict=True))
 
 
 def variance_of(cfg):
@@ -331,7 +332,7 @@ def trajectory(net, cfg, shape, seeds, y=None):
 
 def draw(net, cfg, world, shape, seeds, labels, desc="sampling"):
     """uint8 images (N,H,W,C) of the seeds (N,), the same on every rank: each draws its share."""
-    walk = partial(trajectory, net, cfg, shape)
+    walk = partial(trajectory, world.for_sampling(net), cfg, shape)
     return world.draw(walk, seeds, labels, cfg.batch_size, len(pairs_of(cfg)), desc)
 
 
@@ -346,13 +347,14 @@ def make_net(cfg, shape, num_classes):
 
 
 def train(cfg, world):
-    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+    ds = datasets.of(cfg)
     alpha_bar = alpha_bar_of(cfg)
-    chain, picker = make_chain(alpha_bar.to(world.device)), LossSecondMoment(cfg.timesteps)
+    chain = make_chain(alpha_bar.to(world.device))
+    picker = LossSecondMoment(cfg.timesteps, world.device)
     torch.manual_seed(cfg.seed)
     net = make_net(cfg, ds.shape, ds.num_classes * cfg.class_cond).to(world.device)
-    adam, facts = partial(torch.optim.Adam, lr=cfg.lr), {"alpha_bar": alpha_bar}
-    run = Run(cfg, world, ds, net=net, optimizer=adam, keep={"picker": picker}, facts=facts)
+    make, facts = world.adam(cfg.lr), {"alpha_bar": alpha_bar}
+    run = Run(cfg, world, ds, net=net, optimizer=make, keep={"picker": picker}, facts=facts)
     evaluator = None
     if cfg.metric_every:
         from eval_fid import Evaluator
@@ -361,15 +363,14 @@ def train(cfg, world):
     seeds = cli.parse_seeds(cfg.seeds, cfg.n)
     labels = cli.labels_for(seeds, range(net.null), cfg.guidance)
     if world.is_main:
-        count = sum(p.numel() for p in net.parameters()) / 1e6
         print(f"{ds.name}: {len(ds)} images {ds.shape}, {net.null} classes")
-        print(f"U-Net of {count:.2f} M parameters predicts {cfg.prediction}, L_{cfg.objective}")
         print(f"{cfg.schedule} schedule, T = {cfg.timesteps}; step {run.first} of {cfg.steps}")
         ddpm_pixel.save_forward(ds, alpha_bar, run.folder / "forward")
+    run.say(f"U-Net predicts {cfg.prediction}, L_{cfg.objective}")
 
     for step in run.steps():  # goes on where it stopped; saves between two steps
-        drawn = picker.sample(run.rng(step, "t"), cfg.batch_size)  # all alike until it is updated
-        t_all, weights = (torch.from_numpy(v).to(world.device) for v in drawn)
+        u = world.upload(run.rng(step, "t").random(cfg.batch_size))
+        t_all, weights = picker.sample(u)  # all alike until it is updated
         for part in run.parts(step):  # this process's share, in --accumulate parts
             x0, y = run.images(part)  # (b,C,H,W), (b,)
             y = run.hide(part, y, cfg.label_dropout) if cfg.class_cond else None
@@ -491,7 +492,7 @@ def main():
     elif cfg.sample or cfg.nll:
         launch(sample_checkpoint if cfg.sample else nll, cfg)
     else:
-        datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)  # by one process
+        datasets.of(cfg)  # by one process
         launch(train, replace(cfg, out=cfg.out or f"runs/iddpm-{Path(cfg.data).stem}"))
 
 

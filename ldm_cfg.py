@@ -23,7 +23,7 @@ and is skipped when done.
 from runtime import checkpoints
 from runtime import commandline as cli
 from runtime.pictures import save_samples, to_uint8
-from runtime.processes import is_first_process, launch
+from runtime.processes import exact, is_first_process, launch
 from runtime.run import Run
 
 import math
@@ -56,7 +56,6 @@ HERE = Path(__file__).parent
 @dataclass
 class Config(cli.RunConfig):
     stage: Literal["all", "autoencoder", "latents", "diffusion"] = "all"  # stop after this one
-    dry_run: bool = False  # prepare the data, say what would be done, and how much that needs
 
     ae: str = "kl"
     """kl: train a small one here; or the path of one, published or trained by autoencoder.py"""
@@ -105,7 +104,7 @@ class Config(cli.RunConfig):
     """0..1: how far the guided estimate gets back the conditional one's spread (Lin et al. 2024)"""
 
     FREE = cli.RunConfig.FREE | cli.names(
-        "stage dry_run use_checkpoint sample n n_eval seeds sampler sample_steps eta guidance "
+        "stage use_checkpoint sample n n_eval seeds sampler sample_steps eta guidance "
         "guidance_interval guidance_rescale"
     )
 
@@ -187,10 +186,8 @@ class UNet(nn.Module):
         check_unet((0, 0, 0), cfg.model_channels, levels, cfg.num_heads)
         self.cfg, self.null = cfg, num_classes
         first, second = nn.Linear(cfg.model_channels, c_emb), nn.Linear(c_emb, c_emb)
-        self.time, self.label = (
-            nn.Sequential(first, nn.SiLU(), second),
-            nn.Embedding(num_classes + 1, c_emb),
-        )
+        self.time = nn.Sequential(first, nn.SiLU(), second)
+        self.label = nn.Embedding(num_classes + 1, c_emb)
 
         def layer(c_in, c_out, height):
             attend = height in cfg.attention_resolutions
@@ -345,7 +342,7 @@ def draw(walk, ae, scale, cfg, world, seeds, labels, desc="sampling"):
         with world.autocast():
             for z, _ in trajectory:  # noqa: B007
                 tick()
-        with torch.no_grad():  # outside autocast, so in fp32: half precision overflows in decoders
+        with torch.no_grad(), exact():  # in fp32: half precision overflows in decoders
             return to_uint8(ae.decode(z.float() / scale))
 
     return world.in_parts(images, len(seeds), cfg.batch_size, cfg.sample_steps, desc)
@@ -356,7 +353,7 @@ def draw(walk, ae, scale, cfg, world, seeds, labels, desc="sampling"):
 
 def train(cfg, world):
     """All stages but the evaluation."""
-    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+    ds = datasets.of(cfg)
     if world.is_main:
         print(f"{ds.name}: {len(ds)} images {ds.shape}, {ds.num_classes} classes")
     ae = train_autoencoder(cfg, world, ds)
@@ -381,8 +378,9 @@ def train(cfg, world):
             run.backward(losses, t / cfg.timesteps)
         run.descend()
         if run.due(cfg.sample_every):
-            walk = partial(sample, run.ema, cfg, latents.z_shape)
+            walk = partial(sample, world.for_sampling(run.ema), cfg, latents.z_shape)
             run.save_grid(draw(walk, ae, latents.scale, cfg, world, seeds, labels))
+            del walk  # what it has recorded on a GPU needs memory
     last_samples(cfg, world, SAMPLING, sample_checkpoint)
 
 
@@ -433,7 +431,8 @@ def sample_checkpoint(cfg, world, n=None, load=load_net, make_rows=rows_of):
     chosen = cli.parse_classes(cfg.classes, state["class_names"])
     seeds = cli.parse_seeds(cfg.seeds, n)
     labels = cli.labels_for(seeds, chosen or [0])
-    walk = partial(sample, net, trained, latent_shape(ae, state["shape"]), make_rows=make_rows)
+    z_shape, net = latent_shape(ae, state["shape"]), world.for_sampling(net)
+    walk = partial(sample, net, trained, z_shape, make_rows=make_rows)
     images = draw(walk, ae, state["scale"], trained, world, seeds, labels)
     if world.is_main:
         folder = cli.folder_of(cfg, cfg.sample)
@@ -467,17 +466,13 @@ def check(cfg, sizes="model_channels channel_mult num_res_blocks num_heads conte
 
 def run_stages(cfg, train, make_net):
     """What main() does with settings that were checked: plan, train, score."""
-    ds = datasets.load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+    ds = datasets.of(cfg)
     ae = make_autoencoder(cfg, ds.shape)  # what does not fit says so now, not after an hour
     z_shape = latent_shape(ae, ds.shape)
-    with torch.device("cpu" if cfg.dry_run else "meta"):  # only a plan runs it
-        net = make_net(cfg, z_shape, ds.num_classes)
-    if cfg.dry_run:
-        from runtime import plan
-
-        return plan.show(cfg, ds, ae, net, z_shape, first_stage(cfg) if cfg.ae == "kl" else None)
+    with torch.device("meta"):
+        make_net(cfg, z_shape, ds.num_classes)
     launch(train, cfg)
-    if cfg.stage == "all" and cfg.n_eval and is_first_process():
+    if cfg.stage == "all" and cfg.n_eval and not cfg.dry_run and is_first_process():
         score(cfg, ds, HERE / "eval_fid.py")
 
 

@@ -7,7 +7,7 @@ It reads classes as well: how many samples look like what was asked for.
 
 from runtime.commandline import BadInput
 from runtime.files import atomic_write, locked
-from runtime.processes import progress
+from runtime.processes import exact, progress
 from runtime.run import indices
 
 import hashlib
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from evaluation.features import exact_convolutions, extract, share_right
+from evaluation.features import extract, share_right
 from evaluation.words import shape_text, warn
 from image_data import datasets
 
@@ -72,7 +72,7 @@ def shifted(x, most, generator):
     return x.permute(0, 3, 1, 2)
 
 
-@exact_convolutions()
+@exact()
 def train_classifier(ds, steps, seed, device, lr=2e-2):
     """A Classifier of `ds`, the same for the same seed: AdamW, one-cycle rate, shifts of ±2 px."""
     with torch.random.fork_rng(devices=[]):

@@ -6,26 +6,14 @@ inception_features.Extractor and classifier.ClassifierFeatures; a plain function
 """
 
 from runtime.commandline import BadInput
-from runtime.processes import World, progress
-
-import contextlib
+from runtime.processes import World, exact, progress
 
 import numpy as np
 import torch
 
 
-@contextlib.contextmanager
-def exact_convolutions():
-    """On a GPU too, fp32 without TF32's short products: features are the same as on the CPU."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 @torch.inference_mode()
-@exact_convolutions()
+@exact()
 def extract(extractor, images, batch_size=256, world=None, store=np.empty, name="images"):
     """Features (N, d) and logits (N, K) or None, float32, of `images` uint8 (N, H, W, C).
 

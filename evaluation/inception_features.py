@@ -16,6 +16,7 @@ times as fast as the same network as pytorch-fid runs it (bench/inception.py).
 """
 
 from runtime.commandline import BadInput
+from runtime.processes import exact
 
 import hashlib
 
@@ -137,8 +138,7 @@ class Extractor:
             form = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
             raise BadInput(f"expected images uint8 (B, H, W, C) with C 1 or 3, got {form}")
         matrices = [self._matrix(side) for side in images.shape[1:3]]
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with exact, torch.autocast(self.device.type, enabled=False):
+        with exact(), torch.autocast(self.device.type, enabled=False):
             parts = [self._part(part, matrices) for part in images.split(AT_ONCE)]
         found = [torch.cat(rows) for rows in zip(*parts, strict=True)]
         return tuple(found if spatial else found[:2])

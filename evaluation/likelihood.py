@@ -5,6 +5,7 @@ The terms of the bound are those of a chapter, improved_ddpm.py, which come in a
 
 from runtime.files import atomic_write
 from runtime.plots import plot_lines
+from runtime.processes import exact
 
 import json
 import math
@@ -98,6 +99,7 @@ class BoundMean:
         }
 
 
+@exact()
 def evaluate(bound_of, ds, timesteps, world, folder, *, n, batch_size, labels, about=""):
     """Bits per dimension of n images of the Dataset `ds`, evenly spaced in it (or all).
 

@@ -5,7 +5,7 @@ eq. 1-2. Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generat
 eq. 4-5.
 """
 
-from runtime.processes import progress
+from runtime.processes import exact, progress
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from evaluation.moments import check_rows
 from evaluation.neighbours import CHUNK, block, neighbours, squared_distances, squares_between
 
 
+@exact()
 def manifold(real, fake, *, k=3, k_dense=5, device="cpu"):
     """Precision, recall, density and coverage of fake rows (M, d) beside real ones (N, d).
 

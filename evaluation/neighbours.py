@@ -5,7 +5,7 @@ last digits.
 """
 
 from runtime.commandline import BadInput
-from runtime.processes import progress
+from runtime.processes import exact, progress
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ def squares_between(x, y, lower=0.0):
     return lengths.addmm_(x[0], y[0].T, alpha=-2)
 
 
+@exact()
 def neighbours(queries, points=None, k=1, *, device="cpu"):
     """The k points (M, d) nearest to each query (Q, d): squared distances and numbers, (Q, k).
 

@@ -31,8 +31,17 @@ class Dataset:
 
         rows: int64 (b,), numbers of images. flip: bool (b,), which to mirror left to right.
         """
-        images = self.images[rows]  # (b,H,W,C), a copy
+        x = self.floats(torch.from_numpy(self.stored(rows, flip)))
+        return x, torch.from_numpy(self.labels[rows])
+
+    def stored(self, rows, flip=None):
+        """The images of a batch as they lie on the disk: an array uint8 (b,H,W,C)."""
+        images = self.images[rows]  # a copy
         if flip is not None:
             images[flip] = images[flip, :, ::-1]
-        x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-        return x, torch.from_numpy(self.labels[rows])
+        return images
+
+    @staticmethod
+    def floats(images):
+        """x of a batch, of what `stored` gives, on the device where that has been brought."""
+        return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)

@@ -16,6 +16,9 @@ and log-variance of q(z|x), from which each step draws its own z, as if it had e
 
 from runtime.commandline import BadInput
 from runtime.files import atomic_write
+from runtime.plan import Method, cost_of, forms_of
+from runtime.processes import exact
+from runtime.rehearsal import Rehearsal
 
 import json
 import math
@@ -58,12 +61,20 @@ class Latents:
 
         rows: int64 (b,), numbers of images. flip: bool (b,), which of them are flipped.
         """
-        where = rows if flip is None else rows + len(self) * flip
+        found = torch.from_numpy(self.stored(rows, flip))
         if isinstance(self.moments, torch.Tensor):
-            part = self.moments[torch.from_numpy(where).to(self.moments.device)]  # (b,h,w,2z)
-        else:
-            part = torch.from_numpy(self.moments[where])
-        return part.permute(0, 3, 1, 2), torch.from_numpy(self.labels[rows])
+            found = found.to(self.moments.device)
+        return self.floats(found), torch.from_numpy(self.labels[rows])
+
+    def stored(self, rows, flip=None):
+        """What of a batch comes from the host: moments (b,h,w,2z), or their numbers int64 (b,)."""
+        where = rows if flip is None else rows + len(self) * flip
+        return where if isinstance(self.moments, torch.Tensor) else self.moments[where]
+
+    def floats(self, stored):
+        """The moments of a batch, of what `stored` gives, on the device where that is by now."""
+        found = self.moments[stored] if isinstance(self.moments, torch.Tensor) else stored
+        return found.permute(0, 3, 1, 2)
 
 
 def cache_latents(folder, world, ds, encode, *, z_channels, factor, made_of, flip, batch=64):
@@ -74,10 +85,14 @@ def cache_latents(folder, world, ds, encode, *, z_channels, factor, made_of, fli
     made_of     {name: plain value} of what else decides the latents, such as the encoder's weights
     flip        keep the latents of flipped images, too
 
+    With --dry-run a batch is encoded to time it, and nothing is kept.
+
     Beside them lies a manifest of the data (its key names the pixels, so their size too), made_of
     and flip. Where these are others the latents are made anew, and one line says why. Raises
     BadInput for a disk without room for them.
     """
+    if isinstance(world, Rehearsal):
+        return _rehearsed(folder, world, ds, encode, z_channels, factor, flip, batch)
     folder = Path(folder)
     made_of = {"data_key": ds.key, **made_of, "flip": flip}
     manifest, path = folder / "manifest.json", folder / "moments.npy"
@@ -103,6 +118,31 @@ def cache_latents(folder, world, ds, encode, *, z_channels, factor, made_of, fli
         shape=tuple(ds.shape),
         z_shape=(z_channels, h, w),
         scale=scale,
+        key=ds.key,
+    )
+
+
+@torch.no_grad()
+@exact()
+def _rehearsed(folder, world, ds, encode, z_channels, factor, flip, batch):
+    """What cache_latents returns, all means and log-variances 0: only one batch is encoded."""
+    shape = (len(ds) * (1 + flip), ds.shape[1] // factor, ds.shape[2] // factor, 2 * z_channels)
+    rows = np.arange(min(batch, max(1, len(ds) // world.processes)))
+
+    def call():
+        mean, log_var = encode(ds.batch(rows)[0].to(world.device))
+        return torch.cat([mean, log_var], dim=1).permute(0, 2, 3, 1).float().cpu().numpy()
+
+    flops = cost_of(Method(encode), forms_of([ds.batch(rows[:1])[0]]), half=False).flops
+    world.know_latents(folder, ds, call, len(rows), 1 + flip, flops, 4 * math.prod(shape))
+    return Latents(
+        name=ds.name,
+        moments=moments_on(np.broadcast_to(np.zeros(1, np.float32), shape), world.device),
+        labels=np.asarray(ds.labels),
+        class_names=tuple(ds.class_names),
+        shape=tuple(ds.shape),
+        z_shape=(z_channels, *shape[1:3]),
+        scale=1.0,
         key=ds.key,
     )
 
@@ -144,6 +184,7 @@ def _make_room(folder, manifest, path, shape):
 
 
 @torch.no_grad()
+@exact()
 def _encode_all(path, world, ds, encode, flip, batch):
     """Fill the memory map at `path`, each rank its share; the scale of all latents."""
     moments, mine = np.load(path, mmap_mode="r+"), np.arange(len(ds))[world.share(len(ds))]

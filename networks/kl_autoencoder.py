@@ -21,6 +21,7 @@ scaling (LDM appendix G), which load_pretrained gives where they were published.
 """
 
 from runtime.commandline import BadInput
+from runtime.processes import exact
 
 import math
 from collections import OrderedDict
@@ -233,12 +234,12 @@ class KLVAE(nn.Module):
         Stable Diffusion overflows. BadInput for other channels or sizes that f does not divide.
         """
         check_images(x, self.channels, self.factor)
-        with torch.autocast(x.device.type, enabled=False):
+        with exact(), torch.autocast(x.device.type, enabled=False):
             return self._encode(x.to(self.encoder.conv_in.weight.dtype))
 
     def decode(self, z):
         """(B,C,H,W) in about [-1,1], not clamped; in the weights' precision, as encode."""
-        with torch.autocast(z.device.type, enabled=False):
+        with exact(), torch.autocast(z.device.type, enabled=False):
             return self._decode(z.to(self.encoder.conv_in.weight.dtype))
 
     def forward(self, x, noise):
@@ -337,14 +338,14 @@ class TinyAutoencoder(nn.Module):
         f does not divide.
         """
         check_images(x, self.channels, self.factor)
-        with torch.autocast(x.device.type, enabled=False):
+        with exact(), torch.autocast(x.device.type, enabled=False):
             x = x.to(self.encoder[0].weight.dtype)
             mean = self.encoder((x + 1) / 2)  # (B,z,H/f,W/f); TAESD's images are in [0,1]
         return mean, torch.full_like(mean, -30)
 
     def decode(self, z):
         """(B,C,H,W) in about [-1,1], not clamped; in the weights' precision, as encode."""
-        with torch.autocast(z.device.type, enabled=False):
+        with exact(), torch.autocast(z.device.type, enabled=False):
             return self.decoder(z.to(self.encoder[0].weight.dtype)) * 2 - 1
 
     def forward(self, x, noise):

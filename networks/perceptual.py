@@ -41,7 +41,7 @@ class Perceptual(nn.Module):
 
     def __init__(self, layers, channel=None):
         super().__init__()
-        self.layers = len(layers)
+        self.cast = {}  # (device, dtype): what weights() gives
         for i, (weight, bias) in enumerate(layers):  # copied: they may be a map of their file
             self.register_buffer(f"weight{i}", weight.to(torch.float32, copy=True))
             self.register_buffer(f"bias{i}", bias.to(torch.float32, copy=True))
@@ -50,14 +50,24 @@ class Perceptual(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
 
+    def weights(self, device):
+        """[(weight, bias)] in what autocast computes in: it keeps a cast only of what learns."""
+        on = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if on else torch.float32
+        if (device, dtype) not in self.cast:
+            state = {name: value.to(dtype) for name, value in self.named_buffers()}
+            pairs = ((state[f"weight{i}"], state[f"bias{i}"]) for i in range(sum(map(len, GROUPS))))
+            self.cast[device, dtype] = list(pairs)
+        return self.cast[device, dtype]
+
     def features(self, x):
         """Of each group, (B,C_i,H/2^i,W/2^i), scaled to unit length at every place."""
-        h, layer = (x - self.mean) / self.std, 0  # (B,3,H,W): gray becomes three channels
+        h = (x - self.mean) / self.std  # (B,3,H,W): gray becomes three channels
+        layers = iter(self.weights(x.device))
         for i, group in enumerate(GROUPS):
             h = F.max_pool2d(h, 2) if i else h
             for _ in group:
-                weight, bias = getattr(self, f"weight{layer}"), getattr(self, f"bias{layer}")
-                h, layer = F.relu(F.conv2d(h, weight, bias, padding=1)), layer + 1
+                h = F.relu(F.conv2d(h, *next(layers), padding=1))
             wide = h.float()
             yield wide / (wide.square().sum(1, keepdim=True) + 1e-8).sqrt()
 

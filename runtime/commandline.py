@@ -46,7 +46,16 @@ class Command:
 
 
 @dataclasses.dataclass
-class RunConfig(Command):
+class NetworkCommand(Command):
+    """The settings that every command has that runs a network of ours."""
+
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """what networks compute in. auto: bf16 on GPUs that have it (A100, L4 and later), fp16 with a
+    scaled loss on V100 and T4, fp32 on others and on the CPU"""
+
+
+@dataclasses.dataclass
+class RunConfig(NetworkCommand):
     """The settings that every training has."""
 
     size: int = 0  # resize the shorter side to this and crop the centre; 0 keeps the images' size
@@ -62,18 +71,26 @@ class RunConfig(Command):
     steps a decay is at most (1+n)/(10+n). With --sample: the one to use"""
     accumulate: int = 1  # parts in which a process handles its share of the batch, to save memory
     resume: str = "auto"  # auto (go on where the run stopped), never, or a checkpoint
-    compile: bool = False  # torch.compile the network
+    compile: bool = False  # torch.compile the network, for training and for sampling
+    graph: bool = False
+    """on a GPU, record forward and backward of the network as CUDA graphs, which start its many
+    kernels by one call; not with --accumulate, --shard or --discriminator. Sampling always does"""
     tensorboard: bool = False  # write TensorBoard files too
     log_every: int = 50  # steps between two lines of log.jsonl
     save_every: int = 500  # steps between two checkpoints, a multiple of --log-every
     keep_every: int = 0  # steps between checkpoints kept as ckpt-STEP.pt, for eval_fid.py --curve
     sample_every: int = 1000  # steps between two sample grids; 0 for none but the last
+    dry_run: bool = False
+    """time some steps of each stage, say hours, memory and the rest that is needed; keep nothing"""
+    price_per_gpu_hour: float = 0.0  # --dry-run: dollars, to say what the run costs; 0: not said
 
-    # What a resumed run may change. All but `steps` leave the weights at a given step as they are;
-    # where the learning rate falls, other `steps` bend it from there on. A chapter adds its own.
+    # What a resumed run may change. All but `steps` leave the weights at a given step as they are,
+    # but for rounding; where the learning rate falls, other `steps` bend it from there on. A
+    # chapter adds its own.
     FREE: ClassVar[frozenset] = frozenset(
         {"config", "out", "smoke", "data_root", "gpus", "steps", "accumulate", "resume", "compile"}
-        | {"tensorboard", "log_every", "save_every", "keep_every", "sample_every"}
+        | {"graph", "precision", "tensorboard", "log_every", "save_every", "keep_every"}
+        | {"sample_every", "dry_run", "price_per_gpu_hour"}
     )
 
 
@@ -332,10 +349,11 @@ def check_sampling(cfg):
         raise BadInput("--metric-n must be at least 2: a covariance is compared")
 
 
-def check_processes(gpus, batch_size, planned=False):
+def check_processes(gpus, batch_size, planned=False, precision="auto"):
     """Raise BadInput if this machine lacks `gpus` GPUs or the processes cannot share a batch.
 
-    planned: it is about another machine, that has as many.
+    Also if its GPUs lack bf16 where `precision` asks for that. planned: it is about another
+    machine, that has as many.
     """
     have = torch.cuda.device_count()
     if gpus < 0 or gpus > have and not planned:
@@ -343,6 +361,9 @@ def check_processes(gpus, batch_size, planned=False):
             f"--gpus {gpus}: this machine has {have} GPU{'s' * (have != 1)}; "
             f"type --gpus {have}" + (" to run on the CPU" if have == 0 else " or fewer")
         )
+    if precision == "bf16" and 0 < gpus <= have and torch.cuda.get_device_capability() < (8, 0):
+        name = torch.cuda.get_device_name()
+        raise BadInput(f"--precision bf16: {name} would emulate it slowly; type fp16, or auto")
     size = int(os.environ.get("WORLD_SIZE", max(gpus, 1)))
     if batch_size % size:
         lower, upper = batch_size // size * size, -(-batch_size // size) * size
@@ -356,13 +377,20 @@ def check_run(cfg):
     """Raise BadInput for a setting of RunConfig that is out of its range."""
     check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "accumulate", "ema")
     check_positive(cfg, "log_every", "save_every")
-    check_not_negative(cfg, "seed", "warmup", "sample_every", "keep_every")
+    check_not_negative(cfg, "seed", "warmup", "sample_every", "keep_every", "price_per_gpu_hour")
+    for task in ("sample", "nll", "plot_schedule"):
+        if cfg.dry_run and getattr(cfg, task, ""):
+            flag = task.replace("_", "-")
+            raise BadInput(f"--dry-run is of a training, and --{flag} of none: leave one out")
     check_fraction(cfg, "ema")
     for often, base in (("save", "log"), ("keep", "save")):
         first, second = (getattr(cfg, f"{name}_every") for name in (often, base))
         if first % second:
             raise BadInput(f"--{often}-every {first} must be a multiple of --{base}-every {second}")
-    check_processes(cfg.gpus, cfg.batch_size, planned=getattr(cfg, "dry_run", False))
+    if cfg.graph and (cfg.accumulate > 1 or getattr(cfg, "shard", False)):
+        other = "--accumulate" if cfg.accumulate > 1 else "--shard"
+        raise BadInput(f"--graph and {other}: one at a time, the network is called once in a step")
+    check_processes(cfg.gpus, cfg.batch_size, cfg.dry_run, cfg.precision)
     check_numbers(cfg)
 
 

@@ -1,13 +1,25 @@
-"""What a run of latent diffusion would do, said before it starts: sizes, memory, disk, stages."""
+"""What a training would need, said before it starts: memory, FLOPs, hours, dollars.
+
+Nothing here computes with numbers: a network is counted on tensors that have only shapes.
+"""
 
 from runtime.checkpoints import differing, load_mapped
 
+import copy
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import torch
+
+LAST = torch.channels_last
+SMALL = "16 GB (T4, V100)"  # the GPU that courses have
+GPU_BYTES = 16e9  # of it
+USABLE = 0.9  # of a GPU's memory; the rest is for CUDA itself, work spaces and gaps
+SUSTAINED = 300e12  # FLOP/s of a GPU that is not here: 30 % of an H100's bf16 peak, an assumption
+
+
+# --------------------------------------------------------------------------- what a network takes
 
 
 def kept_for_backward(net, *inputs):
@@ -15,18 +27,108 @@ def kept_for_backward(net, *inputs):
 
     Views of one tensor are counted once. What is recomputed instead of kept is not counted.
     """
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    weights = {p.untyped_storage()._cdata for p in net.parameters()}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held, so that no other takes its place
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that no other takes its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         net(*inputs)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a call of a network takes, without the way back.
+
+    fixed  bytes that autograd keeps however many images there are: weights that autocast converts
+    each   bytes that it keeps of every image
+    flops  of one image, in products alone; a multiplication and an addition count two
+    """
+
+    fixed: int
+    each: int
+    flops: int
+
+
+def forms_of(inputs):
+    """What of_form needs to make such inputs for another number of images.
+
+    inputs: tensors (b,...), or None.
+    """
+    return [
+        None if x is None else (x.shape[1:], x.dtype, x.ndim == 4 and x.stride(1) == 1)
+        for x in inputs
+    ]
+
+
+def of_form(form, images, device="cpu"):
+    """Zeros (images,...) of one of forms_of's."""
+    if form is None:
+        return None
+    shape, dtype, last = form
+    x = torch.zeros(images, *shape, dtype=dtype, device=device)
+    return x.to(memory_format=LAST) if last else x
+
+
+def cost_of(net, forms, half):
+    """The Cost of net for inputs of these forms_of; half: with autocast to 16 bits.
+
+    The autocast is the CPU's, which leaves some operations in bf16 that a GPU's does in fp32.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(
+        display=False, custom_mapping={on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        # A copy whose weights have shapes, but no memory.
+        tensors = [*net.parameters(), *net.buffers()]
+        fakes = {id(p): torch.empty_like(p, device="cpu") for p in tensors}
+        for p in net.parameters():
+            fakes[id(p)] = torch.nn.Parameter(fakes[id(p)], p.requires_grad)
+        twin, kept = copy.deepcopy(net, fakes), []
+        for images in (2, 3):  # one alone lies in memory in more ways than one
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                kept.append(kept_for_backward(twin, *(of_form(form, images) for form in forms)))
+        with torch.no_grad(), counter:
+            twin(*(of_form(form, 1) for form in forms))
+    each = kept[1] - kept[0]
+    return Cost(kept[0] - 2 * each, each, counter.get_total_flops())
+
+
+class Method(torch.nn.Module):
+    """A method of a module, as a module of its own."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.owner, self.name = method.__self__, method.__name__
+
+    def forward(self, *inputs):
+        return getattr(self.owner, self.name)(*inputs)
+
+
+def parameters(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def fewest_parts(fixed, each, images, limit):
+    """The smallest --accumulate with which memory suffices, None if none does.
+
+    A part of the `images` takes `each` bytes for each of its own, beside the fixed ones; all
+    together at most `limit`.
+    """
+    parts = range(1, images + 1)
+    return next((k for k in parts if fixed + each * -(-images // k) <= limit), None)
+
+
+# ------------------------------------------------------------------------------- what it is called
 
 
 def size_text(nbytes):
@@ -39,64 +141,82 @@ def size_text(nbytes):
 
 
 def state(path, cfg):
-    """How far the run got whose checkpoint is at `path`, and whether a run of cfg can go on."""
+    """(words, step): how far the run got whose checkpoint is at `path`; 0 if cfg cannot go on."""
     if not Path(path).is_file():
-        return "to do"
+        return "to do", 0
     try:
         found = load_mapped(path)
         step, config = found["step"], found["config"]
     except Exception:  # whatever torch.load makes of a file that is cut
-        return f"{path} is damaged, the checkpoint before it may be whole"
+        return f"{path} is damaged, the checkpoint before it may be whole", 0
     ours = json.loads(json.dumps(dataclasses.asdict(cfg)))
     theirs = {key: value for key, value in config.items() if key in ours}
     if others := differing(theirs, ours, cfg.FREE):
-        return f"REFUSED, {path}: {'; '.join(others)}: name another --out"
-    return f"at step {step}"
+        return f"REFUSED, {path}: {'; '.join(others)}: name another --out", 0
+    return f"at step {step}", step
 
 
-def parameters(net):
-    return sum(p.numel() for p in net.parameters())
+# ----------------------------------------------------------------------------------- what it costs
 
 
-def show(cfg, ds, ae, net, z_shape, first):
-    """Print the plan for the settings cfg of a chapter on latents.
+@dataclasses.dataclass
+class Stage:
+    """A part of a run that does the same `steps` times.
 
-    ds: the prepared data set; ae, net: the autoencoder and the denoiser, on the CPU; z_shape
-    (C,h,w); first: settings of the autoencoder's run, None if it is not trained here. Memory is
-    that of the diffusion's training step on one process: what autograd keeps is counted over one
-    image, and grows with the images; the rest is exact.
+    steps    that are left
+    seconds  of one, measured; or where `bound`, what its FLOPs alone would take
+    images   that all processes together finish in one
+    flops    of one, in all processes together
     """
-    folder, images = Path(cfg.out), cfg.batch_size // max(1, cfg.gpus)
-    one, zero = torch.zeros(1, *z_shape), torch.zeros(1, dtype=torch.int64)
-    each = kept_for_backward(net.train(), one, zero, zero)
-    n, n_ae = parameters(net), parameters(ae)
-    latents = 8 * math.prod(z_shape) * len(ds) * (1 + cfg.flip)
-    checkpoint = 16 * n + 4 * n_ae  # weights, their mean and Adam's two moments; the autoencoder
-    kept = 2 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
-    split = max(1, cfg.gpus) if getattr(cfg, "shard", False) else 1
-    epochs = cfg.batch_size / len(ds)  # of a step
-    stage = "read, not trained"
-    if first:
-        done = state(Path(first.out, "ckpt.pt"), first)
-        stage = f"{first.steps} steps, {first.steps * epochs:.1f} epochs: {done}"
-    diffusion = state(folder / "ckpt.pt", cfg)
-    there = "there" if (folder / "latents" / "manifest.json").is_file() else "to do"
-    classes = f"{ds.num_classes} classes" if ds.num_classes else "no classes"
-    rows = {
-        "data": f"{ds.name}, {len(ds)} images {ds.height}x{ds.width}x{ds.channels}, {classes}: "
-        f"in {ds.manifest['folder']}",
-        "autoencoder": f"{cfg.ae}, {n_ae / 1e6:.2f} M parameters, {stage}",
-        "latents": f"{z_shape[1]}x{z_shape[2]}x{z_shape[0]}, {size_text(latents)}: {there}",
-        "diffusion": f"{cfg.model}, {n / 1e6:.2f} M parameters, {cfg.steps} steps of "
-        f"{cfg.batch_size} images, {cfg.steps * epochs:.1f} epochs: {diffusion}",
-        "processes": f"{max(1, cfg.gpus)} with {images} images each, on "
-        + ("the CPU" if not cfg.gpus else "GPUs"),
-        "memory each": f"{size_text(20 * n / split)} of weights, gradients, Adam and EMA, "
-        + (f"{size_text(4 * n)} more while grids are drawn, " if split > 1 else "")
-        + f"and about {size_text(images * each)} of activations in fp32",
-        "disk": f"{size_text(latents + kept * checkpoint)}: latents and {kept} checkpoints",
-        "samples": f"{max(cfg.n, cfg.n_eval)} in {cfg.sample_steps} {cfg.sampler} steps, "
-        + ("scored" if cfg.n_eval and ds.num_classes > 1 else "not scored"),
-    }
-    for name, text in rows.items():
-        print(f"{name:<12} {text}")
+
+    name: str
+    steps: float
+    seconds: float
+    images: float
+    flops: float
+    bound: bool = False
+
+    @property
+    def hours(self):
+        return self.steps * self.seconds / 3600
+
+
+HEAD = f"{'':<12} {'steps':>9} {'s/step':>9} {'images/s':>9} {'TFLOP/step':>10} {'hours':>11}"
+
+
+def table(stages, price):
+    """Lines of a table of the Stages and their sum; price: dollars of an hour of all processes."""
+
+    def end(hours, bound):
+        more = "> " * bound
+        dollars = f" {f'{more}{hours * price:.2f}':>11}" if price else ""
+        return f" {f'{more}{hours:.3g}':>11}{dollars}"
+
+    yield HEAD + " dollars".rjust(12) * bool(price)
+    for s in stages:
+        pace = f"{s.seconds:>9.4g} {s.images / s.seconds:>9.4g}"
+        pace = f"{'-':>9} {'-':>9}" if s.bound else pace
+        line = f"{s.name:<12} {s.steps:>9.0f} {pace} {s.flops / 1e12:>10.3g}"
+        yield line + end(s.hours, s.bound)
+    total = sum(s.hours for s in stages)
+    yield f"{'total':<12} {'':>40}" + end(total, any(s.bound for s in stages))
+
+
+def fit(gpu, size, fixed, each, images, cfg):
+    """Whether a process fits a GPU of `size` bytes, and if not, which --accumulate makes it.
+
+    Its `images` take `each` bytes, beside the `fixed` ones.
+    """
+    limit = USABLE * size
+    need = fixed + each * -(-images // cfg.accumulate)
+    words = f"{size_text(need)} of {size_text(limit)} that can be used"
+    if need <= limit:
+        return f"fits {gpu}: about {words}"
+    parts = fewest_parts(fixed, each, images, limit)
+    hint = "not even one image at a time does"
+    if parts:
+        less = size_text(fixed + each * -(-images // parts))
+        hint = f"--accumulate {parts} makes it fit, with about {less}"
+    elif not getattr(cfg, "use_checkpoint", True):
+        hint += "; try --use-checkpoint"
+    return f"does NOT fit {gpu}: about {words}; {hint}"

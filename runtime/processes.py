@@ -5,6 +5,7 @@ from runtime.commandline import entry
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import os
 import socket
 import subprocess
@@ -17,11 +18,13 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process among `size` of them, and the device that is its own."""
+    """This process among `size` of them, the device that is its own, and how that computes."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    precision: str = "auto"  # of networks: --precision
+    compile: bool = False  # also networks that draw samples: --compile
 
     @property
     def is_main(self):
@@ -31,12 +34,50 @@ class World:
         """This rank's contiguous part of 0..n-1, as a slice; the parts of all ranks cover it."""
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
-    def wrap(self, net):
-        """`net` for training: its gradients are the mean over all processes after backward()."""
+    def wrap(self, net, static=False):
+        """`net` for training: its gradients are the mean over all processes after backward().
+
+        static: each backward shares, and takes the way of the first one. Gradients then lie where
+        they are sent from.
+        """
         if self.size == 1:
             return net
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        how = {"device_ids": ids, "static_graph": static, "gradient_as_bucket_view": True}
+        return torch.nn.parallel.DistributedDataParallel(net, **how)
+
+    def adam(self, lr, **settings):
+        """Adam as a function of the parameters: on a GPU a step of all of them is one kernel.
+
+        On a CPU it is not, for that rounds otherwise, and runs there shall stay what they were.
+        """
+        fused = self.device.type == "cuda" or None
+        return functools.partial(torch.optim.Adam, lr=lr, fused=fused, **settings)
+
+    def for_sampling(self, net):
+        """`net` for calls without gradients: a CUDA graph on a GPU, and compiled with --compile.
+
+        Its weights may change in place only. A network that is split (--shard) stays as it is.
+        """
+        if hasattr(net, "unshard"):
+            return net
+        net = torch.compile(net) if self.compile else net
+        if self.device.type != "cuda":
+            return net
+        from runtime.graphs import Sampled
+
+        return Sampled(net)
+
+    def watch(self, run, steps):
+        """The numbers `steps` of a Run's steps, which end with them; --dry-run times these."""
+        return steps
+
+    def upload(self, array):
+        """A numpy array as a tensor on the device; to a GPU by a copy that nobody waits for."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
 
     def sum(self, tensor):
         """The sum of `tensor` over all processes, in place."""
@@ -89,14 +130,33 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    @functools.cached_property
+    def dtype(self):
+        """What networks compute in: bfloat16, float16, or float32."""
+        from runtime.precision import dtype_of
+
+        return dtype_of(self.precision, self.device)
+
     def autocast(self):
-        """bf16 autocast where the GPU has bf16, else nothing."""
-        on = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+        """Autocast to the world's dtype; with float32 nothing."""
+        on = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, self.dtype if on else None, enabled=on)
+
+    def loss_scaler(self):
+        """What multiplies a loss in fp16, a LossScaler; None in other precisions."""
+        if self.dtype is not torch.float16:
+            return None
+        from runtime.precision import LossScaler
+
+        return LossScaler(self)
 
     def progress(self, total, initial=0, desc=""):
         """A progress bar on rank 0, quiet elsewhere."""
         return progress(total, desc, initial=initial, quiet=not self.is_main)
+
+
+SETTINGS = ("precision", "compile")  # of a command, that its World has
+SAID = set()  # lines that are printed once
 
 
 def is_first_process():
@@ -104,13 +164,25 @@ def is_first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
+def say_once(line):
+    """Print a line, unless this process has, and of several processes in the first one only."""
+    if line not in SAID and not (dist.is_initialized() and dist.get_rank()):
+        print(line, flush=True)
+    SAID.add(line)
+
+
 def launch(fn, cfg):
     """Call fn(cfg, world) in every process.
 
     Under torchrun this process joins the others (RANK, WORLD_SIZE, LOCAL_RANK in the environment);
-    otherwise cfg.gpus > 1 starts that many processes here; otherwise fn runs in this one.
+    otherwise cfg.gpus > 1 starts that many processes here; otherwise fn runs in this one. With
+    cfg.dry_run one process does a little of it.
     """
     keep_memory()
+    if getattr(cfg, "dry_run", False):
+        from runtime.rehearsal import rehearse
+
+        return rehearse(fn, cfg)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         _run_rank(int(os.environ.get("LOCAL_RANK", rank)), fn, cfg, rank, size)
@@ -126,7 +198,14 @@ def launch(fn, cfg):
                 sys.exit(2)
             raise
     else:
-        fn(cfg, World(device=torch.device("cuda:0" if cfg.gpus else "cpu")))
+        fn(cfg, _world(cfg, 0, 1, torch.device("cuda:0" if cfg.gpus else "cpu")))
+
+
+def _world(cfg, *place):
+    if cfg.gpus:  # what must be exact says so: see exact()
+        torch.backends.cudnn.benchmark = True  # all steps have one shape
+        torch.set_float32_matmul_precision("high")
+    return World(*place, *(getattr(cfg, name, getattr(World, name)) for name in SETTINGS))
 
 
 def _run_rank(local_rank, fn, cfg, rank, size):
@@ -138,9 +217,22 @@ def _run_rank(local_rank, fn, cfg, rank, size):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=size)
     try:
-        entry(lambda: fn(cfg, World(rank, size, device)))
+        entry(lambda: fn(cfg, _world(cfg, rank, size, device)))
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def exact():
+    """Inside, also as a decorator, fp32 is fp32 on a GPU, too: no product is rounded to TF32."""
+    cudnn, others = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = cudnn
+        torch.set_float32_matmul_precision(others)
 
 
 def keep_memory():

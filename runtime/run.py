@@ -46,13 +46,9 @@ def indices(n, batch_size, seed, step):
     The images of all epochs form one endless sequence, each epoch a permutation of its own; step s
     takes the batch_size images from s * batch_size on. So the order is a function of (seed, step).
     """
-    positions = step * batch_size + np.arange(batch_size)
-    epochs = positions // n
-    chosen = np.empty(batch_size, np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        chosen[here] = _permutation(n, seed, int(epoch))[positions[here] % n]
-    return chosen
+    epochs, places = np.divmod(step * batch_size + np.arange(batch_size), n)
+    orders = {epoch: _permutation(n, seed, int(epoch)) for epoch in np.unique(epochs)}
+    return np.concatenate([orders[epoch][places[epochs == epoch]] for epoch in orders])
 
 
 def flips(batch_size, seed, step):
@@ -93,8 +89,8 @@ class EMA:
     def update(self, net, n):
         d = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
         torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - d)
-        for mine, other in zip(self.net.buffers(), net.buffers(), strict=True):
-            mine.copy_(other)
+        if buffers := list(net.buffers()):
+            torch._foreach_copy_(list(self.net.buffers()), buffers)
 
 
 class LossMeter:
@@ -155,7 +151,7 @@ class Run:
 
     cfg        a RunConfig; cfg.out is its directory, cfg.FREE what may change when it goes on
     world      this process among others
-    ds         len(ds) and ds.batch(rows, flip) -> images (b,C,H,W), labels int64 (b,), on the CPU
+    ds         a data set, as image_data.batches.Dataset is one
     net        the network on its device, with the weights that a fresh run starts from
     optimizer  function of the parameters -> torch optimizer
     keep       {name: object with state_dict and load_state_dict}: further state, saved and restored
@@ -191,12 +187,14 @@ class Run:
         self.ema = self.emas[0] if self.emas else net
         self.step = self.first = 0  # steps that are finished, and that were when we started
         self.meters = collections.defaultdict(functools.partial(LossMeter, self.device))
-        self.losses = []
+        self.losses, self.scaler = [], world.loss_scaler()
+        if self.device.type == "cuda":
+            from runtime.prefetch import Ahead
+
+            self.bring = Ahead(world, self._parts)
         self._restore(optimizer)
         self.sharded = getattr(cfg, "shard", False) and world.size > 1
-        self.wrapped = torch.compile(net) if cfg.compile else net
-        if not self.sharded:  # a network that is split shares its gradients itself
-            self.wrapped = world.wrap(self.wrapped)
+        self.wrapped = self._wrap(torch.compile(net) if cfg.compile else net)
 
     def _restore(self, optimizer):
         """Weights, running means, optimizer and further state, from the checkpoint if there is one.
@@ -220,8 +218,19 @@ class Run:
             from runtime.sharding import load_optimizer
 
             load_optimizer(self.optimizer, state["optimizer"])
+            if self.scaler:
+                self.scaler.load_state_dict(state.get("scaler"))
             for name, thing in self.keep.items():
                 thing.load_state_dict(state[name])
+
+    def _wrap(self, net):
+        """net as model() calls it."""
+        if self.cfg.graph:
+            from runtime.graphs import Later
+
+            return Later(net, self.world)
+        # A network that is split shares its gradients itself.
+        return net if self.sharded else self.world.wrap(net, self.cfg.accumulate == 1)
 
     # ---- the steps
 
@@ -233,7 +242,7 @@ class Run:
         cfg, steps = self.cfg, self.cfg.steps
         self.bar = self.world.progress(steps, self.first, Path(cfg.out).name)
         self.net.train()
-        for step in range(self.first, steps):
+        for step in self.world.watch(self, range(self.first, steps)):
             rate = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.lr_decay)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -250,20 +259,24 @@ class Run:
 
     def parts(self, step):
         """This process's share of the step's images, in --accumulate parts."""
+        for part in self._parts(step):
+            self.share_gradients(part.where.stop == self.share.stop)
+            yield part
+
+    def _parts(self, step):
         cfg, share = self.cfg, self.share
         rows = indices(len(self.ds), cfg.batch_size, cfg.seed, step)
         flip = flips(cfg.batch_size, cfg.seed, step) if cfg.flip else None
         each = -(-(share.stop - share.start) // cfg.accumulate)
         for start in range(share.start, share.stop, each):
             where = slice(start, min(start + each, share.stop))
-            self.share_gradients(where.stop == share.stop)
             yield Part(step, where, rows[where], None if flip is None else flip[where])
 
     def share_gradients(self, on):
         """Whether the next backward shares gradients among processes: in the last part only."""
         if self.sharded:
             self.wrapped.set_requires_gradient_sync(on)
-        elif self.world.size > 1:
+        elif self.world.size > 1 and self.cfg.accumulate > 1:
             self.wrapped.require_backward_grad_sync = on
 
     # ---- what a part is made of: functions of (seed, step, name)
@@ -274,31 +287,47 @@ class Run:
 
     def images(self, part):
         """What ds.batch gives of the part, on the device: (b,C,H,W), and labels (b,) or None."""
-        x, y = self.ds.batch(part.rows, part.flip)
-        x = x.to(self.device, non_blocking=True)
-        return x, (y.to(self.device, non_blocking=True) if self.ds.num_classes else None)
+        x = self.ds.floats(self.bring(part, self._stored))
+        return x, self.bring(part, self._labels) if self.ds.num_classes else None
 
     def uniform(self, part, T, name="t"):
         """int64 (b,) in 0..T-1, each as likely."""
-        t = self.rng(part.step, name).integers(T, size=self.cfg.batch_size)[part.where]
-        return torch.from_numpy(t).to(self.device)
+        return self.bring(part, self._ints, T, name)
 
     def noise(self, part, shape, name="noise"):
         """N(0, I) of `shape` (b, ...), each sample's by a seed of its own."""
-        seeds = self.rng(part.step, name).integers(2**62, size=self.cfg.batch_size)[part.where]
-        return gaussian(shape, torch.from_numpy(seeds).to(self.device), part.step, self.device)
+        return gaussian(shape, self.bring(part, self._ints, 2**62, name), part.step, self.device)
 
     def hide(self, part, y, share, name="hide"):
         """Labels y (b,) with a share of them replaced by net.null; None stays None."""
         if y is None:
             return None
-        hidden = self.rng(part.step, name).random(self.cfg.batch_size)[part.where] < share
-        return torch.where(torch.from_numpy(hidden).to(self.device), self.net.null, y)
+        hidden = self.bring(part, self._chances, name) < share
+        return torch.where(hidden, self.net.null, y)
+
+    def bring(self, part, make, *arguments):
+        """The array make(part, *arguments), which is that at any time, as a tensor on the device.
+
+        On a GPU runtime/prefetch.py does this, a step ahead.
+        """
+        return torch.from_numpy(make(part, *arguments))
+
+    def _stored(self, part):
+        return self.ds.stored(part.rows, part.flip)
+
+    def _labels(self, part):
+        return self.ds.labels[part.rows]
+
+    def _ints(self, part, high, name):
+        return self.rng(part.step, name).integers(high, size=self.cfg.batch_size)[part.where]
+
+    def _chances(self, part, name):
+        return self.rng(part.step, name).random(self.cfg.batch_size)[part.where]
 
     # ---- the descent
 
     def model(self, *inputs):
-        """The network's output in fp32; a GPU computes it in bf16 where that is exact enough."""
+        """The network's output in fp32; where --precision is less, so are most of its products."""
         with self.world.autocast():
             out = self.wrapped(*inputs)
         if isinstance(out, tuple):
@@ -312,7 +341,8 @@ class Run:
         (b,) multiply the gradients and not the log; terms (b,) are logged under their names.
         """
         weighted = losses if weights is None else losses * weights
-        (weighted.sum() / (self.share.stop - self.share.start)).backward()
+        mean = weighted.sum() / (self.share.stop - self.share.start)
+        (self.scaler.scale(mean) if self.scaler else mean).backward()
         self.losses.append(losses.detach())
         for name, values in {"loss": losses, **terms}.items():
             self.meters[name].add(self.step, values, level if name == "loss" else None)
@@ -320,11 +350,15 @@ class Run:
     def descend(self, also=None):
         """Clip the gradient, step the optimizer, update the running means, and log where it is due.
 
+        In fp16 a gradient that overflows moves no weight; the running means go on towards them.
         also: function that gives a dictionary of further values for the line of the log.
         """
         cfg = self.cfg
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), cfg.clip_grad)
-        self.optimizer.step()
+        if self.scaler:
+            self.scaler.descend(self.optimizer, self.net.parameters(), cfg.clip_grad)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), cfg.clip_grad)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for average in self.averages:
             average.update(self.net, self.step)
@@ -336,6 +370,7 @@ class Run:
             found = meter.read(self.world, self.folder / "ckpt.pt")
             values |= found if name == "loss" else {name: found["loss"]}
         values |= also() if also else {}
+        values |= self.scaler.read(self.step) if self.scaler else {}
         images = (self.step - self.first) * cfg.batch_size
         rate, memory = self.disk.rate(images), peak_memory(self.device)
         lr = self.optimizer.param_groups[0]["lr"]
@@ -378,6 +413,7 @@ class Run:
             "ema": self.ema.state_dict(),
             "more_emas": [ema.state_dict() for ema in self.emas[1:]],
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
         }
         if self.sharded:
             from runtime.sharding import whole

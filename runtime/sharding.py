@@ -26,6 +26,12 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
+WAYS = (
+    "foreach",
+    "fused",
+    "capturable",
+)  # settings of an optimizer: not what, but how it is computed
+
 # torch.distributed.tensor takes a second to import. Runs that split nothing go without it, so
 # what belongs to it is recognised below by what it alone has: full_tensor and unshard.
 
@@ -96,8 +102,10 @@ def whole(state):
 def load_optimizer(optimizer, state):
     """optimizer.load_state_dict(state) of plain, whole tensors, where parameters may be split.
 
-    Each moment is laid out as its parameter: split if that is, in its memory format if not, which
-    a split run does not keep and fused optimizers insist on. No collective: every rank has `state`.
+    The settings become those of `state`, but not the WAYS: a run may go on where another is the
+    fastest. Each moment is laid out as its parameter: split if that is, in its memory format if
+    not, which a split run does not keep and fused optimizers insist on. No collective: every rank
+    has `state`.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [i for group in state["param_groups"] for i in group["params"]]
@@ -106,7 +114,11 @@ def load_optimizer(optimizer, state):
         for i, p in zip(numbers, parameters, strict=True)
         if (held := state["state"].get(i)) is not None
     }
-    optimizer.load_state_dict({**state, "state": moments})
+    groups = [
+        {**theirs, **{name: value for name, value in ours.items() if name in WAYS}}
+        for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"param_groups": groups, "state": moments})
 
 
 def _like(value, p):

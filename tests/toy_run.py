@@ -38,7 +38,7 @@ class Net(nn.Module):
 class Alone(World):
     """One of several processes that never meet."""
 
-    def wrap(self, net):
+    def wrap(self, net, static=False):
         return net
 
     def barrier(self):

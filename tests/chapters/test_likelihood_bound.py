@@ -297,6 +297,21 @@ def test_timesteps_are_uniform_until_each_has_ten_losses():
     assert picker.probabilities().std() > 0.01
 
 
+def test_the_last_ten_finite_losses_of_each_timestep_are_kept_in_their_order():
+    """Whatever comes at once: one timestep often, in any order, with losses that do not count."""
+    picker, rng = ch2.LossSecondMoment(4), np.random.default_rng(5)
+    expected = [[math.nan] * 10 for _ in range(4)]
+    for n in (1, 7, 60, 3, 25):
+        t, losses = rng.integers(4, size=n), rng.random(n).astype(np.float32)
+        losses[rng.random(n) < 0.2] = math.inf
+        losses[rng.random(n) < 0.2] = math.nan
+        picker.update(torch.from_numpy(t), torch.from_numpy(losses))
+        for i, loss in zip(t, losses, strict=True):
+            if math.isfinite(loss):
+                expected[i] = [*expected[i][1:], loss]
+        np.testing.assert_array_equal(picker.last, expected)
+
+
 @pytest.mark.parametrize("times", [10, 23])
 def test_probability_is_the_root_of_the_second_moment_of_the_last_ten(times):
     picker, losses = filled(times=times)
@@ -308,8 +323,10 @@ def test_probability_is_the_root_of_the_second_moment_of_the_last_ten(times):
 def test_weights_undo_the_probabilities_and_the_noise_is_less():
     picker, losses = filled()
     p, n, now = picker.probabilities().numpy(), 100_000, losses.mean(1)
-    t, weights = picker.sample(np.random.default_rng(0), n)
+    t, weights = picker.sample(torch.from_numpy(np.random.default_rng(0).random(n)))
+    t, weights = t.numpy(), weights.numpy()
     assert t.dtype == np.int64 and weights.dtype == np.float64
+    assert (t == np.random.default_rng(0).choice(5, size=n, p=p)).all()
     frequency = np.bincount(t, minlength=5) / n
     assert (np.abs(frequency - p) < 4.5 * np.sqrt(p * (1 - p) / n)).all()
     estimates = weights * now[t]
@@ -327,11 +344,12 @@ def test_a_restored_state_goes_on_bit_for_bit():
     other = ch2.LossSecondMoment(5)
     other.load_state_dict(torch.load(file, weights_only=True))
     for step in range(12):
-        draws = [one.sample(np.random.default_rng([0, step]), 8) for one in (picker, other)]
+        u = torch.from_numpy(np.random.default_rng([0, step]).random(8))
+        draws = [one.sample(u) for one in (picker, other)]
         for one, two in zip(*draws, strict=True):
-            np.testing.assert_array_equal(one, two)
+            assert torch.equal(one, two)
         for one in (picker, other):
-            one.update(torch.from_numpy(draws[0][0]), torch.arange(8) * 0.3 + step)
+            one.update(draws[0][0], torch.arange(8) * 0.3 + step)
     assert torch.equal(picker.probabilities(), other.probabilities())
     with pytest.raises(ValueError, match="5 timesteps, expected 6"):
         ch2.LossSecondMoment(6).load_state_dict(picker.state_dict())

@@ -4,7 +4,7 @@ from runtime.checkpoints import chosen_ema
 from runtime.commandline import BadInput
 from runtime.files import read_log
 from runtime.processes import World
-from runtime.run import learning_rate
+from runtime.run import EMA, learning_rate
 
 import dataclasses
 import functools
@@ -157,6 +157,17 @@ def test_running_means_follow_their_decays(decays, tmp_path):
         assert_same(dict(kept), dict(run.emas[i].state_dict()))
     with pytest.raises(BadInput, match="--ema 0.7: ckpt.pt has"):
         chosen_ema(state, "ckpt.pt", 0.7)
+
+
+def test_buffers_are_copied_into_a_running_mean_not_averaged():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    average = EMA(net, 0.9)
+    for n in range(3):
+        net(torch.randn(4, 2))
+        average.update(net, n)
+        for mine, other in zip(average.net.buffers(), net.buffers(), strict=True):
+            assert mine is not other and torch.equal(mine, other)
+    assert average.net[1].num_batches_tracked == 3 and not average.net.training
 
 
 def test_a_run_without_a_running_mean_samples_the_network_itself(tmp_path):

@@ -8,6 +8,8 @@ an error of 1e-17, and Adam divides it by eps = 1e-8 and steps 1e-2 times that: 
 from runtime.processes import World
 from runtime.sharding import load_optimizer, shard, unsharded, whole
 
+import copy
+
 import pytest
 import torch
 from launching import start_ranks
@@ -169,3 +171,31 @@ def test_one_process_has_nothing_to_split():
     with unsharded(net):
         assert type(net).__name__ == "DiT"
         assert all(p is q for p, q in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("there, here", [({}, {"fused": True}), ({"fused": True}, {})])
+def test_an_optimizer_goes_on_in_its_own_way(there, here):
+    """Of a run on a CPU on a GPU, or back: the settings and moments of the one, fused or not."""
+
+    def parameters():
+        return [torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).t())]
+
+    def step(optimizer):
+        (p,) = optimizer.param_groups[0]["params"]
+        p.grad = torch.cos(3 * p.detach())
+        optimizer.step()
+
+    whole = torch.optim.Adam(parameters(), lr=0.1, betas=(0.5, 0.7), **there)
+    other = torch.optim.Adam(parameters(), lr=7.0, **here)
+    for _ in range(3):
+        step(whole)
+    load_optimizer(other, copy.deepcopy(whole.state_dict()))
+    with torch.no_grad():
+        other.param_groups[0]["params"][0].copy_(whole.param_groups[0]["params"][0])
+    assert other.param_groups[0]["fused"] == here.get("fused")
+    assert other.param_groups[0]["lr"] == 0.1 and other.param_groups[0]["betas"] == (0.5, 0.7)
+    for _ in range(3):
+        step(whole)
+        step(other)
+    for one, two in zip(*(o.param_groups[0]["params"] for o in (whole, other)), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
