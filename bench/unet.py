@@ -79,8 +79,8 @@ def load_diffusers():
     return UNet2DModel, DDPMScheduler, DDIMScheduler, EMAModel
 
 
-def networks(quick, UNet2DModel):
-    """Our network, diffusers' with the same weights, and the image shape (C,H,W)."""
+def our_network(quick):
+    """Our network, its Config, and the image shape (C,H,W)."""
     config, size = (QUICK, 16) if quick else (yaml.safe_load(CONFIG.read_text()), 32)
     cfg, shape = Config(**{name: config[name] for name in SETTINGS}), (3, size, size)
     torch.manual_seed(0)
@@ -88,6 +88,12 @@ def networks(quick, UNet2DModel):
     for p in ours.parameters():  # layers that start at zero would hide what lies behind them
         if not p.any():
             torch.nn.init.normal_(p, std=0.02)
+    return ours.to(memory_format=torch.channels_last), cfg, shape
+
+
+def networks(quick, UNet2DModel):
+    """Our network, diffusers' with the same weights, and the image shape (C,H,W)."""
+    ours, cfg, shape = our_network(quick)
     facts = dict(
         alpha_bar=alpha_bar_of(cfg),
         prediction="eps",
@@ -98,7 +104,7 @@ def networks(quick, UNet2DModel):
     with tempfile.TemporaryDirectory() as folder:
         save_diffusers(folder, settings, ours.state_dict(), shape, 0, facts)
         theirs = UNet2DModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False)
-    return ours.to(memory_format=torch.channels_last), theirs, shape
+    return ours, theirs, shape
 
 
 def batch(n, shape):

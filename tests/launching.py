@@ -17,7 +17,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-ALONE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")])}
+PATHS = [str(REPO), str(REPO / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+ALONE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
 MODULES = ["launching", *sorted(path.stem for path in REPO.glob("*.py"))]
 MODULES += ["pytest", "tyro", "torch._dynamo"]
 MODULES += ["matplotlib.pyplot", "matplotlib.backends.backend_agg"]
