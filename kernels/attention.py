@@ -260,7 +260,7 @@ def _dkdv_kernel(q, k, v, do, lse, delta, dk, dv, scale, scale_log2, q_strides, 
 # In fp32 an operand is two tf32 numbers and takes four times the registers of a 16-bit one, so
 # tiles are small. With D > 128 nothing useful fits, and the reference runs.
 #
-# sm_90 has rows of its own in 16 bits. No GPU has timed them; they follow from what compiling says:
+# sm_90 has rows of its own. No GPU has timed them; they follow from what compiling says:
 #
 # - A warp-group product of n columns reads its left factor from memory for each n of them, so n is
 #   at least 64 in forward and 32 in dq. That takes up to 192 KiB and a multiprocessor to itself.
@@ -278,7 +278,7 @@ EVERYWHERE = {
     (2, 64): {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2)},
     (2, 128): {"forward": (128, 64, 8, 2), "dq": (64, 32, 4, 2), "dkdv": (32, 64, 8, 2)},
     (2, 256): {"forward": (64, 32, 8, 2), "dq": (64, 16, 8, 2), "dkdv": (16, 64, 8, 2)},
-    (4, 32): {"forward": (64, 32, 4, 2), "dq": (64, 32, 8, 2), "dkdv": (16, 64, 4, 2)},
+    (4, 32): {"forward": (64, 16, 4, 2), "dq": (64, 32, 8, 2), "dkdv": (16, 64, 4, 2)},
     (4, 64): {"forward": (64, 16, 8, 2), "dq": (32, 32, 8, 1), "dkdv": (32, 32, 8, 1)},
     (4, 128): {"forward": (16, 32, 4, 1), "dq": (16, 32, 8, 1), "dkdv": (32, 16, 8, 1)},
 }
@@ -286,6 +286,7 @@ HOPPER = EVERYWHERE | {
     (2, 32): {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkdv": (64, 64, 4, 2)},
     (2, 128): {"forward": (128, 128, 8, 2), "dq": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2)},
     (2, 256): {"forward": (128, 64, 8, 2), "dq": (128, 32, 8, 2), "dkdv": (32, 64, 8, 2)},
+    (4, 32): {"forward": (64, 32, 4, 2), "dq": (64, 32, 8, 2), "dkdv": (16, 64, 4, 2)},
 }
 TILES = {75: {}, 90: HOPPER}  # by architecture; all others have EVERYWHERE
 

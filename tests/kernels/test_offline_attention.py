@@ -28,7 +28,7 @@ SHARED = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DIMS = (16, 32, 40, 64, 80, 96, 128, 160, 256)
 DIMS_OF = {FP32: DIMS[:-2], FP16: DIMS, BF16: DIMS}  # in fp32 there are kernels up to 128
-EVEN, RAGGED, CROSS = (256, 256), (77, 77), (1024, 77)
+EVEN, RAGGED, CROSS, WHOLE_KEYS = (256, 256), (77, 77), (1024, 77), (77, 256)
 
 
 def name(value):
@@ -70,6 +70,13 @@ def test_half_precision_with_partial_tiles_on_sm_90(dim):
     check("sm_90", BF16, dim, RAGGED, tokens)
 
 
+@pytest.mark.parametrize("dtype, dim", [(BF16, 128), (BF16, 256), (FP32, 32)], ids=name)
+def test_partial_queries_and_whole_keys(dtype, dim):
+    """Of all lengths these took the most registers."""
+    for target in ("sm_80", "sm_90"):
+        check(target, dtype, dim, WHOLE_KEYS, tokens)
+
+
 @pytest.mark.parametrize("dim", [40, 64, 128])
 def test_fp32_with_partial_tiles_on_sm_90(dim):
     check("sm_90", FP32, dim, RAGGED, tokens)
@@ -103,7 +110,7 @@ def test_products_of_warp_groups_are_wide(dim, length):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lengths", [EVEN, RAGGED, CROSS], ids=name)
+@pytest.mark.parametrize("lengths", [EVEN, RAGGED, CROSS, WHOLE_KEYS], ids=name)
 @pytest.mark.parametrize("dtype, dim", [(t, d) for t in DIMS_OF for d in DIMS_OF[t]], ids=name)
 @pytest.mark.parametrize("target", NVIDIA)
 def test_everything(target, dtype, dim, lengths):

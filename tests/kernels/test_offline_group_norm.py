@@ -12,7 +12,7 @@ from kernels.dispatch import INTERPRET
 if INTERPRET or importlib.util.find_spec("triton") is None:
     pytest.skip("compiling needs triton, not interpreting", allow_module_level=True)
 
-from kernels.group_norm_silu import _backward, _forward
+from kernels.group_norm_silu import _backward, _forward, _parameter_gradients
 from tests.cases.kernel_cases import PUBLIC
 from tests.cases.offline import compiled_for, inspect_kernel
 
@@ -200,3 +200,19 @@ def test_one_launch_where_a_group_fits_and_two_elsewhere():
     for shape, launches in ((CHOSEN[0], 1), (CHOSEN[1], 1), (CHOSEN[-1], 2)):
         forward, backward = launched("sm_90", shape, *HALF)
         assert len(forward) == len(backward) == launches
+
+
+@pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("film", [False, True], ids=["plain", "film"])
+@pytest.mark.parametrize("batch, channels", [(128, 256), (64, 192), (1, 1536), (3, 33)])
+def test_gradients_of_the_parameters(batch, channels, film, target):
+    """No spills; bf16 scale and shift as under autocast, fp16 on sm_75, which has no bf16."""
+    half = torch.float16 if target == "sm_75" else torch.bfloat16
+    sums, (weight, bias) = torch.empty(batch, 2, channels), torch.empty(2, channels)
+    scale = shift = None
+    if film:
+        scale, shift = torch.empty(batch, 2 * channels, dtype=half).chunk(2, dim=1)
+    with compiled_for(target) as launches:
+        _parameter_gradients(sums, weight, bias, scale, shift, {})
+    assert [launch.name for launch in launches] == ["group_norm_parameters"]
+    assert_no_spills(launches)

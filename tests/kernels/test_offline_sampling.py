@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from kernels import philox
 from kernels.dispatch import INTERPRET
 from kernels.sampling_update import _launch
 
@@ -139,3 +140,19 @@ def test_any_batch_fits_the_grid(layout):
     """All programs are on the grid's first axis, which goes to 2³¹ - 1; others stop at 65535."""
     launch = compiled("sm_90", "ddpm", (70_000, 2, 4, 4), layout, torch.float32)
     assert launch.grid == (70_000,)
+
+
+@pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("shape", [(4, 3, 32, 32), (3, 5, 7)], ids=str)
+def test_the_kernel_of_gaussian(target, shape):
+    """No spills, and whole samples leave four numbers at a time where their size is a multiple."""
+    with compiled_for(target) as launches:
+        for step in (-1, 3):
+            philox._launch(torch.Size(shape), torch.arange(shape[0]), step)
+    first, second = launches
+    programs = {4: 3, 3: 1}[shape[0]]  # of a sample, for 3072 and 35 numbers, 1024 at a time
+    assert first.kernel is second.kernel and first.grid == (shape[0] * programs,)
+    report = inspect_kernel(first.kernel)
+    assert report.spill_bytes == 0 and report.registers <= 40
+    if shape[0] == 4:
+        assert set(report.store_widths) == {128}
