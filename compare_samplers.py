@@ -176,8 +176,9 @@ def compare(cfg, world):
         "batch_size": cfg.batch_size,
     }
 
+    quick = world.for_sampling(net)
+
     def draw(sampler, steps, w, n, desc):
-        quick = world.for_sampling(net)
         trajectory = trajectory_of(cfg, quick, trained, alpha_bar, shape, sampler, steps, w)
         y = None if labels is None else labels[:n]
         return world.draw(trajectory, seeds[:n], y, cfg.batch_size, steps, desc)
@@ -200,8 +201,9 @@ def compare(cfg, world):
         }
         return store.add(common | about, figures, images[:SHOWN].numpy(), write=world.is_main)
 
-    # One step first, not timed: a GPU compiles its kernels when they are first used.
-    draw("ddim", 1, cfg.guidance, world.size, "warm-up")
+    # One step first, not timed: a GPU compiles kernels when they are first used, and records the
+    # network when it first sees a batch of this size.
+    draw("ddim", 1, cfg.guidance, min(len(seeds), cfg.batch_size), "warm-up")
     wanted = sorted({min(k, T) for k in numbers_of(cfg.compare_steps, "--compare-steps")})
     by_steps = [row(sampler, k, cfg.guidance) for sampler in SAMPLERS for k in wanted]
     by_guidance, steps = [], min(cfg.sample_steps, T)

@@ -381,7 +381,7 @@ def check_run(cfg):
     for task in ("sample", "nll", "plot_schedule"):
         if cfg.dry_run and getattr(cfg, task, ""):
             flag = task.replace("_", "-")
-            raise BadInput(f"--dry-run is of a training, and --{flag} of none: leave one out")
+            raise BadInput(f"--dry-run is for training: leave it out, or --{flag}")
     check_fraction(cfg, "ema")
     for often, base in (("save", "log"), ("keep", "save")):
         first, second = (getattr(cfg, f"{name}_every") for name in (often, base))

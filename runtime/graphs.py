@@ -24,6 +24,11 @@ def failed(error):
     say_once(f"note: no CUDA graph of the network ({reason}); it runs without")
 
 
+def same_stream():
+    """After this `with`, work goes where it went before; a failed recording would keep it."""
+    return torch.cuda.stream(torch.cuda.current_stream())
+
+
 def kind_of(inputs):
     """What a graph depends on: of tensors, or None, their layout; and the state of autocast."""
     device = inputs[0].device
@@ -93,7 +98,8 @@ class Sampled:
         if kind not in self.graphs:
             try:
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
-                self.graphs[kind] = Recorded(self.net, inputs, self.pool)
+                with same_stream():
+                    self.graphs[kind] = Recorded(self.net, inputs, self.pool)
             except Exception as error:  # of whatever kind: if net is at fault, it says so below
                 failed(error)
                 self.graphs[kind], self.pool = self.net, None
@@ -131,6 +137,7 @@ class Graphed(nn.Module):
         devices = [world.device] if world.device.type == "cuda" else []
         try:
             with (
+                same_stream(),
                 torch.random.fork_rng(devices),  # recording draws, and must leave no trace
                 world.autocast(),
                 uncached_autocast(world.device),

@@ -30,7 +30,9 @@ class Ahead:
 
     def __init__(self, world, parts):
         self.world, self.parts = world, parts
-        self.thread = ThreadPoolExecutor(1, "prefetch")
+        # A thread begins on GPU 0: without this, that of every process would take memory there.
+        on_it = torch.get_device_module(world.device).set_device
+        self.thread = ThreadPoolExecutor(1, "prefetch", on_it, (world.device,))
         self.step = self.coming = None  # the step whose arrays are `ready`; the block of the next
         self.asked, self.ready = {}, {}  # (place, make, *arguments): None; the tensor
 

@@ -37,8 +37,8 @@ class World:
     def wrap(self, net, static=False):
         """`net` for training: its gradients are the mean over all processes after backward().
 
-        static: each backward shares, and takes the way of the first one. Gradients then lie where
-        they are sent from.
+        static: each backward shares, and takes the way of the first one; no torch.autograd.grad may
+        come before that. Gradients lie where they are sent from.
         """
         if self.size == 1:
             return net
@@ -201,10 +201,18 @@ def launch(fn, cfg):
         fn(cfg, _world(cfg, 0, 1, torch.device("cuda:0" if cfg.gpus else "cpu")))
 
 
+def prefer_speed():
+    """Have a GPU round fp32 products to TF32, and try which convolution is the fastest.
+
+    What must not be rounded says so: see exact().
+    """
+    torch.backends.cudnn.benchmark = True  # all steps have one shape
+    torch.set_float32_matmul_precision("high")
+
+
 def _world(cfg, *place):
-    if cfg.gpus:  # what must be exact says so: see exact()
-        torch.backends.cudnn.benchmark = True  # all steps have one shape
-        torch.set_float32_matmul_precision("high")
+    if cfg.gpus:
+        prefer_speed()
     return World(*place, *(getattr(cfg, name, getattr(World, name)) for name in SETTINGS))
 
 

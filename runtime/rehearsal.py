@@ -10,7 +10,7 @@ Run.steps() ends when enough is known, and the last one with the exception Enoug
 from runtime import commandline as cli
 from runtime import plan
 from runtime.commandline import BadInput
-from runtime.processes import World, is_first_process
+from runtime.processes import World, is_first_process, prefer_speed
 
 import dataclasses
 import gc
@@ -294,6 +294,8 @@ def rehearse(train, cfg):
     processes = int(os.environ.get("WORLD_SIZE", max(cfg.gpus, 1)))
     timed = cfg.gpus == 0 or torch.cuda.is_available()
     device = torch.device("cuda:0" if cfg.gpus and timed else "cpu")
+    if device.type == "cuda":
+        prefer_speed()
     share, parts = cfg.batch_size // processes, cfg.accumulate
     while True:
         how = {"precision": cfg.precision, "compile": cfg.compile}

@@ -229,8 +229,11 @@ class Run:
             from runtime.graphs import Later
 
             return Later(net, self.world)
+        # DDP takes the first gradients asked for as those of a step. With a discriminator they are
+        # of one layer, and nothing would be shared from then on.
+        static = self.cfg.accumulate == 1 and not getattr(self.cfg, "discriminator", 0)
         # A network that is split shares its gradients itself.
-        return net if self.sharded else self.world.wrap(net, self.cfg.accumulate == 1)
+        return net if self.sharded else self.world.wrap(net, static)
 
     # ---- the steps
 
@@ -254,6 +257,7 @@ class Run:
             if self.step % cfg.save_every == 0 or self.done:
                 self.save()
         self.bar.close()
+        vars(self).pop("bring", None)  # on a GPU it refers to this run, which would outlive its use
         self.plot_loss()
         self.world.barrier()  # the checkpoint is whole before any rank reads it
 

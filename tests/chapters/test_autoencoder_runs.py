@@ -163,9 +163,10 @@ def test_killed_while_it_trains_it_equals_the_unbroken_run(cfg, tmp_path):
     assert_same_run(whole, broken)
 
 
-@pytest.mark.parametrize("kind", ["kl", "vq"])
-def test_two_processes_train_as_one(kind, cfg, tmp_path):
-    words = flags(cfg, **EVERYTHING | {"ae": kind}, n=60)
+@pytest.mark.parametrize("kind, start", [("kl", 5), ("vq", 5), ("kl", 0)])
+def test_two_processes_train_as_one(kind, start, cfg, tmp_path):
+    """Also where the first step already asks for gradients before its backward()."""
+    words = flags(cfg, **EVERYTHING | {"ae": kind, "disc_start": start}, n=60)
     logs, reports = [], []
     for size in (1, 2):
         out = tmp_path / str(size)

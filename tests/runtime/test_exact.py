@@ -1,6 +1,7 @@
 """Where fp32 is promised, a GPU rounds no product to TF32: decoding, features, likelihoods."""
 
-from runtime import processes
+from runtime import processes, rehearsal
+from runtime.commandline import RunConfig
 from runtime.processes import World, exact
 
 import itertools
@@ -55,6 +56,20 @@ def test_a_cpu_computes_as_it_did():
     with exact():
         processes._world(SimpleNamespace(gpus=0), 0, 1, torch.device("cpu"))
         assert now() == TRUE and not torch.backends.cudnn.benchmark
+
+
+def test_a_dry_run_on_a_gpu_computes_as_the_run_would(monkeypatch, capsys):
+    seen = []
+
+    def train(cfg, world):
+        seen.append((*now(), torch.backends.cudnn.benchmark, world.device.type))
+        raise rehearsal.Enough
+
+    torch.backends.cudnn.benchmark = False
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rehearsal.rehearse(train, RunConfig(gpus=1, dry_run=True))
+    assert seen == [(*FAST, True, "cuda")]
 
 
 class Noting(torch.nn.Module):

@@ -141,6 +141,36 @@ def test_where_recording_fails_one_line_says_so_and_the_numbers_are_the_same(
     assert said == ["note: no CUDA graph of the network (operation not permitted); it runs without"]
 
 
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch, tmp_path):
+    """torch.cuda.graph does not, where the end of a recording is an error, too."""
+    here = fake_graphs.Stream()
+    now = [here]
+
+    @contextlib.contextmanager
+    def stream(wanted):
+        before, now[0] = now[0], wanted
+        try:
+            yield
+        finally:
+            now[0] = before
+
+    @contextlib.contextmanager
+    def stuck(*_, **__):
+        now[0] = fake_graphs.Stream()
+        raise RuntimeError("operation failed due to a previous error during capture")
+        yield
+
+    fake_graphs.install(monkeypatch, stuck)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[0])
+    with torch.no_grad():
+        graphs.Sampled(Net().eval())(*inputs())
+    assert now == [here]
+    run = make(tmp_path, graph=True)
+    run.model(*inputs())
+    assert now == [here] and run.wrapped.ready.graph is None
+
+
 def test_what_is_wrong_with_the_inputs_is_said_as_ever():
     x, t, _ = inputs()
     with torch.no_grad(), pytest.raises(IndexError):

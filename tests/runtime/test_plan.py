@@ -373,7 +373,7 @@ def test_a_plan_of_no_training_is_refused(tmp_path):
     for script, task in (("ddpm_pixel", "sample"), ("improved_ddpm", "nll")):
         module = importlib.import_module(script)
         cfg = module.Config(**{task: "some.pt"}, dry_run=True, gpus=0, out=str(tmp_path))
-        with pytest.raises(BadInput, match=f"--dry-run is of a training, and --{task}"):
+        with pytest.raises(BadInput, match=f"--dry-run is for training: leave it out, or --{task}"):
             module.check(cfg)
 
 

@@ -11,6 +11,7 @@ from runtime.processes import World
 import dataclasses
 import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -156,14 +157,35 @@ def test_latents_come_from_memory_maps_and_from_where_they_are(resident, tmp_pat
         assert y.tolist() == (part.rows % 3).tolist()
 
 
-def test_the_thread_ends_with_its_run(tmp_path):
-    run = train(ahead(tmp_path))
-    (thread,) = run.bring.thread._threads
-    assert thread.is_alive()
-    del run
-    gc.collect()
+def test_the_thread_ends_after_the_last_step(tmp_path):
+    """And no cycle of references is left, in which the memory of a run would outlive it."""
+    run = ahead(tmp_path)
+    thread_pool = run.bring.thread
+    train(run)
+    (thread,) = thread_pool._threads
+    there = weakref.ref(run)
+    gc.collect()  # what else was left over
+    gc.disable()
+    try:
+        del run, thread_pool
+        assert there() is None
+    finally:
+        gc.enable()
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_the_thread_is_on_the_device_of_its_process(monkeypatch):
+    """Else that of every process would take memory on the first GPU."""
+    chosen = []
+
+    def set_device(device):
+        chosen.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    ahead = Ahead(World(device=torch.device("cuda:3")), None)
+    ahead.thread.submit(int).result()
+    assert chosen == [("prefetch_0", torch.device("cuda:3"))]
 
 
 def test_a_run_on_a_cpu_has_no_thread(tmp_path):
