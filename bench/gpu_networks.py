@@ -10,8 +10,8 @@ All compute in bf16 under autocast; a step is forward, backward, clipping, fused
 running mean of the weights.
 """
 
-from runtime.commandline import BadInput, parse
-from runtime.graphs import Sampled, for_training
+from runtime.commandline import parse
+from runtime.graphs import Recorded, Sampled, for_training, kind_of
 from runtime.processes import World
 
 from dataclasses import replace
@@ -87,6 +87,29 @@ def step_of(job, side, net):
     return step
 
 
+def check_recorded(is_so):
+    """RuntimeError on a GPU where a network runs without its graph: its time would be another's."""
+    if on_gpu() and not is_so:
+        raise RuntimeError("no CUDA graph was recorded; log.txt says why")
+
+
+def sampled(net):
+    """`net` for sampling in the graphs of runtime/graphs.py."""
+    graphs = Sampled(net)
+
+    def call(*inputs):
+        out = graphs(*inputs)
+        check_recorded(is_recorded(graphs))
+        return out
+
+    return call
+
+
+def is_recorded(sampled):
+    """Whether what a Sampled made last is a graph."""
+    return isinstance([None, *sampled.graphs.values()][-1], Recorded)
+
+
 def recorded(job, net):
     """`net` for training in the graphs of runtime/graphs.py, recorded at its first call."""
     world, made = World(device=torch.device(job.device)), []
@@ -94,6 +117,8 @@ def recorded(job, net):
     def call(*inputs):
         if not made:
             made.append(for_training(net, inputs, world))
+            check_recorded(getattr(made[0], "graph", None))
+            check_recorded(getattr(made[0], "kind", None) == kind_of(inputs))
         return made[0](*inputs)
 
     return call
@@ -104,12 +129,13 @@ def ways_of(job, side):
     net, make = side.net, {"forward": forward_of, "step": step_of}
     found = {(what, side.name): partial(make[what], job, side, net) for what in make}
     if side.name == OURS:
-        found["forward", "here, graph"] = lambda: forward_of(job, side, Sampled(net))
+        found["forward", "here, graph"] = lambda: forward_of(job, side, sampled(net))
         found["step", "here, graph"] = lambda: step_of(job, side, recorded(job, net))
     for what, how in make.items():
         found[what, f"{side.name}, compiled"] = partial(
             lambda how: how(job, side, compiled(job, side, net)), how
         )
+    for what, how in make.items():  # last: a capture that fails ends the stage
         found[what, f"{side.name}, one graph"] = partial(
             lambda how: graphed(how(job, side, net)), how
         )
@@ -117,12 +143,13 @@ def ways_of(job, side):
 
 
 def time_sides(job, sides, batch):
-    """Rows of all ways of all sides, by turns of their importance."""
+    """Rows of all ways of all sides, by turns of their importance. What failed is not tried again:
+    it would fail before the others have their turn."""
     columns = [list(ways_of(job, side).items()) for side in sides]
     longest = max(map(len, columns))
     for i in range(longest):
         for column in columns:
-            if i < len(column) and not job.known(*column[i][0]):
+            if i < len(column) and not job.known(*column[i][0], failed=True):
                 of, make = column[i]
                 time_way(job, of, make, batch)
 
@@ -146,8 +173,9 @@ def say_same(job, ours, theirs):
 
 
 def without_diffusers(job, error):
-    print(error, flush=True)
-    job.say("diffusers", "all", skipped=str(error)[:80])
+    """Says so. It may be missing, or refuse the versions of what it is built on."""
+    print(f"{type(error).__name__}: {error}", flush=True)
+    job.say("diffusers", "all", skipped=f"{type(error).__name__}: {error}"[:120])
 
 
 def settle():
@@ -165,7 +193,7 @@ def unet(job):
     try:
         model = instruments.load_diffusers()[0]
         ours, theirs, shape = instruments.networks(job.rehearse, model)
-    except BadInput as error:
+    except Exception as error:
         without_diffusers(job, error)
         ours, _, shape = instruments.our_network(job.rehearse)
     x, eps, t = (v.to(job.device) for v in instruments.batch(n, shape))
@@ -221,7 +249,7 @@ def latent(job):
         row["parameters"] = sum(p.numel() for p in ours.parameters())
     try:
         theirs = latent_of_diffusers(cfg, shape).to(job.device)
-    except BadInput as error:
+    except Exception as error:
         without_diffusers(job, error)
     else:
         token = torch.randn(n, 1, cfg.context_dim, device=job.device)
@@ -276,7 +304,7 @@ def dit(job):
     theirs = None
     try:
         theirs = dit_instruments.twin(ours).to(job.device)
-    except BadInput as error:
+    except Exception as error:
         without_diffusers(job, error)
     sides = [Side(OURS, ours.to(job.device), lambda net: net(z, t, y), our_loss)]
     if theirs is not None:

@@ -47,6 +47,11 @@ def is_done(rows, stage):
     return any(row["stage"] == stage and row.get("done") for row in rows)
 
 
+def is_whole(rows, stage):
+    """Whether a stage came to its end, and none of its rows failed."""
+    return is_done(rows, stage) and not any("failed" in row for row in latest(rows, stage).values())
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A stage at work: where its rows go, and on what it runs.
@@ -65,10 +70,10 @@ class Job:
     def say(self, *of, **values):
         append(self.out, stage=self.stage, of=list(map(str, of)), **values)
 
-    def known(self, *of):
-        """Whether an earlier attempt at this stage has said this, and had not failed."""
+    def known(self, *of, failed=False):
+        """Whether an earlier attempt at this stage has said this, or with `failed` has failed."""
         row = latest(read(self.out), self.stage).get(tuple(map(str, of)))
-        return row is not None and "failed" not in row
+        return row is not None and (failed or "failed" not in row)
 
     @contextlib.contextmanager
     def row(self, *of, **values):

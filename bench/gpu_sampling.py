@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import unet as instruments
 from bench.gpu_clock import device_us, graphed, on_gpu, peak_memory, wall_ms
-from bench.gpu_networks import OURS, Side, half, settle, step_of
+from bench.gpu_networks import OURS, Side, check_recorded, half, is_recorded, settle, step_of
 from ddim import at, ddim_row, end_of, sample, subsequence
 from ddpm_pixel import alpha_bar_of, simple_loss
 from kernels import sampling_update
@@ -92,6 +92,7 @@ def sampling(job):
                 with peak_memory(row):
                     walk = partial(drawn, world, way, alpha_bar, pairs, shape, seeds)
                     row["ms"] = wall_ms(walk, 1, 2)
+                check_recorded(way is net or is_recorded(way))
                 row["images_s"] = 1e3 * batch / row["ms"]
 
 

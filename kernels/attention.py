@@ -44,6 +44,7 @@ from kernels.dispatch import (
     check_devices,
     nobody_traces,
     signature,
+    still,
     tl,
     triton,
     use_kernels,
@@ -388,7 +389,10 @@ def _backward(do, q, k, v, o, lse, scale, launches=None):
     if k.shape[2] == 1:
         torch.sum(do, 2, keepdim=True, out=dv)
         return dq.zero_(), dk.zero_(), dv
-    if launches is None or do.stride() != o.stride() or do.data_ptr() % 16:
+    if o.stride() != dq.stride():  # a hook on saved tensors gave back another one
+        o = _empty(o).copy_(o)
+    addresses = do.data_ptr() | o.data_ptr() | lse.data_ptr()
+    if launches is None or do.stride() != o.stride() or addresses % 16:
         launches = {}
     do, q, k, v = _with_rows(do), _with_rows(q), _with_rows(k), _with_rows(v)
     if "dq" not in launches:
@@ -441,7 +445,8 @@ def _gradients(ctx, do):
     launches = getattr(ctx, "launches", None)
     if launches is None or torch.is_grad_enabled() or not nobody_traces((do,)):
         return _attention_backward(do, *ctx.saved_tensors, ctx.scale)  # no second derivatives
-    return _backward(do, *ctx.saved_tensors, ctx.scale, launches)
+    q, k, v, o, lse = ctx.saved_tensors
+    return _backward(do, q, k, v, o, lse, ctx.scale, still(launches, q, k, v))
 
 
 _attention.register_autograd(lambda ctx, do, _: (*_gradients(ctx, do), None), setup_context=_save)
@@ -482,7 +487,7 @@ def attention(q, k, v, *, scale=None):
 
     NaN and infinities do what they do in PyTorch: a score of -inf weighs 0, and a row with a score
     of +inf, or with none but -inf, is NaN. But where M is 1, a kernel's place is taken by a copy of
-    v, and its score is not computed.
+    v, and its score is not computed. Scores of a kernel may not exceed 2³¹.
     """
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -498,7 +503,7 @@ def attention(q, k, v, *, scale=None):
         if not planned(q.shape[3], q.element_size(), arch_of(q.device), gradient):
             return _reference(q, k, v, scale)
         if key is not None:
-            launches = _remembered[key, scale, gradient] = {}
+            launches = _remembered[key, scale, gradient] = {"signature": key}
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if launches is None:
         return _attention(q, k, v, scale)[0]

@@ -19,6 +19,7 @@ Triton exists for Linux alone. Elsewhere the kernels are defined as functions th
 import sys
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -97,6 +98,7 @@ def nobody_traces(tensors):
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -114,6 +116,15 @@ def signature(tensors):
     if addresses % 16 or (device.type == "cuda" and device.index != current_device()):
         return None
     return tuple(key)
+
+
+def still(launches, *saved):
+    """The dict of launches, if saved tensors have the "signature" of it; else an empty one.
+
+    Hooks on saved tensors may give back others, as those do that keep them in the host's memory.
+    """
+    found = signature([tensor for tensor in saved if tensor is not None])
+    return launches if found == launches["signature"] else {}
 
 
 def applier(function):

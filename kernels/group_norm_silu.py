@@ -43,6 +43,7 @@ from kernels.dispatch import (
     check_devices,
     nobody_traces,
     signature,
+    still,
     tl,
     triton,
     use_kernels,
@@ -371,7 +372,7 @@ def group_norm_parameters(
     sum_weight = tl.zeros((ROWS, WIDTH), tl.float32)
     sum_bias = tl.zeros((ROWS, WIDTH), tl.float32)
     for first in range(0, B, ROWS):
-        sample = (first + tl.arange(0, ROWS))[:, None]
+        sample = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         exists = (sample < B) & real[None, :]
         S1 = tl.load(sums + sample * (2 * C) + channel[None, :], mask=exists, other=0.0)
         S2 = tl.load(sums + sample * (2 * C) + C + channel[None, :], mask=exists, other=0.0)
@@ -528,7 +529,7 @@ def _forward(x, weight, bias, scale, shift, groups, eps, silu, launches=None):
     launches: a dict that keeps the Launches for inputs of the same signature.
     """
     y = torch.empty_like(x)
-    statistics = torch.empty((len(x), groups, 2), dtype=torch.float32, device=x.device)
+    statistics = x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
     if x.numel() == 0:
         return y, statistics.zero_()
     launches = {} if launches is None else launches
@@ -537,7 +538,7 @@ def _forward(x, weight, bias, scale, shift, groups, eps, silu, launches=None):
     chunks, first, second = launches["forward"]
     partial = None
     if chunks:
-        partial = statistics.new_empty(len(x), chunks, groups, 2)
+        partial = statistics.new_empty(x.shape[0], chunks, groups, 2)
         first(x, partial)
     second(x, *_parameters(weight, bias, scale, shift), partial, y, statistics, eps)
     return y, statistics
@@ -546,10 +547,10 @@ def _forward(x, weight, bias, scale, shift, groups, eps, silu, launches=None):
 def _backward(dy, x, weight, bias, scale, shift, statistics, groups, silu, launches=None):
     """dx, and S1 and S2 (B, 2, C) in fp32. dy lies in memory as x does."""
     dx = torch.empty_like(x)
-    sums = torch.empty((len(x), 2, x.shape[1]), dtype=torch.float32, device=x.device)
+    sums = x.new_empty((x.shape[0], 2, x.shape[1]), dtype=torch.float32)
     if x.numel() == 0:
         return dx, sums.zero_()
-    if launches is None or dy.data_ptr() % 16:
+    if launches is None or (dy.data_ptr() | statistics.data_ptr()) % 16:
         launches = {}
     if "backward" not in launches:
         launches["backward"] = _launches(x, groups, silu, backward=True)
@@ -557,7 +558,7 @@ def _backward(dy, x, weight, bias, scale, shift, statistics, groups, silu, launc
     inputs = (dy, x, *_parameters(weight, bias, scale, shift), statistics)
     partial = None
     if chunks:
-        partial = statistics.new_empty(len(x), chunks, 2, x.shape[1])
+        partial = statistics.new_empty(x.shape[0], chunks, 2, x.shape[1])
         first(*inputs, partial)
     second(*inputs, partial, dx, sums)
     return dx, sums
@@ -601,7 +602,8 @@ def _group_norm_silu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(x):
         dx, sums = _backward(dy, x, weight, bias, scale, shift, statistics, groups, silu)
-        return dx, *(S.contiguous() for S in sums.unbind(1))
+        # Copies even where a batch of one is contiguous: an operator's outputs share no memory.
+        return dx, *(S.clone(memory_format=torch.contiguous_format) for S in sums.unbind(1))
 
 
 @_group_norm_silu_backward.register_fake
@@ -655,10 +657,11 @@ class _GroupNormSilu(torch.autograd.Function):
         if torch.is_grad_enabled() or not nobody_traces((dy,)):  # refuses second derivatives
             return *_gradients(ctx, dy, None), None
         x, *parameters, statistics = ctx.saved_tensors
+        launches = still(ctx.launches, x, *parameters)
         inputs = _laid_out(dy, x), x, *parameters, statistics, ctx.groups, ctx.silu
-        dx, sums = _backward(*inputs, ctx.launches)
+        dx, sums = _backward(*inputs, launches)
         wanted = any(ctx.needs_input_grad[1:5])
-        found = _parameter_gradients(sums, *parameters, ctx.launches) if wanted else [None] * 4
+        found = _parameter_gradients(sums, *parameters, launches) if wanted else [None] * 4
         return dx, *found, None, None, None, None
 
 
@@ -692,7 +695,7 @@ def group_norm_silu(x, groups, weight, bias, *, eps=1e-5, scale=None, shift=None
             x, key = x.contiguous(), None
         if key is None or x.numel() == 0:
             return _group_norm_silu(x, *arguments[1:])[0]
-        launches = _remembered[key] = {}
+        launches = _remembered[key] = {"signature": key[:-2]}
     if torch.is_grad_enabled() and _wants_gradient(x, weight, bias, scale, shift):
         return _apply(*arguments, launches)
     return _forward(*arguments, launches)[0]

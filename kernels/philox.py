@@ -133,6 +133,11 @@ def _gaussian_kernel(z, seeds, step, count, BLOCKS: tl.constexpr):
 _remembered = {}  # {what decides it: the launch}
 
 
+def _fits(shape):
+    """Whether there is something to do for a kernel that counts a sample's numbers in 32 bits."""
+    return shape[0] > 0 and 0 < math.prod(shape[1:]) < 2**31 - 4 * BLOCKS
+
+
 def _launch(shape, seeds, step):
     z = torch.empty(shape, dtype=torch.float32, device=seeds.device)
     step &= WORD
@@ -166,6 +171,6 @@ def gaussian(shape, seeds, step, device):
     if not -1 <= step < WORD:
         raise ValueError(f"step must be in -1 .. 2**32 - 2, got {step}")
     seeds = seeds.to(device)
-    if seeds.is_cuda and math.prod(shape) and arch_of(seeds.device) and nobody_traces((seeds,)):
+    if seeds.is_cuda and _fits(shape) and arch_of(seeds.device) and nobody_traces((seeds,)):
         return _launch(shape, seeds.contiguous(), step)
     return _reference(shape, seeds[:, None], step)

@@ -247,7 +247,7 @@ def _launch(x, out, row, step, out_uncond, guidance, history, seeds, clip, want_
         CHANNELS=channels,
         OUT_ROW=out_rows.stride(1),
         CHANNELS_LAST=channels_last,
-        LEARNED=row.S != 0 and numbers[7] != 0,
+        LEARNED=row.S != 0 and row.log_var_min != row.log_var_max,  # as in `_key`, not rounded
         CLIP=clip,
         ROWS=rows,
         COLUMNS=columns,
@@ -276,9 +276,10 @@ def _update(
     guidance: float, history: Tensor | None, seeds: Tensor | None, clip: bool, want_x0: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`_launch` as one operation that tracers do not look into; an unwanted x0_hat is empty."""
-    x_prev, x0_hat = _launch(
-        x, out, Row(*row), step, out_uncond, guidance, history, seeds, clip, want_x0
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever x's is
+        x_prev, x0_hat = _launch(
+            x, out, Row(*row), step, out_uncond, guidance, history, seeds, clip, want_x0
+        )
     return x_prev, x.new_empty(0) if x0_hat is None else x0_hat
 
 

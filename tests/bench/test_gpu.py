@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import launching
 import pytest
+import torch
 
 from bench import gpu_rows, wheels
 from bench.gpu_goals import goals
@@ -123,6 +125,84 @@ def test_without_diffusers_ours_is_timed_alone_and_a_row_says_so(tmp_path, monke
     assert {of[0] for of in found} == {"diffusers", "forward", "step"}
     assert {of[1] for of in found} >= {"here", "here, graph", "here, compiled", "here, one graph"}
     assert all(row["ms"] > 0 for of, row in found.items() if of[0] != "diffusers")
+
+
+def test_where_diffusers_does_not_load_ours_is_timed_nevertheless(tmp_path, monkeypatch):
+    from bench import gpu_networks
+
+    def refused():
+        raise ImportError("huggingface-hub>=0.34.0,<2.0 is required")
+
+    monkeypatch.setattr(gpu_networks.instruments, "load_diffusers", refused)
+    monkeypatch.setattr(gpu_networks, "time_sides", lambda job, sides, n: job.say(*sides[0][:1]))
+    gpu_networks.unet(Job("unet", tmp_path, rehearse=True))
+    found = latest(read(tmp_path), "unet")
+    assert "ImportError: huggingface-hub" in found["diffusers", "all"]["skipped"]
+    assert ("here",) in found
+
+
+def test_a_network_without_its_graph_has_no_time(tmp_path, monkeypatch):
+    from bench import gpu_networks
+
+    monkeypatch.setattr(gpu_networks, "on_gpu", lambda: True)
+    job, net = Job("unet", tmp_path), torch.nn.Linear(3, 3)
+    for way in (gpu_networks.sampled(net), gpu_networks.recorded(Job("s", tmp_path, True), net)):
+        with torch.no_grad(), job.row("step", "here, graph") as row:
+            row["ms"] = way(torch.ones(2, 3)).sum().item()
+        assert "no CUDA graph" in latest(read(tmp_path), "unet")["step", "here, graph"]["failed"]
+
+
+# ------------------------------------------------------------------------------------ the kernels
+
+
+def test_a_worker_that_cuda_has_left_does_not_silence_the_others(tmp_path, monkeypatch):
+    from bench import gpu_kernels
+
+    def verified(case, backward, device):
+        if case.operation == "attention":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return {"right": True, "share": 0.5, "of": "result 0", "kernel": True}
+
+    monkeypatch.setattr(gpu_kernels, "verified", verified)
+    monkeypatch.setattr(gpu_kernels, "workers", lambda: ThreadPoolExecutor(1))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        gpu_kernels.verify(Job("verify", tmp_path))
+    found = latest(read(tmp_path), "verify")
+    for case in (*gpu_kernels.CASES, *gpu_kernels.MORE_CASES):
+        row = found[case.operation, case.name, "forward"]
+        assert ("failed" in row) == (case.operation == "attention") != ("right" in row)
+
+
+SANITIZED = """import sys
+for i in range({passes}): print("right:", i + 1)
+print("========= {summary}")
+sys.exit({code})"""
+
+
+@pytest.mark.parametrize(
+    ("fewer", "summary", "code", "clean"),
+    [
+        (0, "ERROR SUMMARY: 0 errors", 0, True),
+        (0, "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, True),
+        (0, "ERROR SUMMARY: 10 errors", 9, False),
+        (1, "ERROR SUMMARY: 0 errors", 0, False),
+        (0, "Error: Device not supported", 0, False),
+    ],
+)
+def test_a_sanitizer_must_have_looked_to_the_end(
+    tmp_path, monkeypatch, fewer, summary, code, clean
+):
+    from bench import gpu_kernels
+
+    passes = len(gpu_kernels.passes(gpu_kernels.RAGGED)) - fewer
+    program = tmp_path / "compute-sanitizer"
+    text = SANITIZED.format(passes=passes, summary=summary, code=code)
+    program.write_text(f"#!{sys.executable}\n{text}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(gpu_kernels.shutil, "which", lambda _: str(program))
+    gpu_kernels.sanitize(Job("sanitize", tmp_path))
+    found = latest(read(tmp_path), "sanitize")
+    assert [row["clean"] for row in found.values()] == [clean, clean]
 
 
 # ----------------------------------------------------------------------------------- the driver
@@ -294,13 +374,42 @@ def test_goals_say_whether_they_are_met():
         },
         sampling={"update/of a DDIM step": {"launches": 1, "share": 0.004}},
     )
-    verdicts = [line.split(":")[0].removeprefix("- ") for line in goals(rows)]
-    assert verdicts == ["yes", "yes", "yes", "NO", "NO", "yes", "yes", "NO", "yes"]
+    assert verdicts(rows) == [*["so far"] * 3, "NO", "NO", "so far", "yes", "NO", "yes"]
+    rows += [{"stage": name, "done": True} for name in ("verify", "sanitize", "kernels")]
+    assert verdicts(rows) == [*["yes"] * 3, "NO", "NO", "yes", "yes", "NO", "yes"]
     text = "\n".join(goals(rows))
     assert "least 0.90, 128x256x16x16 bf16 forward" in text  # of torch.compile's 9 over our 10
     assert "here 1.50, here, graph 2.00" in text
-    rows += rows_of(verify={"attention/a/forward": {"right": False}})
-    assert goals(rows)[0] == "- NO: every kernel is right; wrong: attention a forward"
+    more = rows_of(verify={"attention/a/forward": {"right": False}})
+    assert goals(rows + more)[0] == "- NO: every kernel is right; wrong: attention a forward"
+
+
+def verdicts(rows):
+    return [line.split(":")[0].removeprefix("- ") for line in goals(rows)]
+
+
+def test_what_failed_is_not_met():
+    rows = rows_of(
+        verify={"a": {"right": True}, "b": {"failed": "why"}},
+        sanitize={"memcheck": {"clean": True}, "racecheck": {"failed": "why"}},
+        kernels={
+            "attention/a/forward/here": {"us": 1.0, "kernel": True},
+            "attention/a/forward/flash": {"us": 9.0},
+            "attention/b/forward/here": {"failed": "why"},
+        },
+    )
+    rows += [{"stage": name, "done": True} for name in ("verify", "sanitize", "kernels")]
+    assert goals(rows)[0] == "- NO: every kernel is right; wrong: b"
+    assert goals(rows)[1].startswith("- NO: sanitizers")
+    assert goals(rows)[5].startswith("- so far: attention")
+
+
+def test_steps_are_compared_with_what_is_theirs_at_best_and_ours_by_a_command():
+    steps = {"here": 20.0, "here, one graph": 1.0, "diffusers": 40.0}
+    rows = rows_of(unet={f"step/{way}": {"ms": ms} for way, ms in steps.items()})
+    assert goals(rows)[6].endswith("1.3 times as fast as diffusers; here 2.00")
+    rows += rows_of(unet={"step/diffusers, channels_last": {"ms": 25.0}})
+    assert goals(rows)[6].startswith("- NO: ") and goals(rows)[6].endswith("here 1.25")
 
 
 # ------------------------------------------------------------------------------------- the wheels

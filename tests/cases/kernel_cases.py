@@ -17,7 +17,7 @@ import importlib
 import torch
 import torch.nn.functional as F
 
-from kernels import attention, group_norm_silu, sampling_update
+from kernels import attention, group_norm_silu, philox, sampling_update
 from tests.cases.rows import make_rows, rounded
 
 # The package exports functions under the names of these modules; the launches are in the modules.
@@ -29,7 +29,7 @@ NORM, ATTENTION, UPDATE = (
 
 def forget_launches():
     """Whatever launches the operations remember: the next ones are planned anew."""
-    for module in (NORM, ATTENTION, UPDATE):
+    for module in (NORM, ATTENTION, UPDATE, philox):
         module._remembered.clear()
 
 

@@ -12,7 +12,6 @@ of every time that is taken here. TRITON_INTERPRET must not be set.
 import contextlib
 import types
 
-import torch
 import triton
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
@@ -23,15 +22,16 @@ from tests.cases.offline import _NoGPU, planned_for
 
 
 @contextlib.contextmanager
-def stubbed_launches(target="sm_90"):
+def stubbed_launches(target="sm_90", keep=False):
     """Operations on CPU tensors inside go the way of CUDA tensors.
 
-    Gives an object with two lists: `launches`, names of kernels in the order of their launches, and
-    `asked`, the names of those launches that Triton was asked to look at.
+    Gives an object with three lists: `launches`, names of kernels in the order of their launches;
+    with `keep`, `given`, what each got, (grid, ...) and its arguments; and `asked`, the names of
+    those launches that Triton was asked to look at.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("launches are stubbed only where TRITON_INTERPRET is not set")
-    seen = types.SimpleNamespace(launches=[], asked=[])
+    seen = types.SimpleNamespace(launches=[], given=[], asked=[])
     ask, load = JITFunction.run, CompiledKernel._init_handles
 
     def noted(self, *args, **kwargs):
@@ -44,9 +44,11 @@ def stubbed_launches(target="sm_90"):
 
             def run(grid0, grid1, grid2, stream, function, metadata, launch, enter, leave, *args):
                 for arg in args:
-                    if isinstance(arg, torch.Tensor):
+                    if hasattr(arg, "data_ptr"):
                         arg.data_ptr()
                 seen.launches.append(name)
+                if keep:  # tensors that live on cost the time of fetching memory for others
+                    seen.given.append(((grid0, grid1, grid2, stream, function, metadata), args))
 
             self.module, self.function, self._run = 1, 0, run
 

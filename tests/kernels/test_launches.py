@@ -4,9 +4,12 @@ The launches are stubbed (tests/cases/stubbed.py): nothing is computed. That the
 this path is seen in the interpreter, where every test of a public function takes it.
 """
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import Row, attention, dispatch, group_norm_silu, philox, sampling_update
@@ -16,6 +19,7 @@ if INTERPRET:
     pytest.skip("Triton was told to interpret", allow_module_level=True)
 pytest.importorskip("triton")
 
+from tests.cases.kernel_cases import ATTENTION, NORM, UPDATE
 from tests.cases.stubbed import stubbed_launches
 
 ROW = Row(1.4, 1.0, 0.9, 0.1, S=0.3)
@@ -39,32 +43,66 @@ def run_attention(tokens=16, dim=32, scale=None):
 
 
 def run_update(channels=3, row=ROW, dtype=torch.float32, seeds=2, **how):
-    x, out = torch.randn(2, 2, channels, 8, 8).to(dtype)
-    sampling_update(x, out, row, step=3, seeds=torch.arange(seeds), **how)
+    x, *both = torch.randn(3, 2, channels, 8, 8).to(dtype)  # out also has what a variance is of
+    sampling_update(x, torch.cat(both, 1), row, step=3, seeds=torch.arange(seeds), **how)
 
 
 @pytest.fixture
 def seen():
-    with stubbed_launches() as seen:
+    with stubbed_launches(keep=True) as seen:
         yield seen
 
 
-@pytest.mark.parametrize(
+def conditioned(x, weight, bias):
+    scale, shift = torch.randn(2, 128).requires_grad_().chunk(2, dim=1)
+    group_norm_silu(x, 32, weight, bias, scale=scale, shift=shift).sum().backward()
+
+
+every_kernel = pytest.mark.parametrize(
     "call, kernels",
     [
         (lambda: run_norm(*norm_inputs()), 3),
         (lambda: run_norm(*norm_inputs(32, side=128)), 5),
+        (lambda: conditioned(*norm_inputs()), 3),
         (run_attention, 3),
         (run_update, 1),
         (lambda: philox._launch(torch.Size((2, 50)), torch.arange(2), 7), 1),
     ],
-    ids=["norm in one pass", "norm in two", "attention", "update", "gaussian"],
+    ids=["norm in one pass", "norm in two", "conditioned", "attention", "update", "gaussian"],
 )
+
+
+@every_kernel
 def test_triton_is_asked_once_for_each_kernel(seen, call, kernels):
     for _ in range(3):
         call()
     assert len(seen.launches) == 3 * kernels
     assert len(seen.asked) == kernels and set(seen.asked) <= set(seen.launches)
+
+
+@every_kernel
+def test_what_is_remembered_is_launched_as_triton_itself_does(seen, call, kernels):
+    """The same arguments in the same places; those that are compiled in are not looked at."""
+    params = {
+        name: [p.is_constexpr for p in kernel.params]
+        for module in (NORM, ATTENTION, UPDATE, philox)
+        for name, kernel in vars(module).items()
+        if hasattr(kernel, "params")
+    }
+    call()
+    call()
+    for i in range(kernels):
+        (how, first), (again, later) = seen.given[i], seen.given[kernels + i]
+        compiled_in = params[seen.launches[i]]
+        assert how == again and len(first) == len(later) == len(compiled_in)
+        for a, b, constant in zip(first, later, compiled_in, strict=True):
+            assert constant or looks(a) == looks(b)
+
+
+def looks(argument):
+    if not isinstance(argument, torch.Tensor):
+        return type(argument), argument
+    return argument.dtype, argument.numel(), argument.data_ptr() % 16
 
 
 @pytest.mark.parametrize(
@@ -77,10 +115,11 @@ def test_triton_is_asked_once_for_each_kernel(seen, call, kernels):
         (run_attention, lambda: run_attention(scale=-1.0)),
         (run_update, lambda: run_update(row=ROW._replace(S=0.0))),
         (run_update, lambda: run_update(row=ROW._replace(H=0.2), history=torch.ones(2, 3, 8, 8))),
+        (run_update, lambda: run_update(row=ROW._replace(log_var_min=-1.0))),
         (run_update, lambda: run_update(clip=False)),
         (run_update, lambda: run_update(want_x0=False)),
         (run_update, lambda: run_update(dtype=torch.float16)),
-        (run_update, lambda: run_update(out_uncond=torch.ones(2, 3, 8, 8), guidance=1.0)),
+        (run_update, lambda: run_update(out_uncond=torch.ones(2, 6, 8, 8), guidance=1.0)),
     ],
 )
 def test_what_differs_is_another_launch(seen, first, other):
@@ -98,6 +137,13 @@ def test_the_numbers_of_a_row_are_no_part_of_it(seen):
     for step in range(5):
         run_update(row=ROW._replace(A=0.1 * step, S=0.2 + step))
     assert len(seen.launches) == 5 and len(seen.asked) == 1
+
+
+def test_any_step_of_the_noise_is_an_int32(seen):
+    for step in (-1, 5, 2**31, 2**32 - 2):
+        philox._launch(torch.Size((2, 50)), torch.arange(2), step)
+    assert len(seen.asked) == 1
+    assert [args[2] for _, args in seen.given] == [-1, 5, -(2**31), -2]
 
 
 def test_triton_looks_at_addresses_that_are_no_multiples_of_16(seen):
@@ -171,7 +217,9 @@ def test_tracers_are_noticed():
     torch.jit.trace(
         lambda x: (found.append(nobody_traces((x,))), x + 1)[1], (x,), check_trace=False
     )
-    assert found == [False, False]
+    with forward_ad.dual_level():
+        found.append(nobody_traces((x,)))
+    assert found == [False, False, False] and nobody_traces((x,))
 
     def asks(x):
         return x + 1 if nobody_traces((x,)) else x + 2
@@ -204,3 +252,22 @@ def test_a_tensor_of_another_gpu_has_no_signature(monkeypatch):
     assert signature((There(),)) is None
     monkeypatch.setattr(dispatch, "current_device", lambda: 1)
     assert signature((There(),)) is not None
+
+
+def test_operators_change_to_the_gpu_of_their_tensors(seen, monkeypatch):
+    """They launch what has no signature, as tensors of a GPU that is not the current one."""
+    inside = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        before = len(seen.launches)
+        yield
+        inside.append(len(seen.launches) - before)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module in (NORM, ATTENTION, UPDATE):
+        monkeypatch.setattr(module, "signature", lambda _: None)
+    run_norm(*norm_inputs())
+    run_attention()
+    run_update()
+    assert sum(inside) == len(seen.launches) == 2 + 3 + 1

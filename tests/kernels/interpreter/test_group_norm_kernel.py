@@ -325,3 +325,21 @@ def test_overflow_of_half_precision(order):
     assert found["y"].isinf().any() and found["y"].isfinite().any()
     for name in ("y", "dx"):
         assert torch.equal(extremes(found[name]), extremes(expected[name])), name
+
+
+@pytest.mark.parametrize("conditioned", [False, True], ids=["plain", "scale and shift"])
+def test_parameters_have_the_gradients_of_all_samples(conditioned):
+    """More samples than a tile holds, and more channels, neither a multiple of it."""
+    batch, channels = 75, 70
+    sums = torch.randn(batch, 2, channels)
+    weight, bias = torch.randn(2, channels)
+    scale, shift = torch.randn(batch, 2 * channels).chunk(2, 1) if conditioned else (None, None)
+    found = _parameter_gradients(sums, weight, bias, scale, shift, {})
+    S1, S2 = sums.double().unbind(1)
+    gain = 1 + scale.double() if conditioned else 1
+    right = [(gain * S2).sum(0), (gain * S1).sum(0)]
+    right += [weight * S2 + bias * S1, S1] if conditioned else [None, None]
+    for a, b in zip(found, right, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5)

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, group_norm_silu, sampling_update
+from tests.cases.kernel_cases import ATTENTION, NORM
 from tests.cases.rows import make_rows
 
 ops = torch.ops.diffusion_book
@@ -173,6 +174,34 @@ def test_checkpointing_changes_nothing():
     plain = gradients(block, inputs)
     again = gradients(lambda *a: checkpoint(block, *a, use_reentrant=False), inputs)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_operators_are_the_functions(batch, monkeypatch):
+    """Whoever is launched by them: tracers, tensors at odd addresses or on another GPU."""
+    x, weight, bias, *pair = norm_arguments()
+    inputs = [x[:batch], weight, bias, *(t[:batch] for t in pair)]
+    qkv = [t[:batch] for t in packed_qkv()[1]]
+    for module, function, tensors in ((NORM, norm, inputs), (ATTENTION, attention, qkv)):
+        here = gradients(function, tensors)
+        monkeypatch.setattr(module, "nobody_traces", lambda _: False)
+        for a, b in zip(here, gradients(function, tensors), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["function", "operator"])
+def test_saved_tensors_may_come_back_in_another_order_of_memory(traced, monkeypatch):
+    """As torch.autograd.graph.save_on_cpu gives them back from pinned memory."""
+    inputs, (_, qkv) = norm_arguments(), packed_qkv()
+    for module, function, tensors in ((NORM, norm, inputs), (ATTENTION, attention, qkv)):
+        monkeypatch.setattr(module, "nobody_traces", lambda _: not traced)
+        tensors = require_grad([tensor.detach() for tensor in tensors])
+        plain = torch.autograd.grad(function(*tensors).square().sum(), tensors)
+        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda t: t):
+            y = function(*tensors)
+        moved = torch.autograd.grad(y.square().sum(), tensors)
+        for a, b in zip(plain, moved, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

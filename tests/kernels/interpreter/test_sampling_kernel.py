@@ -297,6 +297,17 @@ def test_where_a_gradient_is_asked_for_the_reference_runs():
     assert len(traffic.launches) == 1
 
 
+def test_log_variances_that_fp32_cannot_tell_apart_leave_later_steps_theirs():
+    """The first step of many has such ones; its launch is remembered for all."""
+    x, out, _, _ = inputs((2, 3, 4, 4), learned=True)
+    wide = make_rows(ALPHA_BAR, PAIRS, variance="learned")[1]
+    close = wide._replace(log_var_min=wide.log_var_max - 1e-12)
+    for step, row in enumerate((close, wide)):
+        found, _ = sampling_update(x, out, row, step=step, seeds=SEEDS[:2])
+        right, _ = _reference(x, out, row, step, None, 0.0, None, SEEDS[:2], True)
+        torch.testing.assert_close(found, right, rtol=0, atol=1e-5)
+
+
 def test_samples_may_lie_further_apart_than_32_bits_reach(monkeypatch):
     """Addresses alone: every load is noted and masked off, nothing of that size is allocated."""
     far, seen = 2**30 + 16, []  # fits 32 bits; twice as far does not
