@@ -12,21 +12,25 @@ INTERPRETED = tests/kernels/interpreter tests/kernels/test_kernels_attention.py 
 	tests/kernels/test_kernels_sampling_update.py
 INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-all bench clean
+.PHONY: demo test test-all test-as-it-is test-interpreted bench clean
 
 demo: $(VENV)/.installed
 	$(PY) ldm_cfg.py
 
-# Twice pytest: Triton decides where a kernel is defined whether it is compiled or interpreted.
+# Twice pytest, side by side: Triton decides where a kernel is defined whether it is compiled or
+# interpreted. EVERY adds the slow tests.
 test: $(VENV)/.installed
 	$(PY) -m ruff check .
-	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED)
+	$(MAKE) -j2 test-as-it-is test-interpreted
 
-test-all: $(VENV)/.installed
-	$(PY) -m ruff check .
-	$(PY) -m pytest -m ""
-	TRITON_INTERPRET=1 $(PY) -m pytest -m "" $(INTERPRETED)
+test-all:
+	$(MAKE) test EVERY='-m ""'
+
+test-as-it-is: $(VENV)/.installed
+	$(PY) -m pytest $(EVERY)
+
+test-interpreted: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(PY) -m pytest $(EVERY) $(INTERPRETED)
 
 bench: $(VENV)/.installed
 	$(PY) bench/data.py
