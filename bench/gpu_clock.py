@@ -37,6 +37,24 @@ def host_us(call, calls=20, rounds=5):
     return 1e6 * least
 
 
+def spans(call, repeats, flush=None, nap=0):
+    """Milliseconds between two events, one before and one after each of `repeats` calls on a GPU.
+
+    Before the first of them `flush`, if given, is zeroed, and the GPU naps for so many cycles.
+    """
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in pairs:
+        if flush is not None:
+            flush.zero_()
+        if nap:
+            torch.cuda._sleep(nap)
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairs]
+
+
 def device_us(call, flush=None, repeats=30, rounds=3):
     """Median over rounds of medians.
 
@@ -49,19 +67,8 @@ def device_us(call, flush=None, repeats=30, rounds=3):
     if not on_gpu():
         return wall_ms(call, 1, 1) * 1e3
     nap = int(CYCLES * min(max(3 * host_us(call, rounds=2), 100), 5000))
-    medians = []
-    for _ in range(rounds):
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, end in pairs:
-            if flush is not None:
-                flush.zero_()
-            torch.cuda._sleep(nap)
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        medians.append(statistics.median(1e3 * s.elapsed_time(e) for s, e in pairs))
-    return statistics.median(medians)
+    medians = [statistics.median(spans(call, repeats, flush, nap)) for _ in range(rounds)]
+    return 1e3 * statistics.median(medians)
 
 
 def wall_ms(call, calls=20, rounds=3):

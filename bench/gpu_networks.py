@@ -12,7 +12,7 @@ running mean of the weights.
 
 from runtime.commandline import parse
 from runtime.graphs import Recorded, Sampled, for_training, kind_of
-from runtime.processes import World
+from runtime.processes import World, exact, prefer_speed
 
 from dataclasses import replace
 from functools import partial
@@ -164,12 +164,10 @@ def time_way(job, of, make, batch):
 
 def say_same(job, ours, theirs):
     """How far the outputs of two sides are apart, in fp32 without tf32, before any time."""
-    torch.backends.cudnn.allow_tf32 = False
-    with job.row("fp32 outputs of both, apart", "relative") as row, torch.inference_mode():
+    with job.row("fp32 outputs of both, apart", "relative") as row, exact(), torch.inference_mode():
         here, there = (side.forward(side.net.eval()) for side in (ours, theirs))
         row["error"] = ((here - there).abs().max() / there.abs().max()).item()
         row["right"] = row["error"] < 1e-4
-    torch.backends.cudnn.allow_tf32 = True
 
 
 def without_diffusers(job, error):
@@ -179,8 +177,9 @@ def without_diffusers(job, error):
 
 
 def settle():
-    """What a chapter settles before it runs a network."""
-    torch.backends.cudnn.benchmark = True
+    """What a command settles before it runs a network on a GPU."""
+    if on_gpu():
+        prefer_speed()
 
 
 # -------------------------------------------------------------------------------------- the stages

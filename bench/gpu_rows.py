@@ -10,6 +10,8 @@ Where two rows are about the same, the later one counts. A row {"stage": S, "don
 S need not run again.
 """
 
+from runtime.files import read_log
+
 import contextlib
 import dataclasses
 import json
@@ -22,12 +24,7 @@ FILE = "results.jsonl"
 
 def read(out):
     """All rows so far; a line torn by a kill is left out."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in (Path(out) / FILE).read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows
+    return read_log(Path(out) / FILE)
 
 
 def append(out, **row):

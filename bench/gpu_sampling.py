@@ -1,6 +1,6 @@
 """Stages of bench/gpu.py about sampling, and what else a run does beside its training steps."""
 
-from runtime.processes import World
+from runtime.processes import World, exact
 from runtime.run import EMA
 
 import os
@@ -52,8 +52,8 @@ def sampling(job):
         pairs = subsequence(cfg.timesteps, few)
         return drawn(world, world.for_sampling(net), alpha_bar, pairs, shape, seeds)
 
-    torch.backends.cudnn.allow_tf32 = False
-    alone = walk(torch.tensor([17]))
+    with exact():
+        alone = walk(torch.tensor([17]))
     net, device = net.to(job.device), torch.device(job.device)
     others = {
         "alone on the device, fp32": (torch.tensor([17]), "fp32", 1e-3),
@@ -62,13 +62,12 @@ def sampling(job):
         "in a batch of 32, bf16": (torch.arange(32 if on_gpu() else 18), "bf16", None),
     }
     for name, (seeds, precision, most) in others.items():
-        with job.row("sample 17", name) as row:
+        with job.row("sample 17", name) as row, exact():
             place = seeds.tolist().index(17)
             found = walk(seeds.to(device), precision)[place : place + 1].cpu()
             row["apart"] = (found - alone).abs().max().item()  # from that of the CPU, fp32
             if most is not None:
                 row["right"] = row["apart"] < most
-    torch.backends.cudnn.allow_tf32 = True
 
     n = 4 if job.rehearse else 128
     seeds = torch.arange(n, device=device)
@@ -191,7 +190,7 @@ def ddp(job):
             row["right"] = world.sum(torch.ones(3, device=device)).sum().item() == 3
         side = Side(OURS, net, None, lambda model: simple_loss(model, x, t, eps, table).mean())
         rounds = (1, 1) if job.rehearse else (20, 3)
-        for name, model in (("step, bare", net), ("step, wrapped", world.wrap(net))):
+        for name, model in (("step, bare", net), ("step, wrapped", world.wrap(net, static=True))):
             with job.row(name) as row:
                 row["ms"] = wall_ms(step_of(job, side, model), *rounds)
         with job.row("running mean") as row:

@@ -10,6 +10,7 @@ import time
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.gpu_clock import spans
 from tests.cases.kernel_cases import CASES, OPERATIONS, size
 from tests.cases.verify import leaves
 
@@ -40,14 +41,7 @@ class CudaTimer:
         self.flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def __call__(self, function, repeats):
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, end in events:
-            self.flush.zero_()
-            start.record()
-            function()
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in events]
+        return spans(function, repeats, self.flush)
 
 
 def cpu_timer(function, repeats):

@@ -440,16 +440,11 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, do):
-    """dq, dk and dv."""
-    launches = getattr(ctx, "launches", None)
-    if launches is None or torch.is_grad_enabled() or not nobody_traces((do,)):
-        return _attention_backward(do, *ctx.saved_tensors, ctx.scale)  # no second derivatives
-    q, k, v, o, lse = ctx.saved_tensors
-    return _backward(do, q, k, v, o, lse, ctx.scale, still(launches, q, k, v))
+def _gradients(ctx, do, _):
+    return *_attention_backward(do, *ctx.saved_tensors, ctx.scale), None
 
 
-_attention.register_autograd(lambda ctx, do, _: (*_gradients(ctx, do), None), setup_context=_save)
+_attention.register_autograd(_gradients, setup_context=_save)
 
 
 class _Attention(torch.autograd.Function):
@@ -464,7 +459,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        return *_gradients(ctx, do), None, None
+        if torch.is_grad_enabled() or not nobody_traces((do,)):  # refuses second derivatives
+            return *_gradients(ctx, do, None), None
+        q, k, v, o, lse = ctx.saved_tensors
+        launches = still(ctx.launches, q, k, v)
+        return *_backward(do, q, k, v, o, lse, ctx.scale, launches), None, None
 
 
 _apply = applier(_Attention)

@@ -26,11 +26,8 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-WAYS = (
-    "foreach",
-    "fused",
-    "capturable",
-)  # settings of an optimizer: not what, but how it is computed
+# Settings of an optimizer that say how it is computed, not what.
+WAYS = ("foreach", "fused", "capturable")
 
 # torch.distributed.tensor takes a second to import. Runs that split nothing go without it, so
 # what belongs to it is recognised below by what it alone has: full_tensor and unshard.
