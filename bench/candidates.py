@@ -28,9 +28,9 @@ ATTENTION_TILES = {
     ("forward", 128): [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3)],
     ("dq", 128): [(64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2)],
     ("dkdv", 128): [(32, 64, 4, 2), (32, 64, 8, 2)],
-    ("forward", 256): [(128, 32, 8, 3), (64, 32, 8, 2)],
-    ("dq", 256): [(64, 16, 8, 2)],
-    ("dkdv", 256): [(16, 64, 8, 2)],
+    ("forward", 256): [(128, 64, 8, 1), (64, 64, 4, 2), (128, 32, 8, 3), (64, 32, 8, 2)],
+    ("dq", 256): [(64, 64, 4, 1), (64, 32, 4, 2), (64, 16, 8, 2)],
+    ("dkdv", 256): [(32, 64, 4, 2), (64, 64, 8, 1), (16, 64, 8, 2)],
 }
 
 
@@ -103,10 +103,15 @@ def _plans(case, backward):
         shape[0], case.channels, positions, case.groups, itemsize, innermost, backward
     )
 
-    def two_passes(numbers, warps):
+    def groups_of(channels):
+        """Neighbouring groups that have at least so many channels together."""
         groups = plan.groups
-        while groups * size < 32 and case.groups % (2 * groups) == 0:
+        while groups * size < channels and case.groups % (2 * groups) == 0:
             groups *= 2
+        return groups
+
+    def two_passes(numbers, warps, channels=32):
+        groups = groups_of(channels)
         width = 1 << (groups * size - 1).bit_length()
         rows = max(1, numbers // width)
         tiles = -(-positions // rows)
@@ -114,11 +119,22 @@ def _plans(case, backward):
         chunk = -(-tiles // chunks) * rows
         return Plan(groups, width, rows, warps, -(-positions // chunk), chunk)
 
+    def one_pass(channels):
+        groups = groups_of(channels)
+        width = 1 << (groups * size - 1).bit_length()
+        rows = 1 << (positions - 1).bit_length()
+        return Plan(groups, width, rows, max(1, min(16, width * rows // 1024)), 0, 0)
+
     plans = [plan, plan._replace(warps=max(1, plan.warps // 2))]
     plans += [plan._replace(warps=min(16, 2 * plan.warps))]
     if plan.chunks == 0 and plan.groups % 2 == 0:  # two programs in place of one
         half = {"groups": plan.groups // 2, "width": plan.width // 2}
         plans += [plan._replace(**half, warps=max(1, plan.warps // 2))]
+    largest = 16384 if backward else 32768
+    wider = [one_pass(channels) for channels in (32, 64, 128)]
+    plans += [p for p in wider if p.width * p.rows <= largest]
     if plan.width * positions >= 8192:
         plans += [two_passes(4096, 8), two_passes(8192, 16)]
+        plans += [two_passes(4096, 8, 64), two_passes(8192, 16, 128), two_passes(4096, 4, 128)]
+        plans += [two_passes(4096, 8, 128)]
     return list(dict.fromkeys(plans))

@@ -63,7 +63,7 @@ STAGES = {
     "verify": Stage("gpu_kernels", 150, ("operation", "shape", "pass")),
     "sanitize": Stage("gpu_kernels", 150, ("tool",)),
     "kernels": Stage("gpu_kernels", 120, ("operation", "shape", "pass", "way"), "us"),
-    "unet": Stage("gpu_networks", 120, ("what", "way")),
+    "unet": Stage("gpu_networks", 300, ("what", "way")),
     "sampling": Stage("gpu_sampling", 60, ("what", "way")),
     "candidates": Stage("gpu_kernels", 300, ("operation", "shape", "candidate")),
     "latent": Stage("gpu_networks", 120, ("what", "way")),

@@ -84,7 +84,7 @@ class Job:
             traceback.print_exc()
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self.say(*of, failed=why)
-            if "CUDA error" in why:
+            if "CUDA error" in why or "Error [CUDA]" in why:
                 raise
         else:
             self.say(*of, **values)

@@ -51,7 +51,10 @@ TINY = (
     "--attention-resolutions 8 --sample-every 0 --ema 0.9"
 )
 STAGES = ("data", "trial", "train", "samples", "scores", "joined")
-TRIALS = {"eager": [], "graph": ["--graph"]}  # ways to train, of which the faster one is taken
+TRIALS = {
+    "eager": ["--no-graph"],
+    "graph": ["--graph"],
+}  # ways to train, of which the faster one is taken
 LEAST = 60.0  # seconds that sampling and scoring take beside what is estimated for them
 
 

@@ -288,6 +288,7 @@ HOPPER = EVERYWHERE | {
     (2, 128): {"forward": (128, 128, 8, 2), "dq": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2)},
     (2, 256): {"forward": (128, 64, 8, 2), "dq": (128, 32, 8, 2), "dkdv": (32, 64, 8, 2)},
     (4, 32): {"forward": (64, 32, 4, 2), "dq": (64, 32, 8, 2), "dkdv": (16, 64, 4, 2)},
+    (4, 64): {"forward": (64, 32, 4, 2), "dq": (32, 32, 8, 1), "dkdv": (32, 32, 8, 1)},
 }
 TILES = {75: {}, 90: HOPPER}  # by architecture; all others have EVERYWHERE
 

@@ -73,8 +73,9 @@ class RunConfig(NetworkCommand):
     resume: str = "auto"  # auto (go on where the run stopped), never, or a checkpoint
     compile: bool = False  # torch.compile the network, for training and for sampling
     graph: bool = False
-    """on a GPU, record forward and backward of the network as CUDA graphs, which start its many
-    kernels by one call; not with --accumulate, --shard or --discriminator. Sampling always does"""
+    """record forward and backward of the network as CUDA graphs, which start its many kernels by
+    one call; not with --accumulate, --shard or --discriminator. On one GPU that is so, where it can
+    be, unless --no-graph is typed; sampling always does it"""
     tensorboard: bool = False  # write TensorBoard files too
     log_every: int = 50  # steps between two lines of log.jsonl
     save_every: int = 500  # steps between two checkpoints, a multiple of --log-every
@@ -338,9 +339,10 @@ def check_sampling(cfg):
     parse_seeds(cfg.seeds, cfg.n)
     if not cfg.sample and cfg.guidance and not getattr(cfg, "class_cond", True):
         raise BadInput("--no-class-cond: this network knows no labels; leave out --guidance")
-    if not cfg.sample and cfg.sample_steps > cfg.timesteps:  # a checkpoint has its own
+    steps = getattr(cfg, "timesteps", math.inf)  # of the chain, if it is one
+    if not cfg.sample and cfg.sample_steps > steps:  # a checkpoint has its own
         wrong = f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps"
-        raise BadInput(f"{wrong} {cfg.timesteps}")
+        raise BadInput(f"{wrong} {steps}")
     if not math.isfinite(cfg.guidance):
         raise BadInput(f"--guidance {cfg.guidance}: expected a finite number")
     if getattr(cfg, "n_eval", 0) and max(cfg.n, cfg.n_eval) < 2:

@@ -6,9 +6,10 @@ inputs are copied to where the graph reads them, and weights count as they are t
 place, but not replaced. Where recording fails, one line says so, and the network runs without.
 
     net = world.for_sampling(net)      in a sampler: the same numbers, without gradients
-    run.model                          in training with --graph: forward and backward, a graph each
+    run.model                          in training: forward and backward, a graph each
 """
 
+from runtime.commandline import not_given
 from runtime.processes import say_once
 
 import torch
@@ -109,6 +110,19 @@ class Sampled:
 # --------------------------------------------------------------------------------------- training
 
 
+def is_wanted(cfg, world):
+    """Whether training takes graphs: where --graph or --no-graph is typed, as that says.
+
+    Else on one GPU, unless another setting needs the network itself. Of chapter 1 on an H200 three
+    steps with graphs took as long as one without.
+    """
+    if cfg.graph or not not_given(cfg, ("graph",)):
+        return cfg.graph
+    others = (getattr(cfg, name, False) for name in ("compile", "shard", "discriminator"))
+    alone = world.device.type == "cuda" and world.size == 1 and cfg.accumulate == 1
+    return alone and not any(others)
+
+
 class Tensors(nn.Module):
     """net as a function of tensors alone: where `inputs` have None, it is put in."""
 
@@ -166,7 +180,7 @@ def for_training(net, inputs, world):
 
 
 class Later:
-    """net for training with --graph: its first call shows what is to be recorded.
+    """net for training with graphs: its first call shows what is to be recorded.
 
     Around that comes what shares gradients among the world's processes.
     """

@@ -225,10 +225,11 @@ class Run:
 
     def _wrap(self, net):
         """net as model() calls it."""
-        if self.cfg.graph:
-            from runtime.graphs import Later
+        if self.cfg.graph or self.device.type == "cuda":
+            from runtime.graphs import Later, is_wanted
 
-            return Later(net, self.world)
+            if is_wanted(self.cfg, self.world):
+                return Later(net, self.world)
         # DDP takes the first gradients asked for as those of a step. With a discriminator they are
         # of one layer, and nothing would be shared from then on.
         static = self.cfg.accumulate == 1 and not getattr(self.cfg, "discriminator", 0)

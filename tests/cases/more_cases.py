@@ -165,6 +165,7 @@ def cases(sides, lengths, batch):
         Attention(FURTHER, batch, 2, long, 64, HALF),
         Attention(FURTHER, batch, 1, short, 128, FULL),
         Attention(FURTHER, batch, 1, long, 32, FULL),
+        Attention(FURTHER, batch, 1, long, 64, FULL),
         Attention(FURTHER, batch, 1, long, 256),
         Attention(FURTHER, batch, 1, short, 256, HALF),
         Attention(FURTHER, batch, 2, 1, 64),
@@ -186,4 +187,9 @@ def cases(sides, lengths, batch):
 
 
 MORE_CASES = cases((32, 15), (1000, 49), 8)
-RAGGED = cases((8, 5), (77, 17), 2)
+# And some in which all tiles are whole, for then other code is compiled.
+WHOLE = [(dim, FULL) for dim in (32, 64, 128)] + [(dim, torch.bfloat16) for dim in (64, 128, 256)]
+RAGGED = (
+    *cases((8, 5), (77, 17), 2),
+    *(Attention(FURTHER, 1, 2, 128, dim, dtype) for dim, dtype in WHOLE),
+)

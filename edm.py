@@ -1,0 +1,499 @@
+"""EDM: what a diffusion model consists of, taken apart and chosen piece by piece.
+
+Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models",
+2022 (arXiv:2206.00364).
+
+Noise is added and nothing is scaled: x = y + sigma n, for an image y and n ~ N(0, I). A denoiser
+D(x; sigma) learns the mean of all images that x may have been (eq. 2), and the ODE
+
+    dx = (x - D(x; sigma)) / sigma dsigma               sigma(t) = t and s(t) = 1 in eq. 4
+
+leads from noise of 80 to an image. Around the network F stand factors by which all that it reads
+and all that it should give has variance 1, whatever sigma is (eq. 7; table 1, last column):
+
+    D(x; sigma) = c_skip x + c_out F(c_in x, c_noise)
+    loss = E lambda(sigma) ||D(y + sigma n; sigma) - y||^2,   ln sigma ~ N(P_mean, P_std^2)  eq. 8
+
+The sampler is Heun's method on the steps of eq. 5 (algorithm 1), and with --S-churn it adds fresh
+noise on its way (algorithm 2). It takes the networks of ddpm_pixel.py and improved_ddpm.py, too:
+what they give is a denoiser by the columns VP and iDDPM of table 1.
+
+    python edm.py --data mnist                     half an hour of one CPU core; runs/edm-mnist
+    python edm.py --sample runs/edm-mnist/ckpt.pt --sample-steps 10 --S-churn 0 5 10 20 40
+    python edm.py --sample runs/pixel-mnist/ckpt.pt --column vp           a network of chapter 1
+    python edm.py --sample edm-cifar10-32x32-cond-vp.pkl --n 64 --out runs/edm-published
+    torchrun --nproc-per-node 8 edm.py --config configs/cifar10_edm.yaml
+
+--ema-lengths keeps averages of the weights, from which --sample makes one of any --ema-length
+(Karras et al. 2024, arXiv:2312.02696; runtime/posthoc_ema.py).
+"""
+
+from runtime import checkpoints
+from runtime import commandline as cli
+from runtime.pictures import save_film, save_grid, save_samples, to_uint8
+from runtime.plots import plot_lines
+from runtime.posthoc_ema import PowerEMA, reconstruct
+from runtime.processes import launch
+from runtime.run import Run
+
+import inspect
+import itertools
+import math
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+import improved_ddpm
+from ddim import guided
+from ddpm_pixel import x0_coefficients
+from eval_fid import Evaluator
+from image_data import datasets
+from image_data.augment import AUGMENT_DIM, augment, draw_augmentation
+from kernels import Row, gaussian, sampling_update
+from networks.adm_unet import UNet
+from networks.edm_unet import DDPMpp
+
+SAMPLING = "sampler sample_steps sigma_min sigma_max rho S_churn S_tmin S_tmax S_noise "
+SAMPLING += "clip_denoised guidance"
+
+
+@dataclass
+class Config(cli.RunConfig):
+    P_mean: float = -1.2  # training draws ln sigma from N(P_mean, P_std^2)
+    P_std: float = 1.2  # its standard deviation
+    sigma_data: float = 0.0  # standard deviation of the pixels in [-1, 1]; 0 measures it
+    augment: float = 0.0  # how often an image is turned, scaled, moved (paper: 0.12); 0: never
+
+    model: Literal["unet", "ddpmpp"] = "unet"  # chapter 1's U-Net, or the paper's DDPM++
+    model_channels: int = 32  # channels at full resolution (paper: 128)
+    channel_mult: tuple[int, ...] = (1, 2, 4)  # times these at each resolution (paper: 2 2 2)
+    num_res_blocks: int = 1  # residual blocks per resolution (paper: 4)
+    attention_resolutions: tuple[int, ...] = (7, 8)  # heights at which blocks attend (paper: 16)
+    dropout: float = 0.0  # dropout in residual blocks (paper: 0.13)
+    use_checkpoint: bool = False  # compute activations twice instead of keeping them
+    class_cond: bool = True  # give the network the class label, where the data has classes
+    label_dropout: float = 0.1  # how often training replaces it by "no label", for guidance
+
+    ema_lengths: tuple[float, ...] = ()
+    """relative lengths, such as 0.05 0.1, of power-function averages to keep for --ema-length"""
+    snapshot_every: int = 500  # steps between two snapshots of them
+    metric_every: int = 0  # steps between two scores of --metric-n samples by eval_fid.py; 0: never
+    metric_n: int = 500  # samples that are scored
+
+    sample: str = ""
+    """do not train: sample this checkpoint, of this script, ddpm_pixel.py or improved_ddpm.py, or
+    a published network: NVIDIA's .pkl of DDPM++, or what improved_ddpm.py takes"""
+    n: int = 100  # how many samples
+    seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
+    sampler: Literal["heun", "euler"] = "heun"  # second order, two evaluations a step; or first
+    column: Literal["vp", "iddpm"] = "vp"
+    """table 1, for networks of other chapters: any sigma, or the nearest that training had"""
+    sample_steps: int = 18  # N of eq. 5
+    sigma_min: float = 0.002  # the last sigma before 0
+    sigma_max: float = 80.0  # the first
+    rho: float = 7.0  # the larger, the more steps are near sigma_min
+    S_churn: tuple[float, ...] = (0.0,)  # fresh noise of all steps; several: a picture over it
+    S_tmin: float = 0.0  # only where sigma is from here
+    S_tmax: float = 1e9  # to here
+    S_noise: float = 1.0  # standard deviation of the noise, of what theory asks for
+    clip_denoised: bool = False  # keep D in [-1, 1], where images lie
+    guidance: float = 0.0
+    """w in (1+w) D(x,y) - w D(x): -1 unconditional, 0 conditional; others write s = 1+w"""
+    ema_length: tuple[float, ...] = ()
+    """--sample: the running mean of this relative length; several: a curve of quality over it"""
+
+    FREE = cli.RunConfig.FREE | cli.names(
+        "use_checkpoint snapshot_every metric_every metric_n sample n seeds column ema_length "
+        + SAMPLING
+    )
+
+
+# ------------------------------------------------------------------- the denoiser: section 5
+
+# D(x; sigma) = c_skip x + c_out F(c_in x, c_noise), eq. 7: numbers, or tensors of one shape.
+Coefficients = namedtuple("Coefficients", "c_skip c_out c_in c_noise")
+
+
+def precondition(sigma, sigma_data):
+    """Table 1, last column, of sigma, a tensor of any shape; derived in appendix B.6.
+
+    c_in gives the network inputs of variance 1 and c_out targets of variance 1; of all c_skip this
+    one makes c_out, which enlarges the errors of F, the smallest.
+    """
+    total = sigma**2 + sigma_data**2  # variance of x = y + sigma n
+    c_skip = sigma_data**2 / total
+    c_out = sigma * sigma_data / total.sqrt()
+    return Coefficients(c_skip, c_out, 1 / total.sqrt(), sigma.log() / 4)
+
+
+def loss_weight(sigma, sigma_data):
+    """lambda = 1 / c_out^2: the errors of F count alike at every sigma."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def denoise(net, x, sigma, sigma_data, y=None, *more):
+    """D (B,C,H,W) of x (B,C,H,W) with noise sigma (B,1,1,1), labels y (B,) or None; eq. 7.
+
+    more: what else the network takes, the vectors of the augmentation.
+    """
+    c = precondition(sigma, sigma_data)
+    return c.c_skip * x + c.c_out * net(c.c_in * x, c.c_noise.flatten(), y, *more)
+
+
+def edm_loss(net, y, sigma, eps, sigma_data, labels=None, *more):
+    """The weighted squared error of each image, (B,), the mean over its pixels: eq. 2 and 8.
+
+    Images y and noise eps ~ N(0, I) (B,C,H,W), sigma (B,1,1,1).
+    """
+    error = denoise(net, y + sigma * eps, sigma, sigma_data, labels, *more) - y
+    return (loss_weight(sigma, sigma_data) * error**2).mean(dim=(1, 2, 3))
+
+
+def measured_sigma_data(ds, most=10000):
+    """Standard deviation of the pixels in [-1, 1] of at most so many images, evenly spaced."""
+    rows = np.linspace(0, len(ds) - 1, min(most, len(ds))).round().astype(np.int64)
+    counts = sum(np.bincount(ds.images[row].ravel(), minlength=256) for row in rows)
+    return float(np.cov(np.arange(256) / 127.5, fweights=counts, ddof=0) ** 0.5)
+
+
+@dataclass
+class Edm:
+    """A network of this chapter as the sampler sees it: called with a float, of floats."""
+
+    sigma_data: float
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
+    round = staticmethod(float)  # any sigma can be asked for
+
+    def __call__(self, sigma):
+        sigma = torch.tensor(sigma, dtype=torch.float64)
+        return Coefficients(*(c.item() for c in precondition(sigma, self.sigma_data)))
+
+
+class Chain:
+    """A network trained on a chain of timesteps: the columns VP and iDDPM of table 1.
+
+    x_t = sqrt(a) (y + sigma n) with sigma = sqrt((1 - a) / a) at alpha_bar_t = a, so c_in is
+    sqrt(a) = 1 / sqrt(sigma^2 + 1), and c_noise is the timestep of sigma: in "vp" a real one, on a
+    straight line in ln sigma between its neighbours, in "iddpm" the nearest. Of a network that
+    gives eps, c_skip is 1 and c_out is -sigma. alpha_bar float64 (T,).
+    """
+
+    def __init__(self, alpha_bar, prediction="eps", column="vp"):
+        a = alpha_bar[alpha_bar > 0].numpy()
+        self.sigmas, self.prediction, self.column = np.sqrt((1 - a) / a), prediction, column
+        self.sigma_min, self.sigma_max = map(float, self.sigmas[[0, -1]])
+
+    def round(self, sigma):
+        """The sigma at which the network can be asked: in "iddpm" the nearest of the chain."""
+        return sigma if self.column == "vp" else float(self.sigmas[self._nearest(sigma)])
+
+    def _nearest(self, sigma):
+        return int(np.abs(self.sigmas - sigma).argmin())
+
+    def __call__(self, sigma):
+        if self.column == "vp":
+            ts = np.arange(len(self.sigmas))
+            t = float(np.interp(math.log(sigma), np.log(self.sigmas), ts))
+        else:
+            t = self._nearest(sigma)
+        a = 1 / (sigma**2 + 1)
+        p, q = x0_coefficients(a, self.prediction)  # D = p x_t - q F, x_t = sqrt(a) x
+        return Coefficients(p * math.sqrt(a), -q, math.sqrt(a), t)
+
+
+# ------------------------------------------------------------- sampling: sections 3 and 4
+
+
+class Churn(NamedTuple):
+    """How much noise algorithm 2 renews, and where: S_tmin <= sigma <= S_tmax."""
+
+    S_churn: float = 0.0
+    S_tmin: float = 0.0
+    S_tmax: float = math.inf
+    S_noise: float = 1.0
+
+
+NO_CHURN = Churn()
+
+
+def sigma_steps(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """sigma_0 > ... > sigma_n = 0, n + 1 floats: eq. 5."""
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    part = [i / max(n - 1, 1) for i in range(n)]
+    return [(high + p * (low - high)) ** rho for p in part] + [0.0]
+
+
+def euler_row(c, sigma, sigma_next):
+    """x + (sigma_next - sigma) d, with the slope d = (x - D) / sigma: algorithm 1, lines 4 and 5.
+
+    c: Coefficients at sigma.
+    """
+    ratio = sigma_next / sigma
+    return Row(p=c.c_skip, q=-c.c_out, A=1 - ratio, B=ratio)
+
+
+def heun_row(c, sigma, sigma_next):
+    """x + (sigma_next - sigma) (d + d') / 2, from Euler's x' and with x as history: lines 7 and 8.
+
+    x' = x + (sigma_next - sigma) d, so this is (x + x' + (sigma_next - sigma) d') / 2, where d' =
+    (x' - D') / sigma_next is the slope at x'. c: Coefficients at sigma_next.
+    """
+    h = (sigma_next - sigma) / sigma_next
+    return Row(p=c.c_skip, q=-c.c_out, A=-h / 2, B=(1 + h) / 2, H=0.5)
+
+
+@torch.no_grad()
+def sample(
+    net, column, sigmas, shape, seeds, y=None, w=0.0, *, order=2, churn=NO_CHURN, clip=False
+):
+    """Algorithm 2, which without churn is algorithm 1; yields x and D, (B,C,H,W), at each step.
+
+    net and its column, an Edm or a Chain; sigmas of sigma_steps; shape (C,H,W), seeds (B,), labels
+    y (B,) or None, w guides. order 2 is Heun's method, 1 is Euler's. clip keeps D in [-1, 1].
+    """
+    x = sigmas[0] * gaussian((len(seeds), *shape), seeds, -1, seeds.device)  # (B,C,H,W)
+    x = x.to(memory_format=torch.channels_last)
+    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        if churn.S_churn and churn.S_tmin <= sigma <= churn.S_tmax:
+            gamma = min(churn.S_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
+            sigma_hat = column.round(sigma + gamma * sigma)
+            added = churn.S_noise * math.sqrt(max(sigma_hat**2 - sigma**2, 0))
+            x = x + added * gaussian(x.shape, seeds, step, x.device)  # line 6
+            sigma = sigma_hat
+        c = column(sigma)
+        how = {"step": step, "clip": clip}
+        row = euler_row(c, sigma, sigma_next)
+        x_next, D = sampling_update(x, row=row, **how, **guided(net, c.c_in * x, c.c_noise, y, w))
+        if order == 2 and sigma_next > 0:
+            c = column(sigma_next)
+            out = guided(net, c.c_in * x_next, c.c_noise, y, w)
+            row = heun_row(c, sigma, sigma_next)
+            x_next, _ = sampling_update(x_next, row=row, history=x, **how, **out)
+        x = x_next
+        yield x, D
+
+
+def steps_of(cfg, column):
+    """The sigmas of the settings, in the range of the network, and those that it knows."""
+    low, high = max(cfg.sigma_min, column.sigma_min), min(cfg.sigma_max, column.sigma_max)
+    return [*map(column.round, sigma_steps(cfg.sample_steps, low, high, cfg.rho)[:-1]), 0.0]
+
+
+def trajectory(net, column, cfg, shape, seeds, y=None):
+    """sample() as the settings say."""
+    churn = Churn(cfg.S_churn[0], cfg.S_tmin, cfg.S_tmax, cfg.S_noise)
+    how = {"order": 2 if cfg.sampler == "heun" else 1, "churn": churn, "clip": cfg.clip_denoised}
+    return sample(net, column, steps_of(cfg, column), shape, seeds, y, cfg.guidance, **how)
+
+
+def draw(net, column, cfg, world, shape, seeds, labels, desc="sampling"):
+    """uint8 images (N,H,W,C) of the seeds (N,), the same on every rank: each draws its share."""
+    walk = partial(trajectory, world.for_sampling(net), column, cfg, shape)
+    return world.draw(walk, seeds, labels, cfg.batch_size, cfg.sample_steps, desc)
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+def make_net(cfg, shape, num_classes):
+    """The network of the settings."""
+    kind, more = UNet, {"style": "ddpm"}
+    if cfg.model == "ddpmpp":
+        kind, more = DDPMpp, {"augment_dim": AUGMENT_DIM if cfg.augment else 0}
+    names = inspect.signature(kind).parameters
+    settings = {name: value for name, value in vars(cfg).items() if name in names}
+    return kind(shape, num_classes, **settings, **more).to(memory_format=torch.channels_last)
+
+
+def train(cfg, world):
+    ds = datasets.of(cfg)
+    sigma_data = cfg.sigma_data or measured_sigma_data(ds)
+    torch.manual_seed(cfg.seed)
+    net = make_net(cfg, ds.shape, ds.num_classes * cfg.class_cond).to(world.device)
+    power = PowerEMA(net, cfg.ema_lengths)
+    keep, facts = {"power": power}, {"sigma_data": sigma_data}
+    run = Run(cfg, world, ds, net=net, optimizer=world.adam(cfg.lr), keep=keep, facts=facts)
+    column, snapshots = Edm(sigma_data), run.folder / "power"
+    evaluator = Evaluator.of_run(cfg, ds, world) if cfg.metric_every else None
+    seeds = cli.parse_seeds(cfg.seeds, cfg.n)
+    labels = cli.labels_for(seeds, range(net.null), cfg.guidance)
+    about = f"{ds.name}: {len(ds)} images {ds.shape}, {net.null} classes, "
+    run.say(about + f"sigma_data {sigma_data:.4f}; step {run.first} of {cfg.steps}")
+
+    def draws(part):  # how to turn, scale, move: drawn for the whole batch
+        rng = run.rng(part.step, "augment")
+        return draw_augmentation(rng, cfg.batch_size, cfg.augment)[part.where]
+
+    for step in run.steps():  # goes on where it stopped; saves between two steps
+        for part in run.parts(step):  # this process's share, in --accumulate parts
+            y, label = run.images(part)  # (b,C,H,W), (b,)
+            label = run.hide(part, label, cfg.label_dropout) if cfg.class_cond else None
+            more = ()
+            if cfg.augment:
+                y, what = augment(y, run.bring(part, draws))  # (b,C,H,W), (b,9)
+                more = (what,)
+            u = run.noise(part, (len(y), 1, 1, 1), "sigma")  # N(0, 1)
+            sigma, eps = (cfg.P_mean + cfg.P_std * u).exp(), run.noise(part, y.shape)
+            losses = edm_loss(run.model, y, sigma, eps, sigma_data, label, *more)
+            level = torch.special.ndtr(u.flatten())  # the log splits losses by quarter of sigma
+            run.backward(losses, level)
+        run.descend()  # clip the gradient, Adam, running means, log
+        power.update(net, run.step)
+        if cfg.ema_lengths and (run.step % cfg.snapshot_every == 0 or run.done) and world.is_main:
+            power.save_snapshot(snapshots, run.step)
+        if evaluator and (run.due(cfg.metric_every) or run.done):
+            draw_some = partial(draw, run.ema, column, cfg, world, ds.shape)
+            run.log_metrics(evaluator.score(draw_some, cfg.metric_n, net.null))
+        if run.due(cfg.sample_every):
+            run.save_grid(draw(run.ema, column, cfg, world, ds.shape, seeds, labels))
+    if world.is_main:
+        torch.manual_seed(cfg.seed)
+        fresh = make_net(cfg, ds.shape, net.null).to(world.device).eval()  # the first weights
+        nets = {"before training": fresh, "after": run.ema.eval()}
+        save_figures(nets, ds, sigma_data, world, run.folder)
+    save_images(run.ema, column, cfg, world, ds.shape, seeds, labels, run.folder)
+
+
+def loss_over_sigma(net, y, labels, sigmas, sigma_data, world):
+    """The mean loss of images y (B,C,H,W) at each sigma, a list: figure 5a."""
+    eps = gaussian(y.shape, torch.arange(len(y)), 0, y.device)
+    with torch.no_grad(), world.autocast():
+        each = (torch.full((len(y), 1, 1, 1), s, device=y.device) for s in sigmas)
+        return [edm_loss(net, y, s, eps, sigma_data, labels).mean().item() for s in each]
+
+
+def save_figures(nets, ds, sigma_data, world, folder):
+    """loss-sigma.png of networks {name: network}; denoiser.png of the last: x, and below it D."""
+    y, labels = (v.to(world.device) for v in ds.batch(np.arange(min(64, len(ds)))))
+    *_, net = nets.values()
+    labels = labels if net.null else None
+    sigmas = np.geomspace(0.005, 50, 25).tolist()
+    losses = partial(loss_over_sigma, y=y, labels=labels, sigmas=sigmas, sigma_data=sigma_data)
+    found = {name: (sigmas, losses(net, world=world)) for name, net in nets.items()}
+    plot_lines(folder / "loss-sigma.png", {"loss": found}, xlabel="sigma", logx=True)
+    shown = torch.tensor([0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50], device=y.device)
+    sigma, rows = shown.view(-1, 1, 1, 1), []
+    for i in range(min(4, len(y))):
+        eps = gaussian((len(shown), *ds.shape), torch.arange(len(shown)), i, y.device)
+        x, label = y[i] + sigma * eps, None if labels is None else labels[i].expand(len(shown))
+        with torch.no_grad(), world.autocast():
+            rows += [x, denoise(net, x, sigma, sigma_data, label)]
+    save_grid(to_uint8(torch.cat(rows)), folder / "denoiser.png", len(shown))
+
+
+def save_images(net, column, cfg, world, shape, seeds, labels, folder):
+    """samples.png and .npz; reverse.gif and .png: x of the first eight, and below it D."""
+    images = draw(net, column, cfg, world, shape, seeds, labels)
+    if world.is_main:
+        save_samples(folder, images, labels, 10)
+        walk = partial(trajectory, net, column, cfg, shape)
+        save_film(world.frames(walk, seeds[:8], labels), folder / "reverse", len(seeds[:8]))
+        print(f"samples: {folder / 'samples.png'}, how they came: {folder / 'reverse.gif'}")
+
+
+def save_churn(net, column, cfg, world, shape, seeds, labels, folder):
+    """churn.png: a row for each --S-churn, of the same seeds."""
+    some = seeds[:10], labels if labels is None else labels[:10]
+    each = [replace(cfg, S_churn=(churn,)) for churn in cfg.S_churn]
+    rows = [draw(net, column, one, world, shape, *some, f"S_churn {one.S_churn}") for one in each]
+    if world.is_main:
+        save_grid(torch.cat(rows), folder / "churn.png", len(some[0]))
+        print(f"a row for each S_churn: {folder / 'churn.png'}")
+
+
+def save_ema_curve(net, column, cfg, world, shape, lengths, folder):
+    """ema-length.png: the Fréchet distance of --n samples over the length of the running mean."""
+    score, found = Evaluator.of_run(cfg, datasets.of(cfg), world).score, {}
+    for length, state in lengths.items():
+        checkpoints.load_weights(net, state)
+        draw_some = partial(draw, net, column, cfg, world, shape)
+        found[length] = score(draw_some, cfg.n, net.null)["frechet"]
+    if world.is_main:
+        print(*(f"length {k:g}: Fréchet distance {v:.3f}" for k, v in found.items()), sep="\n")
+        panel = {f"Fréchet distance, N = {cfg.n}": {"": (list(found), list(found.values()))}}
+        plot_lines(folder / "ema-length.png", panel, xlabel="relative length of the running mean")
+        print(f"the curve: {folder / 'ema-length.png'}")
+
+
+# ------------------------------------------------------------------------------------- commands
+
+
+def load_net(path, device, ema=None, column="vp"):
+    """(network, its Config, shape (C,H,W), class names, its column) of a checkpoint, EMA weights.
+
+    Also of other chapters, and published ones; column is theirs in table 1. ema: which decay, of
+    several. BadInput for other files, and decays not there.
+    """
+    from networks.published import edm, unet
+
+    read = edm.as_checkpoint if str(path).endswith(".pkl") else unet.read_network
+    state = read(path, ("edm", "improved_ddpm", "ddpm_pixel"))
+    if state["script"] != "edm":
+        net, theirs, shape, names, alpha_bar = improved_ddpm.load_net(path, device, ema)
+        shared = ("data", "data_root", "size", "classes", "batch_size")
+        cfg = Config(**{name: getattr(theirs, name) for name in shared})
+        return net, cfg, shape, names, Chain(alpha_bar, theirs.prediction, column)
+    cfg, shape = checkpoints.trained_config(Config, state), tuple(state["shape"])
+    names = state["class_names"] if cfg.class_cond else []
+    net = make_net(cfg, shape, len(names)).to(device)
+    checkpoints.load_weights(net, checkpoints.chosen_ema(state, path, ema))
+    net.null_label = cfg.label_dropout > 0  # whether it has learned to do without a label
+    return net.eval(), cfg, shape, names, Edm(state["sigma_data"])
+
+
+def sample_checkpoint(cfg, world):
+    ema = checkpoints.typed_ema(cfg)
+    net, trained, shape, names, column = load_net(cfg.sample, world.device, ema, cfg.column)
+    how = (*SAMPLING.split(), "batch_size", "data", "data_root", "n")
+    trained = checkpoints.overlaid(trained, cfg, how)
+    seeds, labels = cli.seeds_and_labels(cfg, net, names, trained.guidance)
+    power, folder = Path(cfg.sample).parent / "power", cli.folder_of(cfg, cfg.sample)
+    lengths = {length: reconstruct(power, length) for length in cfg.ema_length}
+    if len(lengths) > 1:
+        return save_ema_curve(net, column, trained, world, shape, lengths, folder)
+    for state in lengths.values():
+        checkpoints.load_weights(net, state)
+    make = save_churn if len(trained.S_churn) > 1 else save_images
+    make(net, column, trained, world, shape, seeds, labels, folder)
+
+
+def check(cfg):
+    """Raise BadInput for a setting out of its range, and for settings that contradict others."""
+    cli.check_run(cfg)
+    positive = "P_std sample_steps sigma_min rho n snapshot_every "
+    positive += "model_channels channel_mult num_res_blocks"
+    not_negative = "sigma_data metric_every metric_n S_tmin S_tmax S_noise"
+    cli.check_ranges(cfg, positive, not_negative, "dropout label_dropout augment")
+    cli.check_sampling(cfg)
+    if not cfg.sigma_min < cfg.sigma_max:
+        raise cli.BadInput(f"--sigma-min {cfg.sigma_min:g} must be below --sigma-max")
+    if not cfg.S_churn or min(cfg.S_churn) < 0:
+        raise cli.BadInput(f"--S-churn {cfg.S_churn}: expected numbers from 0, such as 0 10 40")
+    if cfg.augment and cfg.model != "ddpmpp":
+        raise cli.BadInput("--augment tells the network what was done: type --model ddpmpp, too")
+    if not cfg.sample and len(cfg.S_churn) > 1:
+        raise cli.BadInput("--S-churn: several are for --sample; training takes one")
+    if cfg.ema_length and not cfg.sample:
+        raise cli.BadInput("--ema-length is for --sample; training keeps --ema-lengths 0.05 0.1")
+
+
+def main():
+    cfg = cli.parse(Config, __doc__, preset=str(Path(__file__).parent / "configs/{data}_edm.yaml"))
+    small = {"model_channels": 16, "channel_mult": (1, 2), "n": 8, "sample_steps": 4}
+    cfg = cli.smoke(cfg, **small, metric_every=0, out="runs/smoke-edm")
+    check(cfg)
+    if cfg.sample:
+        launch(sample_checkpoint, cfg)
+    else:
+        datasets.of(cfg)  # by one process
+        launch(train, replace(cfg, out=cfg.out or f"runs/edm-{Path(cfg.data).stem}"))
+
+
+if __name__ == "__main__":
+    cli.entry(main)
