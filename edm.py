@@ -32,7 +32,7 @@ from runtime import checkpoints
 from runtime import commandline as cli
 from runtime.pictures import save_film, save_grid, save_samples, to_uint8
 from runtime.plots import plot_lines
-from runtime.posthoc_ema import PowerEMA, reconstruct
+from runtime.posthoc_ema import LONGEST, PowerEMA, reconstruct
 from runtime.processes import launch
 from runtime.run import Run
 
@@ -197,11 +197,9 @@ class Chain:
         return int(np.abs(self.sigmas - sigma).argmin())
 
     def __call__(self, sigma):
+        t = self._nearest(sigma)
         if self.column == "vp":
-            ts = np.arange(len(self.sigmas))
-            t = float(np.interp(math.log(sigma), np.log(self.sigmas), ts))
-        else:
-            t = self._nearest(sigma)
+            t = float(np.interp(math.log(sigma), np.log(self.sigmas), range(len(self.sigmas))))
         a = 1 / (sigma**2 + 1)
         p, q = x0_coefficients(a, self.prediction)  # D = p x_t - q F, x_t = sqrt(a) x
         return Coefficients(p * math.sqrt(a), -q, math.sqrt(a), t)
@@ -217,9 +215,6 @@ class Churn(NamedTuple):
     S_tmin: float = 0.0
     S_tmax: float = math.inf
     S_noise: float = 1.0
-
-
-NO_CHURN = Churn()
 
 
 def sigma_steps(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -249,14 +244,13 @@ def heun_row(c, sigma, sigma_next):
 
 
 @torch.no_grad()
-def sample(
-    net, column, sigmas, shape, seeds, y=None, w=0.0, *, order=2, churn=NO_CHURN, clip=False
-):
+def sample(net, column, sigmas, shape, seeds, y=None, w=0.0, *, order=2, churn=None, clip=False):
     """Algorithm 2, which without churn is algorithm 1; yields x and D, (B,C,H,W), at each step.
 
     net and its column, an Edm or a Chain; sigmas of sigma_steps; shape (C,H,W), seeds (B,), labels
     y (B,) or None, w guides. order 2 is Heun's method, 1 is Euler's. clip keeps D in [-1, 1].
     """
+    churn = churn or Churn()
     x = sigmas[0] * gaussian((len(seeds), *shape), seeds, -1, seeds.device)  # (B,C,H,W)
     x = x.to(memory_format=torch.channels_last)
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
@@ -280,8 +274,11 @@ def sample(
 
 
 def steps_of(cfg, column):
-    """The sigmas of the settings, in the range of the network, and those that it knows."""
+    """The sigmas of the settings, in the network's range, and such as it knows; else BadInput."""
     low, high = max(cfg.sigma_min, column.sigma_min), min(cfg.sigma_max, column.sigma_max)
+    if low >= high:
+        knows = f"{column.sigma_min:.3g} to {column.sigma_max:.3g}"
+        raise cli.BadInput(f"--sigma-min, --sigma-max: the network knows sigmas from {knows}")
     return [*map(column.round, sigma_steps(cfg.sample_steps, low, high, cfg.rho)[:-1]), 0.0]
 
 
@@ -323,8 +320,7 @@ def train(cfg, world):
     evaluator = Evaluator.of_run(cfg, ds, world) if cfg.metric_every else None
     seeds = cli.parse_seeds(cfg.seeds, cfg.n)
     labels = cli.labels_for(seeds, range(net.null), cfg.guidance)
-    about = f"{ds.name}: {len(ds)} images {ds.shape}, {net.null} classes, "
-    run.say(about + f"sigma_data {sigma_data:.4f}; step {run.first} of {cfg.steps}")
+    run.say(f"{ds.name}: {len(ds)} images {ds.shape}, sigma_data {sigma_data:.4f}")
 
     def draws(part):  # how to turn, scale, move: drawn for the whole batch
         rng = run.rng(part.step, "augment")
@@ -401,7 +397,7 @@ def save_churn(net, column, cfg, world, shape, seeds, labels, folder):
     """churn.png: a row for each --S-churn, of the same seeds."""
     some = seeds[:10], labels if labels is None else labels[:10]
     each = [replace(cfg, S_churn=(churn,)) for churn in cfg.S_churn]
-    rows = [draw(net, column, one, world, shape, *some, f"S_churn {one.S_churn}") for one in each]
+    rows = [draw(net, column, one, world, shape, *some, f"churn {one.S_churn[0]}") for one in each]
     if world.is_main:
         save_grid(torch.cat(rows), folder / "churn.png", len(some[0]))
         print(f"a row for each S_churn: {folder / 'churn.png'}")
@@ -415,10 +411,10 @@ def save_ema_curve(net, column, cfg, world, shape, lengths, folder):
         draw_some = partial(draw, net, column, cfg, world, shape)
         found[length] = score(draw_some, cfg.n, net.null)["frechet"]
     if world.is_main:
-        print(*(f"length {k:g}: Fréchet distance {v:.3f}" for k, v in found.items()), sep="\n")
         panel = {f"Fréchet distance, N = {cfg.n}": {"": (list(found), list(found.values()))}}
         plot_lines(folder / "ema-length.png", panel, xlabel="relative length of the running mean")
-        print(f"the curve: {folder / 'ema-length.png'}")
+        lines = [f"length {k:g}: Fréchet distance {v:.3f}" for k, v in found.items()]
+        print(*lines, f"the curve: {folder / 'ema-length.png'}", sep="\n")
 
 
 # ------------------------------------------------------------------------------------- commands
@@ -471,14 +467,19 @@ def check(cfg):
     not_negative = "sigma_data metric_every metric_n S_tmin S_tmax S_noise"
     cli.check_ranges(cfg, positive, not_negative, "dropout label_dropout augment")
     cli.check_sampling(cfg)
-    if not cfg.sigma_min < cfg.sigma_max:
-        raise cli.BadInput(f"--sigma-min {cfg.sigma_min:g} must be below --sigma-max")
+    for low, high in (("sigma_min", "sigma_max"), ("S_tmin", "S_tmax")):
+        least, most = getattr(cfg, low), getattr(cfg, high)
+        if least >= most:
+            found = f"--{low} {least:g} must be below --{high} {most:g}"
+            raise cli.BadInput(found.replace("_", "-"))
     if not cfg.S_churn or min(cfg.S_churn) < 0:
         raise cli.BadInput(f"--S-churn {cfg.S_churn}: expected numbers from 0, such as 0 10 40")
     if cfg.augment and cfg.model != "ddpmpp":
         raise cli.BadInput("--augment tells the network what was done: type --model ddpmpp, too")
     if not cfg.sample and len(cfg.S_churn) > 1:
         raise cli.BadInput("--S-churn: several are for --sample; training takes one")
+    if wrong := [n for n in (*cfg.ema_lengths, *cfg.ema_length) if not 0 < n <= LONGEST]:
+        raise cli.BadInput(f"--ema-length(s) {wrong[0]}: expected above 0, up to {LONGEST:.4f}")
     if cfg.ema_length and not cfg.sample:
         raise cli.BadInput("--ema-length is for --sample; training keeps --ema-lengths 0.05 0.1")
 

@@ -131,6 +131,17 @@ def _sigmoid(e):
 
 
 @triton.jit
+def _column_sums(a, b):
+    """Σ a · b over the rows of a tile (ROWS, WIDTH): (WIDTH,).
+
+    Threads add what their neighbours send, and each then holds a copy of the sum. Were a product
+    fused with the addition behind it, its own would keep the digits that a neighbour's has lost,
+    and the copies would differ in the last bit. The compiler fuses a · b, but not a · b + 0.
+    """
+    return tl.sum(tl.fma(a, b, 0.0), 0)
+
+
+@triton.jit
 def _group_sum(values, SIZE: tl.constexpr, GROUPS: tl.constexpr):
     """For each channel of the tile (WIDTH,) the sum of `values` over the channels of its group.
 
@@ -177,10 +188,10 @@ def group_norm_statistics(
     end = tl.minimum(start + CHUNK, P)
     met = ((end - start - row + ROWS - 1) // ROWS).to(tl.float32)[:, None]  # numbers at each place
     count = ((end - start) * SIZE).to(tl.float32)
-    chunk_mean = _group_sum(tl.sum(mean * met, 0), SIZE, GROUPS) / count
+    chunk_mean = _group_sum(_column_sums(mean, met), SIZE, GROUPS) / count
     difference = mean - chunk_mean[None, :]
     # A mean far from zero lacks digits, as in group_norm_forward: they are the differences' mean.
-    lacking = _group_sum(tl.sum(difference * met, 0), SIZE, GROUPS) / count
+    lacking = _group_sum(_column_sums(difference, met), SIZE, GROUPS) / count
     chunk_mean += lacking
     difference -= lacking[None, :]
     squares += difference * difference * met
@@ -204,9 +215,9 @@ def _combined_statistics(
     exists = (chunk < CHUNKS) & real[None, :]
     chunk_mean = tl.load(place, mask=exists, other=0.0)
     chunk_squares = tl.load(place + 1, mask=exists, other=0.0)
-    mean = tl.sum(chunk_mean * positions, 0) / P
+    mean = _column_sums(chunk_mean, positions) / P
     difference = chunk_mean - mean[None, :]
-    lacking = tl.sum(difference * positions, 0) / P
+    lacking = _column_sums(difference, positions) / P
     mean += lacking
     difference -= lacking[None, :]
     squares = tl.sum(chunk_squares + difference * difference * (positions * SIZE), 0)
@@ -239,7 +250,7 @@ def group_norm_forward(
         lacking = _group_sum(tl.sum(value, 0), SIZE, GROUPS) / (SIZE * P)
         mu += lacking
         value = tl.where(exists, value - lacking[None, :], 0.0)
-        variance = _group_sum(tl.sum(value * value, 0), SIZE, GROUPS) / (SIZE * P)
+        variance = _group_sum(_column_sums(value, value), SIZE, GROUPS) / (SIZE * P)
     else:
         mu, variance = _combined_statistics(
             partial, sample, channel, real, C, P, SIZE, CHUNKS, CHUNK
@@ -346,7 +357,7 @@ def group_norm_backward(
     xhat = (xhat - mu[None, :]) * r[None, :]
     dz = tl.where(exists, _gradient_of_z(dz, xhat, a, b, SILU), 0.0)
     if partial is None:
-        S1, S2 = tl.sum(dz, 0), tl.sum(dz * xhat, 0)
+        S1, S2 = tl.sum(dz, 0), _column_sums(dz, xhat)
     else:
         S1, S2 = _combined_sums(partial, sample, channel, real, C, CHUNKS)
 
@@ -414,61 +425,57 @@ def plan_tiles(batch, channels, positions, groups, itemsize, innermost, backward
     innermost: whether channels lie innermost in memory. backward: for the gradient, whose kernels
     hold x and dy at the same time, hence tiles of half the size.
 
-    A single pass is taken where a tile that 16 warps can hold without spilling has room for all
-    positions of its groups. It reads everything once where two passes read everything twice, and
-    it is one launch, which also settles small tensors: one multiprocessor moves the 128 KB of the
-    largest tile in about the time that a second launch costs. Forward tiles of half that size come
-    first, for then two programs share a multiprocessor: one computes while the other waits.
+    What decides was measured on an H200 with bf16 at the chapters' shapes (bench/candidates.py);
+    no other GPU was asked, and fp32 was not:
 
-    Where channels lie innermost, a tile's row is a short run of memory, and what part of a sector
-    of 32 bytes it leaves out is read again by its neighbour. Rows of whole sectors come first, best
-    of two and more; last rows that can at least be loaded 16 bytes at a time, and no others: then
-    two passes over wider rows are better. All groups together leave out nothing.
+    - A single pass, which reads everything once and is one launch, beats two passes as long as the
+      tile fits, even with rows of 24 bytes where channels lie innermost. Rows of 16 bytes lose to
+      rows of 32, whose sectors no neighbour reads again. Alignment of rows showed no effect.
+    - The smaller tile wins: programs share a multiprocessor, and one computes while others wait.
+      At one limit of size rows of 64 bytes beat shorter ones. A tile of less than 1024 bytes is
+      not worth its program.
+    - So does the tile with fewer warps, down to one for 2048 numbers. In tiles of over 8192 the
+      gradient wants one for 1024. The forward pass wants one for 4096, but not where rows are
+      shorter than 32 bytes, whose numbers a thread loads a few at a time.
+    - Two passes take the shortest rows of 64 bytes or more. As many chunks as give each of the 132
+      multiprocessors four programs are enough, but at least four for each group.
 
-    Two passes take tiles of 8192 numbers and, where the tensor is large enough, as many chunks as
-    give each of the 132 multiprocessors of an H100 four programs.
+    All groups together leave out no byte: a tile of them is as good as one with long rows.
     """
     size = channels // groups
     padded = triton.next_power_of_2(positions)
-    largest = 16384 if backward else 32768
+    divisors = [n for n in range(1, groups + 1) if groups % n == 0]
 
-    def tile_width(n):
+    def width(n):
         return triton.next_power_of_2(n * size)
 
-    def together(n):  # bytes that n groups have side by side
+    def row(n):  # bytes that n groups have side by side
         return n * size * itemsize * (1 if innermost else positions)
 
-    def long_rows(n):  # and a tile that is worth its program
-        whole = together(n) >= 64 and together(n) % 32 == 0 or not innermost
-        return n == groups or (whole and n * size * positions * itemsize >= 1024)
+    wanted = [(8192, 64), (8192, 32), (16384, 64), (16384, 32), (16384, 24)]
+    if not backward:
+        wanted += [(32768, 64), (32768, 32), (32768, 24)]
+    for (most, least), n in itertools.product(wanted, divisors):
+        numbers = width(n) * padded
+        worth = row(n) >= least and n * size * positions * itemsize >= 1024
+        if numbers <= most and (worth or n == groups):
+            warp = 2048  # numbers that it works on
+            if numbers > 8192:
+                warp = 1024 if backward else 4096 if row(n) >= 32 else 2048
+            return Plan(n, width(n), padded, max(1, numbers // warp), 0, 0)
 
-    def whole_rows(n):
-        return together(n) % 32 == 0
-
-    def aligned_rows(n):
-        return together(n) >= 48 and together(n) % 16 == 0
-
-    divisors = [n for n in range(1, groups + 1) if groups % n == 0]
-    for limit, rows_are_good, n in itertools.product(
-        (16384, largest), (long_rows, whole_rows, aligned_rows), divisors
-    ):
-        numbers = tile_width(n) * padded
-        if rows_are_good(n) and numbers <= limit:
-            warp = 2048 if numbers > 8192 and not backward else 1024  # numbers that it works on
-            return Plan(n, tile_width(n), padded, max(1, numbers // warp), 0, 0)
-
-    n = next((n for n in divisors if long_rows(n) and tile_width(n) <= 1024), 1)
-    width = tile_width(n)
+    long = [n for n in divisors if (row(n) >= 64 or n == groups) and width(n) <= 1024]
+    n = min(long, default=1)
     # With two numbers for each place, a thread of the backward pass needs over 64 registers however
     # few places it has: small tiles then keep more warps resident. Wide ones need the threads.
-    small = backward and width <= 128
-    rows = min(padded, max(1, (4096 if small else 8192) // width))
+    small = backward and width(n) <= 128
+    rows = min(padded, max(1, (4096 if small else 8192) // width(n)))
     tiles = triton.cdiv(positions, rows)
-    chunks = triton.cdiv(4 * 132, batch * (groups // n))
-    chunks = min(chunks, tiles, 32, max(3, rows // 16))  # a tile also reads the partial results
+    chunks = max(4, triton.cdiv(4 * 132, batch * (groups // n)))
+    chunks = min(chunks, tiles, 32, max(4, rows // 16))  # a tile also reads the partial results
     chunk = triton.cdiv(tiles, chunks) * rows
-    warps = 8 if small else 16
-    return Plan(n, width, rows, warps, triton.cdiv(positions, chunk), chunk)
+    warps = (4 if width(n) <= 32 else 8 if small else 16) if backward else 8
+    return Plan(n, width(n), rows, warps, triton.cdiv(positions, chunk), chunk)
 
 
 def _cut(x, groups, backward):

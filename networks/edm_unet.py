@@ -2,7 +2,7 @@
 
 Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", 2021
 (arXiv:2011.13456), appendix H; here as Karras, Aittala, Aila, Laine, "Elucidating the Design Space
-of Diffusion-Based Generative Models", 2022 (arXiv:2206.00364), appendix F.2 and table 7 have it.
+of Diffusion-Based Generative Models", 2022 (arXiv:2206.00364), appendix F, have it.
 
 It is DDPM's U-Net (networks/adm_unet.py, style "ddpm") with these differences:
 
@@ -13,7 +13,7 @@ It is DDPM's U-Net (networks/adm_unet.py, style "ddpm") with these differences:
     change of size   in a residual block: means of 2x2 pixels, or every pixel four times
     attention        one head; on the way down after every block of its heights, on the way up
                      after the last only
-    GroupNorm        min(32, C / 4) groups of the C channels that come in
+    GroupNorm        min(32, C / 4) groups, for C channels that come in
     initial weights  Xavier-uniform; the branches end at 1e-5 of it instead of at zero
 
 The modules bear the names of the published weights, which networks/published/edm.py reads.

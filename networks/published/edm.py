@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from image_data.augment import AUGMENT_DIM
 from networks.edm_unet import SKIP_SCALE, Block, DDPMpp
 from networks.published.edm_pickle import Module, Tensor, read_pickle, shown
 
@@ -237,3 +238,27 @@ def check_tensors(net, tensors, size):
         raise BadInput(
             f"has weights of {needed} bytes in a file of {size}: some share their memory"
         )
+
+
+def as_checkpoint(path, scripts=()):
+    """read_edm(path) in the form of a checkpoint of edm.py, whichever `scripts` are asked for.
+
+    A dictionary: script, config, shape, class_names (numbers), ema, sigma_data. BadInput as
+    read_edm, and for a network whose vectors of augmentation are not of augment.py's length.
+    """
+    found = read_edm(path)
+    settings = dict(found["settings"])
+    length = settings.pop("augment_dim")
+    if length not in (0, AUGMENT_DIM):
+        why = f"takes vectors of {length} numbers for the augmentation, expected {AUGMENT_DIM}"
+        raise BadInput(f"{path} {why}")
+    # 0.12 is what the published networks were trained with; sampling needs to know but whether.
+    config = {"model": "ddpmpp", "augment": 0.12 * (length > 0), "label_dropout": 0.0, "ema": ()}
+    return {
+        "script": "edm",
+        "config": config | settings,
+        "shape": found["shape"],
+        "class_names": [str(i) for i in range(found["num_classes"])],
+        "ema": found["state"],
+        "sigma_data": found["sigma_data"],
+    }

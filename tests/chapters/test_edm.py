@@ -1,9 +1,9 @@
 """EDM's training: table 1 and the loss on real pixels, eq. 5, what training draws, bad input."""
 
 from runtime.commandline import BadInput, entry
+from runtime.pictures import to_uint8
 from runtime.processes import World
 
-import importlib
 import sys
 from dataclasses import replace
 from decimal import Decimal, getcontext
@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from data_files import noise
-from launching import Done, refusal
+from launching import Done, refusal, succeed
 from run_folders import saved
 from scipy.optimize import minimize_scalar
+from tiny_runs import flags
 
+import ddpm_pixel
 import edm
+import improved_ddpm
 from image_data import datasets, glyphs
 from image_data.batches import Dataset
 from kernels import gaussian
@@ -124,11 +127,11 @@ def test_a_fresh_networks_loss_is_its_targets_square(model, close, digits):
     ds, pixels = digits
     small = {"model_channels": 32, "channel_mult": (1, 1), "attention_resolutions": ()}
     net = edm.make_net(edm.Config(model=model, **small), ds.shape, 10).eval()
-    y, d = pixels[:50].float(), edm.measured_sigma_data(ds)
-    eps = gaussian(y.shape, torch.arange(50), 0, "cpu")
+    y, d = pixels[:10].float(), edm.measured_sigma_data(ds)
+    eps = gaussian(y.shape, torch.arange(10), 0, "cpu")
     for sigma in SIGMAS:
         with torch.no_grad():
-            losses = edm.edm_loss(net, y, torch.full((50, 1, 1, 1), sigma), eps, d)
+            losses = edm.edm_loss(net, y, torch.full((10, 1, 1, 1), sigma), eps, d)
         target = (sigma * y.double() / d - d * eps.double()) / (sigma**2 + d**2) ** 0.5
         torch.testing.assert_close(losses.double(), (target**2).mean((1, 2, 3)), rtol=close, atol=0)
 
@@ -216,7 +219,7 @@ def test_training_draws_sigma_noise_and_labels(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(edm, "edm_loss", watched)
     small = {"model_channels": 8, "channel_mult": (1, 1), "num_res_blocks": 1, "sample_steps": 1}
-    few = {"steps": 30, "save_every": 30, "log_every": 10, "sample_every": 0, "n": 1}
+    few = {"steps": 20, "save_every": 20, "log_every": 10, "sample_every": 0, "n": 1}
     cfg = edm.Config(data=toy[1], data_root=toy[3], gpus=0, out=str(tmp_path), **small, **few)
     cfg = replace(cfg, P_mean=-0.4, P_std=1.7, label_dropout=0.3, batch_size=64)
     ds = datasets.of(cfg)
@@ -224,7 +227,7 @@ def test_training_draws_sigma_noise_and_labels(toy, tmp_path, monkeypatch):
     edm.train(cfg, World())
     assert saved(tmp_path)["sigma_data"] == wanted
     y, sigma, eps, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    count = 30 * 64
+    count = 20 * 64
     assert y.shape == eps.shape == (count, 1, 16, 16) and sigma.shape == (count, 1, 1, 1)
     level = sigma.flatten().double().log()
     assert len(level.unique()) > 0.99 * count
@@ -237,6 +240,40 @@ def test_training_draws_sigma_noise_and_labels(toy, tmp_path, monkeypatch):
     assert abs(share - 0.3) < 4 * (0.3 * 0.7 / count) ** 0.5 and labels.max() == 2
     known = torch.from_numpy(np.unique(ds.images)).float() / 127.5 - 1
     assert torch.isclose(y.unique()[:, None], known, atol=1e-6).any(1).all()
+
+
+# ------------------------------------------------------------- networks of the chapters before it
+
+
+@pytest.fixture(scope="module", params=["ddpm_pixel", "improved_ddpm"])
+def earlier(request, toy, tiny, tmp_path_factory):
+    """A checkpoint of another chapter; the second learns variances, too."""
+    out = tmp_path_factory.mktemp(request.param)
+    how = {"prediction": "v", "schedule": "cosine", "learn_sigma": True, "timesteps": 50}
+    more = ["--steps", 2, "--sample-every", 0, "--save-every", 2, "--out", out]
+    succeed(request.param, *tiny[request.param], *toy, *flags(request.param, **how), *more)
+    return out / "ckpt.pt"
+
+
+@pytest.mark.parametrize("column", ["vp", "iddpm"])
+def test_samples_of_another_chapters_network(column, earlier, tmp_path):
+    asked = {"column": column, "sample_steps": 6, "S_churn": 3.0, "sigma_max": 30, "seeds": "3-5"}
+    succeed("edm", "--sample", earlier, "--gpus", 0, "--out", tmp_path, *flags("edm", **asked))
+    net, cfg, shape, _, alpha_bar = improved_ddpm.load_net(earlier, "cpu")
+    chain = edm.Chain(alpha_bar, cfg.prediction, column)
+    assert cfg.prediction == "v" and len(alpha_bar) == 50
+    sigmas = edm.steps_of(edm.Config(sample_steps=6, sigma_max=30.0), chain)
+    seeds = torch.arange(3, 6)
+    how = {"order": 2, "churn": edm.Churn(3.0)}
+    *_, (x, _) = edm.sample(net, chain, sigmas, shape, seeds, seeds % 2, **how)
+    assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], to_uint8(x))
+
+
+def test_sigmas_that_a_chain_does_not_have():
+    chain = edm.Chain(ddpm_pixel.make_alpha_bar("linear", 1000))  # 0.01 .. 157.4
+    for low, high in ((200.0, 300.0), (0.002, 0.005)):
+        with pytest.raises(BadInput, match="--sigma-m"):
+            edm.steps_of(edm.Config(sigma_min=low, sigma_max=high), chain)
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -265,9 +302,13 @@ REFUSED = [  # flags, what the one line must name
     (["--S-churn", 0, "-5", "--sample", "x.pt"], ["--S-churn", "-5"]),
     (["--S-churn", 0, 10], ["--S-churn", "--sample", "takes one"]),
     (["--S-tmin", "-1"], ["--S-tmin", "-1"]),
+    (["--S-tmin", 5, "--S-tmax", 1], ["--S-tmin 5", "below --S-tmax 1"]),
     (["--S-noise", "-1"], ["--S-noise", "-1"]),
     (["--augment", 0.12], ["--augment", "--model ddpmpp"]),
     (["--augment", 1.5, "--model", "ddpmpp"], ["--augment", "1.5"]),
+    (["--ema-lengths", 0.9], ["--ema-length", "0.9"]),
+    (["--ema-lengths", 0], ["0"]),
+    (["--snapshot-every", 0], ["--snapshot-every", "got 0"]),
     (["--ema-length", 0.1], ["--ema-length", "--sample", "--ema-lengths"]),
     (["--sampler", "huen"], ["--sampler", "huen"]),
     (["--column", "ve"], ["--column", "ve"]),
@@ -286,7 +327,7 @@ def test_setting_that_cannot_be(given, named, toy, tmp_path, monkeypatch, capfd)
     argv = ["edm.py", "--smoke", "--gpus", "0", *toy, "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [*argv, *map(str, given)])
     with pytest.raises(SystemExit) as stop:
-        entry(importlib.import_module("edm").main)
+        entry(edm.main)
     line = refusal(Done(stop.value.code, *capfd.readouterr()))
     assert all(text in line for text in named), line
     assert not (tmp_path / "out").exists()

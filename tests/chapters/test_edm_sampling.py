@@ -76,7 +76,10 @@ def denoiser(net, y=None, w=0.0, clip=False):
     return D
 
 
-def algorithm2(D, t, noise, order=2, churn=edm.NO_CHURN, nearest=float):
+STILL = edm.Churn()  # no noise
+
+
+def algorithm2(D, t, noise, order=2, churn=STILL, nearest=float):
     """Algorithm 2, line by line, in float64: x_i+1 and D(x_hat) of each step.
 
     noise(i): that of step i, the start's at -1. nearest: the sigma that the network knows.
@@ -140,7 +143,7 @@ def test_steps_in_single_precision(churn, order):
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("w", [0.0, 1.5, -1.0])
 def test_steps_with_guidance_and_clipping(w, clip, double):
-    for order, churn in itertools.product((1, 2), (edm.NO_CHURN, WINDOWS["window"])):
+    for order, churn in itertools.product((1, 2), (STILL, WINDOWS["window"])):
         how = {"order": order, "churn": churn}
         column = edm.Edm(SIGMA_DATA)
         ours = list(edm.sample(Wavy(), column, SIGMAS, SHAPE, SEEDS, LABELS, w, clip=clip, **how))

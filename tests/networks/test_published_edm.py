@@ -150,6 +150,7 @@ HARM = {
     "objects of numpy": (lambda: np.array([{}], dtype=object), "holds 'numpy.*_reconstruct'"),
     "numbers of numpy": (lambda: np.float32(1), "numpy data of dtype 'f4'"),
     "dtype of objects": (lambda: np.dtype("O"), "numpy data of dtype 'O8'"),
+    "big-endian numbers": (lambda: np.dtype(">f8"), "gives a Dtype a state"),
     "arrays of numpy": (lambda: np.zeros(3), "holds 'numpy.*_reconstruct'"),
     "function as data": (lambda: os.system, "holds 'posix.system'"),
 }
@@ -207,6 +208,8 @@ STORAGES = {
     "shorter than it says": (CONTENT[:-4], "'16' and 16 numbers and holds 60 bytes: torn"),
     "longer than it says": (CONTENT + bytes(4), "'16' and 16 numbers and holds 68 bytes"),
     "of two minds": (CONTENT[: START - 8] + struct.pack("<q", 4) + bytes(16), "'16' and 4 num"),
+    "big-endian": (CONTENT.replace(b"endianq\x02\x88", b"endianq\x02\x89"), "did not write"),
+    "of another mark": (CONTENT.replace(b"l\xfc\x9cF", b"m\xfc\x9cF"), "did not write"),
     "of half precision": (stored(VALUES.half())[0], "holds 'torch.HalfStorage'"),
     "of integers": (stored(VALUES.long())[0], "holds 'torch.LongStorage'"),
     "without numbers": (CONTENT[: START - 8], "torn one"),
@@ -385,7 +388,7 @@ OTHERS = {
     "labels": (dict(label_dim=4), r"map_label.weight is \(16, 3\), expected \(16, 4\)"),
     "sides": (dict(img_resolution=16), "lacks a tensor of a DDPM.*: enc.16x16_conv.weight"),
     "sides of text": (dict(img_resolution="8"), "has no whole number img_resolution"),
-    "channels": (dict(img_channels=1), "expected"),
+    "channels": (dict(img_channels=1), r"aux_conv.bias is \(3,\), expected \(1,\)"),
     "sigma_data": (dict(sigma_data=0), "has no sigma_data above 0"),
     "sigma_max": (dict(sigma_max=float("nan")), "or no sigma_min below sigma_max"),
 }

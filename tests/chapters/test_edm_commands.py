@@ -1,0 +1,104 @@
+"""edm.py's commands: DDPM++ with augmentation, averages afterwards, churn, published weights."""
+
+from runtime.checkpoints import load_checkpoint, trained_config
+from runtime.posthoc_ema import reconstruct
+
+import edm_pickles as files
+import numpy as np
+import pytest
+import torch
+from launching import refused, succeed
+from PIL import Image
+from reference_edm import published, spread
+from tiny_runs import flags
+
+import edm
+from networks.edm_unet import DDPMpp
+from networks.published.edm import read_edm
+
+SMALL = {"model_channels": 16, "channel_mult": (1, 2), "attention_resolutions": (8,)}
+
+
+@pytest.fixture(scope="module")
+def run(toy, tiny, tmp_path_factory):
+    """A run of DDPM++ with augmentation and two averages, 20 steps, a snapshot at every second."""
+    out = tmp_path_factory.mktemp("edm") / "run"
+    how = {"model": "ddpmpp", "augment": 0.5, "ema_lengths": (0.05, 0.1), "snapshot_every": 2}
+    succeed("edm", *tiny["edm"], *toy, *flags("edm", **SMALL, **how), "--out", out)
+    return out
+
+
+def test_ddpmpp_is_trained_with_augmentation(run):
+    state = load_checkpoint(run / "ckpt.pt", "edm")
+    start = edm.make_net(trained_config(edm.Config, state), tuple(state["shape"]), 2).state_dict()
+    assert "map_augment.weight" in start
+    torch.manual_seed(0)  # the seed of the run
+    fresh = edm.make_net(trained_config(edm.Config, state), tuple(state["shape"]), 2).state_dict()
+    moved = {name for name in fresh if not torch.equal(fresh[name], state["model"][name])}
+    assert "map_augment.weight" in moved  # it was told what was done
+    for picture in ("loss-sigma.png", "denoiser.png", "samples.png", "reverse.gif"):
+        assert (run / picture).exists()
+
+
+def test_one_length_is_sampled_from_its_average(run, tmp_path):
+    asked = ["--sample", run / "ckpt.pt", "--gpus", 0, "--n", 3, "--sample-steps", 3]
+    succeed("edm", *asked, "--ema-length", 0.07, "--out", tmp_path)
+    net, _, shape, _, column = edm.load_net(run / "ckpt.pt", "cpu")
+    net.load_state_dict(reconstruct(run / "power", 0.07))
+    seeds, labels = torch.arange(3), torch.arange(3) % 2
+    cfg = edm.Config(sample_steps=3)
+    *_, (x, _) = edm.trajectory(net, column, cfg, shape, seeds, labels)
+    wanted = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], wanted)
+
+
+def test_several_lengths_are_a_curve(run, tmp_path):
+    asked = ["--sample", run / "ckpt.pt", "--gpus", 0, "--n", 8, "--sample-steps", 2]
+    done = succeed("edm", *asked, "--ema-length", 0.05, 0.1, "--out", tmp_path)
+    assert done.out.count("Fréchet distance") == 2 and (tmp_path / "ema-length.png").exists()
+
+
+def test_several_churns_are_a_picture(run, tmp_path):
+    asked = ["--sample", run / "ckpt.pt", "--gpus", 0, "--n", 4, "--sample-steps", 4]
+    succeed("edm", *asked, "--S-churn", 0, 0.4, 1.6, "--out", tmp_path)
+    _, height, width = load_checkpoint(run / "ckpt.pt")["shape"]
+    with Image.open(tmp_path / "churn.png") as picture:  # rows of churn, columns of seeds
+        assert picture.size == (4 * (width + 2) + 2, 3 * (height + 2) + 2)
+        rows = np.asarray(picture)[2:].reshape(3, height + 2, -1)
+    assert not np.array_equal(rows[0], rows[1]) and not np.array_equal(rows[1], rows[2])
+
+
+def test_a_run_without_averages_has_no_other_length(toy, tiny, tmp_path):
+    out = tmp_path / "plain"
+    succeed("edm", *tiny["edm"], *toy, *flags("edm", ema_lengths=()), "--steps", 3, "--out", out)
+    assert not (out / "power").exists()
+    line = refused("edm", "--sample", out / "ckpt.pt", "--gpus", 0, "--ema-length", 0.1)
+    assert "power" in line
+
+
+def test_a_published_pickle_is_sampled(tmp_path):
+    small = dict(model_channels=16, channel_mult=(1, 2), num_blocks=1, attention=(4,))
+    tensors = spread(published((8, 8), 3, 9, **small), torch.float32)
+    path = tmp_path / "edm.pkl"
+    files.written(path, lambda: {"ema": files.precond(files.tree(tensors), 8, 3)})
+    asked = ["--sample", path, "--gpus", 0, "--n", 4, "--classes", 2, "--sample-steps", 3]
+    succeed("edm", *asked, "--out", tmp_path)
+    found = read_edm(path)
+    net = DDPMpp(found["shape"], 3, **found["settings"]).eval()
+    net.load_state_dict(found["state"])
+    seeds = torch.arange(4)
+    walk = edm.sample(net, edm.Edm(0.5), edm.sigma_steps(3), (3, 8, 8), seeds, 0 * seeds + 2)
+    *_, (x, _) = walk
+    wanted = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    held = np.load(tmp_path / "samples.npz")
+    assert np.array_equal(held["arr_0"], wanted) and (held["arr_1"] == 2).all()
+    assert "guidance" in refused("edm", *asked, "--guidance", 1)  # it always saw a label
+
+
+def test_other_vectors_of_augmentation_are_refused(tmp_path):
+    small = dict(model_channels=16, channel_mult=(1, 2), num_blocks=1, attention=(4,))
+    tensors = spread(published((8, 8), 3, 4, **small), torch.float32)
+    path = tmp_path / "edm.pkl"
+    files.written(path, lambda: {"ema": files.precond(files.tree(tensors), 8, 3)})
+    line = refused("edm", "--sample", path, "--gpus", 0)
+    assert "edm.pkl" in line and "4 numbers" in line and "expected 9" in line
