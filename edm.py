@@ -22,7 +22,7 @@ what they give is a denoiser by the columns VP and iDDPM of table 1.
     python edm.py --sample runs/edm-mnist/ckpt.pt --sample-steps 10 --S-churn 0 5 10 20 40
     python edm.py --sample runs/pixel-mnist/ckpt.pt --column vp           a network of chapter 1
     python edm.py --sample edm-cifar10-32x32-cond-vp.pkl --n 64 --out runs/edm-published
-    torchrun --nproc-per-node 8 edm.py --config configs/cifar10_edm.yaml
+    python edm.py --data cifar10 --gpus 8                the paper's: DDPM++, 200 million images
 
 --ema-lengths keeps averages of the weights, from which --sample makes one of any --ema-length
 (Karras et al. 2024, arXiv:2312.02696; runtime/posthoc_ema.py).

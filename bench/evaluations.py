@@ -71,6 +71,7 @@ def rows_of(args, store):
         key = (data, trained.size, tuple(names))
         if key not in evaluators:
             how = {"shape": shape, "class_names": names, "size": trained.size}
+            how |= {"steps": args.classifier_steps}
             root = args.data_root or trained.data_root
             evaluators[key] = Evaluator(data, root, device=world.device, **how)
         seeds = torch.arange(args.n)
@@ -134,6 +135,7 @@ def parse(arguments):
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--data", default="", help="to compare with, if not what was trained on")
     parser.add_argument("--data-root", default="")
+    parser.add_argument("--classifier-steps", type=int, default=1500, help="of the features")
     parser.add_argument("--gpus", type=int, default=default_gpus())
     parser.add_argument("--out", default="")
     args = parser.parse_args(arguments)

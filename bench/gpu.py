@@ -1,6 +1,6 @@
 """A GPU's day: proves every kernel and times everything, from one operation to whole networks.
 
-    python bench/gpu.py --out gpu-day                     about 15 minutes of one H100
+    python bench/gpu.py --out gpu-day                     about half an hour of one H200
     python bench/gpu.py --out gpu-day --minutes 9         stops in time; the same command goes on
     python bench/gpu.py --out gpu-day --only kernels      these stages
     python bench/gpu.py --out DIR --rehearse              all of it on a CPU, without meaning
@@ -61,13 +61,13 @@ class Stage(NamedTuple):
 STAGES = {
     "facts": Stage("gpu_kernels", 60, ("what",)),
     "verify": Stage("gpu_kernels", 150, ("operation", "shape", "pass")),
-    "sanitize": Stage("gpu_kernels", 150, ("tool",)),
+    "sanitize": Stage("gpu_kernels", 150, ("tool", "whose")),
     "kernels": Stage("gpu_kernels", 120, ("operation", "shape", "pass", "way"), "us"),
-    "unet": Stage("gpu_networks", 300, ("what", "way")),
+    "unet": Stage("gpu_networks", 400, ("what", "way")),
     "sampling": Stage("gpu_sampling", 60, ("what", "way")),
     "candidates": Stage("gpu_kernels", 300, ("operation", "shape", "candidate")),
-    "latent": Stage("gpu_networks", 120, ("what", "way")),
-    "dit": Stage("gpu_networks", 120, ("what", "way")),
+    "latent": Stage("gpu_networks", 400, ("what", "way")),
+    "dit": Stage("gpu_networks", 300, ("what", "way")),
     "tests": Stage("gpu_kernels", 90, ("what",)),
     "traces": Stage("gpu_sampling", 45, ("what", "kernel")),
     "features": Stage("gpu_sampling", 45, ("what", "way")),

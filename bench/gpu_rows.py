@@ -112,7 +112,7 @@ def table(heads, lines):
 
 def narrow(found, heads):
     """A stage's rows {of: row} one by one: what they are about, and all values any of them has."""
-    hidden = ("stage", "of")
+    hidden = ("stage", "of", "texts")
     names = list(dict.fromkeys(name for row in found.values() for name in row))
     names = [name for name in names if name not in hidden]
     depth = max(map(len, found))

@@ -9,8 +9,8 @@ import dataclasses
 
 import torch
 
-from kernels import attention, group_norm_silu
-from tests.cases.kernel_cases import ATTENTION, NORM, Attention, GroupNorm, Sampling, Volume
+from kernels import attention
+from tests.cases.kernel_cases import ATTENTION, Attention, GroupNorm, Sampling, Volume
 from tests.cases.rows import make_rows, rounded
 
 FURTHER, HALF, FULL = "further", torch.float16, torch.float32
@@ -31,17 +31,11 @@ class Contiguous(GroupNorm):
 class WithoutSiLU(GroupNorm):
     """The norm before attention."""
 
+    silu = False
+
     @property
     def name(self):
         return f"{super().name} no SiLU"
-
-    def run(self, inputs):
-        return (group_norm_silu(groups=self.groups, silu=False, **inputs),)
-
-    def reference(self, inputs):
-        scale, shift = inputs.get("scale"), inputs.get("shift")
-        x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
-        return (NORM._reference(x, self.groups, weight, bias, 1e-5, scale, shift, False),)
 
 
 @dataclasses.dataclass(frozen=True)

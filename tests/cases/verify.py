@@ -18,6 +18,7 @@ BOUNDS = {
     "sampling": {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
 }
 SUM_BOUND = 5e-6  # of fp32 gradients that sum over all positions of a batch
+ROUNDED = 4 * 2.0**-24  # times a case's sensitivity: four roundings of fp32, all in one direction
 # ‖error‖ ÷ ‖reference‖: gradients may be so small that wrong ones differ by less than BOUNDS.
 NORM_BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
@@ -65,20 +66,25 @@ def verify(case, inputs, dy=None, run=None):
 
     dy: the gradient of the result, for the backward direction. run: what is to be verified,
     case.run if None. Gradients that sum over the whole batch are sums of up to 10⁷ terms that
-    nearly cancel: their error is measured against the largest of their elements.
+    nearly cancel: their error is measured against the largest of their elements. What cancels on
+    the way to an fp32 gradient may add its own roundings (Case.sensitivity); half precision's
+    bounds are a thousand of them.
     """
     exactly = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
     truth = results(case, case.reference, exactly, None if dy is None else dy.double())
     errors = []
+    fragile = dy is not None and case.dtype == torch.float32
+    sensitivity = case.sensitivity(exactly, dy.double()) if fragile else {}
     for name, found in results(case, run or case.run, inputs, dy).items():
         right, dtype = truth[name], found.dtype
         assert found.shape == right.shape, f"{name} is {found.shape}, not {right.shape}"
         difference = (found.double() - right).abs()
         summed = dy is not None and name in case.sums
-        scale = right.abs().max() if summed else right.abs()
+        scale = (right.abs().max() if summed else right.abs()).clamp(min=1)
         bound = SUM_BOUND if summed and dtype == torch.float32 else BOUNDS[case.operation][dtype]
         bound += case.slack
-        errors.append(Error(name, (difference / scale.clamp(min=1)).max().item(), bound))
+        scale = scale + sensitivity.get(name, 0.0) * (ROUNDED / bound)
+        errors.append(Error(name, (difference / scale).max().item(), bound))
         # What is zero, such as the gradient of a score that has no rival, has no relative error.
         whole, ones = right.norm(), math.sqrt(max(right.numel(), 1))
         relative = (difference.norm() / (whole if whole > 1e-12 * ones else ones)).item()

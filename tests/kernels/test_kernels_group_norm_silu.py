@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from kernels import group_norm_silu
+from tests.cases.kernel_cases import GroupNorm
+from tests.cases.verify import gradients, verify
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -101,6 +103,46 @@ def test_gradients(film, silu, layout):
         return group_norm_silu(x, 2, weight, bias, scale=scale, shift=shift, silu=silu)
 
     assert torch.autograd.gradcheck(function, (x, *rest))
+
+
+def conditioned(case):
+    """Inputs of a case and a gradient of its result, in float64."""
+    torch.manual_seed(0)
+    inputs = {name: t.double() for name, t in case.inputs("cpu").items()}
+    return inputs, torch.randn_like(case.reference(inputs)[0])
+
+
+@pytest.mark.parametrize("moved", ["weight", "bias", "shift"])
+def test_a_rounding_moves_the_gradient_of_x_by_its_sensitivity(moved):
+    """What cases allow for. The gradient's two means over a group move by theirs at most."""
+    case = GroupNorm("here", 4, 160, 7, adagn=True, dtype=torch.float32)
+    inputs, dy = conditioned(case)
+    step = 1e-7
+    nudged = inputs | {moved: inputs[moved] * (1 + step)}
+    change = gradients(case, case.reference, nudged, dy)["x"]
+    change = (change - gradients(case, case.reference, inputs, dy)["x"]).abs() / step
+    sensitivity = case.sensitivity(inputs, dy)["x"]
+    runs = inputs["x"].reshape(4, case.groups, -1)
+    xhat = ((runs - runs.mean(2, keepdim=True)) / runs.std(2, keepdim=True, correction=0)).abs()
+    of_group = sensitivity.reshape(runs.shape)
+    means = of_group.mean(2, keepdim=True) + xhat * (of_group * xhat).mean(2, keepdim=True)
+    assert (change <= 1.001 * (sensitivity + means.view(change.shape)) + 1e-6).all()
+    assert (change > 0.5 * sensitivity).double().mean() > 0.05  # it is no larger than it must be
+
+
+def test_a_wrong_gradient_is_found_beside_that_sensitivity():
+    case = GroupNorm("here", 4, 160, 7, adagn=True, dtype=torch.float32)
+    inputs, dy = conditioned(case)
+    inputs = {name: t.float() for name, t in inputs.items()}
+
+    def nudged(inputs):
+        return case.reference(inputs | {"weight": inputs["weight"] * (1 + 1e-5)})
+
+    right, wrong = (
+        {error.name: error for error in verify(case, inputs, dy.float(), run)}["x"]
+        for run in (case.reference, nudged)
+    )
+    assert right.right and wrong.share > 2, (right, wrong)
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias", "scale", "shift"])

@@ -61,6 +61,8 @@ def check(target, dtype, dim, lengths, layout):
     assert all(report.mma > 0 for report in reports), reports
     if target == "sm_90" and dtype != FP32:
         assert all(report.hgmma > 0 for report in reports), reports
+    if target == "sm_90":  # the one tile that an H200 could not run had products of 8 columns
+        assert all(min(report.hgmma_columns, default=16) >= 16 for report in reports), reports
     assert all(report.load_widths.get(128, 0) > 0 for report in reports), reports
     assert all(min(report.load_widths) >= 32 for report in reports), reports  # no single halves
 
@@ -97,14 +99,15 @@ SLOW_LENGTHS = [pytest.param(length, marks=pytest.mark.slow) for length in (16, 
 def test_products_of_warp_groups_are_wide(dim, length):
     """A product of n columns reads its left factor anew every n columns: few are slow ones.
 
-    dk and dv of 64 keys and D = 256 fill the registers, and a second warp group then repeats the
-    scores of the first: that kernel has n = 16, and no larger tile was found that fits.
+    At D = 256 tiles of 32 keys were the fastest in forward all the same. dk and dv of 64 keys fill
+    the registers there, and a second warp group then repeats the scores of the first: that kernel
+    has n = 16, and no larger tile was found that fits.
     """
     forward, dq, dkdv = (
         inspect_kernel(launched.kernel)
         for launched in launch("sm_90", *empty(tokens, BF16, dim, (length, length)))
     )
-    assert min(forward.hgmma_columns) >= 64, forward
+    assert min(forward.hgmma_columns) >= (32 if dim == 256 else 64), forward
     assert min(dq.hgmma_columns) >= 32, dq
     assert min(dkdv.hgmma_columns) >= (16 if dim == 256 else 32), dkdv
 

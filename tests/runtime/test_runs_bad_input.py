@@ -140,6 +140,7 @@ SKIPPED = {("autoencoder", "--model-channels")}
 def has(script, given):
     """Whether the chapter has all the settings that are given."""
     names = [flag[2:].replace("-", "_") for flag in given if str(flag).startswith("--")]
+    names += ["timesteps"] * ("sample_steps" in names)  # a chain, which has so many
     return set(names) <= set(fields(script)) and (script, given[0]) not in SKIPPED
 
 
@@ -212,8 +213,9 @@ def test_classes_out_of_range(script, toy, tiny, tmp_path):
     asked = ["--gpus", 0, "--sample", tmp_path / "ckpt.pt", "--sample-steps", 1]
     for classes in ("2", "bars,cat", "-1", "²"):
         assert "0 bars, 1 dots" in refused(script, *asked, "--classes", classes)
-    line = refused(script, *asked[:-1], 1001)
-    assert "--sample-steps 1001" in line and "1000" in line
+    if "timesteps" in fields(script):
+        line = refused(script, *asked[:-1], 1001)
+        assert "--sample-steps 1001" in line and "1000" in line
 
 
 @pytest.mark.parametrize("script", [s for s in TRAININGS if "class_cond" in fields(s)])

@@ -88,6 +88,12 @@ def test_one_key_is_copied(n, dtype):
     assert o.data_ptr() != v.data_ptr()
 
 
+def test_the_gradient_of_one_key_is_a_sum_of_many_rows_rounded_once():
+    q, k, v, do = inputs(tokens, 4, 2, 1000, 1, 64, torch.float32)
+    dv = by_kernel(q, k, v, do)[3]
+    assert error(dv, do.double().sum(2, keepdim=True)) <= 2.0**-24
+
+
 @pytest.mark.parametrize("scale", [1, 1.0, -1], ids=repr)
 def test_a_scale_of_one(scale):  # which Triton would take for a constant, were it an integer
     q, k, v, do = inputs(tokens, 2, 1, 35, 67, 16, torch.float32)
