@@ -21,7 +21,7 @@ Beyond the paper: other schedules, targets and losses; labels and guidance (arXi
 
 from runtime import checkpoints
 from runtime import commandline as cli
-from runtime.pictures import save_film, save_samples, to_uint8
+from runtime.pictures import save_drawn, save_film, to_uint8
 from runtime.processes import launch
 from runtime.run import Run
 
@@ -432,11 +432,7 @@ def save_forward(ds, alpha_bar, path):
 def save_images(net, cfg, world, shape, seeds, labels, folder):
     """samples.png and .npz; reverse.gif and .png: x_t of the first eight, and below it x0_hat."""
     images = draw(net, cfg, world, shape, seeds, labels)
-    if world.is_main:
-        save_samples(folder, images, labels, 10)
-        walk = partial(trajectory, net, cfg, shape)
-        save_film(world.frames(walk, seeds[:8], labels), folder / "reverse", len(seeds[:8]))
-        print(f"samples: {folder / 'samples.png'}, how they came: {folder / 'reverse.gif'}")
+    save_drawn(folder, images, labels, partial(trajectory, net, cfg, shape), seeds, world)
 
 
 # ----------------------------------------------------------------------------------- commands

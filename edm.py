@@ -12,13 +12,14 @@ leads from noise of 80 to an image. Around the network F stand factors by which 
 and all that it should give has variance 1, whatever sigma is (eq. 7; table 1, last column):
 
     D(x; sigma) = c_skip x + c_out F(c_in x, c_noise)
-    loss = E lambda(sigma) ||D(y + sigma n; sigma) - y||^2,   ln sigma ~ N(P_mean, P_std^2)  eq. 8
+    loss = E lambda(sigma) ||D(y + sigma n; sigma) - y||^2      (in terms of F it is eq. 8)
+    ln sigma ~ N(P_mean, P_std^2)
 
 The sampler is Heun's method on the steps of eq. 5 (algorithm 1), and with --S-churn it adds fresh
 noise on its way (algorithm 2). It takes the networks of ddpm_pixel.py and improved_ddpm.py, too:
 what they give is a denoiser by the columns VP and iDDPM of table 1.
 
-    python edm.py --data mnist                     half an hour of one CPU core; runs/edm-mnist
+    python edm.py --data mnist                     25 minutes of one CPU core; runs/edm-mnist
     python edm.py --sample runs/edm-mnist/ckpt.pt --sample-steps 10 --S-churn 0 5 10 20 40
     python edm.py --sample runs/pixel-mnist/ckpt.pt --column vp           a network of chapter 1
     python edm.py --sample edm-cifar10-32x32-cond-vp.pkl --n 64 --out runs/edm-published
@@ -30,9 +31,9 @@ what they give is a denoiser by the columns VP and iDDPM of table 1.
 
 from runtime import checkpoints
 from runtime import commandline as cli
-from runtime.pictures import save_film, save_grid, save_samples, to_uint8
+from runtime.pictures import save_drawn, save_grid
 from runtime.plots import plot_lines
-from runtime.posthoc_ema import LONGEST, PowerEMA, reconstruct
+from runtime.posthoc_ema import PowerEMA, gamma_of, reconstruct
 from runtime.processes import launch
 from runtime.run import Run
 
@@ -52,6 +53,7 @@ import improved_ddpm
 from ddim import guided
 from ddpm_pixel import x0_coefficients
 from eval_fid import Evaluator
+from evaluation import over_sigma
 from image_data import datasets
 from image_data.augment import AUGMENT_DIM, augment, draw_augmentation
 from kernels import Row, gaussian, sampling_update
@@ -65,9 +67,11 @@ SAMPLING += "clip_denoised guidance"
 @dataclass
 class Config(cli.RunConfig):
     P_mean: float = -1.2  # training draws ln sigma from N(P_mean, P_std^2)
-    P_std: float = 1.2  # its standard deviation
+    P_std: float = 1.2  # standard deviation of ln sigma
     sigma_data: float = 0.0  # standard deviation of the pixels in [-1, 1]; 0 measures it
-    augment: float = 0.0  # how often an image is turned, scaled, moved (paper: 0.12); 0: never
+    augment: float = 0.0
+    """how often an image is turned, scaled, stretched, moved, each by itself (paper: 0.12); above 0
+    half of the images are mirrored, too"""
 
     model: Literal["unet", "ddpmpp"] = "unet"  # chapter 1's U-Net, or the paper's DDPM++
     model_channels: int = 32  # channels at full resolution (paper: 128)
@@ -97,10 +101,11 @@ class Config(cli.RunConfig):
     sigma_min: float = 0.002  # the last sigma before 0
     sigma_max: float = 80.0  # the first
     rho: float = 7.0  # the larger, the more steps are near sigma_min
-    S_churn: tuple[float, ...] = (0.0,)  # fresh noise of all steps; several: a picture over it
-    S_tmin: float = 0.0  # only where sigma is from here
-    S_tmax: float = 1e9  # to here
-    S_noise: float = 1.0  # standard deviation of the noise, of what theory asks for
+    S_churn: tuple[float, ...] = (0.0,)
+    """how much noise all steps of algorithm 2 renew; several: a row of images for each"""
+    S_tmin: float = 0.0  # no fresh noise below this sigma
+    S_tmax: float = 1e9  # nor above this one
+    S_noise: float = 1.0  # factor on that noise: 1 is exact (paper: up to 1.007)
     clip_denoised: bool = False  # keep D in [-1, 1], where images lie
     guidance: float = 0.0
     """w in (1+w) D(x,y) - w D(x): -1 unconditional, 0 conditional; others write s = 1+w"""
@@ -115,7 +120,6 @@ class Config(cli.RunConfig):
 
 # ------------------------------------------------------------------- the denoiser: section 5
 
-# D(x; sigma) = c_skip x + c_out F(c_in x, c_noise), eq. 7: numbers, or tensors of one shape.
 Coefficients = namedtuple("Coefficients", "c_skip c_out c_in c_noise")
 
 
@@ -132,7 +136,11 @@ def precondition(sigma, sigma_data):
 
 
 def loss_weight(sigma, sigma_data):
-    """lambda = 1 / c_out^2: the errors of F count alike at every sigma."""
+    """lambda = 1 / c_out^2: the errors of F count alike at every sigma.
+
+    A network that still gives 0 then has a loss of 1 at each of them (figure 5a) if the pixels'
+    mean is 0; with another mean it rises with sigma, to 1 + (mean / sigma_data)^2.
+    """
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
@@ -163,7 +171,7 @@ def measured_sigma_data(ds, most=10000):
 
 @dataclass
 class Edm:
-    """A network of this chapter as the sampler sees it: called with a float, of floats."""
+    """A network of this chapter, as the sampler sees it: called with sigma, it gives floats."""
 
     sigma_data: float
     sigma_min: float = 0.0
@@ -219,15 +227,15 @@ class Churn(NamedTuple):
 
 def sigma_steps(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """sigma_0 > ... > sigma_n = 0, n + 1 floats: eq. 5."""
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    low = (sigma_min / sigma_max) ** (1 / rho)  # and sigma_max is 1: no rho is too small for that
     part = [i / max(n - 1, 1) for i in range(n)]
-    return [(high + p * (low - high)) ** rho for p in part] + [0.0]
+    return [sigma_max * (1 + p * (low - 1)) ** rho for p in part] + [0.0]
 
 
 def euler_row(c, sigma, sigma_next):
     """x + (sigma_next - sigma) d, with the slope d = (x - D) / sigma: algorithm 1, lines 4 and 5.
 
-    c: Coefficients at sigma.
+    c: Coefficients at sigma. A Row means D = p x - q F, and x_next = A D + B x + H history.
     """
     ratio = sigma_next / sigma
     return Row(p=c.c_skip, q=-c.c_out, A=1 - ratio, B=ratio)
@@ -274,7 +282,7 @@ def sample(net, column, sigmas, shape, seeds, y=None, w=0.0, *, order=2, churn=N
 
 
 def steps_of(cfg, column):
-    """The sigmas of the settings, in the network's range, and such as it knows; else BadInput."""
+    """The sigmas of the settings, within the network's, rounded to what it knows; else BadInput."""
     low, high = max(cfg.sigma_min, column.sigma_min), min(cfg.sigma_max, column.sigma_max)
     if low >= high:
         knows = f"{column.sigma_min:.3g} to {column.sigma_max:.3g}"
@@ -348,49 +356,20 @@ def train(cfg, world):
             run.log_metrics(evaluator.score(draw_some, cfg.metric_n, net.null))
         if run.due(cfg.sample_every):
             run.save_grid(draw(run.ema, column, cfg, world, ds.shape, seeds, labels))
-    if world.is_main:
-        torch.manual_seed(cfg.seed)
-        fresh = make_net(cfg, ds.shape, net.null).to(world.device).eval()  # the first weights
-        nets = {"before training": fresh, "after": run.ema.eval()}
-        save_figures(nets, ds, sigma_data, world, run.folder)
+    torch.manual_seed(cfg.seed)
+    fresh = make_net(cfg, ds.shape, net.null).to(world.device).eval()  # the first weights
+    nets = {"before training": fresh, "after": run.ema.eval()}
+    how = {"loss": partial(edm_loss, sigma_data=sigma_data), "nets": nets}
+    over_sigma.save_figures(
+        run.folder, ds, world, denoise=partial(denoise, sigma_data=sigma_data), **how
+    )
     save_images(run.ema, column, cfg, world, ds.shape, seeds, labels, run.folder)
-
-
-def loss_over_sigma(net, y, labels, sigmas, sigma_data, world):
-    """The mean loss of images y (B,C,H,W) at each sigma, a list: figure 5a."""
-    eps = gaussian(y.shape, torch.arange(len(y)), 0, y.device)
-    with torch.no_grad(), world.autocast():
-        each = (torch.full((len(y), 1, 1, 1), s, device=y.device) for s in sigmas)
-        return [edm_loss(net, y, s, eps, sigma_data, labels).mean().item() for s in each]
-
-
-def save_figures(nets, ds, sigma_data, world, folder):
-    """loss-sigma.png of networks {name: network}; denoiser.png of the last: x, and below it D."""
-    y, labels = (v.to(world.device) for v in ds.batch(np.arange(min(64, len(ds)))))
-    *_, net = nets.values()
-    labels = labels if net.null else None
-    sigmas = np.geomspace(0.005, 50, 25).tolist()
-    losses = partial(loss_over_sigma, y=y, labels=labels, sigmas=sigmas, sigma_data=sigma_data)
-    found = {name: (sigmas, losses(net, world=world)) for name, net in nets.items()}
-    plot_lines(folder / "loss-sigma.png", {"loss": found}, xlabel="sigma", logx=True)
-    shown = torch.tensor([0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50], device=y.device)
-    sigma, rows = shown.view(-1, 1, 1, 1), []
-    for i in range(min(4, len(y))):
-        eps = gaussian((len(shown), *ds.shape), torch.arange(len(shown)), i, y.device)
-        x, label = y[i] + sigma * eps, None if labels is None else labels[i].expand(len(shown))
-        with torch.no_grad(), world.autocast():
-            rows += [x, denoise(net, x, sigma, sigma_data, label)]
-    save_grid(to_uint8(torch.cat(rows)), folder / "denoiser.png", len(shown))
 
 
 def save_images(net, column, cfg, world, shape, seeds, labels, folder):
     """samples.png and .npz; reverse.gif and .png: x of the first eight, and below it D."""
     images = draw(net, column, cfg, world, shape, seeds, labels)
-    if world.is_main:
-        save_samples(folder, images, labels, 10)
-        walk = partial(trajectory, net, column, cfg, shape)
-        save_film(world.frames(walk, seeds[:8], labels), folder / "reverse", len(seeds[:8]))
-        print(f"samples: {folder / 'samples.png'}, how they came: {folder / 'reverse.gif'}")
+    save_drawn(folder, images, labels, partial(trajectory, net, column, cfg, shape), seeds, world)
 
 
 def save_churn(net, column, cfg, world, shape, seeds, labels, folder):
@@ -403,11 +382,11 @@ def save_churn(net, column, cfg, world, shape, seeds, labels, folder):
         print(f"a row for each S_churn: {folder / 'churn.png'}")
 
 
-def save_ema_curve(net, column, cfg, world, shape, lengths, folder):
+def save_ema_curve(net, column, cfg, world, shape, mean_of, lengths, folder):
     """ema-length.png: the Fréchet distance of --n samples over the length of the running mean."""
     score, found = Evaluator.of_run(cfg, datasets.of(cfg), world).score, {}
-    for length, state in lengths.items():
-        checkpoints.load_weights(net, state)
+    for length in lengths:
+        net.load_state_dict(mean_of(length))
         draw_some = partial(draw, net, column, cfg, world, shape)
         found[length] = score(draw_some, cfg.n, net.null)["frechet"]
     if world.is_main:
@@ -432,7 +411,7 @@ def load_net(path, device, ema=None, column="vp"):
     state = read(path, ("edm", "improved_ddpm", "ddpm_pixel"))
     if state["script"] != "edm":
         net, theirs, shape, names, alpha_bar = improved_ddpm.load_net(path, device, ema)
-        shared = ("data", "data_root", "size", "classes", "batch_size")
+        shared = ("data", "data_root", "size", "classes", "batch_size", "clip_denoised")
         cfg = Config(**{name: getattr(theirs, name) for name in shared})
         return net, cfg, shape, names, Chain(alpha_bar, theirs.prediction, column)
     cfg, shape = checkpoints.trained_config(Config, state), tuple(state["shape"])
@@ -440,7 +419,7 @@ def load_net(path, device, ema=None, column="vp"):
     net = make_net(cfg, shape, len(names)).to(device)
     checkpoints.load_weights(net, checkpoints.chosen_ema(state, path, ema))
     net.null_label = cfg.label_dropout > 0  # whether it has learned to do without a label
-    return net.eval(), cfg, shape, names, Edm(state["sigma_data"])
+    return net.eval(), cfg, shape, names, Edm(state["sigma_data"], *state.get("sigma_range", ()))
 
 
 def sample_checkpoint(cfg, world):
@@ -448,13 +427,18 @@ def sample_checkpoint(cfg, world):
     net, trained, shape, names, column = load_net(cfg.sample, world.device, ema, cfg.column)
     how = (*SAMPLING.split(), "batch_size", "data", "data_root", "n")
     trained = checkpoints.overlaid(trained, cfg, how)
+    fixed = ("sigma_data", "column") if isinstance(column, Edm) else ("sigma_data",)
+    if typed := sorted(set(fixed).difference(cli.not_given(cfg, fixed))):
+        raise cli.BadInput(f"--{typed[0].replace('_', '-')}: {cfg.sample} has its own")
     seeds, labels = cli.seeds_and_labels(cfg, net, names, trained.guidance)
-    power, folder = Path(cfg.sample).parent / "power", cli.folder_of(cfg, cfg.sample)
-    lengths = {length: reconstruct(power, length) for length in cfg.ema_length}
-    if len(lengths) > 1:
-        return save_ema_curve(net, column, trained, world, shape, lengths, folder)
-    for state in lengths.values():
-        checkpoints.load_weights(net, state)
+    folder = cli.folder_of(cfg, cfg.sample)
+    if cfg.ema_length:
+        past = checkpoints.load_checkpoint(cfg.sample, "edm", mapped=True)["power"]["snapshots"]
+        mean_of = partial(reconstruct, Path(cfg.sample).parent / "power", steps=past)
+        net.load_state_dict(mean_of(cfg.ema_length[0]))
+    if len(cfg.ema_length) > 1:
+        how = mean_of, cfg.ema_length, folder
+        return save_ema_curve(net, column, trained, world, shape, *how)
     make = save_churn if len(trained.S_churn) > 1 else save_images
     make(net, column, trained, world, shape, seeds, labels, folder)
 
@@ -467,19 +451,24 @@ def check(cfg):
     not_negative = "sigma_data metric_every metric_n S_tmin S_tmax S_noise"
     cli.check_ranges(cfg, positive, not_negative, "dropout label_dropout augment")
     cli.check_sampling(cfg)
-    for low, high in (("sigma_min", "sigma_max"), ("S_tmin", "S_tmax")):
-        least, most = getattr(cfg, low), getattr(cfg, high)
+    for low, high in (("sigma-min", "sigma-max"), ("S-tmin", "S-tmax")):
+        least, most = (getattr(cfg, name.replace("-", "_")) for name in (low, high))
         if least >= most:
-            found = f"--{low} {least:g} must be below --{high} {most:g}"
-            raise cli.BadInput(found.replace("_", "-"))
+            raise cli.BadInput(f"--{low} {least:g} must be below --{high} {most:g}")
     if not cfg.S_churn or min(cfg.S_churn) < 0:
         raise cli.BadInput(f"--S-churn {cfg.S_churn}: expected numbers from 0, such as 0 10 40")
     if cfg.augment and cfg.model != "ddpmpp":
         raise cli.BadInput("--augment tells the network what was done: type --model ddpmpp, too")
     if not cfg.sample and len(cfg.S_churn) > 1:
         raise cli.BadInput("--S-churn: several are for --sample; training takes one")
-    if wrong := [n for n in (*cfg.ema_lengths, *cfg.ema_length) if not 0 < n <= LONGEST]:
-        raise cli.BadInput(f"--ema-length(s) {wrong[0]}: expected above 0, up to {LONGEST:.4f}")
+    if not cfg.sample and cfg.guidance and not cfg.label_dropout:
+        raise cli.BadInput("--guidance needs a network that learns without labels: --label-dropout")
+    several = len(cfg.ema_length) > 1
+    if several and (cfg.n < 2 or cfg.seeds or cfg.classes or len(cfg.S_churn) > 1):
+        told = "is a curve over --n samples (2 or more), of one --S-churn"
+        raise cli.BadInput(f"--ema-length: of several {told}; leave out --seeds and --classes")
+    for length in (*cfg.ema_lengths, *cfg.ema_length):
+        gamma_of(length, "--ema-lengths" if length in cfg.ema_lengths else "--ema-length")
     if cfg.ema_length and not cfg.sample:
         raise cli.BadInput("--ema-length is for --sample; training keeps --ema-lengths 0.05 0.1")
 

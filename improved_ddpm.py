@@ -23,7 +23,7 @@ L_vlb teaches the network the variance of p, too, by a second half v of its chan
 from runtime import checkpoints
 from runtime import commandline as cli
 from runtime.normal import discretized_gaussian_log_likelihood, normal_kl
-from runtime.pictures import save_film, save_samples
+from runtime.pictures import save_drawn
 from runtime.plots import plot_lines
 from runtime.processes import launch
 from runtime.run import Run
@@ -391,11 +391,7 @@ def train(cfg, world):
 def save_images(net, cfg, world, shape, seeds, labels, folder):
     """samples.png and .npz; reverse.gif and .png: x_t of the first eight, and below it x0_hat."""
     images = draw(net, cfg, world, shape, seeds, labels)
-    if world.is_main:
-        save_samples(folder, images, labels, 10)
-        walk = partial(trajectory, net, cfg, shape)
-        save_film(world.frames(walk, seeds[:8], labels), folder / "reverse", len(seeds[:8]))
-        print(f"samples: {folder / 'samples.png'}, how they came: {folder / 'reverse.gif'}")
+    save_drawn(folder, images, labels, partial(trajectory, net, cfg, shape), seeds, world)
 
 
 # -------------------------------------------------------------------------------------- commands

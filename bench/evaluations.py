@@ -5,7 +5,8 @@
 Each NAME=CHECKPOINT, of ddpm_pixel.py, improved_ddpm.py or edm.py, draws the same N seeds in at
 most 5, 10, 20, 40 and 80 evaluations an image (--evaluations): those of the first two by DDIM,
 DPM-Solver++(2M) and EDM's Heun (column VP of table 1), edm.py's by Heun and by Euler. All are
-scored against held-out images by a classifier of the data, as compare_samplers.py does.
+scored against held-out images by a classifier of the data, as compare_samplers.py does. x0_hat of
+the first two's networks is clipped to [-1, 1] by all samplers alike, that of edm.py's by none.
 
 In --out (default: beside the first checkpoint) evaluations.md and evaluations.png, and
 evaluations.jsonl with a line for each finished row: the same command goes on where it stopped.
@@ -43,19 +44,23 @@ def ways_of(column):
 
 
 def steps_for(calls, most):
-    """The most steps that need at most `most` evaluations, or None."""
-    return max((n for n in range(1, most + 1) if calls(n) <= most), default=None)
+    """The most steps that need at most `most` evaluations."""
+    return max(n for n in range(1, most + 1) if calls(n) <= most)
 
 
-def walk_of(sampler, net, column, trained, shape, steps):
-    """The function (seeds, labels) -> (x, x0_hat), (B,C,H,W), of each of `steps` steps."""
+def walk_of(sampler, net, column, shape, steps):
+    """The function (seeds, labels) -> (x, x0_hat), (B,C,H,W), of each of `steps` steps.
+
+    x0_hat of a chain's network is clipped to [-1, 1] by every sampler, as its chapter does it; that
+    of edm.py's never, as in its paper.
+    """
+    clip = isinstance(column, edm.Chain)
     if sampler in ("EDM Heun", "Euler"):
-        low, high = max(0.002, column.sigma_min), min(80.0, column.sigma_max)
-        how = {"order": 2 if sampler == "EDM Heun" else 1}
-        return partial(edm.sample, net, column, edm.sigma_steps(steps, low, high), shape, **how)
+        how = {"sampler": "heun" if sampler == "EDM Heun" else "euler", "clip_denoised": clip}
+        return partial(edm.trajectory, net, column, edm.Config(sample_steps=steps, **how), shape)
     alpha_bar = torch.from_numpy(1 / (1 + column.sigmas**2))
     where = (alpha_bar, ddim.subsequence(len(alpha_bar), steps), shape)
-    how = {"prediction": column.prediction}
+    how = {"prediction": column.prediction, "clip": clip}
     if sampler == "DDIM":
         return partial(ddim.sample, net, *where, **how)
     return partial(dpm_solver.sample, "dpmpp", net, *where, **how)
@@ -66,9 +71,12 @@ def rows_of(args, store):
     world, evaluators = World(device=torch.device("cuda:0" if args.gpus else "cpu")), {}
     for name, path in args.networks.items():
         net, trained, shape, names, column = edm.load_net(path, world.device)
-        made_of = {"weights": weights_hash(net), "n": args.n}
         data = args.data or trained.data
+        if not data:
+            raise BadInput(f"{path} names no data set: type --data, such as --data cifar10")
         key = (data, trained.size, tuple(names))
+        made_of = {"weights": weights_hash(net), "n": args.n, "data": data, "size": trained.size}
+        made_of |= {"classifier_steps": args.classifier_steps}
         if key not in evaluators:
             how = {"shape": shape, "class_names": names, "size": trained.size}
             how |= {"steps": args.classifier_steps}
@@ -83,7 +91,7 @@ def rows_of(args, store):
                 about = made_of | {"network": name, "sampler": sampler, "evaluations": calls(steps)}
                 found = next((row for row in read_log(store) if about.items() <= row.items()), None)
                 if found is None:
-                    walk = walk_of(sampler, quick, column, trained, shape, steps)
+                    walk = walk_of(sampler, quick, column, shape, steps)
                     desc = f"{name}, {sampler}, {calls(steps)} evaluations"
                     images = world.draw(walk, seeds, labels, args.batch_size, steps, desc)
                     numbers = None if labels is None else labels.numpy()

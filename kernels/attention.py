@@ -268,10 +268,11 @@ def _dkdv_kernel(q, k, v, do, lse, delta, dk, dv, scale, scale_log2, q_strides, 
 # - At D = 256 8 warps win, and cuDNN is faster than they: 31.3 µs forward and 137.7 backward for
 #   128 heads of 256 tokens, against 38.4 and 178.7. A row without "dq" and "dkdv" would leave all
 #   of training to SDPA, and keep "forward" for sampling.
-# - In fp32 8 warps over 64 queries and 16 keys, as everywhere else, end in an illegal memory access:
-#   each of two warp groups then multiplies 8 columns at a time, which no other tile here does.
-#   Other GPUs have no products of warp groups: sm_100 multiplies in tensor memory, the rest by the
-#   warp. Nobody has run this tile on sm_100; (64, 32, 4, 2) would spill there, and on sm_80.
+# - In fp32 8 warps over 64 queries and 16 keys, as everywhere else, end in an illegal access of
+#   memory: each of two warp groups then multiplies 8 columns at a time. No other tile here does so;
+#   dq with 8 warps, as everywhere else, would for D up to 16. Other GPUs have no products of warp
+#   groups: sm_100 multiplies in tensor memory, the rest by the warp. Nobody has run these tiles on
+#   sm_100; (64, 32, 4, 2) would spill there in forward, and on sm_80.
 
 # (bytes of a number, D up to): (BLOCK_N queries, BLOCK_M keys, warps, stages) of each kernel
 EVERYWHERE = {
@@ -288,7 +289,7 @@ HOPPER = EVERYWHERE | {
     (2, 64): {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dkdv": (64, 64, 4, 2)},
     (2, 128): {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dkdv": (32, 64, 4, 2)},
     (2, 256): {"forward": (128, 32, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (32, 64, 8, 2)},
-    (4, 32): {"forward": (64, 32, 4, 2), "dq": (64, 32, 8, 2), "dkdv": (16, 64, 4, 2)},
+    (4, 32): {"forward": (64, 32, 4, 2), "dq": (64, 32, 4, 2), "dkdv": (16, 64, 4, 2)},
     (4, 64): {"forward": (64, 32, 4, 2), "dq": (32, 32, 8, 1), "dkdv": (32, 32, 8, 1)},
 }
 TILES = {75: {}, 90: HOPPER}  # by architecture; all others have EVERYWHERE

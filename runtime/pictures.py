@@ -59,6 +59,19 @@ def save_film(frames, path, columns=None, most=50):
     save_gif([frames[i] for i in kept], f"{path}.gif", columns)
 
 
+def save_drawn(folder, images, labels, walk, seeds, world):
+    """samples.png and .npz of images uint8 (N,H,W,C), which walk(seeds, labels) ended in.
+
+    And reverse.gif and .png: the way of the first eight, x and below it x0_hat. world: on rank 0 of
+    it they are drawn and named.
+    """
+    folder = Path(folder)
+    if world.is_main:
+        save_samples(folder, images, labels, 10)
+        save_film(world.frames(walk, seeds[:8], labels), folder / "reverse", len(seeds[:8]))
+        print(f"samples: {folder / 'samples.png'}, how they came: {folder / 'reverse.gif'}")
+
+
 def save_samples(folder, images, labels, columns=None):
     """samples.png (a grid of the first 100) and samples.npz (arr_0 images, arr_1 labels if any).
 

@@ -15,9 +15,9 @@ though nobody has tracked it.
 
     power = PowerEMA(net, (0.05, 0.10))
     power.update(net, step); power.save_snapshot(folder, step)     in training
-    net.load_state_dict(reconstruct(folder, 0.07))                 afterwards
+    net.load_state_dict(reconstruct(folder, 0.07, power.snapshots))    afterwards
 
-Means and snapshots are fp32. In 50,000 steps its rounding added up to 5e-6 of a weight. fp16
+Means and snapshots are fp32. After 50,000 steps its rounding error is 5e-6 of a weight. fp16
 snapshots would be half as large and round by 1.4e-4, each on its own. Between the two lengths that
 would do, but a shorter mean is a difference of snapshots: for 0.02 it has 20 times their error.
 """
@@ -47,14 +47,14 @@ def sigma_rel_of(gamma):
     return math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3))
 
 
-def gamma_of(sigma_rel):
+def gamma_of(sigma_rel, flag="the length of a running mean"):
     """The exponent of the mean with this length: the largest root of a cubic, algorithm 2.
 
-    Raises BadInput for a length that is not above 0 and at most 12^-0.5 = 0.2886.
+    Raises BadInput, naming `flag`, for a length that is not above 0 and at most 12^-0.5 = 0.2886.
     """
     if not 0 < sigma_rel <= LONGEST + 1e-12:
         limits = f"above 0 and at most {math.floor(1e4 * LONGEST) / 1e4}, that of the plain mean"
-        raise BadInput(f"the length {sigma_rel:g} of a running mean: expected a number {limits}")
+        raise BadInput(f"{flag} {sigma_rel:g}: expected a number {limits}")
     a = sigma_rel**-2
     return max(float(np.roots([1, 7, 16 - a, 12 - a]).real.max()), 0.0)
 
@@ -187,29 +187,29 @@ def _layout(mean):
 
 
 @torch.no_grad()
-def reconstruct(folder, length, step=None):
+def reconstruct(folder, length, steps):
     """The running mean of this length (sigma_rel) at the last snapshot: a state_dict on the CPU.
 
     folder    where PowerEMA.save_snapshot wrote
-    step      only snapshots of at most so many steps count
+    steps     of the snapshots that count: a checkpoint names those of its past, PowerEMA.snapshots
 
     A line says where the snapshots can make such a mean only roughly. Sums are in float64. Raises
-    BadInput for a length out of range, where there are no snapshots, and for files that are damaged
+    BadInput for a length out of range, where snapshots are missing, and for files that are damaged
     or of different networks.
     """
-    gamma, folder = gamma_of(length), Path(folder)
-    found = [(_read(path), path) for path in folder.glob("snapshot-*.pt")]
-    found = sorted((s["step"], path, s) for s, path in found if step is None or s["step"] <= step)
-    if not found:
-        up_to = "" if step is None else f" of {step} steps or fewer"
-        raise BadInput(f"{folder} has no snapshots{up_to}: train with --ema-lengths 0.05 0.1")
+    gamma, paths = gamma_of(length), [_snapshot(Path(folder), step) for step in sorted(steps)]
+    if not paths:
+        raise BadInput("this network has no running means: train it with --ema-lengths 0.05 0.1")
+    if gone := [path for path in paths if not path.is_file()]:
+        raise BadInput(f"{gone[0]} is missing, of {len(paths)} snapshots: copy it there")
+    found = [(step, path, _read(path)) for step, path in zip(sorted(steps), paths, strict=True)]
     t, newest, last = found[-1]
     layout = _layout(last["means"][0])
     terms = []  # (gamma, step, the mean)
     for at, path, snapshot in found:
         for tracked, mean in zip(snapshot["lengths"], snapshot["means"], strict=True):
-            if _layout(mean) != layout:
-                raise BadInput(f"{path} is of another network than {newest}: name another folder")
+            if _layout(mean) != layout or snapshot["step"] != at:
+                raise BadInput(f"{path} is of another network or step than {newest}")
             terms.append((gamma_of(tracked), at, mean))
     gammas, steps, means = zip(*terms, strict=True)
     x, missed = coefficients(gammas, steps, gamma, t)

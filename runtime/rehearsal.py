@@ -147,8 +147,16 @@ class Rehearsal(World):
         self.add(name, left, cfg.batch_size, flops * cfg.batch_size, times)
         self.know_memory(run, cfg, name, costs, here)
         kept = 2 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
-        each = 4 * n * (3 + len(cfg.ema)) + bytes_of(run.facts)
+        lengths = len(
+            getattr(cfg, "ema_lengths", ())
+        )  # further running means, and snapshots of them
+        each = 4 * n * (3 + len(cfg.ema) + lengths) + bytes_of(run.facts)
         self.disk.append((f"{kept} checkpoints of {name}", kept * each))
+        if lengths:
+            snapshots = cfg.steps // cfg.snapshot_every + 1
+            self.disk.append(
+                (f"{snapshots} snapshots of running means", snapshots * lengths * 4 * n)
+            )
         if last and hasattr(cfg, "sample_steps"):
             self.know_drawing(run, cfg, inputs, done, costs[here].flops)
 
@@ -157,7 +165,8 @@ class Rehearsal(World):
         split = self.processes if getattr(cfg, "shard", False) else 1
         n = plan.parameters(run.net)
         # Weights, gradients, Adam's two moments, and the running means.
-        state = 4 * n * (4 + len(cfg.ema)) / split + bytes_of(run.facts)
+        means = len(cfg.ema) + len(getattr(cfg, "ema_lengths", ()))
+        state = 4 * n * (4 + means) / split + bytes_of(run.facts)
         state += 4 * n if split > 1 else 0  # whole again while grids are drawn
         share = cfg.batch_size // self.processes
         part = -(-share // cfg.accumulate)
@@ -176,7 +185,7 @@ class Rehearsal(World):
 
     def know_drawing(self, run, cfg, inputs, done, flops):
         """The time of all samples, by passes through the network: without decoding or scoring."""
-        passes = cfg.sample_steps
+        passes = cfg.sample_steps * (2 if getattr(cfg, "sampler", "") == "heun" else 1)
         if run.net.null and getattr(cfg, "guidance", 0) not in (0, -1):
             passes *= 2
         images = cfg.batch_size // self.processes

@@ -71,6 +71,12 @@ def assert_same_tree(whole, broken):
         a, b = (np.load(folder / path) for folder in (whole, broken))
         pairs = [(a[name], b[name]) for name in a] if path.suffix == ".npz" else [(a, b)]
         assert all(np.array_equal(*pair) for pair in pairs), path
+    for path in (p.relative_to(whole) for p in whole.rglob("snapshot-*.pt")):
+        a, b = (torch.load(folder / path, weights_only=True) for folder in (whole, broken))
+        assert_same(a, b, str(path))
+    assert {*whole.rglob("snapshot-*.pt")} == {
+        whole / p.relative_to(broken) for p in broken.rglob("snapshot-*.pt")
+    }
 
 
 def log_passes(folder, log_before, step):

@@ -254,6 +254,7 @@ def as_checkpoint(path, scripts=()):
         raise BadInput(f"{path} {why}")
     # 0.12 is what the published networks were trained with; sampling needs to know but whether.
     config = {"model": "ddpmpp", "augment": 0.12 * (length > 0), "label_dropout": 0.0, "ema": ()}
+    config["data"] = ""  # the file does not say
     return {
         "script": "edm",
         "config": config | settings,
@@ -261,4 +262,5 @@ def as_checkpoint(path, scripts=()):
         "class_names": [str(i) for i in range(found["num_classes"])],
         "ema": found["state"],
         "sigma_data": found["sigma_data"],
+        "sigma_range": (found["sigma_min"], found["sigma_max"]),
     }

@@ -44,7 +44,7 @@ def test_one_length_is_sampled_from_its_average(run, tmp_path):
     asked = ["--sample", run / "ckpt.pt", "--gpus", 0, "--n", 3, "--sample-steps", 3]
     succeed("edm", *asked, "--ema-length", 0.07, "--out", tmp_path)
     net, _, shape, _, column = edm.load_net(run / "ckpt.pt", "cpu")
-    net.load_state_dict(reconstruct(run / "power", 0.07))
+    net.load_state_dict(reconstruct(run / "power", 0.07, [*range(2, 21, 2)]))
     seeds, labels = torch.arange(3), torch.arange(3) % 2
     cfg = edm.Config(sample_steps=3)
     *_, (x, _) = edm.trajectory(net, column, cfg, shape, seeds, labels)
@@ -54,8 +54,29 @@ def test_one_length_is_sampled_from_its_average(run, tmp_path):
 
 def test_several_lengths_are_a_curve(run, tmp_path):
     asked = ["--sample", run / "ckpt.pt", "--gpus", 0, "--n", 8, "--sample-steps", 2]
-    done = succeed("edm", *asked, "--ema-length", 0.05, 0.1, "--out", tmp_path)
-    assert done.out.count("Fréchet distance") == 2 and (tmp_path / "ema-length.png").exists()
+    done = succeed("edm", *asked, "--ema-length", 0.05, 0.28, "--out", tmp_path)
+    told = [line.split()[-1] for line in done.out.splitlines() if "Fréchet distance" in line]
+    assert len(set(told)) == 2 and (tmp_path / "ema-length.png").exists()
+
+
+def test_the_checkpoint_says_which_snapshots_count(run, tmp_path):
+    earlier = tmp_path / "ckpt-000006.pt"
+    state = load_checkpoint(run / "ckpt.pt")
+    state["power"]["snapshots"] = [2, 4, 6]
+    torch.save(state, earlier)
+    (tmp_path / "power").mkdir()
+    for step in (2, 4, 6, 8):
+        name = f"snapshot-{step:07d}.pt"
+        (tmp_path / "power" / name).write_bytes((run / "power" / name).read_bytes())
+    asked = ["--gpus", 0, "--n", 2, "--sample-steps", 2, "--ema-length", 0.07]
+    succeed("edm", "--sample", earlier, *asked, "--out", tmp_path / "a")
+    (tmp_path / "power" / "snapshot-0000008.pt").unlink()
+    succeed("edm", "--sample", earlier, *asked, "--out", tmp_path / "b")
+    one, other = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in "ab")
+    assert np.array_equal(one, other)
+    (tmp_path / "power" / "snapshot-0000004.pt").unlink()
+    line = refused("edm", "--sample", earlier, *asked)
+    assert "snapshot-0000004.pt is missing" in line
 
 
 def test_several_churns_are_a_picture(run, tmp_path):
@@ -73,7 +94,7 @@ def test_a_run_without_averages_has_no_other_length(toy, tiny, tmp_path):
     succeed("edm", *tiny["edm"], *toy, *flags("edm", ema_lengths=()), "--steps", 3, "--out", out)
     assert not (out / "power").exists()
     line = refused("edm", "--sample", out / "ckpt.pt", "--gpus", 0, "--ema-length", 0.1)
-    assert "power" in line
+    assert "--ema-lengths" in line
 
 
 def test_a_published_pickle_is_sampled(tmp_path):

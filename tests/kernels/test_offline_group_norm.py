@@ -104,8 +104,8 @@ def wide_instructions(launch, tensors, itemsize):
 
 
 def assert_fit_for_hopper(forward, backward, itemsize):
-    """Memory is what they wait for: each lane asks for as much at a time as may be, and where a
-    tensor is read twice, many warps are in flight.
+    """Memory is what they wait for: each lane asks for as much at a time as may be, and where two
+    passes are taken, a multiprocessor has 12 warps in flight. A single pass has all in registers.
 
     What is not wide are parameters, statistics and partial results, a few numbers for each tile.
     """
@@ -113,7 +113,7 @@ def assert_fit_for_hopper(forward, backward, itemsize):
     for launches, read in ((forward, 1), (backward, 2)):  # x, and dy
         for launch in launches:
             report = inspect_kernel(launch.kernel)
-            assert report.registers <= 128 or launch.constants["CHUNKS"] == 0, report
+            assert 64 * report.occupancy >= 12 or launch.constants["CHUNKS"] == 0, report
             bits, wide = wide_instructions(launch, read, itemsize)
             assert report.load_widths.get(bits, 0) >= wide, report
         bits, wide = wide_instructions(launch, 1, itemsize)  # the last one writes y or dx
@@ -148,13 +148,14 @@ def test_elsewhere(target, shape):
     assert_no_spills([*forward, *backward])
 
 
-def assert_fit_for_turing(launches):
+def assert_fit_for_turing(launches, itemsize):
     """A multiprocessor of sm_75 has room for 1024 threads, and a block for 64 KiB."""
     assert_no_spills(launches)
     for launch in launches:
         report = inspect_kernel(launch.kernel)
         assert report.shared <= 64 * 1024 and report.warps <= 32, report
-        assert report.load_widths.get(128, 0) > 0, report
+        bits, _ = wide_instructions(launch, 1, itemsize)
+        assert report.load_widths.get(bits, 0) > 0, report
 
 
 TURING = {"fp16": (torch.float16, True), "fp32": FULL, "nchw": (torch.float16, False)}
@@ -164,7 +165,7 @@ TURING = {"fp16": (torch.float16, True), "fp32": FULL, "nchw": (torch.float16, F
 @pytest.mark.parametrize("shape", [CHOSEN[0], CHOSEN[3], CHOSEN[-1]], ids=name_of)
 def test_on_turing(shape, kind):
     forward, backward = launched("sm_75", shape, *TURING[kind])
-    assert_fit_for_turing([*forward, *backward])
+    assert_fit_for_turing([*forward, *backward], TURING[kind][0].itemsize)
 
 
 @pytest.mark.slow
@@ -172,7 +173,7 @@ def test_on_turing(shape, kind):
 @pytest.mark.parametrize("shape", CIFAR + LATENTS + AUTOENCODER, ids=name_of)
 def test_everything_on_turing(shape, kind):
     forward, backward = launched("sm_75", shape, *TURING[kind])
-    assert_fit_for_turing([*forward, *backward])
+    assert_fit_for_turing([*forward, *backward], TURING[kind][0].itemsize)
 
 
 @pytest.mark.parametrize("case", PUBLIC, ids=lambda case: case.name)

@@ -1,5 +1,6 @@
 """Running means of a length that is chosen afterwards: formulas, precision, files."""
 
+from runtime import posthoc_ema
 from runtime.commandline import BadInput
 from runtime.posthoc_ema import (
     LONGEST,
@@ -8,7 +9,6 @@ from runtime.posthoc_ema import (
     gamma_of,
     overlap,
     profile,
-    reconstruct,
     sigma_rel_of,
 )
 from runtime.processes import SAID
@@ -53,6 +53,12 @@ def trajectory(steps, size=50, seed=0):
     settling = rng.standard_normal(size) * np.exp(-5 * tau * rng.random(size))
     jitter = np.cumsum(rng.standard_normal((steps, size)), axis=0) / np.sqrt(steps)
     return settling + 0.2 * jitter
+
+
+def reconstruct(folder, length, step=10**9):
+    """posthoc_ema.reconstruct with all snapshots in the folder, of at most `step` steps."""
+    steps = [int(path.stem.split("-")[1]) for path in folder.glob("snapshot-*.pt")]
+    return posthoc_ema.reconstruct(folder, length, [s for s in steps if s <= step])
 
 
 def tracked(theta, lengths, folder=None, every=0, dtype=torch.float32):
@@ -370,11 +376,13 @@ def test_lengths_that_are_there_twice_or_not_those_of_the_checkpoint():
     )
 
 
-def test_no_snapshots(tmp_path):
-    refused(f"{tmp_path} has no snapshots: train with", reconstruct, tmp_path, 0.07)
-    refused("nowhere has no snapshots", reconstruct, tmp_path / "nowhere", 0.07)
+def test_missing_snapshots(tmp_path):
+    refused("no running means: train it with", reconstruct, tmp_path, 0.07)
     tracked(trajectory(20), LENGTHS, tmp_path, 10)
-    refused("no snapshots of 9 steps or fewer", reconstruct, tmp_path, 0.07, 9)
+    gone = "snapshot-0000015.pt is missing, of 3 snapshots"
+    refused(gone, posthoc_ema.reconstruct, tmp_path, 0.07, [10, 15, 20])
+    os.rename(tmp_path / "snapshot-0000010.pt", tmp_path / "snapshot-0000015.pt")
+    refused("another network or step", reconstruct, tmp_path, 0.07)
 
 
 def written(path, how):
@@ -431,4 +439,6 @@ def test_snapshots_of_another_network(tmp_path):
     tracked(trajectory(30), LENGTHS, tmp_path, 10)
     tracked(trajectory(20, size=7), LENGTHS, tmp_path / "other", 10)
     os.replace(tmp_path / "other" / "snapshot-0000020.pt", tmp_path / "snapshot-0000020.pt")
-    refused("0000020.pt is of another network than .*0000030.pt", reconstruct, tmp_path, 0.07)
+    refused(
+        "0000020.pt is of another network or step than .*0000030.pt", reconstruct, tmp_path, 0.07
+    )

@@ -31,6 +31,8 @@ HARD = {
     "sample_every": 40,
     "model_channels": 8,
     "channel_mult": (1,),
+    "ema_lengths": (0.05, 0.1),
+    "snapshot_every": 3,
 }
 
 

@@ -111,12 +111,16 @@ def test_two_groups_of_published_shapes(case, backward):
 
 
 @every_dense_order
-def test_groups_of_36_bytes_are_read_together(order):
-    """18 channels in bfloat16, as 576 in 32 groups: alone, they would share sectors of 32 bytes."""
-    forward, _ = passes((1, 576, 8, 8), 32, torch.bfloat16, order)
-    assert_clean(forward)
-    assert forward.ratio <= 1.05
-    assert forward.sector_ratio <= (1.05 if order is channels_innermost else 1.10)
+def test_two_groups_of_36_bytes_are_read_together(order):
+    """18 channels in bfloat16, as 576 in 32 groups: rows of 72 bytes, which lie in 3 sectors of 32.
+
+    An H200 was fastest so, although neighbours then read a part of each other's sectors.
+    """
+    for traffic in passes((1, 576, 8, 8), 32, torch.bfloat16, order):
+        assert_clean(traffic)
+        assert traffic.launches[0][1] == (16 if order is channels_innermost else 32,)
+        assert traffic.ratio <= 1.05
+        assert traffic.sector_ratio <= (3 * 32 / 72 + 0.01 if order is channels_innermost else 1.10)
 
 
 @pytest.mark.parametrize("film", [True, False], ids=["film", "plain"])
