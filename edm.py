@@ -20,7 +20,7 @@ noise on its way (algorithm 2). It takes the networks of ddpm_pixel.py and impro
 what they give is a denoiser by the columns VP and iDDPM of table 1.
 
     python edm.py --data mnist                     25 minutes of one CPU core; runs/edm-mnist
-    python edm.py --sample runs/edm-mnist/ckpt.pt --sample-steps 10 --S-churn 0 5 10 20 40
+    python edm.py --sample runs/edm-mnist/ckpt.pt --sample-steps 40 --S-churn 0 2 4 8 16
     python edm.py --sample runs/pixel-mnist/ckpt.pt --column vp           a network of chapter 1
     python edm.py --sample edm-cifar10-32x32-cond-vp.pkl --n 64 --out runs/edm-published
     python edm.py --data cifar10 --gpus 8                the paper's: DDPM++, 200 million images
@@ -102,7 +102,8 @@ class Config(cli.RunConfig):
     sigma_max: float = 80.0  # the first
     rho: float = 7.0  # the larger, the more steps are near sigma_min
     S_churn: tuple[float, ...] = (0.0,)
-    """how much noise all steps of algorithm 2 renew; several: a row of images for each"""
+    """how much noise all steps of algorithm 2 renew, at most 0.41 times their number; several: a
+    row of images for each"""
     S_tmin: float = 0.0  # no fresh noise below this sigma
     S_tmax: float = 1e9  # nor above this one
     S_noise: float = 1.0  # factor on that noise: 1 is exact (paper: up to 1.007)

@@ -462,7 +462,8 @@ def plan_tiles(batch, channels, positions, groups, itemsize, innermost, backward
             warp = 2048  # numbers that it works on
             if numbers > 8192:
                 warp = 1024 if backward else 4096 if row(n) >= 32 else 2048
-            return Plan(n, width(n), padded, max(1, numbers // warp), 0, 0)
+            columns = width(n) // 1024  # warps for their statistics and parameters
+            return Plan(n, width(n), padded, max(1, numbers // warp, columns), 0, 0)
 
     long = [n for n in divisors if (row(n) >= 64 or n == groups) and width(n) <= 1024]
     n = min(long, default=1)

@@ -163,11 +163,17 @@ def test_a_worker_that_cuda_has_left_does_not_silence_the_others(tmp_path, monke
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return {"right": True, "share": 0.5, "of": "result 0", "kernel": True}
 
+    def workers():
+        pools.append(ThreadPoolExecutor(1))
+        return pools[-1]
+
+    pools = []
     monkeypatch.setattr(gpu_kernels, "verified", verified)
-    monkeypatch.setattr(gpu_kernels, "workers", lambda: ThreadPoolExecutor(1))
-    with pytest.raises(RuntimeError, match="CUDA error"):
-        gpu_kernels.verify(Job("verify", tmp_path))
+    monkeypatch.setattr(gpu_kernels, "workers", workers)
+    gpu_kernels.verify(Job("verify", tmp_path))
     found = latest(read(tmp_path), "verify")
+    faults = sum("failed" in row for row in found.values())
+    assert faults <= len(pools) <= faults + 1  # after each the others are asked in a new one
     for case in (*gpu_kernels.CASES, *gpu_kernels.MORE_CASES):
         row = found[case.operation, case.name, "forward"]
         assert ("failed" in row) == (case.operation == "attention") != ("right" in row)

@@ -14,6 +14,7 @@ if INTERPRET or importlib.util.find_spec("triton") is None:
     pytest.skip("compiling needs triton, not interpreting", allow_module_level=True)
 
 from kernels.group_norm_silu import (
+    WIDEST,
     Plan,
     _backward,
     _forward,
@@ -227,6 +228,19 @@ def test_few_channels_are_taken_all_together(groups, channels, backward):
     """No row reaches 64 bytes; that of all groups at least shares no sector."""
     plan = plan_tiles(2, channels, 512**2, groups, 2, True, backward)
     assert plan.groups == groups and plan.chunks > 0
+
+
+@pytest.mark.parametrize("side", [1, 4])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_widest_group_spills_nothing(target, side):
+    size = (8, WIDEST, side, side)
+    x = torch.empty(size, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    weight, parts = torch.empty(WIDEST), torch.empty(2, 8, WIDEST)
+    with compiled_for(target) as launches:
+        _forward(x, weight, weight, *parts, 1, 1e-5, True)
+        _backward(x, x, weight, weight, *parts, torch.empty(8, 1, 2), 1, True)
+    assert len(launches) == (2 if side == 1 else 4)
+    assert_no_spills(launches)
 
 
 def products_between_lanes(ptx):
