@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 
 FILE = "results.jsonl"
+SPOILED = "CUDA error", "Error [CUDA]", "BrokenProcessPool"  # after these a process is of no use
 
 
 def read(out):
@@ -76,7 +77,7 @@ class Job:
     def row(self, *of, **values):
         """Yield a dictionary, which is said at the end; an exception is said in its place.
 
-        An error of CUDA is raised again: after it nothing in this process works.
+        An error of CUDA, or a process that died, is raised again: nothing works there after it.
         """
         try:
             yield values
@@ -84,7 +85,7 @@ class Job:
             traceback.print_exc()
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self.say(*of, failed=why)
-            if "CUDA error" in why or "Error [CUDA]" in why:
+            if any(word in why for word in SPOILED):
                 raise
         else:
             self.say(*of, **values)

@@ -261,7 +261,8 @@ def _dkdv_kernel(q, k, v, do, lse, delta, dk, dv, scale, scale_log2, q_strides, 
 # In fp32 an operand is two tf32 numbers and takes four times the registers of a 16-bit one, so
 # tiles are small. With D > 128 nothing useful fits, and the reference runs.
 #
-# sm_90 has rows of its own, the best of bench/candidates.py on an H200, at the chapters' shapes:
+# sm_90 has rows of its own, in 16 bits the best of bench/candidates.py on an H200, at the chapters'
+# shapes; those in fp32 were not chosen by time:
 #
 # - In 16 bits and for D up to 128 programs of 4 warps, one warp group, win over 64 rows that stay;
 #   8 warps were slower, and so were 128 rows, but in forward at D = 32.
@@ -269,10 +270,10 @@ def _dkdv_kernel(q, k, v, do, lse, delta, dk, dv, scale, scale_log2, q_strides, 
 #   128 heads of 256 tokens, against 38.4 and 178.7. A row without "dq" and "dkdv" would leave all
 #   of training to SDPA, and keep "forward" for sampling.
 # - In fp32 8 warps over 64 queries and 16 keys, as everywhere else, end in an illegal access of
-#   memory: each of two warp groups then multiplies 8 columns at a time. No other tile here does so;
-#   dq with 8 warps, as everywhere else, would for D up to 16. Other GPUs have no products of warp
-#   groups: sm_100 multiplies in tensor memory, the rest by the warp. Nobody has run these tiles on
-#   sm_100; (64, 32, 4, 2) would spill there in forward, and on sm_80.
+#   memory, the likely cause being that each of two warp groups multiplies 8 columns at a time. No
+#   other tile here does so; dq with 8 warps would for D up to 16. Other GPUs have no products of
+#   warp groups: sm_100 multiplies in tensor memory, the rest by the warp. Nobody has run these
+#   tiles on sm_100; (64, 32, 4, 2) would spill there in forward, and on sm_80.
 
 # (bytes of a number, D up to): (BLOCK_N queries, BLOCK_M keys, warps, stages) of each kernel
 EVERYWHERE = {
@@ -284,12 +285,14 @@ EVERYWHERE = {
     (4, 64): {"forward": (64, 16, 8, 2), "dq": (32, 32, 8, 1), "dkdv": (32, 32, 8, 1)},
     (4, 128): {"forward": (16, 32, 4, 1), "dq": (16, 32, 8, 1), "dkdv": (32, 16, 8, 1)},
 }
-HOPPER = EVERYWHERE | {
+HOPPER = {(4, 16): {"forward": (64, 32, 4, 2), "dq": (64, 32, 4, 2), "dkdv": (16, 64, 4, 2)}}
+HOPPER |= EVERYWHERE
+HOPPER |= {
     (2, 32): {"forward": (128, 64, 4, 3), "dq": (64, 64, 4, 2), "dkdv": (64, 64, 4, 2)},
     (2, 64): {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dkdv": (64, 64, 4, 2)},
     (2, 128): {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dkdv": (32, 64, 4, 2)},
     (2, 256): {"forward": (128, 32, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (32, 64, 8, 2)},
-    (4, 32): {"forward": (64, 32, 4, 2), "dq": (64, 32, 4, 2), "dkdv": (16, 64, 4, 2)},
+    (4, 32): {"forward": (64, 32, 4, 2), "dq": (64, 32, 8, 2), "dkdv": (16, 64, 4, 2)},
     (4, 64): {"forward": (64, 32, 4, 2), "dq": (32, 32, 8, 1), "dkdv": (32, 32, 8, 1)},
 }
 TILES = {75: {}, 90: HOPPER}  # by architecture; all others have EVERYWHERE

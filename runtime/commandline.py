@@ -74,8 +74,8 @@ class RunConfig(NetworkCommand):
     compile: bool = False  # torch.compile the network, for training and for sampling
     graph: bool = False
     """record forward and backward of the network as CUDA graphs, which start its many kernels by
-    one call; not with --accumulate, --shard or --discriminator. On one GPU that is so, where it can
-    be, unless --no-graph is typed; sampling always does it"""
+    one call; not with --accumulate, --shard or --discriminator. Where one GPU trains, that is so
+    unless --no-graph is typed; sampling always does it"""
     tensorboard: bool = False  # write TensorBoard files too
     log_every: int = 50  # steps between two lines of log.jsonl
     save_every: int = 500  # steps between two checkpoints, a multiple of --log-every

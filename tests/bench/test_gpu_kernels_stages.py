@@ -63,7 +63,8 @@ def sanitized(folder, monkeypatch, blocks, summary, code, fewer=0):
     [
         (0, [], "ERROR SUMMARY: 0 errors", 0, True),
         (0, [], HAZARDS.format(0, 0), 0, True),
-        (0, [THEIRS, COPIES], HAZARDS.format(2, 2), 9, True),
+        (0, [THEIRS, THEIRS], HAZARDS.format(2, 2), 9, True),
+        (0, [THEIRS, COPIES], HAZARDS.format(2, 2), 9, False),
         (0, [LATER], HAZARDS.format(1, 1), 9, False),
         (0, [COPIES, READ], HAZARDS.format(2, 2), 9, False),
         (0, [BEYOND], "ERROR SUMMARY: 1 error", 9, False),

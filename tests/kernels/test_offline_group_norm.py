@@ -216,7 +216,8 @@ PLANS = {  # (batch, channels, side): the plan of the forward pass, and of the g
 
 
 @pytest.mark.parametrize("shape", PLANS, ids=lambda shape: "x".join(map(str, shape)))
-def test_plans_are_those_that_were_measured(shape):
+def test_plans_at_the_chapters_shapes(shape):
+    """All but 32x192x16x16 backward were timed on an H200."""
     batch, channels, side = shape
     for backward, plan in enumerate(PLANS[shape]):
         assert plan == plan_tiles(batch, channels, side**2, GROUPS, 2, True, bool(backward))

@@ -2,7 +2,9 @@
 
 from runtime import graphs, processes
 from runtime.commandline import BadInput, RunConfig, check_run
+from runtime.graphs import is_wanted
 from runtime.processes import World
+from runtime.rehearsal import Rehearsal
 
 import contextlib
 import importlib
@@ -17,6 +19,9 @@ from launching import start_ranks, succeed
 from run_folders import assert_same, rows, saved
 from tiny_runs import COMMANDS, TRAININGS, fields
 from toy_run import NULL, SHAPE, Net, make, train
+
+import autoencoder
+import ddpm_pixel
 
 DRAWING = [script for script in TRAININGS if "seeds" in fields(script)]
 SAMPLERS = [s for s in COMMANDS if s not in TRAININGS and {"sample", "seeds"} <= {*fields(s)}]
@@ -326,3 +331,35 @@ def test_graphs_are_refused_where_the_network_is_called_more_than_once_in_a_step
     with pytest.raises(BadInput, match="--graph and --discriminator"):
         autoencoder.check(autoencoder.Config(gpus=0, graph=True, discriminator=0.5, disc_start=1))
     check_run(RunConfig(gpus=0, graph=True))
+
+
+ON_GPU = {"device": torch.device("cuda")}
+WANTED = [  # what is typed, of the World, of the settings: whether training takes graphs
+    ("", ON_GPU, {}, True),
+    ("--no-graph", ON_GPU, {}, False),
+    ("", {}, {}, False),
+    ("", ON_GPU | {"size": 2}, {}, False),
+    ("", ON_GPU, {"accumulate": 2}, False),
+    ("", ON_GPU, {"compile": True}, False),
+    ("", ON_GPU, {"use_checkpoint": True}, False),
+    ("--graph", ON_GPU | {"size": 2}, {"graph": True}, True),
+    ("--graph", {}, {"graph": True}, True),
+]
+
+
+@pytest.mark.parametrize("typed, place, settings, wanted", WANTED)
+def test_one_gpu_takes_graphs_by_itself(typed, place, settings, wanted, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ddpm_pixel.py", *typed.split()])
+    assert is_wanted(ddpm_pixel.Config(**settings), World(**place)) is wanted
+
+
+def test_the_stages_of_a_latent_run_do_not_ask_each_others_settings(monkeypatch):
+    """The autoencoder's stage reads a command line whose --config is of the whole run."""
+    monkeypatch.setattr(sys, "argv", ["ldm_cfg.py", "--config", "configs/imagenet100.yaml"])
+    assert is_wanted(autoencoder.Config(), World(**ON_GPU))
+    assert not is_wanted(autoencoder.Config(discriminator=0.5), World(**ON_GPU))
+
+
+def test_a_rehearsal_of_several_gpus_takes_none():
+    world = Rehearsal(**ON_GPU, cfg=None, processes=8, timed=True)
+    assert not is_wanted(ddpm_pixel.Config(), world)
