@@ -12,22 +12,25 @@ INTERPRETED = tests/kernels/interpreter tests/kernels/test_kernels_attention.py 
 	tests/kernels/test_kernels_sampling_update.py
 INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-all test-as-it-is test-interpreted bench clean
+.PHONY: demo test test-all test-runs test-others test-interpreted bench clean
 
 demo: $(VENV)/.installed
 	$(PY) ldm_cfg.py
 
-# Twice pytest, side by side: Triton decides where a kernel is defined whether it is compiled or
-# interpreted. EVERY adds the slow tests.
+# Three times pytest, two side by side: whole runs, all else, and the kernels once more, for Triton
+# decides where a kernel is defined whether it is compiled or interpreted. EVERY adds the slow tests.
 test: $(VENV)/.installed
 	$(PY) -m ruff check .
-	$(MAKE) -j2 test-as-it-is test-interpreted
+	$(MAKE) -j2 test-runs test-others test-interpreted
 
 test-all:
 	$(MAKE) test EVERY='-m ""'
 
-test-as-it-is: $(VENV)/.installed
-	$(PY) -m pytest $(EVERY)
+test-runs: $(VENV)/.installed
+	$(PY) -m pytest $(EVERY) tests/runtime
+
+test-others: $(VENV)/.installed
+	$(PY) -m pytest $(EVERY) --ignore tests/runtime
 
 test-interpreted: $(VENV)/.installed
 	TRITON_INTERPRET=1 $(PY) -m pytest $(EVERY) $(INTERPRETED)

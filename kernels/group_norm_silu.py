@@ -438,7 +438,8 @@ def plan_tiles(batch, channels, positions, groups, itemsize, innermost, backward
       gradient wants one for 1024. The forward pass wants one for 4096, but not where rows are
       shorter than 32 bytes, whose numbers a thread loads a few at a time.
     - Two passes take the shortest rows of 64 bytes or more. As many chunks as give each of the 132
-      multiprocessors four programs are enough, but at least four for each group.
+      multiprocessors four programs are enough. But up to four are better than fewer, as long as
+      the first kernel then has no more than 2048 programs.
 
     All groups together leave out no byte: a tile of them is as good as one with long rows.
     """
@@ -472,7 +473,8 @@ def plan_tiles(batch, channels, positions, groups, itemsize, innermost, backward
     small = backward and width(n) <= 128
     rows = min(padded, max(1, (4096 if small else 8192) // width(n)))
     tiles = triton.cdiv(positions, rows)
-    chunks = max(4, triton.cdiv(4 * 132, batch * (groups // n)))
+    programs = batch * (groups // n)  # with one chunk
+    chunks = max(triton.cdiv(4 * 132, programs), min(4, 2048 // programs))
     chunks = min(chunks, tiles, 32, max(4, rows // 16))  # a tile also reads the partial results
     chunk = triton.cdiv(tiles, chunks) * rows
     warps = (4 if width(n) <= 32 else 8 if small else 16) if backward else 8
