@@ -436,10 +436,10 @@ def sample_checkpoint(cfg, world):
     if cfg.ema_length:
         past = checkpoints.load_checkpoint(cfg.sample, "edm", mapped=True)["power"]["snapshots"]
         mean_of = partial(reconstruct, Path(cfg.sample).parent / "power", steps=past)
+        if len(cfg.ema_length) > 1:
+            how = mean_of, cfg.ema_length, folder
+            return save_ema_curve(net, column, trained, world, shape, *how)
         net.load_state_dict(mean_of(cfg.ema_length[0]))
-    if len(cfg.ema_length) > 1:
-        how = mean_of, cfg.ema_length, folder
-        return save_ema_curve(net, column, trained, world, shape, *how)
     make = save_churn if len(trained.S_churn) > 1 else save_images
     make(net, column, trained, world, shape, seeds, labels, folder)
 

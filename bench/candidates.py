@@ -104,6 +104,9 @@ def _plans(case, backward):
         shape[0], case.channels, positions, case.groups, itemsize, innermost, backward
     )
 
+    def power_of_2(n):
+        return 1 << (n - 1).bit_length()
+
     def groups_of(channels):
         """Neighbouring groups that have at least so many channels together."""
         groups = plan.groups
@@ -113,7 +116,7 @@ def _plans(case, backward):
 
     def two_passes(numbers, warps, channels=32):
         groups = groups_of(channels)
-        width = 1 << (groups * size - 1).bit_length()
+        width = power_of_2(groups * size)
         rows = max(1, numbers // width)
         tiles = -(-positions // rows)
         chunks = min(tiles, 32, max(1, -(-4 * 132 // (shape[0] * (case.groups // groups)))))
@@ -122,8 +125,7 @@ def _plans(case, backward):
 
     def one_pass(channels):
         groups = groups_of(channels)
-        width = 1 << (groups * size - 1).bit_length()
-        rows = 1 << (positions - 1).bit_length()
+        width, rows = power_of_2(groups * size), power_of_2(positions)
         return Plan(groups, width, rows, max(1, min(16, width * rows // 1024)), 0, 0)
 
     plans = [plan, plan._replace(warps=max(1, plan.warps // 2))]

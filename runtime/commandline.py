@@ -157,8 +157,9 @@ def smaller(cfg, **values):
 
 
 def _names(args):
-    """The settings that these arguments give."""
-    return {arg.split("=")[0][2:].replace("-", "_") for arg in args if arg.startswith("--")}
+    """The settings that these arguments give; --no-flip gives flip."""
+    given = {arg.split("=")[0][2:].replace("-", "_") for arg in args if arg.startswith("--")}
+    return {name.removeprefix("no_") for name in given}
 
 
 def _yaml_flags(args, names):

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from training_step import training_step
 
 import ddpm_pixel as ch1
 from kernels import gaussian, sampling_update
@@ -205,22 +206,8 @@ def test_no_label_is_the_label_num_classes():
 
 def gradients(net, use_checkpoint):
     """(output, gradients, bytes kept for backward) of a training step with dropout."""
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     net.cfg.use_checkpoint = use_checkpoint
-    net.zero_grad()
-    torch.manual_seed(3)
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = net.train()(*inputs())
-    size = sum(nbytes for pointer, nbytes in kept.items() if pointer not in weights)
-    out.square().sum().backward()
-    return out, {name: p.grad.clone() for name, p in net.named_parameters()}, size
+    return training_step(net, inputs())
 
 
 def test_use_checkpoint_keeps_less_and_gives_the_same_gradients():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from reference_dit import SHAPE, SMALL, batch, by_definition, opened, relative
+from training_step import training_step
 
 import ddpm_pixel
 import dit
@@ -175,18 +176,7 @@ def test_no_label_is_the_label_num_classes():
 
 def test_computing_activations_twice_gives_the_same_gradients_and_keeps_less():
     def step(use_checkpoint):
-        net, kept = opened(depth=4, use_checkpoint=use_checkpoint).train(), {}
-        mine = {p.untyped_storage().data_ptr() for p in net.parameters()}
-
-        def pack(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = net(*batch())
-        out.square().sum().backward()
-        gradients = {name: p.grad for name, p in net.named_parameters()}
-        return out, gradients, sum(n for place, n in kept.items() if place not in mine)
+        return training_step(opened(depth=4, use_checkpoint=use_checkpoint), batch())
 
     (out, whole, much), (again, parts, little) = step(False), step(True)
     assert torch.equal(out, again) and little < much / 4

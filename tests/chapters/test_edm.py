@@ -1,5 +1,7 @@
 """EDM's training: table 1 and the loss on real pixels, eq. 5, what training draws, bad input."""
 
+from runtime import checkpoints
+from runtime import commandline as cli
 from runtime.commandline import BadInput, entry
 from runtime.pictures import to_uint8
 from runtime.processes import World
@@ -267,6 +269,14 @@ def test_samples_of_another_chapters_network(column, earlier, tmp_path):
     how = {"order": 2, "churn": edm.Churn(3.0), "clip": True}  # as that chapter clips
     *_, (x, _) = edm.sample(net, chain, sigmas, shape, seeds, seeds % 2, **how)
     assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], to_uint8(x))
+
+
+def test_clipping_is_that_of_the_checkpoint_unless_it_is_typed(earlier, monkeypatch):
+    for typed, wanted in ((), True), (("--no-clip-denoised",), False):
+        monkeypatch.setattr(sys, "argv", ["edm.py", "--sample", str(earlier), *typed])
+        cfg = cli.parse(edm.Config, "")
+        _, trained, *_ = edm.load_net(earlier, "cpu")
+        assert checkpoints.overlaid(trained, cfg, edm.SAMPLING.split()).clip_denoised is wanted
 
 
 def test_sigmas_that_a_chain_does_not_have():

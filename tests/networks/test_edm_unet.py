@@ -9,6 +9,7 @@ import torch
 from recording import Copies
 from reference_edm import forward, published, spread
 from torch.func import functional_call
+from training_step import training_step
 
 from networks.edm_unet import DDPMpp
 
@@ -186,22 +187,8 @@ def test_channels_last_goes_through_the_whole_network_and_nothing_is_copied():
 
 def gradients(net, use_checkpoint):
     """(output, gradients, bytes kept for backward) of a training step with dropout."""
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     net.use_checkpoint = use_checkpoint
-    net.zero_grad()
-    torch.manual_seed(3)
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = net.train()(*batch())
-    size = sum(nbytes for pointer, nbytes in kept.items() if pointer not in weights)
-    out.square().sum().backward()
-    return out, {name: p.grad.clone() for name, p in net.named_parameters()}, size
+    return training_step(net, batch())
 
 
 def test_checkpointing_keeps_less_and_gives_the_same_gradients():

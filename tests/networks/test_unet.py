@@ -8,6 +8,7 @@ import pytest
 import torch
 from recording import Copies
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_step import training_step
 
 from networks import adm_unet as unet
 from networks.sizes import groups_for
@@ -185,22 +186,8 @@ def test_no_label_is_the_label_num_classes(settings):
 
 def gradients(net, use_checkpoint):
     """(output, gradients, bytes kept for backward) of a training step with dropout."""
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     net.use_checkpoint = use_checkpoint
-    net.zero_grad()
-    torch.manual_seed(3)
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = net.train()(*batch())
-    size = sum(nbytes for pointer, nbytes in kept.items() if pointer not in weights)
-    out.square().sum().backward()
-    return out, {name: p.grad.clone() for name, p in net.named_parameters()}, size
+    return training_step(net, batch())
 
 
 @each_style
