@@ -30,7 +30,7 @@ from runtime import checkpoints
 from runtime import commandline as cli
 from runtime.files import atomic_write, read_log
 from runtime.pictures import save_grid
-from runtime.plots import plot_lines
+from runtime.plots import draw_cells, plot_lines
 from runtime.processes import launch
 
 import hashlib
@@ -53,8 +53,7 @@ import ddim
 import ddpm_pixel
 import dpm_solver
 from ddim import numbers_of, subsequence
-from ddpm_pixel import ancestral_row
-from improved_ddpm import learned_row, load_net, variance_of
+from improved_ddpm import load_net, rows_of, variance_of
 
 SAMPLERS = ("ddim", "dpmpp", "heun", "ddpm")
 SHOWN = 16  # images in a cell of the grids
@@ -82,18 +81,13 @@ class Config(cli.NetworkCommand):
     data_root: str = ""  # where data sets are looked for (default: where the training found them)
 
 
-def ancestral_of(trained):
-    """make_row(a, a_prev) of the ancestral step with the network's prediction and variance."""
-    if trained.variance == "learned":
-        return partial(learned_row, prediction=trained.prediction)
-    return partial(ancestral_row, prediction=trained.prediction, variance=trained.variance)
-
-
 def trajectory_of(cfg, net, trained, alpha_bar, shape, sampler, steps, w):
     """The function (seeds, labels) -> (x, x0_hat), (B,C,H,W), of each step of this sampler."""
-    where = (net, alpha_bar, subsequence(trained.timesteps, steps, cfg.spacing), shape)
+    pairs = subsequence(trained.timesteps, steps, cfg.spacing)
+    where = (net, alpha_bar, pairs, shape)
     if sampler == "ddpm":
-        return partial(ddpm_pixel.sample, *where, w=w, make_row=ancestral_of(trained))
+        make_row = rows_of(trained, alpha_bar, pairs)
+        return partial(ddpm_pixel.sample, *where, w=w, make_row=make_row)
     how = {"w": w, "prediction": trained.prediction}
     if sampler == "ddim":
         return partial(ddim.sample, *where, eta=cfg.eta, **how)
@@ -320,41 +314,6 @@ def cell(store, row):
     """The picture of a row: uint8 (H,W,3) or (H,W)."""
     with Image.open(store.cells / row["cell"]) as picture:
         return np.asarray(picture)
-
-
-def draw_cells(path, cells, panels=None):
-    """A sheet of pictures {(row title, column title): picture}, and below it curves over w."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows, columns = (unique(key[i] for key in cells) for i in (0, 1))
-    extra = 2 if panels else 0  # the curves are as high as two rows
-    figure = plt.figure(figsize=(2.2 * len(columns), 2.3 * (len(rows) + extra)))
-    outer = figure.add_gridspec(len(rows) + extra, 1)
-    for i, row in enumerate(rows):
-        strip = outer[i].subgridspec(1, len(columns), wspace=0.05)
-        for j, column in enumerate(columns):
-            axes = figure.add_subplot(strip[j])
-            axes.set(xticks=[], yticks=[])
-            if i == 0:
-                axes.set_title(column, fontsize=9)
-            if j == 0:
-                axes.set_ylabel(row)
-            if (row, column) in cells:
-                axes.imshow(cells[row, column], cmap="gray", vmin=0, vmax=255)
-    if panels:
-        strip = outer[len(rows) :].subgridspec(1, len(panels), wspace=0.3)
-        for j, (title, lines) in enumerate(panels.items()):
-            axes = figure.add_subplot(strip[j])
-            for name, (xs, ys) in lines.items():
-                axes.plot(xs, ys, marker=".", label=name)
-            axes.set(xlabel="guidance w", ylabel=title)
-            axes.grid(alpha=0.3)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110, bbox_inches="tight")
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------ main

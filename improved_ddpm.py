@@ -40,6 +40,7 @@ import torch.nn.functional as F
 
 import ddpm_pixel
 from ddpm_pixel import alpha_bar_of, ancestral_row, guided_pass, q_sample, target_of, timestep_pairs
+from eval_fid import Evaluator
 from image_data import datasets
 from kernels import gaussian, sampling_update
 from networks.adm_unet import UNet
@@ -306,14 +307,20 @@ def variance_of(cfg):
     return auto if cfg.variance == "auto" else cfg.variance
 
 
+def rows_of(cfg, alpha_bar, pairs):
+    """The function (a, a_prev) -> Row of an ancestral step in this walk, as the settings say."""
+    how = {"prediction": cfg.prediction}
+    if variance_of(cfg) != "learned":
+        return partial(ancestral_row, variance=variance_of(cfg), **how)
+    floor = make_chain(alpha_bar, [t for t, _ in pairs]).log_beta_tilde[0].item()
+    return partial(learned_row, floor=floor, **how)
+
+
 @torch.no_grad()
 def trajectory(net, cfg, shape, seeds, y=None):
     """The walk of ddpm_pixel.sample as the settings say; yields x_{t-1} and x0_hat, (B,C,H,W)."""
-    alpha_bar, pairs, variance = alpha_bar_of(cfg), pairs_of(cfg), variance_of(cfg)
-    make_row = partial(ancestral_row, prediction=cfg.prediction, variance=variance)
-    if variance == "learned":
-        floor = make_chain(alpha_bar, [t for t, _ in pairs]).log_beta_tilde[0].item()
-        make_row = partial(learned_row, prediction=cfg.prediction, floor=floor)
+    alpha_bar, pairs = alpha_bar_of(cfg), pairs_of(cfg)
+    make_row = rows_of(cfg, alpha_bar, pairs)
     clip = cfg.clip_denoised and not cfg.dynamic_threshold
     x = gaussian((len(seeds), *shape), seeds, -1, seeds.device)  # x_T ~ N(0, I), (B,C,H,W)
     x = x.to(memory_format=torch.channels_last)
@@ -355,11 +362,7 @@ def train(cfg, world):
     net = make_net(cfg, ds.shape, ds.num_classes * cfg.class_cond).to(world.device)
     make, facts = world.adam(cfg.lr), {"alpha_bar": alpha_bar}
     run = Run(cfg, world, ds, net=net, optimizer=make, keep={"picker": picker}, facts=facts)
-    evaluator = None
-    if cfg.metric_every:
-        from eval_fid import Evaluator
-
-        evaluator = Evaluator.of_run(cfg, ds, world)
+    evaluator = Evaluator.of_run(cfg, ds, world) if cfg.metric_every else None
     seeds = cli.parse_seeds(cfg.seeds, cfg.n)
     labels = cli.labels_for(seeds, range(net.null), cfg.guidance)
     if world.is_main:

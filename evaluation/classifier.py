@@ -23,6 +23,7 @@ from torch import nn
 from evaluation.features import extract, share_right
 from evaluation.words import shape_text, warn
 from image_data import datasets
+from image_data.augment import shift
 
 BATCH = 128  # images in a training step
 
@@ -61,17 +62,6 @@ class Classifier(nn.Module):
         return self.head(self.features(x))  # (B, num_classes)
 
 
-def shifted(x, most, generator):
-    """Each image of (B, C, H, W) moved by its own -most..most pixels; the edge is repeated."""
-    b, _, h, w = x.shape
-    dy, dx = torch.randint(-most, most + 1, (2, b, 1), generator=generator).to(x.device)
-    rows = (torch.arange(h, device=x.device) + dy).clamp(0, h - 1)  # (B, H)
-    cols = (torch.arange(w, device=x.device) + dx).clamp(0, w - 1)  # (B, W)
-    image = torch.arange(b, device=x.device)[:, None, None]
-    x = x.permute(0, 2, 3, 1)[image, rows[:, :, None], cols[:, None, :]]  # (B, H, W, C)
-    return x.permute(0, 3, 1, 2)
-
-
 @exact()
 def train_classifier(ds, steps, seed, device, lr=2e-2):
     """A Classifier of `ds`, the same for the same seed: AdamW, one-cycle rate, shifts of ±2 px."""
@@ -84,7 +74,8 @@ def train_classifier(ds, steps, seed, device, lr=2e-2):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for step in progress(steps, f"training the {ds.name} classifier", over=range(steps)):
         x, y = ds.batch(indices(len(ds), BATCH, seed, step))
-        loss = F.cross_entropy(net(shifted(x.to(device), 2, generator)), y.to(device))
+        by = torch.randint(-2, 3, (2, len(x)), generator=generator).mT.to(device)
+        loss = F.cross_entropy(net(shift(x.to(device), by)), y.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -158,3 +158,17 @@ def augment(images, draws):
     moved = _resample(images, *_sources(draws, *images.shape[2:]))
     stays = (w == 0) & (angle == 0) & (v == 0) & (tx == 0) & (ty == 0)
     return torch.where(stays, images, moved), labels
+
+
+def shift(images, by):
+    """Each image of (B,C,H,W) moved down and right by its own pixels; its edge is repeated.
+
+    by: int64 (B,2), on the same device.
+    """
+    b, _, h, w = images.shape
+    down, right = by.unsqueeze(-1).unbind(1)  # (B,1) each
+    rows = (torch.arange(h, device=by.device) + down).clamp(0, h - 1)  # (B,H)
+    cols = (torch.arange(w, device=by.device) + right).clamp(0, w - 1)  # (B,W)
+    each = torch.arange(b, device=by.device)[:, None, None]
+    moved = images.permute(0, 2, 3, 1)[each, rows[:, :, None], cols[:, None, :]]  # (B,H,W,C)
+    return moved.permute(0, 3, 1, 2)

@@ -20,6 +20,7 @@ after it. The two styles do the same but for four details:
                                                                 resblock_updown
 
 ddpm_pixel.py spells out the first by itself; improved_ddpm.py trains both.
+networks/noisy_classifier.py is the way down of the second, and a pool.
 networks/published/unet.py reads and writes the weights that others publish for either style.
 """
 
@@ -35,6 +36,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, group_norm_silu
 from networks.sizes import check_unet, groups_for
+
+EPS = {"ddpm": 1e-6, "adm": 1e-5}  # of every GroupNorm, by style
 
 
 def timestep_embedding(t, channels, style="ddpm"):
@@ -188,6 +191,79 @@ class Layer(nn.Sequential):
         return h
 
 
+def checked(shape, settings):
+    """The settings (see UNet) of a network of images (C,H,W), their norm_groups chosen.
+
+    BadInput for settings that do not fit each other, or the images.
+    """
+    width, levels = settings["model_channels"], levels_of(settings)
+    check_unet(shape, width, levels, settings["num_heads"], settings["num_head_channels"])
+    return dict(settings, norm_groups=groups_for(width, levels, settings["norm_groups"]))
+
+
+def levels_of(settings):
+    """Channels of each level."""
+    return [round(settings["model_channels"] * m) for m in settings["channel_mult"]]
+
+
+def time_layers(width):
+    """(B,width) -> (B,4*width): what the embedding goes through before any residual block."""
+    first, second = nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)
+    return nn.Sequential(first, nn.SiLU(), second)
+
+
+def makers(settings):
+    """What makes the parts of a network: block(c_in, c_out, resample=None) and attend(c)."""
+    groups, eps = settings["norm_groups"], EPS[settings["style"]]
+
+    def block(c_in, c_out, resample=None):
+        return ResBlock(
+            c_in,
+            c_out,
+            4 * settings["model_channels"],
+            groups=groups,
+            eps=eps,
+            dropout=settings["dropout"],
+            use_scale_shift_norm=settings["use_scale_shift_norm"],
+            resample=resample,
+        )
+
+    def attend(c):
+        per = settings["num_head_channels"]
+        return SelfAttention(c, c // per if per else settings["num_heads"], groups, eps)
+
+    return block, attend
+
+
+def down_half(shape, settings):
+    """(conv_in, down, middle, kept) for images (C,H,W): the way down and the layer at its end.
+
+    kept: channels of what conv_in and each layer of down give, which the way up is joined to.
+    """
+    (channels, height, _), levels = shape, levels_of(settings)
+    block, attend = makers(settings)
+    c, kept, down = levels[0], [levels[0]], nn.ModuleList()
+    conv_in = nn.Conv2d(channels, c, 3, padding=1)
+    for level, c_out in enumerate(levels):
+        for _ in range(settings["num_res_blocks"]):
+            parts = [attend(c_out)] if height in settings["attention_resolutions"] else []
+            down.append(Layer(block(c, c_out), *parts))
+            c = c_out
+            kept.append(c)
+        if level < len(levels) - 1:
+            updown = settings["resblock_updown"]
+            smaller = block(c, c, halve) if updown else Downsample(c, settings["style"])
+            down.append(Layer(smaller))
+            height //= 2
+            kept.append(c)
+    return conv_in, down, Layer(block(c, c), attend(c), block(c, c)), kept
+
+
+def run(layer, *inputs, again=False):
+    """layer(*inputs). again: keep its inputs only, and compute the rest once more in backward."""
+    return checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
+
+
 class UNet(nn.Module):
     """net(x, t, y=None) -> (B,C,H,W), or (B,2C,H,W) with learn_sigma.
 
@@ -232,16 +308,9 @@ class UNet(nn.Module):
         use_checkpoint=False,
     ):
         super().__init__()
-        (channels, height, _), c_emb = shape, 4 * model_channels
-        levels = [round(model_channels * m) for m in channel_mult]
-        if style not in ("ddpm", "adm"):
+        if style not in EPS:
             raise BadInput(f'--style {style!r} is not known: type "ddpm" or "adm"')
-        check_unet(shape, model_channels, levels, num_heads, num_head_channels)
-        norm_groups = groups_for(model_channels, levels, norm_groups)
-        eps = 1e-6 if style == "ddpm" else 1e-5
-        self.model_channels, self.style, self.null = model_channels, style, num_classes
-        self.use_checkpoint = use_checkpoint
-        self.settings = dict(
+        settings = dict(
             model_channels=model_channels,
             channel_mult=tuple(channel_mult),
             num_res_blocks=num_res_blocks,
@@ -255,41 +324,14 @@ class UNet(nn.Module):
             learn_sigma=learn_sigma,
             norm_groups=norm_groups,
         )
-        first, second = nn.Linear(model_channels, c_emb), nn.Linear(c_emb, c_emb)
-        self.time = nn.Sequential(first, nn.SiLU(), second)
-        self.label = nn.Embedding(num_classes + 1, c_emb) if num_classes else None
-
-        def block(c_in, c_out, resample=None):
-            return ResBlock(
-                c_in,
-                c_out,
-                c_emb,
-                groups=norm_groups,
-                eps=eps,
-                dropout=dropout,
-                use_scale_shift_norm=use_scale_shift_norm,
-                resample=resample,
-            )
-
-        def attend(c):
-            heads = c // num_head_channels if num_head_channels else num_heads
-            return SelfAttention(c, heads, norm_groups, eps)
-
-        c, skips = levels[0], [levels[0]]
-        self.conv_in = nn.Conv2d(channels, c, 3, padding=1)
-        self.down = nn.ModuleList()
-        for level, c_out in enumerate(levels):
-            for _ in range(num_res_blocks):
-                parts = [attend(c_out)] if height in attention_resolutions else []
-                self.down.append(Layer(block(c, c_out), *parts))
-                c = c_out
-                skips.append(c)
-            if level < len(levels) - 1:
-                smaller = block(c, c, halve) if resblock_updown else Downsample(c, style)
-                self.down.append(Layer(smaller))
-                height //= 2
-                skips.append(c)
-        self.middle = Layer(block(c, c), attend(c), block(c, c))
+        self.settings = checked(shape, settings)
+        self.model_channels, self.style, self.null = model_channels, style, num_classes
+        self.use_checkpoint = use_checkpoint
+        self.time = time_layers(model_channels)
+        self.label = nn.Embedding(num_classes + 1, 4 * model_channels) if num_classes else None
+        self.conv_in, self.down, self.middle, kept = down_half(shape, self.settings)
+        (block, attend), levels = makers(self.settings), levels_of(self.settings)
+        c, height = levels[-1], shape[1] >> (len(levels) - 1)
         self.up = nn.ModuleList()
         for level, c_out in reversed(list(enumerate(levels))):
             for i in range(num_res_blocks + 1):
@@ -298,10 +340,10 @@ class UNet(nn.Module):
                     larger = block(c_out, c_out, double) if resblock_updown else Upsample(c_out)
                     parts.append(larger)
                     height *= 2
-                self.up.append(Layer(block(c + skips.pop(), c_out), *parts))
+                self.up.append(Layer(block(c + kept.pop(), c_out), *parts))
                 c = c_out
-        self.norm_out = Norm(norm_groups, c, eps)
-        outputs = 2 * channels if learn_sigma else channels
+        self.norm_out = Norm(self.settings["norm_groups"], c, EPS[style])
+        outputs = shape[0] * (2 if learn_sigma else 1)
         self.conv_out = zero(nn.Conv2d(c, outputs, 3, padding=1))
 
     def forward(self, x, t, y=None):
@@ -312,18 +354,15 @@ class UNet(nn.Module):
                 y = torch.full_like(t, self.null, dtype=torch.int64)
             emb = emb + self.label(y)
         emb = F.silu(emb)  # every residual block begins with it
-
-        def run(layer, *inputs):
-            if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                return checkpoint(layer, *inputs, use_reentrant=False)
-            return layer(*inputs)
+        again = self.use_checkpoint and self.training and torch.is_grad_enabled()
 
         h = self.conv_in(x)  # (B,C0,H,W)
         skips = [h]
         for layer in self.down:
-            h = run(layer, h, emb)
+            h = run(layer, h, emb, again=again)
             skips.append(h)
-        h = run(self.middle, h, emb)  # (B,C_last,H/2^k,W/2^k), k = len(channel_mult) - 1
+        # (B,C_last,H/2^k,W/2^k), k = len(channel_mult) - 1
+        h = run(self.middle, h, emb, again=again)
         for layer in self.up:
-            h = run(layer, h, emb, skips.pop())
+            h = run(layer, h, emb, skips.pop(), again=again)
         return self.conv_out(self.norm_out(h))  # (B,C,H,W) or (B,2C,H,W)

@@ -18,6 +18,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
+TASKS = ("sample", "study", "nll", "plot_schedule")  # settings by which a training does not train
+
 
 class BadInput(Exception):
     """The user can mend this; one line: what was wrong, what was expected, what to type."""
@@ -116,8 +118,8 @@ def parse(config_class, doc, args=None, preset=""):
     """The command line as an instance of `config_class`, a dataclass whose fields are documented.
 
     `--config F.yaml` names a file of the same fields; it lies under the flags, which override it.
-    Without it, `preset` (such as 'configs/{data}.yaml') is that file, if it exists for --data and
-    nothing is sampled.
+    Without it, `preset` (such as 'configs/{data}.yaml') is that file, if it exists for --data and a
+    training is asked for.
     Raises BadInput for an unknown flag or key and for a value of the wrong type.
     """
     import tyro
@@ -127,7 +129,7 @@ def parse(config_class, doc, args=None, preset=""):
     if preset and not any(a.split("=")[0] == "--config" for a in args):
         first = parse(config_class, doc, args)
         path = Path(preset.format(data=first.data))
-        if path.is_file() and not getattr(first, "sample", ""):
+        if path.is_file() and not any(getattr(first, task, "") for task in TASKS):
             args = ["--config", str(path), *args]
     error_text = io.StringIO()
     try:
@@ -381,7 +383,7 @@ def check_run(cfg):
     check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "accumulate", "ema")
     check_positive(cfg, "log_every", "save_every")
     check_not_negative(cfg, "seed", "warmup", "sample_every", "keep_every", "price_per_gpu_hour")
-    for task in ("sample", "nll", "plot_schedule"):
+    for task in TASKS:
         if cfg.dry_run and getattr(cfg, task, ""):
             flag = task.replace("_", "-")
             raise BadInput(f"--dry-run is for training: leave it out, or --{flag}")

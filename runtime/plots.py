@@ -28,6 +28,46 @@ def plot_lines(path, panels, *, xlabel, title="", logx=False, logy=()):
     plt.close(figure)
 
 
+def draw_cells(path, cells, panels=None, xlabel="guidance w"):
+    """A sheet of pictures {(row title, column title): picture}, and below it curves over w.
+
+    panels: those of plot_lines.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    extra = 2 if panels else 0  # the curves are as high as two rows
+    figure = plt.figure(figsize=(2.2 * len(columns), 2.3 * (len(rows) + extra)))
+    outer = figure.add_gridspec(len(rows) + extra, 1)
+    for i, row in enumerate(rows):
+        strip = outer[i].subgridspec(1, len(columns), wspace=0.05)
+        for j, column in enumerate(columns):
+            axes = figure.add_subplot(strip[j])
+            axes.set(xticks=[], yticks=[])
+            if i == 0:
+                axes.set_title(column, fontsize=9)
+            if j == 0:
+                axes.set_ylabel(row)
+            if (row, column) in cells:
+                axes.imshow(cells[row, column], cmap="gray", vmin=0, vmax=255)
+    if panels:
+        strip = outer[len(rows) :].subgridspec(1, len(panels), wspace=0.3)
+        for j, (title, lines) in enumerate(panels.items()):
+            axes = figure.add_subplot(strip[j])
+            for name, (xs, ys) in lines.items():
+                axes.plot(xs, ys, marker=".", label=name)
+            axes.set(xlabel=xlabel, ylabel=title)
+            axes.grid(alpha=0.3)
+            if len(lines) > 1:
+                axes.legend(fontsize=8)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
 def plot_metrics(folder, names=("frechet", "class_accuracy")):
     """Draw metric.png of a run: each metric that was logged, over the steps of training."""
     panels, folder = {}, Path(folder)

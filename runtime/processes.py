@@ -47,12 +47,14 @@ class World:
         return torch.nn.parallel.DistributedDataParallel(net, **how)
 
     def adam(self, lr, **settings):
-        """Adam as a function of the parameters: on a GPU a step of all of them is one kernel.
+        """Adam, with weight_decay AdamW, as a function of the parameters.
 
-        On a CPU it is not, for that rounds otherwise, and runs there shall stay what they were.
+        On a GPU a step of all of them is one kernel. On a CPU it is not, for that rounds otherwise,
+        and runs there shall stay what they were.
         """
+        kind = torch.optim.AdamW if settings.get("weight_decay") else torch.optim.Adam
         fused = self.device.type == "cuda" or None
-        return functools.partial(torch.optim.Adam, lr=lr, fused=fused, **settings)
+        return functools.partial(kind, lr=lr, fused=fused, **settings)
 
     def for_sampling(self, net):
         """`net` for calls without gradients: a CUDA graph on a GPU, and compiled with --compile.

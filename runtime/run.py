@@ -342,7 +342,7 @@ class Run:
     def backward(self, losses, level=None, weights=None, **terms):
         """Add the gradient of the mean loss over the global batch.
 
-        losses (b,) of a part; level (b,) in [0, 1) is t / T, by which the log splits them; weights
+        losses (b,) of a part; level (b,) in [0, 1) is t / T, by which the log splits all; weights
         (b,) multiply the gradients and not the log; terms (b,) are logged under their names.
         """
         weighted = losses if weights is None else losses * weights
@@ -350,7 +350,7 @@ class Run:
         (self.scaler.scale(mean) if self.scaler else mean).backward()
         self.losses.append(losses.detach())
         for name, values in {"loss": losses, **terms}.items():
-            self.meters[name].add(self.step, values, level if name == "loss" else None)
+            self.meters[name].add(self.step, values, level)
 
     def descend(self, also=None):
         """Clip the gradient, step the optimizer, update the running means, and log where it is due.
@@ -373,7 +373,7 @@ class Run:
         values = {}
         for name, meter in self.meters.items():
             found = meter.read(self.world, self.folder / "ckpt.pt")
-            values |= found if name == "loss" else {name: found["loss"]}
+            values |= {key.replace("loss", name): value for key, value in found.items()}
         values |= also() if also else {}
         values |= self.scaler.read(self.step) if self.scaler else {}
         images = (self.step - self.first) * cfg.batch_size

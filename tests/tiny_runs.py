@@ -41,6 +41,13 @@ def fields(script):
     return {f.name: f for f in dataclasses.fields(importlib.import_module(script).Config)}
 
 
+# Trainings whose checkpoints draw samples by seed: an autoencoder's do not, and a classifier guides
+# the networks of others.
+DRAWING = [s for s in TRAININGS if "seeds" in fields(s) and "classifier" not in fields(s)]
+# Commands that sample the checkpoints of trainings.
+SAMPLERS = [s for s in COMMANDS if s not in TRAININGS and {"sample", "seeds"} <= {*fields(s)}]
+
+
 def flags(script, **settings):
     """The settings as flags; those that the chapter does not have, or not so, are left out."""
     found = []

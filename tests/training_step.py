@@ -3,8 +3,11 @@
 import torch
 
 
-def training_step(net, inputs):
-    """(output, {name: gradient}, bytes kept for backward but for weights); dropout is seeded."""
+def training_step(net, inputs, train=True):
+    """(output, {name: gradient}, bytes kept for backward but for weights); dropout is seeded.
+
+    train=False takes the step in eval mode. Frozen weights have no gradient.
+    """
     kept = {}
 
     def pack(tensor):
@@ -16,7 +19,8 @@ def training_step(net, inputs):
     torch.manual_seed(3)
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = net.train()(*inputs)
+        out = net.train(train)(*inputs)
     size = sum(nbytes for pointer, nbytes in kept.items() if pointer not in weights)
     out.square().sum().backward()
-    return out, {name: p.grad.clone() for name, p in net.named_parameters()}, size
+    grads = {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad}
+    return out, grads, size

@@ -34,6 +34,8 @@ from networks.published.files import (
 from networks.published.unet_names import (
     Structure,
     from_published,
+    is_classifier,
+    split_heads_last,
     structure,
     to_diffusers,
     with_present_names,
@@ -65,6 +67,8 @@ BLOCK_TYPES = (
     "AttnUpBlock2D",
     "ResnetUpsampleBlock2D",
 )
+
+CLASSIFIERS = "classifier_guidance"  # stem of the script that trains classifiers of noisy images
 
 # Image sizes of the published networks, by their levels: DDPM, improved and guided diffusion.
 SIZES = {
@@ -116,6 +120,8 @@ def load_published(
     path = Path(path)
     weights, config, scheduler = find_files(path)
     state = with_present_names(read_weights(weights))
+    if is_classifier(state):
+        raise BadInput(told_classifier(path))
     layout, s = structure(state, weights)
     told = published_defaults(layout, s)
     if config and layout == "diffusers":
@@ -142,14 +148,14 @@ def load_published(
 
     ours = from_published(state, layout, s, weights)
     if layout == "openai" and not told["new_order"]:
-        _split_heads_last(ours, told["num_heads"], told["num_head_channels"], weights)
+        split_heads_last(ours, told["num_heads"], told["num_head_channels"], weights)
     if s.labels and not told["null_label"]:
         label = ours["label.weight"]
         ours["label.weight"] = torch.cat([label, label.new_zeros(1, label.shape[1])])
     by_name = ("num_heads", "num_head_channels", "dropout", "style", "norm_groups")
     settings = dict(
         model_channels=s.width,
-        channel_mult=_mult(s),
+        channel_mult=channel_mult(s),
         num_res_blocks=s.blocks,
         attention_resolutions=tuple(height >> i for i in s.attention),
         use_scale_shift_norm=s.use_scale_shift_norm,
@@ -174,12 +180,20 @@ def read_network(path, scripts=()):
     where another script does, where it is missing, and where it is no such file.
     """
     if not is_published(path):
+        if load_checkpoint(path, mapped=True)["script"] == CLASSIFIERS:
+            raise BadInput(told_classifier(path))
         return load_checkpoint(path, scripts)
     state, scripts = as_checkpoint(path), [scripts] if isinstance(scripts, str) else scripts
     if scripts and state["script"] not in scripts:
         command = f"python {state['script']}.py --sample {path}"
         raise BadInput(f"{path} has more than the U-Net of DDPM's paper; type {command}")
     return state
+
+
+def told_classifier(path):
+    """What somebody hears who names a classifier where a diffusion network belongs."""
+    command = f"python {CLASSIFIERS}.py --classifier {path}"
+    return f"{path} is a classifier of noisy images, no diffusion network: type {command}"
 
 
 def as_checkpoint(path):
@@ -332,7 +346,7 @@ def save_diffusers(folder, settings, state, shape, num_classes, facts):
 # --------------------------------------------------------------------------------------- settings
 
 
-def _mult(s):
+def channel_mult(s):
     """Channels of the levels in units of width, whole numbers where they are."""
     return tuple(c // s.width if c % s.width == 0 else c / s.width for c in s.levels)
 
@@ -350,7 +364,7 @@ def _image_size(size, s, path):
 
 def published_defaults(layout, s):
     """What names and shapes do not tell, as it was in the published networks."""
-    told = dict(size=SIZES.get(_mult(s)), norm_groups=32, dropout=0.0)
+    told = dict(size=SIZES.get(channel_mult(s)), norm_groups=32, dropout=0.0)
     told.update(num_heads=1, num_head_channels=0, style="ddpm", new_order=True, null_label=False)
     if layout == "openai":
         told.update(style="adm", new_order=s.resblock_updown and told["size"] == 64)
@@ -395,19 +409,3 @@ def _of_config(config, s, path):
         null_label=config.get("_null_label", False),
         **({"size": size if isinstance(size, int) else tuple(size)} if size else {}),
     )
-
-
-def _split_heads_last(state, num_heads, num_head_channels, path):
-    """OpenAI's first order of qkv's channels, (head, q k v, channel), to ours: q k v first."""
-    name, parts = "num_heads", num_heads
-    if num_head_channels:
-        name, parts = "num_head_channels", num_head_channels
-    for key, value in state.items():
-        if ".qkv." in key:
-            channels = len(value) // 3
-            n = channels // num_head_channels if num_head_channels else num_heads
-            if channels % parts:
-                wrong = f"{name} {parts} does not divide the {channels} channels of {key}"
-                raise BadInput(f"{path}: {wrong}")
-            split = value.unflatten(0, (n, 3, channels // n))  # (heads,3,channels,...)
-            state[key] = split.transpose(0, 1).flatten(0, 2).contiguous()

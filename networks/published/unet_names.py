@@ -1,6 +1,7 @@
 """What the tensors of a U-Net are called: here, in diffusers' UNet2DModel, in OpenAI's code.
 
-All three are the same network; two rows of names and a shape per tensor say everything.
+All three are the same network; two rows of names and a shape per tensor say everything. OpenAI's
+classifier of noisy images (networks/published/classifier.py) has the names of its down half.
 It is written from the state_dict of diffusers' UNet2DModel and of UNetModel in OpenAI's
 improved-diffusion and guided-diffusion.
 """
@@ -63,9 +64,10 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
 
 
-def modules(s):
-    """(kind, our name, UNet2DModel's, OpenAI's, channels in, channels out) of every part."""
-    per, c, skips = s.blocks + 1, s.levels[0], [s.levels[0]]
+def down_modules(s):
+    """(kind, our name, UNet2DModel's, OpenAI's, channels in, channels out) of every part on the way
+    down and in the middle."""
+    per, c = s.blocks + 1, s.levels[0]
     for level, c_out in enumerate(s.levels):
         theirs = f"down_blocks.{level}"
         for r in range(s.blocks):
@@ -76,20 +78,25 @@ def modules(s):
                 name = f"{theirs}.attentions.{r}"
                 yield "attention", f"down.{n}.1", name, f"{at}.1", c_out, c_out
             c = c_out
-            skips.append(c)
         if level < len(s.levels) - 1:
             n, kind = level * per + s.blocks, "block" if s.resblock_updown else "op"
             at = f"input_blocks.{n + 1}.0"
             yield kind, f"down.{n}.0", f"{theirs}.downsamplers.0", at, c, c
-            skips.append(c)
     yield "block", "middle.0", "mid_block.resnets.0", "middle_block.0", c, c
     yield "attention", "middle.1", "mid_block.attentions.0", "middle_block.1", c, c
     yield "block", "middle.2", "mid_block.resnets.1", "middle_block.2", c, c
+
+
+def modules(s):
+    """The same of every part of a U-Net."""
+    yield from down_modules(s)
+    per, c = s.blocks + 1, s.levels[-1]
+    kept = [s.levels[0], *(level for level in s.levels for _ in range(per))][:-1]  # on the way down
     for i, level in enumerate(reversed(range(len(s.levels)))):
         theirs, c_out = f"up_blocks.{i}", s.levels[level]
         for r in range(per):
             n = i * per + r
-            at, c_in = f"output_blocks.{n}", c + skips.pop()
+            at, c_in = f"output_blocks.{n}", c + kept.pop()
             yield "block", f"up.{n}.0", f"{theirs}.resnets.{r}", f"{at}.0", c_in, c_out
             if level in s.attention:
                 name = f"{theirs}.attentions.{r}"
@@ -101,56 +108,70 @@ def modules(s):
 
 
 def rows(s):
-    """A Row for every tensor of a network of this Structure."""
-    c_emb = 4 * s.width
-    shapes = {
-        "time.0": (c_emb, s.width),
-        "time.2": (c_emb, c_emb),
-        "conv_in": (s.levels[0], s.channels, 3, 3),
-        "norm_out": (s.levels[0],),
-        "conv_out": (s.out, s.levels[0], 3, 3),
-    }
-    for ours, diffusers, openai in ENDS:
-        yield from _weight_and_bias(ours, diffusers, openai, shapes[ours])
+    """A Row for every tensor of a U-Net of this Structure."""
+    yield from end_rows(s, ENDS, s.levels[0])
     if s.labels:
         label = ("class_embedding.weight",), ("label_emb.weight",)
-        yield Row("label.weight", *label, (s.labels, c_emb))
-    for kind, ours, diffusers, openai, c_in, c in modules(s):
-        if kind == "block":
-            shapes = {
-                "norm1": (c_in,),
-                "conv1": (c, c_in, 3, 3),
-                "emb": (c * (1 + s.use_scale_shift_norm), c_emb),
-                "norm2": (c,),
-                "conv2": (c, c, 3, 3),
-                "skip": (c, c_in, 1, 1),
-            }
-            parts = BLOCK if c_in != c else BLOCK[:-1]
-        elif kind == "attention":
-            shapes = {"norm": (c,), "qkv": (3 * c, c), "proj": (c, c)}
-            parts = ATTENTION
-        else:  # a convolution that halves or doubles; here it is the part itself
-            yield from _weight_and_bias(ours, f"{diffusers}.conv", f"{openai}.{kind}", (c, c, 3, 3))
-            continue
-        for a, b, d in parts:
-            names = f"{diffusers}.{b}" if isinstance(b, str) else [f"{diffusers}.{q}" for q in b]
-            yield from _weight_and_bias(f"{ours}.{a}", names, f"{openai}.{d}", shapes[a])
+        yield Row("label.weight", *label, (s.labels, 4 * s.width))
+    for part in modules(s):
+        yield from part_rows(s, *part)
 
 
-def _weight_and_bias(ours, diffusers, openai, shape):
+def end_rows(s, ends, c):
+    """A Row for every tensor of those of ENDS; c: channels that the last norm sees."""
+    shapes = {
+        "time.0": (4 * s.width, s.width),
+        "time.2": (4 * s.width, 4 * s.width),
+        "conv_in": (s.levels[0], s.channels, 3, 3),
+        "norm_out": (c,),
+        "conv_out": (s.out, c, 3, 3),
+    }
+    for ours, diffusers, openai in ends:
+        yield from weight_and_bias(ours, diffusers, openai, shapes[ours])
+
+
+def part_rows(s, kind, ours, diffusers, openai, c_in, c):
+    """A Row for every tensor of a part, as modules names it."""
+    if kind == "block":
+        shapes = {
+            "norm1": (c_in,),
+            "conv1": (c, c_in, 3, 3),
+            "emb": (c * (1 + s.use_scale_shift_norm), 4 * s.width),
+            "norm2": (c,),
+            "conv2": (c, c, 3, 3),
+            "skip": (c, c_in, 1, 1),
+        }
+        parts = BLOCK if c_in != c else BLOCK[:-1]
+    elif kind == "attention":
+        shapes = {"norm": (c,), "qkv": (3 * c, c), "proj": (c, c)}
+        parts = ATTENTION
+    else:  # a convolution that halves or doubles; here it is the part itself
+        yield from weight_and_bias(ours, f"{diffusers}.conv", f"{openai}.{kind}", (c, c, 3, 3))
+        return
+    for a, b, d in parts:
+        names = f"{diffusers}.{b}" if isinstance(b, str) else [f"{diffusers}.{q}" for q in b]
+        yield from weight_and_bias(f"{ours}.{a}", names, f"{openai}.{d}", shapes[a])
+
+
+def weight_and_bias(ours, diffusers, openai, shape):
     diffusers = [diffusers] if isinstance(diffusers, str) else diffusers
     for kind, size in (("weight", shape), ("bias", shape[:1])):
         theirs = tuple(f"{name}.{kind}" for name in diffusers)
         yield Row(f"{ours}.{kind}", theirs, (f"{openai}.{kind}",), size)
 
 
+def size_of(state, key, axis, path, what):
+    """The length of a tensor along an axis; BadInput where the state_dict from `path` has none."""
+    if key not in state or state[key].ndim <= axis:
+        raise BadInput(f"{path} is no {what} of the published kinds: it has no {key}")
+    return state[key].shape[axis]
+
+
 def structure(state, path):
     """("diffusers" or "openai", Structure) of a state_dict; BadInput if it is neither's U-Net."""
 
     def size(key, axis):
-        if key not in state or state[key].ndim <= axis:
-            raise BadInput(f"{path} is no U-Net of the published kinds: it has no {key}")
-        return state[key].shape[axis]
+        return size_of(state, key, axis, path, "U-Net")
 
     def count(pattern):
         return len({m.group(1) for m in map(re.compile(pattern).match, state) if m})
@@ -187,19 +208,29 @@ def structure(state, path):
     )
 
 
+def is_classifier(state):
+    """Whether a state_dict has OpenAI's names of a down half and an end, and no way up."""
+    ends = {"input_blocks.0.0.weight", "out.0.weight"} <= state.keys()
+    return ends and not any(key.startswith("output_blocks.") for key in state)
+
+
 def check_keys(state, wanted, path):
     """BadInput, naming some, where the state_dict from `path` lacks keys or has others."""
     lacking = [key for key in wanted if key not in state]
     if lacking:
-        raise BadInput(f"{path} lacks tensors of a U-Net like it: {_first(lacking)}")
+        raise BadInput(f"{path} lacks tensors of a network like it: {_first(lacking)}")
     unknown = sorted(state.keys() - set(wanted))
     if unknown:
-        raise BadInput(f"{path} has tensors that this U-Net has no place for: {_first(unknown)}")
+        raise BadInput(f"{path} has tensors that this network has no place for: {_first(unknown)}")
 
 
 def from_published(state, layout, s, path):
-    """Our state_dict of a published one, float32; BadInput names keys that do not fit."""
-    table = list(rows(s))
+    """Our state_dict of a published U-Net, float32; BadInput names keys that do not fit."""
+    return converted(state, layout, list(rows(s)), path)
+
+
+def converted(state, layout, table, path):
+    """Our state_dict of the one that `table`, of Rows, has by the names of `layout`, float32."""
     check_keys(state, [key for row in table for key in getattr(row, layout)], path)
     ours = {}
     for row in table:
@@ -213,6 +244,22 @@ def from_published(state, layout, s, path):
             )
         ours[row.ours] = value
     return ours
+
+
+def split_heads_last(state, num_heads, num_head_channels, path):
+    """OpenAI's first order of qkv's channels, (head, q k v, channel), to ours: q k v first."""
+    name, parts = "num_heads", num_heads
+    if num_head_channels:
+        name, parts = "num_head_channels", num_head_channels
+    for key, value in state.items():
+        if ".qkv." in key:
+            channels = len(value) // 3
+            n = channels // num_head_channels if num_head_channels else num_heads
+            if channels % parts:
+                wrong = f"{name} {parts} does not divide the {channels} channels of {key}"
+                raise BadInput(f"{path}: {wrong}")
+            split = value.unflatten(0, (n, 3, channels // n))  # (heads,3,channels,...)
+            state[key] = split.transpose(0, 1).flatten(0, 2).contiguous()
 
 
 def to_diffusers(state, s):

@@ -17,14 +17,11 @@ import torch
 from fake_graphs import Graph
 from launching import start_ranks, succeed
 from run_folders import assert_same, rows, saved
-from tiny_runs import COMMANDS, TRAININGS, fields
+from tiny_runs import DRAWING, SAMPLERS, TRAININGS, fields
 from toy_run import NULL, SHAPE, Net, make, train
 
 import autoencoder
 import ddpm_pixel
-
-DRAWING = [script for script in TRAININGS if "seeds" in fields(script)]
-SAMPLERS = [s for s in COMMANDS if s not in TRAININGS and {"sample", "seeds"} <= {*fields(s)}]
 
 
 class Recording(World):

@@ -70,6 +70,8 @@ def network(script):
     if script == "autoencoder":
         net = module.make_autoencoder(dataclasses.replace(cfg, model_channels=32), shape)
         return net.train(), (x, torch.randn(5, 4, 4, 4))
+    if script == "classifier_guidance":
+        return module.make_net(cfg, shape, 10).train(), (x, labels)
     if script == "ddpm_pixel":
         net = module.UNet(shape, 10, dataclasses.replace(cfg, attention_resolutions=(4, 8)))
         net = net.to(memory_format=torch.channels_last)

@@ -19,7 +19,7 @@ import pytest
 from data_files import write_images
 from launching import Done, refusal, refused, succeed
 from PIL import Image
-from tiny_runs import COMMANDS, TRAININGS, fields, flags
+from tiny_runs import COMMANDS, DRAWING, TRAININGS, fields, flags
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_loss_that_is_not_finite(script, toy, tiny, tmp_path):
     assert f"at step {state['step']};" in line  # counted from 0: the first step after it
 
 
-@pytest.mark.parametrize("script", [s for s in TRAININGS if {"seeds", "sample"} <= {*fields(s)}])
+@pytest.mark.parametrize("script", DRAWING)
 def test_classes_out_of_range(script, toy, tiny, tmp_path):
     given = [*tiny[script], *toy, "--out", tmp_path, "--steps", 1, "--sample-every", 0]
     line = refused(script, *given, "--classes", "2")

@@ -142,7 +142,8 @@ def test_a_chapter_goes_on_from_the_checkpoint_before_a_damaged_one(trained, tmp
     broken = tmp_path / "broken"
     shutil.copytree(whole, broken)
     damage(broken / "ckpt.pt", "cut in half")
-    told = refused(script, "--gpus", 0, "--sample", broken / "ckpt.pt")
+    path = broken / "ckpt.pt"
+    told = refused(script, "--gpus", 0, "--sample", path, *flags(script, classifier=path))
     assert str(broken / "ckpt.pt") in told  # autoencoder.py reads files of others, too
     assert "truncated" in told or "no file of plain tensors" in told
     resumed = [*given, "--out", broken, "--resume", broken / "ckpt.pt"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import autoencoder
+import classifier_guidance
 import ddpm_pixel
 import ldm_cfg
 from kernels import gaussian
@@ -90,6 +91,25 @@ def test_autoencoder_learns_one_batch():
 
     losses = fit(ae.parameters(), loss, 250, 5e-3)
     assert losses[0] > 0.2 and losses[-1] < 0.03
+
+
+def test_classifier_learns_one_batch_at_all_timesteps():
+    """Little noise at the end: else a label could not be read."""
+    torch.manual_seed(0)
+    cfg = classifier_guidance.Config(
+        model_channels=16, channel_mult=(1, 2), attention_resolutions=(4,)
+    )
+    net, x0 = classifier_guidance.make_net(cfg, (1, 8, 8), 3), toy_batch((1, 8, 8))
+    t, y = torch.arange(8) * 120, torch.arange(8) % 3
+    eps = gaussian(x0.shape, torch.arange(8), 0, "cpu")
+    x_t = ddpm_pixel.q_sample(x0, t, eps, ddpm_pixel.alpha_bar_of(cfg))
+    losses = fit(
+        net.parameters(), lambda: torch.nn.functional.cross_entropy(net(x_t, t), y), 120, 3e-3
+    )
+    assert losses[0] > 0.8 and losses[-1] < 0.02
+    assert (net(x_t, t).argmax(1) == y).all()
+    with torch.no_grad():
+        assert (net(x_t, t + 60) - net(x_t, t)).abs().amax(1).min() > 1e-3  # it sees the time
 
 
 @pytest.mark.parametrize("simple_loss, make, shape", CHAPTERS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from launching import free_port, start_ranks, succeed
 from run_folders import saved
-from tiny_runs import TRAININGS, fields, flags
+from tiny_runs import DRAWING, TRAININGS, flags
 
 
 def run_two(script, *arguments):
@@ -66,7 +66,7 @@ def samples(folder):
     return np.load(folder / "samples.npz")
 
 
-@pytest.mark.parametrize("script", [s for s in TRAININGS if {"sample", "seeds"} <= {*fields(s)}])
+@pytest.mark.parametrize("script", DRAWING)
 def test_a_sample_is_a_function_of_its_seed(script, toy, tiny, tmp_path):
     given = [*tiny[script], *toy, "--steps", 6, "--sample-every", 0, "--seeds", "1-2"]
     succeed(script, *given, "--out", tmp_path / "run")

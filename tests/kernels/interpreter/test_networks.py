@@ -18,6 +18,7 @@ import ldm_cfg
 from dit import DiT
 from networks import adm_unet
 from networks.kl_autoencoder import KLVAE
+from networks.noisy_classifier import NoisyClassifier
 from networks.sd_unet import LatentUNet
 from networks.small_autoencoder import Autoencoder
 
@@ -73,6 +74,12 @@ def adm():
     return waken(net), torch.randn(2, 3, 12, 20)
 
 
+def classifier():
+    """Its pool has one query and many keys."""
+    net = NoisyClassifier((3, 12, 20), 4, **SMALL, num_res_blocks=1, num_head_channels=8)
+    return waken(net), torch.randn(2, 3, 12, 20)
+
+
 def latent():
     sizes = {"model_channels": 16, "channel_mult": (1, 2), "attention_resolutions": (4,)}
     net = ldm_cfg.UNet((4, 7, 5), 4, ldm_cfg.Config(**sizes, num_heads=2))
@@ -90,13 +97,14 @@ def transformer():
     return waken(net), torch.randn(2, 4, 6, 4)
 
 
-NETWORKS = [pixel, adm, latent, stable_diffusion, transformer]
+NETWORKS = [pixel, adm, classifier, latent, stable_diffusion, transformer]
 
 
 def run(net, x):
     """Output, and the gradient of every parameter and of the input."""
     x = x.to(memory_format=torch.channels_last).detach().requires_grad_()
-    out = net(x, torch.tensor([3, 700]), torch.tensor([1, 4]))
+    labels = [] if isinstance(net, NoisyClassifier) else [torch.tensor([1, 4])]
+    out = net(x, torch.tensor([3, 700]), *labels)
     torch.manual_seed(1)
     (out * torch.randn(out.shape)).sum().backward()
     gradients = {name: p.grad for name, p in net.named_parameters()}

@@ -1,0 +1,80 @@
+"""Ways of guidance over their strength: a table, the same seeds in grids, and curves below them."""
+
+from runtime.files import atomic_write
+from runtime.plots import draw_cells
+
+import itertools
+import json
+
+FIGURES = {
+    "Fréchet distance": "frechet",
+    "inception score": "inception_score",
+    "precision": "precision",
+    "recall": "recall",
+    "class accuracy": "class_accuracy",
+}
+FREE = "classifier-free"  # the way whose strength is w; that of others is s
+
+
+def strength(way, row):
+    """(the letter of what was varied, its value) of a row of this way."""
+    return ("w", row["guidance"]) if way == FREE else ("s", row["scale"])
+
+
+def table(ways):
+    """Markdown lines of {way: [row]}; a figure that is not known is a dash."""
+    columns = ["guidance", "s", "w", *FIGURES, "seconds per image"]
+    lines = [columns, ["---"] * len(columns)]
+    for way, rows in ways.items():
+        for row in rows:
+            numbers = [row.get(key) for key in (*FIGURES.values(), "seconds_per_image")]
+            told = ["-" if number is None else f"{number:.3f}" for number in numbers]
+            lines.append([way, f"{row['scale']:g}", f"{row['guidance']:g}", *told])
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def curves(ways):
+    """Panels of plot_lines: each figure that all rows have, over the strength of each way."""
+    return {
+        title: {
+            way: ([strength(way, row)[1] for row in rows], [row[key] for row in rows])
+            for way, rows in ways.items()
+        }
+        for title, key in FIGURES.items()
+        if all(row.get(key) is not None for rows in ways.values() for row in rows)
+    }
+
+
+def sheet(ways, pictures):
+    """{(way, column title): picture}; a column has the strengths of all ways at one place."""
+    told = [[strength(way, row) for row in rows] for way, rows in ways.items()]
+    told = [[f"{letter} = {value:g}" for letter, value in row] for row in told]
+    columns = [
+        ", ".join(dict.fromkeys(text for text in place if text))
+        for place in itertools.zip_longest(*told)
+    ]
+    return {
+        (way, column): picture
+        for way, row in pictures.items()
+        for column, picture in zip(columns, row, strict=False)
+    }
+
+
+def save(folder, facts, found, picture):
+    """classifier-guidance.md, .json and .png in `folder`, and the table on the screen.
+
+    facts: what holds for all rows; found: {way: rows of compare_samplers.Store}; picture(row) is
+    the grid of a row, uint8 (H,W,3) or (H,W).
+    """
+    ways = {way: [row["made_by"] | row["figures"] for row in rows] for way, rows in found.items()}
+    pictures = {way: [picture(row) for row in rows] for way, rows in found.items()}
+    how = f"{facts['sampler']}, {facts['steps']} steps, N = {facts['n']}"
+    title = f"# Guidance compared: {how}, against {facts['reference']}"
+    lines = [title, "", facts["protocol"], "", *table(ways)]
+    with atomic_write(folder / "classifier-guidance.md") as path:
+        path.write_text("\n".join(lines) + "\n")
+    with atomic_write(folder / "classifier-guidance.json") as path:
+        path.write_text(json.dumps({"facts": facts, "ways": ways}, indent=1) + "\n")
+    draw_cells(folder / "classifier-guidance.png", sheet(ways, pictures), curves(ways), "s, or w")
+    print("\n".join(lines))
+    print(f"kept in {folder}: classifier-guidance.md, classifier-guidance.json and .png")

@@ -1,0 +1,60 @@
+"""How well a classifier reads noisy images at each timestep: its accuracy as a curve over t."""
+
+from runtime.plots import plot_lines
+
+import numpy as np
+import torch
+
+from kernels import gaussian
+
+TIMES = 20  # timesteps of a curve, five in each quarter
+
+
+def evenly(ds, n):
+    """At most n images of a Dataset, evenly spaced: (B,C,H,W) in [-1, 1], and labels (B,)."""
+    return ds.batch(np.linspace(0, len(ds) - 1, min(n, len(ds))).round().astype(np.int64))
+
+
+def timesteps(T):
+    """TIMES of the timesteps 0..T-1, each in the middle of its part: a list."""
+    return [int((i + 0.5) * T / TIMES) for i in range(TIMES)]
+
+
+@torch.no_grad()
+def accuracy(classifier, noisy, ds, T, n, batch_size, world):
+    """The share (0..1) of n images of the Dataset ds that is read right at each of timesteps(T).
+
+    classifier(x, t) gives logits (B,K), noisy(x0, t, eps) gives x_t (B,C,H,W); t (B,). Each rank
+    computes its share of the timesteps, batch_size images at a time, and all return the whole: a
+    list of floats.
+    """
+    x0, y = (v.to(world.device) for v in evenly(ds, n))
+    eps = gaussian(x0.shape, torch.arange(len(x0)), 0, x0.device)
+
+    def right(t, tick):
+        t = torch.full((len(x0),), t, device=x0.device)
+        parts = zip(noisy(x0, t, eps).split(batch_size), t.split(batch_size), strict=True)
+        found = torch.cat([classifier(*part).argmax(1) for part in parts]) == y
+        tick()
+        return found.double().mean()
+
+    def of(part, tick):
+        return torch.stack([right(timesteps(T)[i], tick) for i in part])
+
+    with world.autocast():
+        desc = f"accuracy on {ds.name}"
+        return world.in_parts(of, TIMES, TIMES * world.size, TIMES, desc).tolist()
+
+
+def by_quarter(curve, name):
+    """{name: mean, name_q1: ..., name_q4: ...} of accuracies at timesteps(T)."""
+    quarters = np.reshape(curve, (4, -1)).mean(1).tolist()
+    named = {f"{name}_q{i}": value for i, value in enumerate(quarters, 1)}
+    return {name: float(np.mean(curve)), **named}
+
+
+def save_curves(path, curves, T, chance):
+    """Draw {name: accuracies} over t into the PNG `path`, with the accuracy of guessing."""
+    lines = {name: (timesteps(T), curve) for name, curve in curves.items()}
+    lines["chance"] = ([0, T - 1], [chance, chance])
+    plot_lines(path, {"accuracy": lines}, xlabel=f"t, of T = {T}")

@@ -1,0 +1,339 @@
+"""classifier_guidance.py's commands: training and its figures, --sample, --study, bad input."""
+
+from runtime.files import read_log
+from runtime.processes import World
+
+import json
+from functools import partial
+
+import numpy as np
+import openai_unet
+import pytest
+import torch
+import torch.nn.functional as F
+from data_files import write_images
+from launching import refused, run, start_ranks, succeed
+from PIL import Image
+from tiny_runs import flags
+
+import classifier_guidance as guide
+import improved_ddpm
+from ddpm_pixel import alpha_bar_of, timestep_pairs
+from evaluation import guidance_report, over_time
+
+
+@pytest.fixture(scope="module")
+def trained(toy, tiny, tmp_path_factory):
+    """{name: checkpoint}: a classifier, a network that knows no classes, one that does."""
+    folder = tmp_path_factory.mktemp("guided")
+    made = {
+        "classifier": ("classifier_guidance", {"metric_every": 4, "metric_n": 20}),
+        "plain": ("improved_ddpm", {"class_cond": False}),
+        "told": ("ddpm_pixel", {"schedule": "cosine"}),
+    }
+    for name, (script, how) in made.items():
+        succeed(script, *tiny[script], *toy, *flags(script, **how), "--out", folder / name)
+    return {name: folder / name / "ckpt.pt" for name in made}
+
+
+def asked(trained, name, *more, task="--sample"):
+    return [task, trained[name], "--classifier", trained["classifier"], "--gpus", 0, *more]
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+def test_the_log_has_accuracies_by_quarter_of_t(trained):
+    folder = trained["classifier"].parent
+    log = read_log(folder / "log.jsonl")
+    ours = [row for row in log if "loss" in row]
+    assert [row["step"] for row in ours] == list(range(1, 21))
+    for row in ours:
+        quarters = [row[key] for key in row if key.startswith("accuracy_q")]
+        assert 0 <= min(quarters) <= row["accuracy"] <= max(quarters) <= 1
+        assert {key[-2:] for key in row if "accuracy_q" in key} == {
+            key[-2:] for key in row if "loss_q" in key
+        }
+    looks = [row for row in log if "test_accuracy" in row]
+    assert [row["step"] for row in looks] == [4, 8, 12, 16]
+    for row in looks:
+        quarters = [row[f"test_accuracy_q{i}"] for i in range(1, 5)]
+        assert row["test_accuracy"] == pytest.approx(np.mean(quarters))
+    for name in ("accuracy.png", "loss.png"):
+        assert np.asarray(Image.open(folder / name).convert("L")).std() > 5
+    with Image.open(folder / "gradient.png") as picture:  # x_t and gradient of four images
+        assert picture.size == (len(guide.SHOWN) * 18 + 2, 8 * 18 + 2)
+
+
+class Threshold:
+    """Reads an image right where its mean is above 0, else as class 0; and remembers its t."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, x, t):
+        self.seen += t.tolist()
+        high = (x.mean(dim=(1, 2, 3)) > 0).long()
+        return F.one_hot(high, 3).float()
+
+
+class Five:
+    """A data set of five images."""
+
+    name = "five"
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return 5
+
+    def batch(self, rows):
+        return self.images[rows], self.labels[rows]
+
+
+def test_accuracy_over_t_is_counted():
+    values = torch.tensor([-0.5, 0.5, 0.5, -0.5, 0.5])
+    labels = torch.tensor([0, 1, 0, 2, 1])
+    images = values.view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    ds = Five(images, labels)
+    classifier, T = Threshold(), 40
+
+    def noisy(x0, t, eps):  # from t = 20 on, images are the noise's sign of their seed
+        return torch.where(t.view(-1, 1, 1, 1) < 20, x0, -x0)
+
+    found = over_time.accuracy(classifier, noisy, ds, T, 100, 2, World())
+    assert found == [3 / 5] * 10 + [1 / 5] * 10  # of 0 1 1 0 1, then of 1 0 0 1 0
+    times = over_time.timesteps(T)
+    assert times == list(range(1, 40, 2)) and sorted(classifier.seen) == sorted(times * 5)
+    quarters = over_time.by_quarter([*range(20)], "a")
+    assert quarters == {"a": 9.5, "a_q1": 2, "a_q2": 7, "a_q3": 12, "a_q4": 17}
+
+
+def test_moved_images_are_what_is_trained_on(toy, tiny, tmp_path):
+    """--shift changes the losses; 0 gives the images as they are, whatever the seed's moves."""
+    losses = {}
+    for shift in (0, 2):
+        given = [*tiny["classifier_guidance"], *toy, "--steps", 2, "--sample-every", 0]
+        succeed("classifier_guidance", *given, "--shift", shift, "--out", tmp_path / str(shift))
+        losses[shift] = [row["loss"] for row in read_log(tmp_path / str(shift) / "log.jsonl")]
+    assert losses[0] != losses[2]
+
+
+# -------------------------------------------------------------------------------------- sampling
+
+
+WAYS = {
+    "algorithm 1": {},
+    "algorithm 2": {"sampler": "ddim"},
+    "algorithm 2 with noise": {"sampler": "ddim", "eta": 0.5},
+    "in parts": {"classifier_batch": 2, "use_checkpoint": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name, w", [("plain", 0), ("told", -1), ("told", 2)])
+def test_samples_are_those_of_the_walk(name, w, way, trained, tmp_path):
+    how = {"n": 5, "sample_steps": 3, "guidance": w, "classifier_scale": 3, **WAYS[way]}
+    given = asked(trained, name, *flags("classifier_guidance", **how), "--classes", "dots,0")
+    succeed("classifier_guidance", *given, "--out", tmp_path)
+    net, cfg, shape, *_ = improved_ddpm.load_net(trained[name], "cpu")
+    classifier, _, _, names, alpha_bar = guide.load_classifier(trained["classifier"], "cpu")
+    assert names == ["bars", "dots"] and torch.equal(alpha_bar, alpha_bar_of(cfg))
+    seeds, labels = torch.arange(5), torch.tensor([1, 0, 1, 0, 1])
+    pairs = timestep_pairs(1000, 3)
+    how = {"scale": 3.0, "w": w, "algorithm": 1}
+    how["make_row"] = improved_ddpm.rows_of(cfg, alpha_bar, pairs)
+    if "sampler" in WAYS[way]:
+        eta = WAYS[way].get("eta", 0.0)
+        how |= {"algorithm": 2, "make_row": partial(guide.ddim_row, eta=eta)}
+    where = (net, classifier, alpha_bar, pairs, shape, seeds, labels)
+    *_, (x, _) = guide.sample(*where, **how)
+    wanted = ((x.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(int)
+    held = np.load(tmp_path / "samples.npz")
+    assert np.abs(held["arr_0"].astype(int) - wanted).max() <= (way == "in parts")
+    assert np.array_equal(held["arr_1"], labels)
+    assert (tmp_path / "samples.png").exists() and (tmp_path / "reverse.gif").exists()
+
+
+def test_a_sample_is_a_function_of_its_seed(trained, tmp_path):
+    """Sample 17 alone, in a batch, and of two processes."""
+
+    def draw(name, *extra, size=1):
+        how = ["--sample-steps", 6, "--classifier-scale", 4, "--out", tmp_path / name, *extra]
+        for process in start_ranks(
+            "classifier_guidance", *asked(trained, "plain", *how), size=size
+        ):
+            done = process.wait()
+            assert done.code == 0, done.err
+        found = np.load(tmp_path / name / "samples.npz")
+        return found["arr_0"].astype(int), found["arr_1"]
+
+    alone, label = draw("alone", "--seeds", 17)
+    many, labels = draw("many", "--seeds", "0-23", "--batch-size", 24)
+    split, split_labels = draw("split", "--seeds", "0-23", "--batch-size", 8, size=2)
+    assert label[0] == labels[17] == 1 and np.array_equal(labels, split_labels)
+    assert np.abs(many[17] - alone[0]).max() <= 1 and np.abs(many - split).max() <= 1
+    others = np.delete(many, 17, axis=0)
+    assert np.abs(others - alone[0]).max(axis=(1, 2, 3)).min() > 1
+
+
+def random_weights(shapes):
+    """Published tensors of these shapes, small enough that a walk stays finite."""
+    generator = torch.Generator().manual_seed(3)
+    return {name: 0.05 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_the_published_pair(trained, tmp_path):
+    """Neither file names a schedule: it is typed; and 64 channels make one head."""
+    small = {"resblock_updown": True, "use_scale_shift_norm": True}
+    unet = openai_unet.published(64, (1, 2, 3, 4), 1, [4], classes=3, **small)
+    reads = openai_unet.published(64, (1, 2, 3, 4), 1, [4], pool=8, **small | {"out": 3})
+    for name, shapes in (("diffusion", unet), ("classifier", reads)):
+        torch.save(random_weights(shapes), tmp_path / f"{name}.pt")
+    pair = ["--sample", tmp_path / "diffusion.pt", "--classifier", tmp_path / "classifier.pt"]
+    how = ["--schedule", "cosine", "--sample-steps", 2, "--n", 2, "--gpus", 0, "--classes", 2]
+    succeed("classifier_guidance", *pair, *how, "--out", tmp_path / "out")
+    net, cfg, shape, *_ = improved_ddpm.load_net(tmp_path / "diffusion.pt", "cpu")
+    classifier, *_, none = guide.load_classifier(tmp_path / "classifier.pt", "cpu")
+    assert none is None and shape == (3, 64, 64)
+    cfg.schedule, cfg.sample_steps = "cosine", 2
+    walk = guide.trajectory(
+        net, classifier, guide.Config(), cfg, shape, *torch.tensor([[0, 1], [2, 2]])
+    )
+    *_, (x, _) = walk
+    wanted = ((x.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    held = np.load(tmp_path / "out" / "samples.npz")
+    assert np.array_equal(held["arr_0"], wanted) and held["arr_1"].tolist() == [2, 2]
+    again = [*pair[:3], trained["classifier"], *how]
+    for given, wanted in (
+        ([*pair, *how, "--guidance", 1], "never learned to do without a label"),
+        (again, "images (C, H, W) (1, 16, 16) and (3, 64, 64)"),
+    ):
+        done = run("classifier_guidance", *given)
+        note, error = done.err.splitlines()
+        assert done.code == 2 and "has no scheduler" in note and wanted in error
+
+
+# ------------------------------------------------------------------------------------- the study
+
+
+def study(trained, name, out, *more):
+    how = ["--n", 6, "--sample-steps", 2, "--study-scales", "0,2", "--study-guidance=-1,0,3"]
+    return asked(trained, name, *how, "--out", out, *more, task="--study")
+
+
+def test_a_study_of_a_network_that_knows_classes(trained, tmp_path):
+    done = succeed("classifier_guidance", *study(trained, "told", tmp_path))
+    text = (tmp_path / "classifier-guidance.md").read_text()
+    assert text.strip() in done.out
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| classifier")]
+    told = [(row[0][2:], row[1], row[2]) for row in rows]
+    assert told == [
+        ("classifier", "0", "-1"),
+        ("classifier", "2", "-1"),
+        ("classifier, told y", "0", "0"),
+        ("classifier, told y", "2", "0"),
+        ("classifier-free", "0", "-1"),
+        ("classifier-free", "0", "0"),
+        ("classifier-free", "0", "3"),
+    ]
+    figures = [row[3:] for row in rows]
+    assert figures[0] == figures[4] and figures[2] == figures[5]  # the same samples, drawn once
+    assert len(read_log(tmp_path / "classifier-guidance.jsonl")) == 5
+    with Image.open(tmp_path / "classifier-guidance.png") as picture:
+        assert min(picture.size) > 300 and np.asarray(picture.convert("L")).std() > 5
+
+    # A second call draws only what is new, and its table is the same.
+    before = (tmp_path / "classifier-guidance.jsonl").read_text()
+    succeed("classifier_guidance", *study(trained, "told", tmp_path))
+    assert (tmp_path / "classifier-guidance.md").read_text() == text
+    assert (tmp_path / "classifier-guidance.jsonl").read_text() == before
+    succeed("classifier_guidance", *study(trained, "told", tmp_path, "--study-scales", "0,2,5"))
+    assert len(read_log(tmp_path / "classifier-guidance.jsonl")) == 7
+
+    # Each row's samples are those that --sample draws.
+    row = json.loads((tmp_path / "classifier-guidance.json").read_text())["ways"]["classifier"][1]
+    assert (row["scale"], row["guidance"]) == (2, -1) and 0 <= row["class_accuracy"] <= 1
+    how = ["--n", 6, "--sample-steps", 2, "--classifier-scale", 2, "--guidance", -1]
+    succeed("classifier_guidance", *asked(trained, "told", *how, "--out", tmp_path / "one"))
+    drawn = np.load(tmp_path / "one" / "samples.npz")["arr_0"][..., 0]
+    (cell,) = (
+        row["cell"]
+        for row in read_log(tmp_path / "classifier-guidance.jsonl")
+        if (row["made_by"]["scale"], row["made_by"]["guidance"]) == (2, -1)
+    )
+    with Image.open(tmp_path / "classifier-guidance-cells" / cell) as picture:
+        assert np.array_equal(np.asarray(picture)[2:18, 2:18], drawn[0])
+
+
+def test_a_study_of_a_network_that_knows_none(trained, tmp_path):
+    succeed("classifier_guidance", *study(trained, "plain", tmp_path, "--sampler", "ddim"))
+    text = (tmp_path / "classifier-guidance.md").read_text()
+    assert text.count("| classifier |") == 2 and "classifier-free" not in text
+    assert "told y" not in text and "ddim, 2 steps, N = 6" in text
+
+
+def test_the_sheet_puts_strengths_of_one_place_into_a_column():
+    rows = [{"scale": s, "guidance": -1} for s in (0, 0.5, 10)]
+    free = [{"scale": 0, "guidance": w} for w in (-1, 4)]
+    ways = {"classifier": rows, "classifier-free": free}
+    pictures = {"classifier": ["a", "b", "c"], "classifier-free": ["d", "e"]}
+    found = guidance_report.sheet(ways, pictures)
+    first, second, third = "s = 0, w = -1", "s = 0.5, w = 4", "s = 10"
+    assert found == {
+        ("classifier", first): "a",
+        ("classifier", second): "b",
+        ("classifier", third): "c",
+        ("classifier-free", first): "d",
+        ("classifier-free", second): "e",
+    }
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+def test_a_pair_that_does_not_fit(trained, toy, tiny, tmp_path):
+    """Classes, sizes, T and schedules that differ, each in a line that says what to type."""
+    others = write_images(tmp_path / "others", 12, classes=("bars", "rings"))
+    larger = write_images(tmp_path / "larger", 12, height=24, width=24)
+    made = {
+        "classes": (["--data", others], ["have other classes", "dots and rings", "--classes"]),
+        "sizes": (["--data", larger], ["(1, 16, 16) and (1, 24, 24)"]),
+        "chain": ([*toy[:2], "--timesteps", 500], ["T = 1000 and 500", "--timesteps 500"]),
+        "schedule": (
+            [*toy[:2], "--schedule", "linear"],
+            ["cosine and linear", "--schedule linear"],
+        ),
+    }
+    few = [*tiny["ddpm_pixel"], "--steps", 1, "--schedule", "cosine", "--data-root", tmp_path]
+    for name, (how, wanted) in made.items():
+        succeed("ddpm_pixel", *few, *how, "--out", tmp_path / name)
+        pair = ["--sample", tmp_path / name / "ckpt.pt", "--classifier", trained["classifier"]]
+        line = refused("classifier_guidance", *pair, "--gpus", 0, "--out", tmp_path / "out")
+        assert all(text in line for text in [str(tmp_path / name), *wanted]), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_means_nothing_is_refused(trained, toy):
+    plain, classifier = trained["plain"], trained["classifier"]
+    cases = [
+        (["--sample", plain], "--classifier"),
+        (["--study", plain], "--classifier"),
+        (["--sample", plain, "--study", plain, "--classifier", classifier], "one at a time"),
+        (["--classifier", classifier, *toy], "--sample or --study"),
+        (["--sample", classifier, "--classifier", classifier], "is a classifier of noisy images"),
+        (["--sample", plain, "--classifier", plain], "expected a classifier"),
+        (asked(trained, "plain", "--guidance", 1), "knows no labels"),
+        (asked(trained, "plain", "--variance", "large", "--classes", "cat"), "0 bars, 1 dots"),
+        (asked(trained, "told", "--variance", "learned"), "--variance learned"),
+        (asked(trained, "plain", "--sample-steps", 1001), "--sample-steps 1001"),
+        (asked(trained, "plain", "--classifier-scale", "nan"), "--classifier-scale nan"),
+        (asked(trained, "plain", "--classifier-batch", -1), "--classifier-batch"),
+        (asked(trained, "plain", "--eta", 1.5), "--eta"),
+        (asked(trained, "plain", "--study-scales", "1,x", task="--study"), "--study-scales 1,x"),
+        (asked(trained, "plain", "--n", 1, task="--study"), "at least 2 images"),
+        (["--dry-run", *asked(trained, "plain", task="--study")], "--dry-run is for training"),
+    ]
+    for given, wanted in cases:
+        assert wanted in refused("classifier_guidance", *given, "--gpus", 0), given
