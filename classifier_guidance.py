@@ -395,22 +395,23 @@ def study(cfg, world):
     facts["device"] = f"{world.size} x {device_name(world.device)}"
     facts["weights"] = [checkpoints.weights_hash(v) for v in (net, classifier)]
 
-    def draw(s, w, n, desc):
-        how = replace(cfg, classifier_scale=s), replace(trained, guidance=w)
+    def draw(s, w, n, steps, desc):
+        how = replace(cfg, classifier_scale=s), replace(trained, guidance=w, sample_steps=steps)
         walk = partial(trajectory, quick, classifier, *how, shape)
-        return world.draw(walk, seeds[:n], labels[:n], trained.batch_size, facts["steps"], desc)
+        return world.draw(walk, seeds[:n], labels[:n], trained.batch_size, steps, desc)
 
     def row(s, w):
         made_by = facts | {"scale": s, "guidance": w}
         if found := store.find(made_by):
             return found
         start = time.perf_counter()
-        images = draw(s, w, len(seeds), f"s = {s:g}, w = {w:g}").numpy()
+        images = draw(s, w, len(seeds), facts["steps"], f"s = {s:g}, w = {w:g}").numpy()
         seconds = (time.perf_counter() - start) / len(seeds)
         figures = judge(images, labels.numpy()) | {"seconds_per_image": seconds}
         return store.add(made_by, figures, images[:16], write=world.is_main)
 
-    draw(1.0, 0.0, min(len(seeds), trained.batch_size), "warm-up")
+    # One step first, not timed: a GPU compiles kernels when they are first used.
+    draw(1.0, 0.0, min(len(seeds), trained.batch_size), 1, "warm-up")
     scales = numbers_of(cfg.study_scales, "--study-scales", float)
     values = numbers_of(cfg.study_guidance, "--study-guidance", float)
     ways = {}

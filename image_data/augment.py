@@ -161,14 +161,14 @@ def augment(images, draws):
 
 
 def shift(images, by):
-    """Each image of (B,C,H,W) moved down and right by its own pixels; its edge is repeated.
+    """Each image of (B,C,H,W) moved up and left by its own pixels; its edge is repeated.
 
     by: int64 (B,2), on the same device.
     """
     b, _, h, w = images.shape
-    down, right = by.unsqueeze(-1).unbind(1)  # (B,1) each
-    rows = (torch.arange(h, device=by.device) + down).clamp(0, h - 1)  # (B,H)
-    cols = (torch.arange(w, device=by.device) + right).clamp(0, w - 1)  # (B,W)
+    up, left = by.unsqueeze(-1).unbind(1)  # (B,1) each
+    rows = (torch.arange(h, device=by.device) + up).clamp(0, h - 1)  # (B,H)
+    cols = (torch.arange(w, device=by.device) + left).clamp(0, w - 1)  # (B,W)
     each = torch.arange(b, device=by.device)[:, None, None]
     moved = images.permute(0, 2, 3, 1)[each, rows[:, :, None], cols[:, None, :]]  # (B,H,W,C)
     return moved.permute(0, 3, 1, 2)

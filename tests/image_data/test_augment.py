@@ -8,7 +8,7 @@ import torch
 from data_files import noise
 from scipy import ndimage, signal
 
-from image_data.augment import AUGMENT_DIM, SYM6, augment, draw_augmentation, labels_of
+from image_data.augment import AUGMENT_DIM, SYM6, augment, draw_augmentation, labels_of, shift
 
 H6 = np.array(SYM6)
 LEAN = (H6 * np.arange(-5, 7)).sum() / H6.sum()  # its centre, in points of the finer grid
@@ -269,6 +269,15 @@ def test_what_is_drawn_does_not_depend_on_p():
 def test_a_probability_is_from_0_to_1(p):
     with pytest.raises(ValueError, match="p must be in 0 .. 1"):
         draw_augmentation(np.random.default_rng(0), 4, p)
+
+
+def test_shifted_images_are_those_of_scipy_with_their_edges_repeated():
+    images = images_of((3, 6, 9), 25)
+    by = torch.cartesian_prod(torch.arange(-2, 3), torch.arange(-2, 3))
+    for image, found, (up, left) in zip(images, shift(images, by), by.tolist(), strict=True):
+        wanted = ndimage.shift(image.numpy(), (0, -up, -left), order=0, mode="nearest")
+        assert np.array_equal(found, wanted)
+    assert torch.equal(shift(images, torch.zeros_like(by)), images)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

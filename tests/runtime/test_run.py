@@ -118,6 +118,17 @@ def test_weights_multiply_gradients_and_not_what_is_logged(tmp_path):
         assert (f"loss_q{i + 1}" in row) == (len(there) > 0)
         if len(there):
             assert row[f"loss_q{i + 1}"] == pytest.approx(there.mean().item())
+            assert row[f"kl_q{i + 1}"] == pytest.approx(2 * there.mean().item())
+
+
+def test_weight_decay_makes_it_adamw_and_0_leaves_adam():
+    """Decoupled from the gradient: without any, a step takes lr x decay of each weight away."""
+    for decay, kept in ((0.1, 1 - 0.5 * 0.1), (0.0, 1.0)):
+        weight = torch.nn.Parameter(torch.tensor([2.0, -3.0]))
+        optimizer = World().adam(0.5, weight_decay=decay)([weight])
+        weight.grad = torch.zeros(2)
+        optimizer.step()
+        torch.testing.assert_close(weight.data, kept * torch.tensor([2.0, -3.0]))
 
 
 def test_adam_steps_along_the_clipped_gradient_with_the_rate_of_the_step(tmp_path):

@@ -9,6 +9,7 @@ from runtime.plots import plot_loss
 from runtime.processes import World
 from runtime.run import EMA, LossMeter, learning_rate
 
+import dataclasses
 import math
 import warnings
 from dataclasses import dataclass
@@ -92,6 +93,17 @@ def test_preset_lies_under_the_flags_unless_a_config_is_named(yaml_file, tmp_pat
     (tmp_path / "own.yaml").write_text("lr: 9.0\n")
     found = parse("--data", "mnist", "--config", tmp_path / "own.yaml", preset=preset)
     assert (found.steps, found.lr) == (10, 9.0)
+
+
+@pytest.mark.parametrize("task", commandline.TASKS)
+def test_a_preset_is_for_training_alone(task, tmp_path):
+    """What a checkpoint is asked is not changed by the file of the data that are named with it."""
+    (tmp_path / "mnist.yaml").write_text("steps: 3\n")
+    config = dataclasses.make_dataclass("Asking", [(task, str, "")], bases=(Config,))
+    preset = str(tmp_path / "{data}.yaml")
+    given = ["--data", "mnist", f"--{task.replace('_', '-')}", "ckpt.pt"]
+    assert commandline.parse(config, "", given, preset=preset).steps == 10
+    assert commandline.parse(config, "", given[:2], preset=preset).steps == 3
 
 
 REFUSED = {
