@@ -59,10 +59,13 @@ def draw_cells(path, cells, panels=None, xlabel="guidance w"):
             axes = figure.add_subplot(strip[j])
             for name, (xs, ys) in lines.items():
                 axes.plot(xs, ys, marker=".", label=name)
-            axes.set(xlabel=xlabel, ylabel=title)
+            axes.set_title(title, fontsize=9)
+            axes.set(xlabel=xlabel)
             axes.grid(alpha=0.3)
-            if len(lines) > 1:
-                axes.legend(fontsize=8)
+        if len(lines) > 1:  # one for all panels, below them
+            names = figure.axes[-1].get_legend_handles_labels()
+            where = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.04)}
+            figure.legend(*names, ncols=len(lines), fontsize=9, **where)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
     plt.close(figure)

@@ -51,26 +51,22 @@ def walk(*args, **how):
 
 def close(ours, theirs, tolerance=1e-12):
     """Both are x_prev and x0_hat of each step, the same within an error, relative above 1."""
-    for pair in zip(ours, theirs, strict=True):
-        for one, other in zip(*pair, strict=True):
-            torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(list(ours), list(theirs), atol=tolerance, rtol=tolerance)
 
 
 # ----------------------------------------------------------------------- networks that bend x
 
 
 class Wavy:
-    """A network that bends x by t and label; learned: with a second half v, some beyond -1 and 1.
-
-    null = 0: it knows no labels, and must be given none.
+    """A network that bends x by t and label, and must be given none where null is 0. learned: it
+    has a second half v, some of it beyond -1 and 1.
     """
 
     def __init__(self, null=3, learned=False):
         self.null, self.learned, self.asked = null, learned, []
 
     def __call__(self, x, t, y=None):
-        assert t.shape == (len(x),) and not t.is_floating_point()
-        assert (y is None) == (self.null == 0)
+        assert t.shape == (len(x),) and t.dtype == torch.int64 and (y is None) == (self.null == 0)
         self.asked.append((t.tolist(), None if y is None else y.tolist()))
         y = torch.zeros_like(t) if y is None else y
         shift = (0.02 * t + 0.4 * y).to(x.dtype).view(-1, 1, 1, 1)
@@ -90,7 +86,7 @@ class Curved(torch.nn.Module):
         self.asked = []
 
     def forward(self, x, t):
-        assert t.shape == (len(x),) and not t.is_floating_point()
+        assert t.shape == (len(x),) and t.dtype == torch.int64
         self.asked.append((x.detach().clone(), t.tolist()))
         hidden = linear(x.flatten(1), self.first) + t[:, None].to(x.dtype) / 50
         return linear(hidden.tanh(), self.second)
@@ -115,58 +111,51 @@ def posterior(a, a_prev):
 def literal(algorithm, net, classifier, way, y, s, w=0.0, *, prediction="eps", clip=False, **how):
     """Algorithm 1 or 2 line by line; x_{t-1} and x0_hat, which algorithm 2 moves.
 
-    With clip the noise belongs to the clipped x0_hat. In 2 it is clipped after the classifier has
-    moved it; the published condition_score clips it before. how: variance of algorithm 1, learned
-    by IDDPM eq. 15, or eta of 2.
+    With clip the noise belongs to the clipped x0_hat, as in the published condition_mean; but 2
+    clips it after the classifier has moved it, and condition_score before. how: variance of
+    algorithm 1, learned by IDDPM eq. 15, or eta of 2.
     """
     (alpha_bar, pairs, shape, seeds), none = way, torch.full_like(y, net.null)
     label = None if net.null == 0 else none if w == -1 else y
     x, C = noise(seeds, -1, shape), shape[0]
     for i, (t, t_prev) in enumerate(pairs):
         a, a_prev, ts = at(alpha_bar, t), at(alpha_bar, t_prev), torch.full((len(x),), t)
-        out = net(x, ts, label)
-        m, v = out[:, :C], out[:, C:]
+        alpha, sigma = a.sqrt(), (1 - a).sqrt()
+        m, v = net(x, ts, label).tensor_split([C], dim=1)
         if w > 0:
             m = (1 + w) * m - w * net(x, ts, none)[:, :C]
+        eps = {"eps": m, "v": alpha * m + sigma * x, "x0": (x - alpha * m) / sigma}[prediction]
         gradient, z = classifier.gradient(x, t, y) if s else 0.0, noise(seeds, i, shape)
-        eps = {
-            "eps": m,
-            "v": a.sqrt() * m + (1 - a).sqrt() * x,
-            "x0": (x - a.sqrt() * m) / (1 - a).sqrt(),
-        }[prediction]
         if algorithm == 2:
-            eps = eps - (1 - a).sqrt() * s * gradient
-        guess = (x - (1 - a).sqrt() * eps) / a.sqrt()
+            eps = eps - sigma * s * gradient
+        guess = (x - sigma * eps) / alpha
         if clip:
             guess = guess.clamp(-1, 1)
-            eps = (x - a.sqrt() * guess) / (1 - a).sqrt()
+            eps = (x - alpha * guess) / sigma
         beta, tilde = posterior(a, a_prev)
         if algorithm == 2:
-            sigma = how["eta"] * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
-            x = a_prev.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + sigma * z
-            x = x + (1 - a_prev - sigma**2).sqrt() * eps
+            fresh = how["eta"] * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
+            x = a_prev.sqrt() * guess + (1 - a_prev - fresh**2).sqrt() * eps + fresh * z
         else:
             last = t_prev < 0
             Sigma = beta * (not last) if how["variance"] == "large" else tilde
             if how["variance"] == "learned":
                 least = posterior(*(at(alpha_bar, u) for u in pairs[-2]))[1] if last else tilde
                 Sigma = torch.exp((v + 1) / 2 * beta.log() + (1 - v) / 2 * least.log())
-            mu = (x - beta / (1 - a).sqrt() * eps) / (a / a_prev).sqrt()  # DDPM eq. 11
+            mu = (x - beta / sigma * eps) / (a / a_prev).sqrt()  # DDPM eq. 11
             x = mu + s * Sigma * gradient + (not last) * Sigma.sqrt() * z
         yield x, guess
 
 
 def of(algorithm, way=WAY, prediction="eps", variance="small", eta=0.0):
-    """How guide.sample is asked for it."""
+    """How guide.sample is asked for it; 1 is its default."""
     if algorithm == 2:
-        row = partial(ddim.ddim_row, eta=eta, prediction=prediction)
-        return {"algorithm": 2, "make_row": row}
+        return {"algorithm": 2, "make_row": partial(ddim.ddim_row, eta=eta, prediction=prediction)}
     row = partial(ddpm_pixel.ancestral_row, prediction=prediction, variance=variance)
     if variance == "learned":
-        chain = improved_ddpm.make_chain(way[0], [t for t, _ in way[1]])
-        floor = chain.log_beta_tilde[0].item()
+        floor = improved_ddpm.make_chain(way[0], [t for t, _ in way[1]]).log_beta_tilde[0].item()
         row = partial(improved_ddpm.learned_row, prediction=prediction, floor=floor)
-    return {"algorithm": 1, "make_row": row}
+    return {"make_row": row}
 
 
 clipping = pytest.mark.parametrize("clip", [False, True], ids=["free", "clip"])
@@ -188,8 +177,7 @@ def test_walks_are_the_algorithms(algorithm, kind, null, w, prediction, clip, do
     close(ours, theirs)
     assert clip == (max(guess.abs().max() for _, guess in ours) == 1)
     # A fixed Sigma is 0 at the last step, and algorithm 2 has moved x0_hat.
-    moved = algorithm == 1 and learned
-    assert ((ours[-1][0] - ours[-1][1]).abs().max() > 1e-5) == moved
+    assert ((ours[-1][0] - ours[-1][1]).abs().max() > 1e-5) == (algorithm == 1 and learned)
 
 
 @pytest.mark.parametrize("null, w", NETS.values(), ids=NETS)
@@ -197,8 +185,7 @@ def test_what_the_networks_are_asked(null, w, double):
     net, classifier = Wavy(null), Curved()
     steps = walk(net, classifier, *WAY, LABELS, w=w)
     y = {0: None, 3: [0, 2, 1]}[null] if w == 0 else {-1: [3, 3, 3], 1.5: [0, 2, 1, 3, 3, 3]}[w]
-    times = 2 if w == 1.5 else 1
-    assert net.asked == [([t] * 3 * times, y) for t, _ in PAIRS]
+    assert net.asked == [([t] * (6 if w == 1.5 else 3), y) for t, _ in PAIRS]
     assert [t for _, t in classifier.asked] == [[t] * 3 for t, _ in PAIRS]
     seen = [noise(WAY[-1], -1), *(x for x, _ in steps[:-1])]  # x_t, never x_{t-1}
     assert all(torch.equal(x, x_t) for (x, _), x_t in zip(classifier.asked, seen, strict=True))
@@ -211,6 +198,12 @@ def test_a_learned_variance_that_has_no_choice():
     assert guide.step_sigma(row, out) == pytest.approx(0.7, rel=1e-6)
     row = Row(*row[:4], S=1.0, log_var_min=-2.0, log_var_max=-2.0)
     assert guide.step_sigma(row, out) == pytest.approx(math.exp(-2), rel=1e-6)
+
+
+def test_algorithm_2_keeps_a_learned_variance():
+    out, push = noise(WAY[-1], 0, (4, 3, 3)), noise(WAY[-1], 1, (2, 3, 3))
+    moved = guide.less_noise(ddim.ddim_row(0.3, 0.5), out, 0.3, push)
+    torch.testing.assert_close(moved, torch.cat([out[:, :2] - 0.7**0.5 * push, out[:, 2:]], dim=1))
 
 
 @clipping
@@ -236,7 +229,9 @@ def test_sample_17_does_not_depend_on_its_batch(how, w, double):
 
     def end(part, batch=0):
         args = Wavy(learned=True), Curved(), *WAY[:3], seeds[part], seeds[part] % 3
-        return walk(*args, scale=2.0, w=w, batch=batch, **how)[-1][0]
+        *_, (x, _) = walk(*args, scale=2.0, w=w, batch=batch, **how)
+        assert max(len(t) for _, t in args[1].asked) == (batch or len(x))
+        return x
 
     many, alone, parts = end(slice(20)), end(slice(17, 18)), end(slice(20), batch=6)
     torch.testing.assert_close(many[17:18], alone, atol=1e-12, rtol=0)
@@ -379,8 +374,7 @@ def test_algorithm_2_is_the_asked_class_alone(steps, eta, double):
     way = even_log_snr(200, 4, -4), ddim.subsequence(200, steps), SMALL, torch.arange(30)
     ours = guided_by_classes(way, y, **of(2, eta=eta))
     theirs = literal(2, Classes(way[0], told=True), None, way, y, 0.0, eta=eta)
-    for (x, _), (expected, _) in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(x, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close([x for x, _ in ours], [x for x, _ in theirs], atol=1e-10, rtol=0)
 
 
 def halves(errors, tolerance=0.04):
