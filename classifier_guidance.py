@@ -316,6 +316,9 @@ def load_pair(cfg, path, world):
         trained, cfg, (NETWORK if trained.data else f"{NETWORK} {forward}").split()
     )
     trained = replace(trained, variance=improved_ddpm.variance_of(trained))
+    if cfg.sampler == "ddim" and alpha_bar_of(trained)[-1] < 1e-12:
+        told = "divides by sqrt(alpha_bar), which is 0 at T: type --sampler ddpm"
+        raise cli.BadInput(f"--sampler ddim {told} for {path}")
     classifier, own, reads, names, alpha_bar = load_classifier(cfg.classifier, world.device)
     classifier.use_checkpoint = cfg.use_checkpoint
     pair = f"{cfg.classifier} and {path}"

@@ -94,7 +94,7 @@ def _reference(x, out, row, step, out_uncond, guidance, history, seeds, clip):
     if row.H != 0:
         x_prev.add_(history.to(dtype), alpha=row.H)
     if row.S != 0:
-        z = gaussian(x.shape, seeds, step, x.device)
+        z = _to(gaussian(x.shape, seeds, step, x.device), dtype)
         x_prev.add_(_standard_deviation(row, out, row.S, dtype) * z)
     return _to(x_prev, x.dtype), _to(x0_hat, x.dtype)
 

@@ -315,6 +315,18 @@ def test_a_pair_that_does_not_fit(trained, toy, tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_chain_that_ends_without_an_image_cannot_take_algorithm_2(trained, toy, tiny, tmp_path):
+    none = ["--schedule", "sigmoid", "--alpha-min", 0, "--prediction", "v", "--steps", 1]
+    for script in ("ddpm_pixel", "classifier_guidance"):
+        how = none[:4] + none[6:] if script == "classifier_guidance" else none
+        succeed(script, *tiny[script], *toy, *how, "--out", tmp_path / script)
+    pair = ["--sample", tmp_path / "ddpm_pixel" / "ckpt.pt"]
+    pair += ["--classifier", tmp_path / "classifier_guidance" / "ckpt.pt", "--gpus", 0]
+    line = refused("classifier_guidance", *pair, "--sampler", "ddim")
+    assert "is 0 at T: type --sampler ddpm" in line
+    succeed("classifier_guidance", *pair, "--n", 2, "--sample-steps", 3, "--out", tmp_path / "out")
+
+
 def test_what_means_nothing_is_refused(trained, toy):
     plain, classifier = trained["plain"], trained["classifier"]
     cases = [
