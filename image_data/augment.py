@@ -9,6 +9,9 @@ vector of what was done learns what it does; given zeros, it draws images as the
     draws = draw_augmentation(rng, len(images), p)       (B, 8), a row for each image
     images, labels = augment(images, draws)              (B,C,H,W) and (B, 9), for the network
 
+A classifier only has its images moved by whole pixels: shift(images, by). What follows is of
+augment.
+
 All but the mirroring is one affine map, so an image is resampled once. That happens at twice its
 resolution: the wavelet sym6 fills in the points between, they are read bilinearly where each point
 of the result comes from, and sym6, now a low-pass filter, halves that. So details that shrink fade

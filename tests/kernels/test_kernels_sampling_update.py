@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import gaussian, sampling_update
+from kernels import Row, gaussian, sampling_update
 from tests.cases.rows import make_rows
 
 ALPHA_BAR = (1 - torch.linspace(1e-3, 0.1, 100, dtype=torch.float64)).cumprod(0)
@@ -204,6 +204,16 @@ def test_float64_stays_and_gradients_flow():
 
     values = [t.requires_grad_() for t in (x, out, out_uncond)]
     assert torch.autograd.gradcheck(function, values)
+
+
+def test_float64_keeps_the_digits_of_the_noise():
+    """S z is a product of float64, though z is drawn in float32."""
+    x, out, _, _, seeds = (t.double() for t in inputs())
+    row = Row(1.1, 0.2, 0.3, 0.4, S=0.7)
+    found, _ = sampling_update(x, out, row, step=3, seeds=seeds.long(), clip=False)
+    z = gaussian(x.shape, seeds.long(), 3, "cpu").double()
+    expected = 0.3 * (1.1 * x - 0.2 * out) + 0.4 * x + 0.7 * z
+    torch.testing.assert_close(found, expected, atol=1e-14, rtol=0)
 
 
 def test_what_is_missing_or_does_not_fit_is_named():
