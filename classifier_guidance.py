@@ -8,14 +8,15 @@ By Bayes, the score of the images of class y is that of all images plus a classi
 
 The first term is a diffusion network that was never told a class: its noise is eps_hat =
 -sqrt(1 - alpha_bar_t) grad log p(x_t). The second is a classifier of noisy images, trained here on
-x_t of all t. Above 1, a scale s on it sharpens: p(x_t) p(y | x_t)^s has fewer and surer images. In
-a step x_t -> x_{t-1},
+x_t of all t. A scale s on it sharpens: p(x_t) p(y | x_t)^s has fewer and surer images. In theory
+s = 1 is the class; learned networks need more (section 4.3). In a step x_t -> x_{t-1},
 
     x_{t-1} ~ N(mu + s Sigma grad log p(y | x_t), Sigma)                           algorithm 1, DDPM
     eps_hat <- eps_hat - sqrt(1 - alpha_bar_t) s grad log p(y | x_t)               algorithm 2, DDIM
 
-The networks of ddpm_pixel.py and improved_ddpm.py can be guided, also conditional ones, also
-together with classifier-free guidance, which needs no second network and half of each batch.
+Section 4.1 expands log p at mu, and takes its gradient at x_t, because the steps are small. The
+networks of ddpm_pixel.py and improved_ddpm.py can be guided, also conditional ones, and together
+with classifier-free guidance, which needs no second network but asks the first one twice.
 
     python classifier_guidance.py --data mnist           6 minutes of one core; the classifier
     python classifier_guidance.py --sample runs/iddpm-mnist/ckpt.pt --guidance -1
@@ -28,7 +29,7 @@ together with classifier-free guidance, which needs no second network and half o
 from runtime import checkpoints
 from runtime import commandline as cli
 from runtime.pictures import save_drawn, save_grid, to_uint8
-from runtime.processes import exact, launch
+from runtime.processes import exact, launch, say_once
 from runtime.run import Run
 
 import inspect
@@ -65,7 +66,7 @@ SHOWN = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # t / T in a pictur
 
 @dataclass
 class Config(cli.RunConfig):
-    timesteps: int = 1000  # T of the chain; that of the network to be guided, like the next two
+    timesteps: int = 1000  # T of the chain; it, schedule, alpha_min are the guided network's
     schedule: Literal["linear", "cosine", "sigmoid"] = "cosine"  # how alpha_bar falls
     alpha_min: float = 0.001  # smallest alpha_t
     weight_decay: float = 0.05  # of AdamW
@@ -83,11 +84,12 @@ class Config(cli.RunConfig):
     dropout: float = 0.0  # dropout in residual blocks
     use_checkpoint: bool = False
     """compute activations twice instead of keeping them; with --sample, too, for the gradient"""
-    metric_every: int = 500  # steps between two looks at held-out images; 0: only after the last
+    metric_every: int = 500  # steps between two logged looks at held-out images; 0: none is logged
     metric_n: int = 250  # held-out images that are looked at, each at 20 timesteps
 
     sample: str = ""
-    """do not train: guide this network, of ddpm_pixel.py, improved_ddpm.py, or published"""
+    """do not train: guide this network, of ddpm_pixel.py, improved_ddpm.py, or published, by its
+    settings of sampling where none are typed"""
     study: str = ""  # do not train: guide this one by all --study-scales and --study-guidance
     classifier: str = ""
     """what guides: a checkpoint of this script, or OpenAI's, such as 64x64_classifier.pt"""
@@ -142,18 +144,19 @@ def log_prob_gradient(classifier, x, t, y, batch=0):
 def step_sigma(row, out):
     """Sigma of algorithm 1, the variance of the step: a float, or (B,C,H,W) where it is learned.
 
-    The last step adds no noise. A fixed Sigma is 0 there; a learned one, as in the published code,
-    is what the network says.
+    The last step adds no noise. Ours is 0 there where Sigma is fixed; a learned one, as in the
+    published code, is what the network says.
     """
     fixed = row.log_var_min == row.log_var_max == 0  # then S has it
     return row.S**2 if fixed else step_variance(row, out)
 
 
 def less_noise(row, out, a, push):
-    """Algorithm 2, line 4: eps_hat - sqrt(1 - a) push, as what the network gives, (B,C,H,W) or 2C.
+    """Algorithm 2: eps_hat - sqrt(1 - a) push, as what the network gives, (B,C,H,W) or (B,2C,H,W).
 
     push (B,C,H,W) is s grad log p, a is alpha_bar_t. A network of eps gives eps_hat. Of others
-    x0_hat = p x_t - q out, so it takes the same step, (1 - a) / sqrt(a) push.
+    x0_hat = p x_t - q out, so it takes the same step, (1 - a) / sqrt(a) push. Where a is near 0
+    that is far: x0_hat is clipped after it, not before it as in the published code.
     """
     out, v = out.tensor_split([push.shape[1]], dim=1)  # v: of a learned variance, or nothing
     return torch.cat([out - (1 - a) / (math.sqrt(a) * row.q) * push, v.to(push.dtype)], dim=1)
@@ -189,8 +192,8 @@ def sample(
         if scale:
             push = scale * log_prob_gradient(classifier, x, t, y, batch)  # (B,C,H,W)
             if algorithm == 2:  # both terms of (1+w) eps(x,y) - w eps(x), so their sum, too
-                for name in [name for name in ("out", "out_uncond") if out[name] is not None]:
-                    out[name] = less_noise(row, out[name], a, push)
+                both = {name: v for name, v in out.items() if torch.is_tensor(v)}
+                out |= {name: less_noise(row, v, a, push) for name, v in both.items()}
         x, x0_hat = sampling_update(x, row=row, step=step, seeds=seeds, clip=clip, **out)
         if scale and algorithm == 1:
             x = x + step_sigma(row, out["out"]) * push
@@ -231,6 +234,8 @@ def train(cfg, world):
     run = Run(cfg, world, ds, net=net, optimizer=make)
     noisy, held_out = partial(q_sample, alpha_bar=alpha_bar), held_out_of(cfg, ds)
     run.say(f"{ds.name}: {len(ds)} images {ds.shape}, {ds.num_classes} classes; classifier")
+    if held_out.key == ds.key:
+        say_once(f"note: {ds.name} has no test images; what is called held-out is trained on")
 
     def read(ds):  # the share that is read right at some timesteps
         how = cfg.timesteps, cfg.metric_n, cfg.batch_size, world
@@ -250,7 +255,7 @@ def train(cfg, world):
             right = (logits.argmax(1) == y).float()
             run.backward(losses, t / cfg.timesteps, accuracy=right)
         run.descend()  # clip the gradient, AdamW, running means, log
-        if run.due(cfg.metric_every):
+        if cfg.metric_every and (run.due(cfg.metric_every) or run.done):
             run.log(**by_quarter(read(held_out), "test_accuracy"))
         if run.due(cfg.sample_every):
             run.save_grid(gradients(run.ema, held_out, alpha_bar), len(SHOWN))
@@ -268,8 +273,14 @@ def held_out_of(cfg, ds):
     """Images that training does not see. BadInput where there are no two classes to tell apart."""
     if ds.num_classes < 2:
         raise cli.BadInput(f"{ds.name} has no two classes to tell apart: name labelled --data")
+    if cfg.dry_run:  # it reads none, and needs no data
+        return ds
     how = {"size": cfg.size, "classes": cfg.classes}
-    return datasets.held_out(cfg.data, cfg.data_root, ds.shape, ds.class_names, **how)[0]
+    found, known = datasets.held_out(cfg.data, cfg.data_root, ds.shape, ds.class_names, **how)
+    if not known:
+        told = "give both splits the same, or name some that both have with --classes"
+        raise cli.BadInput(f"{ds.name}: its test images have other classes; {told}")
+    return found
 
 
 def gradients(classifier, ds, alpha_bar):
@@ -293,16 +304,16 @@ def gradients(classifier, ds, alpha_bar):
 # ------------------------------------------------------------------------------------- commands
 
 
-def load_classifier(path, device, ema=None):
-    """(classifier, its Config, shape (C,H,W), class names, alpha_bar) of a checkpoint, EMA weights.
+def load_classifier(path, device):
+    """(classifier, its Config, shape (C,H,W), class names, alpha_bar) of a checkpoint.
 
-    Also a published one, whose file names no schedule: then alpha_bar is None. ema: which decay, of
-    several. BadInput for other files, and decays not there.
+    Its weights are the running mean, of several the first. Also a published one, whose file names
+    no schedule: then alpha_bar is None. BadInput for other files.
     """
     state = read_classifier(path)
     cfg, shape = checkpoints.trained_config(Config, state), tuple(state["shape"])
     net = make_net(cfg, shape, len(state["class_names"])).to(device)
-    checkpoints.load_weights(net, checkpoints.chosen_ema(state, path, ema))
+    checkpoints.load_weights(net, checkpoints.chosen_ema(state, path))
     alpha_bar = alpha_bar_of(cfg) if state.get("named", True) else None
     return net.eval().requires_grad_(False), cfg, shape, state["class_names"], alpha_bar
 
@@ -310,33 +321,35 @@ def load_classifier(path, device, ema=None):
 def load_pair(cfg, path, world):
     """(network, its settings, classifier, shape, class names); BadInput where they do not fit."""
     ema = checkpoints.typed_ema(cfg)
-    net, trained, shape, known, _ = improved_ddpm.load_net(path, world.device, ema)
-    forward = "timesteps schedule alpha_min"  # of the published, no file names them
-    trained = checkpoints.overlaid(
-        trained, cfg, (NETWORK if trained.data else f"{NETWORK} {forward}").split()
-    )
+    net, trained, shape, net_names, _ = improved_ddpm.load_net(path, world.device, ema)
+    typed = NETWORK if trained.data else f"{NETWORK} timesteps schedule alpha_min"  # published
+    trained = checkpoints.overlaid(trained, cfg, typed.split())
     trained = replace(trained, variance=improved_ddpm.variance_of(trained))
     if cfg.sampler == "ddim" and alpha_bar_of(trained)[-1] < 1e-12:
         told = "divides by sqrt(alpha_bar), which is 0 at T: type --sampler ddpm"
         raise cli.BadInput(f"--sampler ddim {told} for {path}")
-    classifier, own, reads, names, alpha_bar = load_classifier(cfg.classifier, world.device)
+    classifier, its_cfg, its_shape, names, its_alpha_bar = load_classifier(
+        cfg.classifier, world.device
+    )
     classifier.use_checkpoint = cfg.use_checkpoint
-    pair = f"{cfg.classifier} and {path}"
-    if reads != shape:
-        raise cli.BadInput(
-            f"{pair}: images (C, H, W) {reads} and {shape}; train one on the other's"
+    pair, named = f"{cfg.classifier} and {path}", its_alpha_bar is not None
+    if its_shape != shape:
+        told = "train one on the other's --data and --size"
+        raise cli.BadInput(f"{pair}: images (C, H, W) {its_shape} and {shape}; {told}")
+    differ = [two for two in zip(names, net_names, strict=False) if len({*two}) > 1]
+    differ = differ if named and trained.data else []  # the published know numbers only
+    if net_names and (differ or len(names) != len(net_names)):
+        told = f"{len(names)} and {len(net_names)}" + "".join(
+            f", {a} is {b}" for a, b in differ[:1]
         )
-    if known and list(known) != list(names):
-        i = next((i for i, two in enumerate(zip(names, known, strict=False)) if len({*two}) > 1), 0)
-        told = f"{len(names)} and {len(known)}, number {i} is {names[i]} and {known[i]}"
         raise cli.BadInput(f"{pair} have other classes: {told}; train both on the same --classes")
-    steps = own.timesteps, trained.timesteps
-    if alpha_bar is not None and steps[0] != steps[1]:
-        told = f"type --timesteps {steps[1]} to train a classifier for it"
-        raise cli.BadInput(f"{pair}: chains of T = {steps[0]} and {steps[1]} timesteps; {told}")
-    if alpha_bar is not None and not torch.allclose(alpha_bar, alpha_bar_of(trained), rtol=1e-6):
+    if named and its_cfg.timesteps != trained.timesteps:
+        chains = f"chains of T = {its_cfg.timesteps} and {trained.timesteps} timesteps"
+        told = f"type --timesteps {trained.timesteps} to train a classifier for it"
+        raise cli.BadInput(f"{pair}: {chains}; {told}")
+    if named and not torch.allclose(its_alpha_bar, alpha_bar_of(trained), rtol=1e-6):
         told = f"type --schedule {trained.schedule} --alpha-min {trained.alpha_min:g} to train one"
-        raise cli.BadInput(f"{pair}: schedules {own.schedule} and {trained.schedule}; {told}")
+        raise cli.BadInput(f"{pair}: schedules {its_cfg.schedule} and {trained.schedule}; {told}")
     return net, trained, classifier, shape, names
 
 
@@ -344,10 +357,7 @@ def seeds_and_labels(cfg, net, names, w):
     """int64 seeds (N,), and the class (N,) asked of each; BadInput for w that net cannot do."""
     if not net.null and w not in (0, -1):
         raise cli.BadInput("this network knows no labels; leave out --guidance")
-    if net.null and w and not net.null_label:
-        raise cli.BadInput("this network never learned to do without a label; leave out --guidance")
-    seeds = cli.parse_seeds(cfg.seeds, cfg.n)
-    return seeds, cli.labels_for(seeds, cli.parse_classes(cfg.classes, names))
+    return cli.seeds_and_labels(cfg, net, names, w if net.null else 0)
 
 
 def sample_checkpoint(cfg, world):
@@ -363,22 +373,26 @@ def sample_checkpoint(cfg, world):
 
 
 def judge_of(cfg, trained, shape, names, world):
-    """(function (images, labels) -> figures of eval_fid.py, facts) against held-out images.
+    """(function (images, labels) -> figures of eval_fid.py, on rank 0; facts).
 
-    Features, and the classes that are read, are of a classifier of clean images that guides nobody.
+    Against held-out images of the classes that are drawn. Features, and the classes that are read,
+    are of a classifier of clean images that guides nobody.
     """
-    name, root, classes = trained.data, trained.data_root, trained.classes
-    if cfg.classes:
-        classes = ",".join(names[i] for i in cli.parse_classes(cfg.classes, names))
-    ds, _ = datasets.held_out(name, root, shape, (), size=trained.size, classes=classes)
-    extractor, _ = classifier_of(name, root, size=trained.size, device=world.device)
+    name, root, size = trained.data, trained.data_root, trained.size
+    extractor, _ = classifier_of(name, root, size=size, device=world.device)
+    drawn = [names[i] for i in cli.parse_classes(cfg.classes, names)]
+    known, classes = set(names) <= set(extractor.class_names), trained.classes
+    if known and len(drawn) < len(extractor.class_names):
+        classes = ",".join(drawn)
+    ds, _ = datasets.held_out(name, root, shape, (), size=size, classes=classes)
     see = partial(look, extractor=extractor, world=world)
     reference = see(Images(f"{name}:test", ds.images, key=ds.key), keep=root, reference=True)
 
     def figures(images, labels):
         side = see(Images("samples", images, labels))
-        found = scored(side, reference, metrics=("frechet", "is", "prdc"))
-        known = set(names) <= set(extractor.class_names)
+        if not world.is_main:
+            return {}
+        found = scored(side, reference, metrics=("frechet", "is", "prdc"), device=world.device)
         return found | {"class_accuracy": class_accuracy(side, extractor, names) if known else None}
 
     return figures, {"protocol": extractor.protocol, "reference": f"{name}:test, N = {len(ds)}"}
@@ -388,13 +402,15 @@ def study(cfg, world):
     """Each way of guidance over its scale, of the same seeds: tables, curves, grids."""
     net, trained, classifier, shape, names = load_pair(cfg, cfg.study, world)
     seeds, labels = seeds_and_labels(cfg, net, names, 0)
+    total = len(timestep_pairs(trained.timesteps, trained.sample_steps))
     judge, facts = judge_of(cfg, trained, shape, names, world)
     folder, quick = cli.folder_of(cfg, cfg.study), world.for_sampling(net)
     store = Store(folder / "classifier-guidance.jsonl", folder / "classifier-guidance-cells")
     world.barrier()  # every rank has read the store before one adds to it
-    facts |= {name: getattr(trained, name) for name in ("variance", "clip_denoised", "batch_size")}
+    walked = "timesteps schedule alpha_min prediction variance clip_denoised batch_size"
+    facts |= {name: getattr(trained, name) for name in walked.split()}
     facts |= {name: getattr(cfg, name) for name in ("sampler", "eta", "seeds", "classes")}
-    facts |= {"n": len(seeds), "steps": trained.sample_steps}
+    facts |= {"n": len(seeds), "steps": total, "dtype": str(world.dtype)}
     facts["device"] = f"{world.size} x {device_name(world.device)}"
     facts["weights"] = [checkpoints.weights_hash(v) for v in (net, classifier)]
 
@@ -408,15 +424,15 @@ def study(cfg, world):
         if found := store.find(made_by):
             return found
         start = time.perf_counter()
-        images = draw(s, w, len(seeds), facts["steps"], f"s = {s:g}, w = {w:g}").numpy()
+        images = draw(s, w, len(seeds), total, f"s = {s:g}, w = {w:g}").numpy()
         seconds = (time.perf_counter() - start) / len(seeds)
         figures = judge(images, labels.numpy()) | {"seconds_per_image": seconds}
         return store.add(made_by, figures, images[:16], write=world.is_main)
 
     # One step first, not timed: a GPU compiles kernels when they are first used.
     draw(1.0, 0.0, min(len(seeds), trained.batch_size), 1, "warm-up")
-    scales = numbers_of(cfg.study_scales, "--study-scales", float)
-    values = numbers_of(cfg.study_guidance, "--study-guidance", float)
+    scales = sorted({*numbers_of(cfg.study_scales, "--study-scales", float)})
+    values = sorted({*numbers_of(cfg.study_guidance, "--study-guidance", float)})
     ways = {}
     if not net.null or net.null_label:
         ways["classifier"] = [row(s, -1.0) for s in scales]
@@ -437,7 +453,8 @@ def check(cfg):
     positive = "timesteps sample_steps n metric_n model_channels channel_mult num_res_blocks "
     not_negative = "shift metric_every weight_decay num_head_channels norm_groups classifier_batch"
     cli.check_ranges(cfg, f"{positive} num_heads", not_negative, "alpha_min dropout eta")
-    cli.check_sampling(replace(cfg, sample=cfg.sample or cfg.study))
+    # Whether the network that is sampled has so many timesteps, and labels, is its own affair.
+    cli.check_sampling(replace(cfg, sample="another's", metric_every=0))
     if cfg.sample and cfg.study:
         raise cli.BadInput("--sample and --study: one at a time")
     if cfg.sample or cfg.study:

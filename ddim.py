@@ -373,7 +373,8 @@ def numbers_of(text, flag, kind=int):
         numbers = [kind(part) for part in cli.split_list(text)]
     except ValueError:
         numbers = []
-    if not numbers or (kind is int and min(numbers) < 1):
+    finite = all(map(math.isfinite, numbers))
+    if not numbers or not finite or (kind is int and min(numbers) < 1):
         raise cli.BadInput(f"{flag} {text}: expected numbers with commas between, such as 1,4")
     return numbers
 

@@ -21,11 +21,15 @@ def is_checkpoint(name):
 
 
 def takes_sample(path):
-    """Whether the script at `path` defines a class Config with a field `sample`. It is not run."""
+    """Whether the script at `path` samples its own checkpoints. It is not run.
+
+    Its class Config then has a field `sample`, and none for a `classifier`, which draws nothing.
+    """
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             fields = [field.target for field in node.body if isinstance(field, ast.AnnAssign)]
-            return any(isinstance(f, ast.Name) and f.id == "sample" for f in fields)
+            names = {field.id for field in fields if isinstance(field, ast.Name)}
+            return "sample" in names and "classifier" not in names
     return False
 
 

@@ -3,7 +3,6 @@
 from runtime.files import atomic_write
 from runtime.plots import draw_cells
 
-import itertools
 import json
 
 FIGURES = {
@@ -46,18 +45,13 @@ def curves(ways):
 
 
 def sheet(ways, pictures):
-    """{(way, column title): picture}; a column has the strengths of all ways at one place."""
-    told = [[strength(way, row) for row in rows] for way, rows in ways.items()]
-    told = [[f"{letter} = {value:g}" for letter, value in row] for row in told]
-    columns = [
-        ", ".join(dict.fromkeys(text for text in place if text))
-        for place in itertools.zip_longest(*told)
-    ]
-    return {
-        (way, column): picture
-        for way, row in pictures.items()
-        for column, picture in zip(columns, row, strict=False)
-    }
+    """{(way, place): picture}, and {(way, place): its strength, as a title}, of each way's rows."""
+    titles = {}
+    for way, rows in ways.items():
+        for i, row in enumerate(rows):
+            letter, value = strength(way, row)
+            titles[way, i] = f"{letter} = {value:g}"
+    return {(way, i): pictures[way][i] for way, i in titles}, titles
 
 
 def save(folder, facts, found, picture):
@@ -75,6 +69,8 @@ def save(folder, facts, found, picture):
         path.write_text("\n".join(lines) + "\n")
     with atomic_write(folder / "classifier-guidance.json") as path:
         path.write_text(json.dumps({"facts": facts, "ways": ways}, indent=1) + "\n")
-    draw_cells(folder / "classifier-guidance.png", sheet(ways, pictures), curves(ways), "s, or w")
+    cells, titles = sheet(ways, pictures)
+    path = folder / "classifier-guidance.png"
+    draw_cells(path, cells, curves(ways), "s, or w", titles)
     print("\n".join(lines))
     print(f"kept in {folder}: classifier-guidance.md, classifier-guidance.json and .png")

@@ -31,19 +31,19 @@ def accuracy(classifier, noisy, ds, T, n, batch_size, world):
     x0, y = (v.to(world.device) for v in evenly(ds, n))
     eps = gaussian(x0.shape, torch.arange(len(x0)), 0, x0.device)
 
-    def right(t, tick):
+    def right(t):
         t = torch.full((len(x0),), t, device=x0.device)
         parts = zip(noisy(x0, t, eps).split(batch_size), t.split(batch_size), strict=True)
         found = torch.cat([classifier(*part).argmax(1) for part in parts]) == y
-        tick()
-        return found.double().mean()
+        return found.double().mean().item()
 
-    def of(part, tick):
-        return torch.stack([right(timesteps(T)[i], tick) for i in part])
+    def of(part, tick):  # one timestep, or none where ranks are many
+        found = torch.tensor([right(timesteps(T)[i]) for i in part], dtype=torch.float64)
+        tick()
+        return found
 
     with world.autocast():
-        desc = f"accuracy on {ds.name}"
-        return world.in_parts(of, TIMES, TIMES * world.size, TIMES, desc).tolist()
+        return world.in_parts(of, TIMES, world.size, 1, f"accuracy on {ds.name}").tolist()
 
 
 def by_quarter(curve, name):

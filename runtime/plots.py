@@ -28,10 +28,10 @@ def plot_lines(path, panels, *, xlabel, title="", logx=False, logy=()):
     plt.close(figure)
 
 
-def draw_cells(path, cells, panels=None, xlabel="guidance w"):
+def draw_cells(path, cells, panels=None, xlabel="guidance w", titles=None):
     """A sheet of pictures {(row title, column title): picture}, and below it curves over w.
 
-    panels: those of plot_lines.
+    panels: those of plot_lines; titles: a title of each cell, in place of those of columns.
     """
     import matplotlib
 
@@ -47,8 +47,8 @@ def draw_cells(path, cells, panels=None, xlabel="guidance w"):
         for j, column in enumerate(columns):
             axes = figure.add_subplot(strip[j])
             axes.set(xticks=[], yticks=[])
-            if i == 0:
-                axes.set_title(column, fontsize=9)
+            if titles or i == 0:
+                axes.set_title(titles.get((row, column), "") if titles else column, fontsize=9)
             if j == 0:
                 axes.set_ylabel(row)
             if (row, column) in cells:

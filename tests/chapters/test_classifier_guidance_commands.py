@@ -1,16 +1,16 @@
-"""classifier_guidance.py's commands: training and its figures, --sample, --study, bad input."""
+"""classifier_guidance.py's commands over two checkpoints: --sample, --study, and what is refused."""
 
 from runtime.files import read_log
 from runtime.processes import World
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import openai_unet
 import pytest
 import torch
-import torch.nn.functional as F
 from data_files import write_images
 from launching import refused, run, start_ranks, succeed
 from PIL import Image
@@ -19,7 +19,8 @@ from tiny_runs import flags
 import classifier_guidance as guide
 import improved_ddpm
 from ddpm_pixel import alpha_bar_of, timestep_pairs
-from evaluation import guidance_report, over_time
+from evaluation import guidance_report
+from image_data import datasets
 
 
 @pytest.fixture(scope="module")
@@ -40,101 +41,23 @@ def asked(trained, name, *more, task="--sample"):
     return [task, trained[name], "--classifier", trained["classifier"], "--gpus", 0, *more]
 
 
-# -------------------------------------------------------------------------------------- training
-
-
-def test_the_log_has_accuracies_by_quarter_of_t(trained):
-    folder = trained["classifier"].parent
-    log = read_log(folder / "log.jsonl")
-    ours = [row for row in log if "loss" in row]
-    assert [row["step"] for row in ours] == list(range(1, 21))
-    for row in ours:
-        quarters = [row[key] for key in row if key.startswith("accuracy_q")]
-        assert 0 <= min(quarters) <= row["accuracy"] <= max(quarters) <= 1
-        assert {key[-2:] for key in row if "accuracy_q" in key} == {
-            key[-2:] for key in row if "loss_q" in key
-        }
-    looks = [row for row in log if "test_accuracy" in row]
-    assert [row["step"] for row in looks] == [4, 8, 12, 16]
-    for row in looks:
-        quarters = [row[f"test_accuracy_q{i}"] for i in range(1, 5)]
-        assert row["test_accuracy"] == pytest.approx(np.mean(quarters))
-    for name in ("accuracy.png", "loss.png"):
-        assert np.asarray(Image.open(folder / name).convert("L")).std() > 5
-    with Image.open(folder / "gradient.png") as picture:  # x_t and gradient of four images
-        assert picture.size == (len(guide.SHOWN) * 18 + 2, 8 * 18 + 2)
-
-
-class Threshold:
-    """Reads an image right where its mean is above 0, else as class 0; and remembers its t."""
-
-    def __init__(self):
-        self.seen = []
-
-    def __call__(self, x, t):
-        self.seen += t.tolist()
-        high = (x.mean(dim=(1, 2, 3)) > 0).long()
-        return F.one_hot(high, 3).float()
-
-
-class Five:
-    """A data set of five images."""
-
-    name = "five"
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return 5
-
-    def batch(self, rows):
-        return self.images[rows], self.labels[rows]
-
-
-def test_accuracy_over_t_is_counted():
-    values = torch.tensor([-0.5, 0.5, 0.5, -0.5, 0.5])
-    labels = torch.tensor([0, 1, 0, 2, 1])
-    images = values.view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
-    ds = Five(images, labels)
-    classifier, T = Threshold(), 40
-
-    def noisy(x0, t, eps):  # from t = 20 on, images are the noise's sign of their seed
-        return torch.where(t.view(-1, 1, 1, 1) < 20, x0, -x0)
-
-    found = over_time.accuracy(classifier, noisy, ds, T, 100, 2, World())
-    assert found == [3 / 5] * 10 + [1 / 5] * 10  # of 0 1 1 0 1, then of 1 0 0 1 0
-    times = over_time.timesteps(T)
-    assert times == list(range(1, 40, 2)) and sorted(classifier.seen) == sorted(times * 5)
-    quarters = over_time.by_quarter([*range(20)], "a")
-    assert quarters == {"a": 9.5, "a_q1": 2, "a_q2": 7, "a_q3": 12, "a_q4": 17}
-
-
-def test_moved_images_are_what_is_trained_on(toy, tiny, tmp_path):
-    """--shift changes the losses; 0 gives the images as they are, whatever the seed's moves."""
-    losses = {}
-    for shift in (0, 2):
-        given = [*tiny["classifier_guidance"], *toy, "--steps", 2, "--sample-every", 0]
-        succeed("classifier_guidance", *given, "--shift", shift, "--out", tmp_path / str(shift))
-        losses[shift] = [row["loss"] for row in read_log(tmp_path / str(shift) / "log.jsonl")]
-    assert losses[0] != losses[2]
-
-
 # -------------------------------------------------------------------------------------- sampling
 
 
-WAYS = {
-    "algorithm 1": {},
-    "algorithm 2": {"sampler": "ddim"},
-    "algorithm 2 with noise": {"sampler": "ddim", "eta": 0.5},
-    "in parts": {"classifier_batch": 2, "use_checkpoint": True},
+WAYS = {  # network, w, more settings
+    "algorithm 1": ("plain", 0, {}),
+    "of a network that is not told": ("told", -1, {}),
+    "algorithm 2": ("plain", 0, {"sampler": "ddim"}),
+    "with noise, and without a classifier, too": ("told", 2, {"sampler": "ddim", "eta": 0.5}),
+    "in parts": ("told", 0, {"classifier_batch": 2, "use_checkpoint": True}),
+    "not clipped": ("plain", 0, {"clip_denoised": False}),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name, w", [("plain", 0), ("told", -1), ("told", 2)])
-def test_samples_are_those_of_the_walk(name, w, way, trained, tmp_path):
-    how = {"n": 5, "sample_steps": 3, "guidance": w, "classifier_scale": 3, **WAYS[way]}
+def test_samples_are_those_of_the_walk(way, trained, tmp_path):
+    name, w, more = WAYS[way]
+    how = {"n": 5, "sample_steps": 3, "guidance": w, "classifier_scale": 3, **more}
     given = asked(trained, name, *flags("classifier_guidance", **how), "--classes", "dots,0")
     succeed("classifier_guidance", *given, "--out", tmp_path)
     net, cfg, shape, *_ = improved_ddpm.load_net(trained[name], "cpu")
@@ -142,10 +65,10 @@ def test_samples_are_those_of_the_walk(name, w, way, trained, tmp_path):
     assert names == ["bars", "dots"] and torch.equal(alpha_bar, alpha_bar_of(cfg))
     seeds, labels = torch.arange(5), torch.tensor([1, 0, 1, 0, 1])
     pairs = timestep_pairs(1000, 3)
-    how = {"scale": 3.0, "w": w, "algorithm": 1}
+    how = {"scale": 3.0, "w": w, "algorithm": 1, "clip": more.get("clip_denoised", True)}
     how["make_row"] = improved_ddpm.rows_of(cfg, alpha_bar, pairs)
-    if "sampler" in WAYS[way]:
-        eta = WAYS[way].get("eta", 0.0)
+    if "sampler" in more:
+        eta = more.get("eta", 0.0)
         how |= {"algorithm": 2, "make_row": partial(guide.ddim_row, eta=eta)}
     where = (net, classifier, alpha_bar, pairs, shape, seeds, labels)
     *_, (x, _) = guide.sample(*where, **how)
@@ -154,6 +77,37 @@ def test_samples_are_those_of_the_walk(name, w, way, trained, tmp_path):
     assert np.abs(held["arr_0"].astype(int) - wanted).max() <= (way == "in parts")
     assert np.array_equal(held["arr_1"], labels)
     assert (tmp_path / "samples.png").exists() and (tmp_path / "reverse.gif").exists()
+
+
+def test_the_settings_reach_classifier_and_walk(trained, monkeypatch):
+    args = ["classifier_guidance", *map(str, asked(trained, "plain", "--use-checkpoint"))]
+    monkeypatch.setattr("sys.argv", args)
+    cfg = guide.Config(classifier=str(trained["classifier"]), use_checkpoint=True, n=3)
+    net, theirs, classifier, shape, _ = guide.load_pair(cfg, trained["plain"], World())
+    assert classifier.use_checkpoint and not any(p.requires_grad for p in classifier.parameters())
+    sizes, forward = [], type(classifier).forward
+
+    def look(self, x, t):
+        sizes.append(len(x))
+        return forward(self, x, t)
+
+    monkeypatch.setattr(type(classifier), "forward", look)
+    walk = replace(cfg, classifier_batch=2), replace(theirs, sample_steps=2)
+    list(guide.trajectory(net, classifier, *walk, shape, torch.arange(3), torch.zeros(3).long()))
+    assert sizes == [2, 1, 2, 1]
+
+
+def test_the_mean_that_is_named_is_sampled(trained, tiny, toy, tmp_path):
+    given = [*tiny["improved_ddpm"], *toy, "--ema", 0.5, 0.99, "--no-class-cond"]
+    succeed("improved_ddpm", *given, "--sample-every", 0, "--out", tmp_path / "two")
+    pair = {"two": tmp_path / "two" / "ckpt.pt", "classifier": trained["classifier"]}
+    drawn = []
+    for more in ([], ["--ema", 0.5], ["--ema", 0.99]):
+        how = ["--n", 2, "--sample-steps", 2, "--out", tmp_path / "out", *more]
+        succeed("classifier_guidance", *asked(pair, "two", *how))
+        drawn.append(np.load(tmp_path / "out" / "samples.npz")["arr_0"])
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+    assert "--ema 0.7" in refused("classifier_guidance", *asked(pair, "two", "--ema", 0.7))
 
 
 def test_a_sample_is_a_function_of_its_seed(trained, tmp_path):
@@ -274,20 +228,54 @@ def test_a_study_of_a_network_that_knows_none(trained, tmp_path):
     assert "told y" not in text and "ddim, 2 steps, N = 6" in text
 
 
-def test_the_sheet_puts_strengths_of_one_place_into_a_column():
+def test_the_cells_of_the_sheet_are_named_by_their_own_strength():
     rows = [{"scale": s, "guidance": -1} for s in (0, 0.5, 10)]
     free = [{"scale": 0, "guidance": w} for w in (-1, 4)]
-    ways = {"classifier": rows, "classifier-free": free}
     pictures = {"classifier": ["a", "b", "c"], "classifier-free": ["d", "e"]}
-    found = guidance_report.sheet(ways, pictures)
-    first, second, third = "s = 0, w = -1", "s = 0.5, w = 4", "s = 10"
-    assert found == {
-        ("classifier", first): "a",
-        ("classifier", second): "b",
-        ("classifier", third): "c",
-        ("classifier-free", first): "d",
-        ("classifier-free", second): "e",
+    found = guidance_report.sheet({"classifier": rows, "classifier-free": free}, pictures)
+    told = {key: (picture, found[1][key]) for key, picture in found[0].items()}
+    assert told == {
+        ("classifier", 0): ("a", "s = 0"),
+        ("classifier", 1): ("b", "s = 0.5"),
+        ("classifier", 2): ("c", "s = 10"),
+        ("classifier-free", 0): ("d", "w = -1"),
+        ("classifier-free", 1): ("e", "w = 4"),
     }
+
+
+def test_the_judge_reads_held_out_images_of_the_drawn_classes(trained):
+    """Its class accuracy is that of the evaluation's classifier, whatever the order of classes."""
+    _, cfg, shape, *_ = improved_ddpm.load_net(trained["plain"], "cpu")
+    ds, _ = datasets.held_out(cfg.data, cfg.data_root, shape, ())
+    names = ["dots", "bars"]  # of a network that numbers them otherwise
+    labels = np.array([names.index(ds.class_names[i]) for i in ds.labels])
+    judge, facts = guide.judge_of(guide.Config(), cfg, shape, names, World())
+    assert facts["reference"].endswith(f"N = {len(ds)}")
+    found = judge(ds.images, labels)
+    assert found["frechet"] == pytest.approx(0, abs=1e-3)
+    right = found["class_accuracy"]
+    assert right > 0.5 and judge(ds.images, 1 - labels)["class_accuracy"] == pytest.approx(
+        1 - right
+    )
+    _, few = guide.judge_of(guide.Config(classes="bars"), cfg, shape, names, World())
+    some = (ds.labels == ds.class_names.index("bars")).sum()
+    assert few["reference"].endswith(f"N = {some}") and 0 < some < len(ds)
+    _, known = guide.judge_of(guide.Config(), cfg, shape, ["dots"], World())  # it knows no others
+    assert known["reference"].endswith(f"N = {len(ds) - some}")
+
+
+def test_another_classifier_makes_other_rows_of_a_study(trained, toy, tiny, tmp_path):
+    other = tmp_path / "other"
+    given = [*tiny["classifier_guidance"], *toy, "--steps", 3, "--sample-every", 0]
+    succeed("classifier_guidance", *given, "--out", other)
+    pairs = [trained, trained | {"classifier": other / "ckpt.pt"}]
+    for pair in pairs:
+        how = ["--n", 2, "--sample-steps", 2, "--study-scales", "2", "--out", tmp_path / "study"]
+        succeed("classifier_guidance", *asked(pair, "plain", *how, task="--study"))
+    rows = read_log(tmp_path / "study" / "classifier-guidance.jsonl")
+    assert len(rows) == 2 and rows[0]["made_by"]["weights"] != rows[1]["made_by"]["weights"]
+    # Seconds are of one image: less than the whole command took for two.
+    assert 0 < rows[0]["figures"]["seconds_per_image"] < 5
 
 
 # --------------------------------------------------------------------------------- what is refused
@@ -298,7 +286,7 @@ def test_a_pair_that_does_not_fit(trained, toy, tiny, tmp_path):
     others = write_images(tmp_path / "others", 12, classes=("bars", "rings"))
     larger = write_images(tmp_path / "larger", 12, height=24, width=24)
     made = {
-        "classes": (["--data", others], ["have other classes", "dots and rings", "--classes"]),
+        "classes": (["--data", others], ["have other classes", "dots is rings", "--classes"]),
         "sizes": (["--data", larger], ["(1, 16, 16) and (1, 24, 24)"]),
         "chain": ([*toy[:2], "--timesteps", 500], ["T = 1000 and 500", "--timesteps 500"]),
         "schedule": (
@@ -344,6 +332,8 @@ def test_what_means_nothing_is_refused(trained, toy):
         (asked(trained, "plain", "--classifier-batch", -1), "--classifier-batch"),
         (asked(trained, "plain", "--eta", 1.5), "--eta"),
         (asked(trained, "plain", "--study-scales", "1,x", task="--study"), "--study-scales 1,x"),
+        (asked(trained, "plain", "--study-scales", "nan", task="--study"), "--study-scales nan"),
+        (asked(trained, "plain", "--sample-steps", 1001, task="--study"), "--sample-steps 1001"),
         (asked(trained, "plain", "--n", 1, task="--study"), "at least 2 images"),
         (["--dry-run", *asked(trained, "plain", task="--study")], "--dry-run is for training"),
     ]

@@ -134,7 +134,7 @@ SETTINGS = [  # flags, what the one line must name
     (["--size", "-4"], ["--size -4"]),
 ]
 # Of a network that has no such flag, or where it means something else.
-SKIPPED = {("autoencoder", "--model-channels")}
+SKIPPED = {("autoencoder", "--model-channels"), ("classifier_guidance", "--sample-steps")}
 
 
 def has(script, given):
