@@ -1,4 +1,4 @@
-"""classifier_guidance.py's commands over two checkpoints: --sample, --study, and what is refused."""
+"""classifier_guidance.py's commands over two checkpoints: --sample, --study, what is refused."""
 
 from runtime.files import read_log
 from runtime.processes import World
