@@ -21,8 +21,8 @@ with classifier-free guidance, which needs no second network but asks the first 
     python classifier_guidance.py --data mnist           6 minutes of one core; the classifier
     python classifier_guidance.py --sample runs/iddpm-mnist/ckpt.pt --guidance -1
         --classifier runs/classifier-mnist/ckpt.pt --classes 3,7 --classifier-scale 2
-    python classifier_guidance.py --study runs/iddpm-mnist/ckpt.pt --n 500
-        --classifier runs/classifier-mnist/ckpt.pt       an hour: s beside w, a table and a figure
+    python classifier_guidance.py --study runs/iddpm-mnist/ckpt.pt --n 300 --sample-steps 50
+        --classifier runs/classifier-mnist/ckpt.pt    half an hour: s beside w, a table and a figure
     torchrun --nproc-per-node 8 classifier_guidance.py --config configs/imagenet100_classifier.yaml
 """
 
