@@ -173,7 +173,7 @@ def test_the_published_pair(trained, tmp_path):
 
 
 def study(trained, name, out, *more):
-    how = ["--n", 6, "--sample-steps", 2, "--study-scales", "0,2", "--study-guidance=-1,0,3"]
+    how = ["--n", 6, "--sample-steps", 2, "--study-scales", "2,0,2", "--study-guidance=-1,0,3"]
     return asked(trained, name, *how, "--out", out, *more, task="--study")
 
 
