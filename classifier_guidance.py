@@ -32,7 +32,6 @@ from runtime.pictures import save_drawn, save_grid, to_uint8
 from runtime.processes import exact, launch, say_once
 from runtime.run import Run
 
-import inspect
 import math
 import time
 from dataclasses import dataclass, replace
@@ -219,9 +218,7 @@ def trajectory(net, classifier, cfg, trained, shape, seeds, y):
 
 def make_net(cfg, shape, num_classes):
     """The classifier of the settings."""
-    names = inspect.signature(NoisyClassifier).parameters
-    settings = {name: value for name, value in vars(cfg).items() if name in names}
-    net = NoisyClassifier(shape, num_classes, **settings)
+    net = NoisyClassifier(shape, num_classes, **cli.taken_by(NoisyClassifier, cfg))
     return net.to(memory_format=torch.channels_last)
 
 
@@ -291,13 +288,14 @@ def gradients(classifier, ds, alpha_bar):
     x0, y = (v.to(alpha_bar.device) for v in evenly(ds, 4))
     sheet = []
     for i, asked in enumerate((y + 1) % ds.num_classes):
-        for each in ("x_t", "gradient"):
-            for part in SHOWN:
-                t = int(part * len(alpha_bar))
-                eps = gaussian(x0[:1].shape, torch.tensor([i]), 0, x0.device)
-                x_t = q_sample(x0[i : i + 1], torch.tensor([t]), eps, alpha_bar)  # (1,C,H,W)
-                g = log_prob_gradient(classifier, x_t, t, asked[None])
-                sheet.append(x_t if each == "x_t" else g / g.abs().max().clamp(min=1e-30))
+        noisy, found = [], []
+        eps = gaussian(x0[:1].shape, torch.tensor([i]), 0, x0.device)
+        for t in (int(part * len(alpha_bar)) for part in SHOWN):
+            x_t = q_sample(x0[i : i + 1], torch.tensor([t]), eps, alpha_bar)  # (1,C,H,W)
+            g = log_prob_gradient(classifier, x_t, t, asked[None])
+            noisy.append(x_t)
+            found.append(g / g.abs().max().clamp(min=1e-30))
+        sheet += noisy + found
     return to_uint8(torch.cat(sheet))
 
 

@@ -37,7 +37,6 @@ from runtime.posthoc_ema import PowerEMA, gamma_of, reconstruct
 from runtime.processes import launch
 from runtime.run import Run
 
-import inspect
 import itertools
 import math
 from collections import namedtuple
@@ -56,6 +55,7 @@ from eval_fid import Evaluator
 from evaluation import over_sigma
 from image_data import datasets
 from image_data.augment import AUGMENT_DIM, augment, draw_augmentation
+from image_data.batches import spaced
 from kernels import Row, gaussian, sampling_update
 from networks.adm_unet import UNet
 from networks.edm_unet import DDPMpp
@@ -165,8 +165,8 @@ def edm_loss(net, y, sigma, eps, sigma_data, labels=None, *more):
 
 def measured_sigma_data(ds, most=10000):
     """Standard deviation of the pixels in [-1, 1] of at most so many images, evenly spaced."""
-    rows = np.linspace(0, len(ds) - 1, min(most, len(ds))).round().astype(np.int64)
-    counts = sum(np.bincount(ds.images[row].ravel(), minlength=256) for row in rows)
+    rows = (ds.images[row].ravel() for row in spaced(len(ds), most))
+    counts = sum(np.bincount(row, minlength=256) for row in rows)
     return float(np.cov(np.arange(256) / 127.5, fweights=counts, ddof=0) ** 0.5)
 
 
@@ -312,9 +312,8 @@ def make_net(cfg, shape, num_classes):
     kind, more = UNet, {"style": "ddpm"}
     if cfg.model == "ddpmpp":
         kind, more = DDPMpp, {"augment_dim": AUGMENT_DIM if cfg.augment else 0}
-    names = inspect.signature(kind).parameters
-    settings = {name: value for name, value in vars(cfg).items() if name in names}
-    return kind(shape, num_classes, **settings, **more).to(memory_format=torch.channels_last)
+    net = kind(shape, num_classes, **cli.taken_by(kind, cfg), **more)
+    return net.to(memory_format=torch.channels_last)
 
 
 def train(cfg, world):

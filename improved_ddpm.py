@@ -28,7 +28,6 @@ from runtime.plots import plot_lines
 from runtime.processes import launch
 from runtime.run import Run
 
-import inspect
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,7 +39,6 @@ import torch.nn.functional as F
 
 import ddpm_pixel
 from ddpm_pixel import alpha_bar_of, ancestral_row, guided_pass, q_sample, target_of, timestep_pairs
-from eval_fid import Evaluator
 from image_data import datasets
 from kernels import gaussian, sampling_update
 from networks.adm_unet import UNet
@@ -348,9 +346,8 @@ def draw(net, cfg, world, shape, seeds, labels, desc="sampling"):
 
 def make_net(cfg, shape, num_classes):
     """The U-Net of the settings."""
-    names = inspect.signature(UNet).parameters
-    settings = {name: value for name, value in vars(cfg).items() if name in names}
-    return UNet(shape, num_classes, **settings).to(memory_format=torch.channels_last)
+    net = UNet(shape, num_classes, **cli.taken_by(UNet, cfg))
+    return net.to(memory_format=torch.channels_last)
 
 
 def train(cfg, world):
@@ -362,7 +359,11 @@ def train(cfg, world):
     net = make_net(cfg, ds.shape, ds.num_classes * cfg.class_cond).to(world.device)
     make, facts = world.adam(cfg.lr), {"alpha_bar": alpha_bar}
     run = Run(cfg, world, ds, net=net, optimizer=make, keep={"picker": picker}, facts=facts)
-    evaluator = Evaluator.of_run(cfg, ds, world) if cfg.metric_every else None
+    evaluator = None
+    if cfg.metric_every:
+        from eval_fid import Evaluator
+
+        evaluator = Evaluator.of_run(cfg, ds, world)
     seeds = cli.parse_seeds(cfg.seeds, cfg.n)
     labels = cli.labels_for(seeds, range(net.null), cfg.guidance)
     if world.is_main:

@@ -11,10 +11,10 @@ import json
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from image_data import datasets
+from image_data.batches import spaced
 from kernels import gaussian
 
 
@@ -111,7 +111,7 @@ def evaluate(bound_of, ds, timesteps, world, folder, *, n, batch_size, labels, a
     Prints the mean, leaves nll.json and nll.png in `folder` (a Path), and returns what BoundMean
     reads, on every rank. The network runs in float32, without autocast.
     """
-    numbers = np.linspace(0, len(ds) - 1, min(n, len(ds))).round().astype(np.int64)
+    numbers = spaced(len(ds), n)
     mine = numbers[world.share(len(numbers))]
     each = max(1, batch_size // world.size)
     mean = BoundMean(len(timesteps), world.device)

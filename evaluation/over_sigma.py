@@ -6,6 +6,7 @@ from runtime.plots import plot_lines
 import numpy as np
 import torch
 
+from image_data.batches import spaced
 from kernels import gaussian
 
 SIGMAS = np.geomspace(0.005, 50, 25).tolist()  # of the curves
@@ -39,8 +40,7 @@ def save_figures(folder, ds, world, *, loss, denoise, nets):
     loss is that of loss_over_sigma; denoise(net, x, sigma, y=labels) gives D (B,C,H,W). Images are
     of the Dataset ds, evenly spaced. The picture has x in a row and D in the next, sigma rising.
     """
-    rows = np.linspace(0, len(ds) - 1, min(IMAGES, len(ds))).round().astype(np.int64)
-    y, labels = (v.to(world.device) for v in ds.batch(rows))
+    y, labels = (v.to(world.device) for v in ds.batch(spaced(len(ds), IMAGES)))
     *_, net = nets.values()
     labels = labels if net.null else None
     found = {

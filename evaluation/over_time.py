@@ -5,6 +5,7 @@ from runtime.plots import plot_lines
 import numpy as np
 import torch
 
+from image_data.batches import spaced
 from kernels import gaussian
 
 TIMES = 20  # timesteps of a curve, five in each quarter
@@ -12,7 +13,7 @@ TIMES = 20  # timesteps of a curve, five in each quarter
 
 def evenly(ds, n):
     """At most n images of a Dataset, evenly spaced: (B,C,H,W) in [-1, 1], and labels (B,)."""
-    return ds.batch(np.linspace(0, len(ds) - 1, min(n, len(ds))).round().astype(np.int64))
+    return ds.batch(spaced(len(ds), n))
 
 
 def timesteps(T):

@@ -6,6 +6,11 @@ import numpy as np
 import torch
 
 
+def spaced(n, most):
+    """Numbers of at most `most` of n images, evenly spaced from the first to the last: int64."""
+    return np.linspace(0, n - 1, min(most, n)).round().astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A prepared split. images uint8 (N,H,W,C), read from disk as needed; labels int64 (N,)."""

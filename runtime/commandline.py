@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import math
 import os
@@ -296,6 +297,12 @@ def smoke(cfg, **own):
     few |= {"steps": 4, "batch_size": 8, "warmup": 1, "resume": "never"}
     few = {name: value for name, value in few.items() if hasattr(cfg, name)}
     return smaller(cfg, **(few | own))
+
+
+def taken_by(kind, cfg):
+    """{name: value} of the settings of cfg that the function or class `kind` takes."""
+    names = inspect.signature(kind).parameters
+    return {name: value for name, value in vars(cfg).items() if name in names}
 
 
 def names(text):

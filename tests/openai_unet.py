@@ -98,6 +98,19 @@ def published(
     return shapes
 
 
+def weights(shapes, seed=0):
+    """Random float32 weights {name: tensor}, none of them at a value that would hide a mistake."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name, shape in shapes.items():
+        value = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            value *= 0.7 * math.prod(shape[1:]) ** -0.5
+        else:
+            value = 0.3 * value + (name.endswith("weight"))
+        state[name] = value
+    return state
+
+
 def doubles(name, w):
     """Whether a tensor of output_blocks belongs to the part that doubles the image."""
     return name.split(".")[2] != "0" and (".conv.bias" in name or ".in_layers.0.bias" in name)

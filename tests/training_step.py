@@ -1,4 +1,4 @@
-"""A training step of a network, and how much memory it keeps for the way back."""
+"""A training step of a network, what it keeps for the way back, and what torch.compile sees."""
 
 import torch
 
@@ -24,3 +24,17 @@ def training_step(net, inputs, train=True):
     out.square().sum().backward()
     grads = {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad}
     return out, grads, size
+
+
+def compiled(net):
+    """(the network compiled, a list that gets each graph found in it); the graphs run as they are.
+
+    It raises where the network is not one graph.
+    """
+    graphs = []
+
+    def as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return torch.compile(net, fullgraph=True, backend=as_it_is), graphs

@@ -307,7 +307,7 @@ def test_scores_on_the_way_are_logged_and_drawn(toy, tmp_path, monkeypatch):
             self.calls += 1
             return {"frechet": 10.0 / self.calls, "class_accuracy": 0.1 * self.calls}
 
-    monkeypatch.setattr("improved_ddpm.Evaluator", Evaluator)
+    monkeypatch.setattr("eval_fid.Evaluator", Evaluator)
     flags = [*SMALL, *toy, "--steps", 4, "--metric-every", 2, "--metric-n", 6]
     cfg = parse(ch2.Config, "", list(map(str, flags)))
     ch2.train(replace(cfg, out=str(tmp_path)), World())

@@ -2,11 +2,9 @@
 
 from runtime.commandline import BadInput
 
-import math
-
 import pytest
 import torch
-from openai_unet import classify, published
+from openai_unet import classify, published, weights
 
 from networks.adm_unet import UNet
 from networks.noisy_classifier import NoisyClassifier
@@ -29,19 +27,6 @@ def layout(size, width=128, pool=8, **changes):
     mult, depth, _ = PUBLISHED[size]
     settings = dict(attention=[size // r for r in (32, 16, 8)], resblock_updown=True, out=1000)
     return published(width, mult, depth, pool=pool, **{**settings, **changes})
-
-
-def weights(shapes, seed=0):
-    """Random float32 weights, none of them at a value that would hide a mistake."""
-    generator, state = torch.Generator().manual_seed(seed), {}
-    for name, shape in shapes.items():
-        value = torch.randn(shape, generator=generator)
-        if len(shape) > 1:
-            value *= 0.7 * math.prod(shape[1:]) ** -0.5
-        else:
-            value = 0.3 * value + (name.endswith("weight"))
-        state[name] = value
-    return state
 
 
 @pytest.mark.parametrize("size", PUBLISHED)

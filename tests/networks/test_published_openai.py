@@ -2,11 +2,9 @@
 
 from runtime.commandline import BadInput
 
-import math
-
 import pytest
 import torch
-from openai_unet import forward, published
+from openai_unet import forward, published, weights
 
 from networks.adm_unet import UNet
 from networks.published.unet import load_published, published_defaults
@@ -159,19 +157,6 @@ def test_names_and_shapes_of_the_64x64_network():
     assert "input_blocks.1.1.qkv.weight" not in shapes and "input_blocks.16.0.op.bias" not in shapes
 
 
-def weights(seed=0, **config):
-    """Random float32 weights, none of them at a value that would hide a mistake."""
-    generator, state = torch.Generator().manual_seed(seed), {}
-    for name, shape in published(**config).items():
-        value = torch.randn(shape, generator=generator)
-        if len(shape) > 1:
-            value *= 0.7 * math.prod(shape[1:]) ** -0.5
-        else:
-            value = 0.3 * value + (name.endswith("weight"))
-        state[name] = value
-    return state
-
-
 SMALL = dict(model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention=(2,))
 CASES = {
     "improved": (SMALL, dict(num_heads=4)),
@@ -197,7 +182,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_openai_weights_compute_the_same_here(name, tmp_path):
     config, keywords = CASES[name]
-    state = weights(**config)
+    state = weights(published(**config))
     torch.save(state, tmp_path / "model.pt")
     found = load_published(tmp_path / "model.pt", size=(8, 12), **keywords)
     net = UNet(found["shape"], found["num_classes"], **found["settings"]).eval()
@@ -224,7 +209,7 @@ def test_openai_weights_compute_the_same_here(name, tmp_path):
 
 
 def test_a_network_that_never_learned_no_label_has_a_zero_row_for_it(tmp_path):
-    state = weights(**SMALL, classes=3)
+    state = weights(published(**SMALL, classes=3))
     torch.save(state, tmp_path / "model.pt")
     found = load_published(tmp_path / "model.pt", size=8)
     assert found["num_classes"] == 3 and not found["null_label"]
@@ -235,7 +220,7 @@ def test_a_network_that_never_learned_no_label_has_a_zero_row_for_it(tmp_path):
 
 
 def damaged(change):
-    state = weights(**SMALL)
+    state = weights(published(**SMALL))
     change(state)
     return state
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from recording import Copies
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_step import training_step
+from training_step import compiled, training_step
 
 from networks import adm_unet as unet
 from networks.sizes import groups_for
@@ -203,14 +203,9 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(settings):
 
 def test_the_network_compiles_as_one_graph():
     settings = dict(SMALL, attention_resolutions=(), use_scale_shift_norm=True, use_checkpoint=True)
-    net, graphs = opened(build(**settings)), []
-
-    def as_it_is(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(net, fullgraph=True, backend=as_it_is)
-    torch.testing.assert_close(compiled(*batch()), net(*batch()), rtol=1e-6, atol=1e-6)
+    net = opened(build(**settings))
+    whole, graphs = compiled(net)
+    torch.testing.assert_close(whole(*batch()), net(*batch()), rtol=1e-6, atol=1e-6)
     assert len(graphs) == 1
 
 
