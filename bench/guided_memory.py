@@ -37,18 +37,16 @@ import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where this file would hide modules of its name
 
 from runtime.commandline import BadInput, default_gpus, entry  # noqa: E402
+from runtime.plan import LiveBytes  # noqa: E402
 from runtime.processes import World, progress  # noqa: E402
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import classifier_guidance  # noqa: E402
 import ddpm_pixel  # noqa: E402
@@ -96,35 +94,6 @@ CLASSES = 10
 
 
 # ------------------------------------------------------------------------- bytes of live tensors
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the memory of `held` tensors, and of all that operators give within, until it is
-    freed: `now` and `peak` are bytes. Views of one memory count once.
-
-    Memory is freed when its storage ends, whoever held it last, Python or the graph of autograd.
-    """
-
-    def __init__(self, held=()):
-        super().__init__()
-        self.sizes, self.peak = WeakKeyDictionary(), 0
-        self.follow(held)
-
-    @property
-    def now(self):
-        return sum(self.sizes.values())
-
-    def follow(self, tree):
-        for tensor in tree_leaves(tree):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.sizes[storage] = storage.nbytes()
-        self.peak = max(self.peak, self.now)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.follow(result)
-        return result
 
 
 def check_live_bytes():

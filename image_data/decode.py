@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = frozenset(
     [
@@ -152,3 +152,22 @@ def resize_arrays(arrays, size):
         return np.ascontiguousarray(arrays)
     pictures = (Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays)
     return np.stack([to_array(picture, size, arrays.shape[3]) for picture in pictures])
+
+
+def read_picture(path, size, channels, flag, like=None):
+    """The picture that `flag` names: (uint8 (H,W,channels) of `size`, its own (width, height)).
+
+    Where the ratio of the sides differs, its centre. Gray values are not mixed: a mask stays one.
+    like: (flag, (width, height)) of a picture that must be as large. BadInput for a file that is
+    not there, is no picture, or is not as large.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"{flag} {path}: no such file")
+    array = decode(Path(path).parent, [Path(path).name], None, channels)[0]
+    picture = Image.fromarray(array[:, :, 0] if channels == 1 else array)
+    if like is not None and picture.size != like[1]:
+        (w, h), (width, height) = picture.size, like[1]
+        raise BadInput(f"{flag} {path} is {w}x{h}, expected {width}x{height}, as {like[0]} is")
+    method = Image.Resampling.NEAREST if channels == 1 else Image.Resampling.LANCZOS
+    fitted = ImageOps.fit(picture, (size[1], size[0]), method)
+    return np.array(fitted).reshape(*size, channels), picture.size

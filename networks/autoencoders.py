@@ -15,9 +15,11 @@ ae.settings are plain values: a checkpoint that keeps them beside the weights ne
 from runtime import checkpoints
 from runtime.commandline import BadInput
 
+import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from networks.kl_autoencoder import KLVAE, TinyAutoencoder, load_pretrained
 from networks.small_autoencoder import Autoencoder
@@ -83,6 +85,38 @@ def own_checkpoint(path):
         return checkpoints.load_checkpoint(path, mapped=True)
     except BadInput:  # of others, or damaged: who reads published files says so
         return None
+
+
+def decode_in_tiles(ae, z, tile, overlap=0.25):
+    """ae.decode(z), (B,C,f*h,f*w), in the memory of a tile: latents z (B,z,h,w), tile a side of it.
+
+    Neighbours share at least `overlap` of a tile, where the one fades into the other on a straight
+    line. A norm sees its tile alone, so that tints may differ a little from those of one call,
+    which latents of at most tile x tile get.
+    """
+    height, width = z.shape[2:]
+    if max(height, width) <= tile:
+        return ae.decode(z)
+
+    def starts(length):
+        count = 1 + math.ceil(max(0, length - tile) / (tile * (1 - overlap)))
+        return torch.linspace(0, max(0, length - tile), count).round().int().tolist()
+
+    def ramp(length):  # 1 in the middle, falling to nearly 0 at both ends
+        place = torch.arange(length, dtype=z.dtype, device=z.device) + 0.5
+        return (torch.minimum(place, length - place) / (overlap * length)).clamp(max=1)
+
+    total = weights = 0
+    for top in starts(height):
+        for left in starts(width):
+            part = z[:, :, top : top + tile, left : left + tile]
+            x = ae.decode(part)  # (B,C,f*tile,f*tile)
+            weight = ramp(x.shape[2])[:, None] * ramp(x.shape[3])
+            down, right = ae.factor * top, ae.factor * left
+            rest = (right, ae.factor * (width - part.shape[3]) - right)
+            rest += (down, ae.factor * (height - part.shape[2]) - down)
+            total, weights = total + F.pad(x * weight, rest), weights + F.pad(weight, rest)
+    return total / weights
 
 
 def latent_shape(ae, shape, flag="--ae"):

@@ -302,6 +302,37 @@ class LatentUNet(nn.Module):
         return self.conv_out(self.norm_out(h))  # (B,channels,h,w) or (B,2*channels,h,w)
 
 
+class Looks:
+    """Where the first image of a batch looks at which token, while a LatentUNet runs.
+
+    The softmax of every cross-attention, over all heads, layers and steps (Tang et al., "What the
+    DAAM", 2022, arXiv:2210.04885). size: (h,w) of the latent.
+    """
+
+    def __init__(self, unet, size):
+        self.size, self.sides, self.total = size, {}, 0
+        while math.prod(size) not in self.sides:  # {h*w: (h,w)} of all levels, until one position
+            self.sides[math.prod(size)] = size
+            size = (-(-size[0] // 2), -(-size[1] // 2))
+        layers = [part for part in unet.modules() if isinstance(part, CrossAttention)]
+        self.hooks = [layer.register_forward_hook(self.see) for layer in layers]
+
+    def see(self, layer, inputs, _):
+        x, context = (part[:1] for part in inputs)  # (1,N,C), (1,L,D)
+        q = rearrange(layer.q(x), "1 n (h d) -> h n d", h=layer.heads).float()
+        k = rearrange(layer.kv(context), "1 l (k h d) -> k h l d", k=2, h=layer.heads)[0].float()
+        p = (q @ k.mT / math.sqrt(q.shape[2])).softmax(-1).mean(0)  # (N,L), as in CrossAttention
+        maps = p.T.unflatten(1, self.sides[len(p)])[None]  # (1,L,h,w) of this level
+        self.total = self.total + F.interpolate(maps, self.size, mode="bilinear")[0]
+
+    def maps(self, groups):
+        """(K,h,w) in 0..1 of K lists of tokens' places in the context; after this nobody looks."""
+        for hook in self.hooks:
+            hook.remove()
+        means = torch.stack([self.total[tokens].mean(0) for tokens in groups])
+        return means / means.amax((1, 2), keepdim=True)
+
+
 def check(model_channels, levels, attention_levels, num_heads, num_head_channels, norm_groups):
     """BadInput for levels with these channels, heads or groups that make no network."""
     if any(level not in range(len(levels)) for level in attention_levels):

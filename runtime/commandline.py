@@ -1,6 +1,6 @@
 """A dataclass becomes a command line (tyro) with a YAML file underneath; errors are one line.
 
-`Command` and `RunConfig` hold the settings that every chapter has; a chapter's Config adds its own.
+`Script`, `Command` and `RunConfig` hold what chapters share; a chapter's Config adds its own.
 """
 
 import contextlib
@@ -32,19 +32,26 @@ def default_gpus():
 
 
 @dataclasses.dataclass
-class Command:
-    """The settings that every command has."""
+class Script:
+    """The settings that every script has."""
 
-    config: str = ""  # YAML file of settings, under the flags; if empty, that of --data in configs/
+    config: str = ""  # YAML file of settings, under the flags
     out: str = ""  # folder for what is made
     smoke: bool = False  # a few tiny steps, to see that everything works
+    gpus: int = dataclasses.field(default_factory=default_gpus)
+    """number of GPUs: 0 is the CPU, N > 1 starts N processes"""
+
+
+@dataclasses.dataclass
+class Command(Script):
+    """The settings that every command has that knows data sets."""
+
+    config: str = ""  # YAML file of settings, under the flags; if empty, that of --data in configs/
     data: str = "glyphs"
     """glyphs, mnist, fashion_mnist, cifar10, afhq, imagenet100, or a folder or zip of images"""
     data_root: str = "data"  # where data sets are looked for, downloaded to and prepared
     classes: str = ""  # comma-separated names or numbers of classes; empty: all of them
     batch_size: int = 64  # images at a time, over all processes
-    gpus: int = dataclasses.field(default_factory=default_gpus)
-    """number of GPUs: 0 is the CPU, N > 1 starts N processes"""
     seed: int = 0  # everything random in training is a function of this and the step
 
 
@@ -211,6 +218,18 @@ def _one_line(box, names):
             f"; did you mean {close[0]}?" if close else "; see --help"
         )
     return f"{text}; see --help"
+
+
+def read_lines(path, flag):
+    """The lines of a UTF-8 text file, but for empty ones. BadInput, naming the flag, for others."""
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except OSError as error:
+        raise BadInput(f"{flag} {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        wrong = f"{flag} {path} is not UTF-8 text (at byte {error.start})"
+        raise BadInput(f"{wrong}: save it as UTF-8") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def split_list(text):

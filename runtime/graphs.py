@@ -79,10 +79,10 @@ class Recorded:
 
 
 class Sampled:
-    """net(x, t, y=None) -> a tensor, for calls without gradients: the same numbers, from a graph.
+    """net(x, t, ...) -> a tensor, for calls without gradients: the same numbers, from a graph.
 
-    One is recorded at the first call with inputs of a layout; beyond MOST layouts, and with
-    gradients, net itself runs. All else, such as net.null, is that of net.
+    Inputs are tensors or None. A graph is recorded at the first call with inputs of a layout;
+    beyond MOST layouts, and with gradients, net itself runs. All else, such as net.null, is net's.
     """
 
     def __init__(self, net):
@@ -92,19 +92,19 @@ class Sampled:
         return getattr(self.net, name)
 
     def __call__(self, *inputs):
-        inputs = [v for v in inputs if v is not None]
         kind = kind_of(inputs)
         wanted = kind in self.graphs or len(self.graphs) < MOST
         if torch.is_grad_enabled() or not wanted:
             return self.net(*inputs)
+        net, inputs = Tensors(self.net, inputs), [v for v in inputs if v is not None]
         if kind not in self.graphs:
             try:
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
                 with same_stream():
-                    self.graphs[kind] = Recorded(self.net, inputs, self.pool)
+                    self.graphs[kind] = Recorded(net, inputs, self.pool)
             except Exception as error:  # of whatever kind: if net is at fault, it says so below
                 failed(error)
-                self.graphs[kind], self.pool = self.net, None
+                self.graphs[kind], self.pool = net, None
         return self.graphs[kind](*inputs)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 
 def to_uint8(x):
@@ -84,3 +84,15 @@ def save_samples(folder, images, labels, columns=None):
     arrays = [np.asarray(images)] + ([] if labels is None else [np.asarray(labels)])
     with atomic_write(folder / "samples.npz") as temporary:
         np.savez(temporary, *arrays)
+
+
+def save_each(folder, images, told):
+    """0000.png, 0001.png, ... of images (N,H,W,C) uint8, each with its {name: text} of `told`."""
+    for i, (image, texts) in enumerate(zip(np.asarray(images), told, strict=True)):
+        info = PngImagePlugin.PngInfo()
+        for name, text in texts.items():
+            info.add_itxt(name, str(text))
+        with atomic_write(Path(folder) / f"{i:04d}.png") as temporary:
+            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(
+                temporary, pnginfo=info
+            )

@@ -9,8 +9,11 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 LAST = torch.channels_last
 SMALL = "16 GB (T4, V100)"  # the GPU that courses have
@@ -75,6 +78,90 @@ def of_form(form, images, device="cpu"):
     return x.to(memory_format=LAST) if last else x
 
 
+def without_memory(net):
+    """A copy of net whose weights have shapes, but no memory; within FakeTensorMode."""
+    tensors = [*net.parameters(), *net.buffers()]
+    fakes = {id(p): torch.empty_like(p, device="cpu") for p in tensors}
+    for p in net.parameters():
+        fakes[id(p)] = torch.nn.Parameter(fakes[id(p)], p.requires_grad)
+    return copy.deepcopy(net, fakes)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the memory of `held` tensors, and of all that operators give within, until it is
+    freed: `now` and `peak` are bytes. Views of one memory count once.
+
+    Memory is freed when its storage ends, whoever held it last, Python or the graph of autograd.
+    """
+
+    def __init__(self, held=()):
+        super().__init__()
+        self.sizes, self.peak = WeakKeyDictionary(), 0
+        self.follow(held)
+
+    @property
+    def now(self):
+        return sum(self.sizes.values())
+
+    def follow(self, tree):
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.sizes[storage] = storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.follow(result)
+        return result
+
+
+def peak_bytes(net, *inputs):
+    """Bytes of tensors that live at most at one time in net(*inputs), without gradients.
+
+    Its weights do not count, inputs and result do. inputs: tensors of which only the form counts,
+    such as those of the meta device, or None. What an operator takes only inside is not seen.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        twin = without_memory(net)
+        given = [None if x is None else torch.empty_like(x, device="cpu") for x in inputs]
+        with LiveBytes([*twin.parameters(), *twin.buffers()]) as live:
+            weights = live.now
+            live.follow(given)
+            twin(*given)
+    return live.peak - weights
+
+
+def memory_lines(nets, takes, device):
+    """What nets {name: net} need on a torch.device and what is there, as lines of text.
+
+    takes: {what: bytes that it needs beside the weights}, one after the other.
+    """
+    weights = sum(p.nbytes for net in nets.values() for p in net.parameters())
+    counts = [f"{name} {parameters(net):,}" for name, net in nets.items()]
+    yield f"parameters: {', '.join(counts)}: {size_text(weights)}"
+    yield "beside them: " + ", ".join(f"{what} {size_text(n)}" for what, n in takes.items())
+    need, free = weights + max(takes.values()), free_memory(device)
+    there = "" if free is None else f"; free here: {size_text(free)}"
+    yield f"memory ({device.type}): {size_text(need)} and what PyTorch itself takes{there}"
+    if free is not None and need > free:
+        yield "note: that is too little; try smaller images, fewer at a time, or --precision bf16"
+
+
+def free_memory(device):
+    """Bytes that a process can still have on a torch.device; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0]) if found else None
+
+
 def cost_of(net, forms, half):
     """The Cost of net for inputs of these forms_of; half: with autocast to 16 bits.
 
@@ -88,12 +175,7 @@ def cost_of(net, forms, half):
         display=False, custom_mapping={on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
-        # A copy whose weights have shapes, but no memory.
-        tensors = [*net.parameters(), *net.buffers()]
-        fakes = {id(p): torch.empty_like(p, device="cpu") for p in tensors}
-        for p in net.parameters():
-            fakes[id(p)] = torch.nn.Parameter(fakes[id(p)], p.requires_grad)
-        twin, kept = copy.deepcopy(net, fakes), []
+        twin, kept = without_memory(net), []
         for images in (2, 3):  # one alone lies in memory in more ways than one
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 kept.append(kept_for_backward(twin, *(of_form(form, images) for form in forms)))

@@ -53,6 +53,8 @@ def draw_cells(path, cells, panels=None, xlabel="guidance w", titles=None):
                 axes.set_ylabel(row)
             if (row, column) in cells:
                 axes.imshow(cells[row, column], cmap="gray", vmin=0, vmax=255)
+            elif titles:  # no table: the last row is shorter
+                axes.set_axis_off()
     if panels:
         strip = outer[len(rows) :].subgridspec(1, len(panels), wspace=0.3)
         for j, (title, lines) in enumerate(panels.items()):
@@ -69,6 +71,18 @@ def draw_cells(path, cells, panels=None, xlabel="guidance w", titles=None):
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def draw_shaded(path, image, titles, maps, columns=6):
+    """A sheet: an image uint8 (H,W,3), and under each of the titles the same, bright where its map
+    is 1 and dark where it is 0; maps: float tensor (K,h,w) of any size."""
+    from torch.nn.functional import interpolate
+
+    shades = interpolate(maps[None], image.shape[:2], mode="bilinear")[0, ..., None].numpy()
+    pictures = [image, *((image * (0.2 + 0.8 * shade)).astype("uint8") for shade in shades)]
+    keys = [(" " * (i // columns), i % columns) for i in range(len(pictures))]
+    titles = dict(zip(keys, ["the image", *titles], strict=True))
+    draw_cells(path, dict(zip(keys, pictures, strict=True)), titles=titles)
 
 
 def plot_metrics(folder, names=("frechet", "class_accuracy")):

@@ -21,6 +21,7 @@ import torch
 from networks.published.files import WEIGHTS, read_json, read_weights
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+FIRST_STAGE = "first_stage_model."  # before an autoencoder's names in a whole checkpoint
 HALF = re.compile("(?<!auto)encoder|decoder")
 
 # AutoencoderKL's names -> the LDM code's; both the present names of attention and those of 2022.
@@ -69,11 +70,13 @@ def read_autoencoder(path):
     """
     path = Path(path)
     files, config = find_autoencoder(path)
-    config = read_json(config) if config else {}
     state = {}
     for file, half in files:
         found = read_weights(file, inside=("state_dict",))
         state.update({half + name: value for name, value in found.items()})
+    whole = any(name.startswith(FIRST_STAGE) for name in state)
+    # What lies beside a whole checkpoint is of something else.
+    config = read_json(config) if config and not whole else {}
     state, scale = autoencoder_part(state)
     kind = which(state, path)
     check_config(config, kind, path)
@@ -102,8 +105,7 @@ def find_autoencoder(path):
     if not path.is_dir():
         raise BadInput(f"{path}: no such file or folder: name an autoencoder's")
     folder = path / "vae" if (path / "vae").is_dir() else path
-    half_precision = [name.replace(".", ".fp16.", 1) for name in WEIGHTS]
-    for name in (*WEIGHTS, *half_precision):
+    for name in WEIGHTS:
         if (folder / name).is_file():
             return [(folder / name, "")], _config(folder)
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
@@ -143,9 +145,9 @@ def _pair(file):
 
 def autoencoder_part(state):
     """(the autoencoder's tensors, LDM's scale_factor or None) of a whole checkpoint or its own."""
-    scale, prefix = state.get("scale_factor"), "first_stage_model."
-    if any(name.startswith(prefix) for name in state):
-        state = {n[len(prefix) :]: value for n, value in state.items() if n.startswith(prefix)}
+    scale, n = state.get("scale_factor"), len(FIRST_STAGE)
+    if any(name.startswith(FIRST_STAGE) for name in state):
+        state = {k[n:]: value for k, value in state.items() if k.startswith(FIRST_STAGE)}
     else:  # beside an autoencoder, what LDM trained it with: discriminator and averaged weights
         state = {n: v for n, v in state.items() if not n.startswith(("loss.", "model_ema."))}
     return state, scale

@@ -12,7 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.bin",
+)
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
     "fixed_small": "small",
@@ -21,6 +26,35 @@ VARIANCES = {
     "fixed_small_log": "small",
     "fixed_large_log": "large",
 }
+
+
+class Inert:
+    """What stands for an object of another package in a file: it keeps nothing and does nothing."""
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# What PyTorch Lightning kept beside the weights in 2022: itself, as the key of its callback's
+# state, and numpy's numbers and arrays in it. None of these names is ever looked up.
+BESIDE = [
+    (Inert, name)
+    for name in (
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "numpy.core.multiarray.scalar",
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",  # as numpy 2 writes it
+        "numpy._core.multiarray._reconstruct",
+    )
+]
 
 
 def find_files(path):
@@ -42,7 +76,7 @@ def find_weights(folder):
     """The file of weights in a folder of diffusers; BadInput where there is none."""
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
-        raise BadInput(f"{folder} holds no weights: expected {' or '.join(WEIGHTS)} in it")
+        raise BadInput(f"{folder} holds no weights: expected {' or '.join(WEIGHTS[:2])} in it")
     return found
 
 
@@ -54,13 +88,17 @@ def read_weights(path, inside=(), allowed=()):
              them that holds a dictionary is taken, else the whole
     allowed  classes that may lie beside tensors, such as argparse.Namespace
 
-    Tensors are mapped: of a checkpoint of gigabytes only what is used is read. Nothing in a file is
-    ever executed. BadInput, naming the file, where it is missing, torn, or holds anything else.
+    Tensors are mapped: of a checkpoint of gigabytes only what is used is read, and of none but
+    names and shapes within `torch.device("meta")`, where a plan is made. Nothing in a file is
+    ever executed: what BESIDE names becomes Inert. BadInput, naming the file, where it is missing,
+    torn, or holds anything else.
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such file or folder")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else load_mapped(path, allowed)
+        with torch.device("cpu"):
+            tensors_only = path.suffix == ".safetensors"
+            state = load_file(path) if tensors_only else load_mapped(path, [*BESIDE, *allowed])
     except SafetensorError as error:
         raise BadInput(f"{path} is no safetensors file, or a torn one: {error}") from None
     except Exception as error:  # a torn pickle makes torch.load raise nearly anything
@@ -74,7 +112,8 @@ def read_weights(path, inside=(), allowed=()):
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise BadInput(f"{path} is not a state_dict: expected names and tensors and nothing else")
-    return state
+    where = torch.get_default_device()
+    return state if where.type == "cpu" else {name: v.to(where) for name, v in state.items()}
 
 
 def _reason(error):
@@ -148,6 +187,8 @@ def _betas(config, path):
         ours = math.isclose(start * T, 0.1) and math.isclose(end * T, 20)
         betas = torch.linspace(start, end, T, dtype=torch.float64)
         return betas, "linear" if ours else "other"
+    if kind == "scaled_linear":  # of Stable Diffusion: sqrt(beta_t) rises linearly
+        return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2, "other"
     if kind == "squaredcos_cap_v2":  # IDDPM eq. 17
         alpha_bar = named_alpha_bar("cosine", T)
         return 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]), "cosine"
@@ -158,16 +199,17 @@ def read_schedule(path):
     """facts of load_published; BadInput for a schedule, prediction or variance unknown here."""
     config = read_json(path)
     prediction = config.get("prediction_type", "epsilon")
-    variance = config.get("variance_type", "fixed_small")
+    variance = config.get("variance_type") or "fixed_small"
     try:
         betas, name = _betas(config, path)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{path} holds no schedule that can be read: {error}") from None
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path} holds no schedule that can be read: {reason}") from None
     if config.get("rescale_betas_zero_snr"):
         raise BadInput(f"{path}: rescale_betas_zero_snr is not supported")
-    if prediction not in PREDICTIONS:
+    if prediction not in list(PREDICTIONS):  # a list has no hash
         raise BadInput(f"{path}: prediction_type {prediction!r} is not supported")
-    if variance not in VARIANCES:
+    if variance not in list(VARIANCES):
         raise BadInput(f"{path}: variance_type {variance!r} is not supported")
     return dict(
         alpha_bar=(1 - betas).cumprod(0),

@@ -31,6 +31,7 @@ TRANSFORMER_BLOCK = (  # ours, theirs (several are joined along their first axis
     ("feed_forward.narrow", ("ff.net.2",), True),
 )
 COMPVIS = "model.diffusion_model."  # before the names of the U-Net in a whole CompVis checkpoint
+SEES_MORE = {5: "an inpainting U-Net", 1: "a depth U-Net", 4: "a U-Net that edits an image"}
 CLASSES = "cond_stage_model.embedding.weight"  # LDM's class tokens, the last of them "no label"
 
 # Settings of UNet2DConditionModel that have no counterpart here, and the values that mean "not
@@ -107,9 +108,10 @@ def load_latent_unet(path, *, num_heads=None, num_head_channels=None, norm_group
     if tokens not in state:
         raise BadInput(f"{weights} is no U-Net of latent diffusion: it has no {tokens}")
     if s.out != s.channels:
+        kind = SEES_MORE.get(s.channels - s.out, "a U-Net that sees more than the latent")
         raise BadInput(
-            f"{weights} makes {s.out} channels of {s.channels}, expected as many: networks that "
-            "see more than the latent (inpainting, depth) cannot be used here"
+            f"{weights} makes {s.out} channels of {s.channels}, expected as many: it is {kind}, "
+            "which cannot be used here"
         )
     context_dim = state[tokens].shape[-1]
     depth = sum(key.startswith(f"{middle}.") and key.endswith(".norm1.weight") for key in state)

@@ -63,6 +63,21 @@ def test_one_graph_is_recorded_for_inputs_of_a_kind_and_gives_the_same_numbers()
 
 
 @torch.no_grad()
+def test_none_stays_where_it_was_among_the_inputs():
+    """A context is the fourth input of a network whose third is a label."""
+
+    class Fourth(torch.nn.Module):
+        def forward(self, x, t, y=None, context=None):
+            return x + t + (0 if y is None else 10 * y) + (0 if context is None else 100 * context)
+
+    net = Fourth()
+    quick, (x, t, c) = graphs.Sampled(net), torch.randn(3, 4)
+    for given in ((x, t, None, c), (x, t, c, None), (x, t, c), (x, t, None, 2 * c)):
+        assert torch.equal(quick(*given), net(*given))
+    assert [graph.replays for graph in Graph.made] == [2, 1, 1]
+
+
+@torch.no_grad()
 def test_a_graph_is_for_one_shape_layout_dtype_and_state_of_autocast():
     net, t = Net().eval(), torch.zeros(2, dtype=torch.int64)
     x = torch.randn(2, 1, 4, 4)

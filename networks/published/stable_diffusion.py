@@ -1,0 +1,409 @@
+"""Stable Diffusion 1 in the files that others published: all its parts, and what draws a tiny one.
+
+    read_pipeline("stable-diffusion-v1-5")      a folder of diffusers: unet/, vae/, text_encoder/,
+                                                tokenizer/ and scheduler/
+    read_pipeline("v1-5-pruned-emaonly.safetensors", "bpe_simple_vocab_16e6.txt.gz")
+                                                one file in CompVis's names, .safetensors or .ckpt,
+                                                which has no tokenizer
+    write_tiny("folder")                        such a file with random weights
+
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022
+(arXiv:2112.10752). Its parts are read by sd_unet.py, clip_text.py and autoencoder.py beside this.
+Weights are read as plain tensors only: nothing in such a file is ever executed.
+"""
+
+from runtime.commandline import BadInput
+from runtime.files import atomic_write
+
+import gzip
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from networks.clip_tokens import SPECIAL, Tokenizer
+from networks.kl_autoencoder import KLVAE
+from networks.published.autoencoder import FIRST_STAGE, read_autoencoder
+from networks.published.clip_text import COMPVIS as TEXT
+from networks.published.clip_text import read_clip_text
+from networks.published.files import find_files, read_json, read_schedule, read_weights
+from networks.published.sd_unet import COMPVIS as UNET
+from networks.published.sd_unet import load_latent_unet, rows
+from networks.published.unet_names import Structure
+from networks.sd_unet import LatentUNet
+
+SCALING = 0.18215  # of Stable Diffusion's latents: its autoencoder has 4 channels and factor 8
+FOLDERS = ("unet", "vae", "text_encoder", "tokenizer")
+PARTS = {UNET: "U-Net", TEXT: "text encoder", FIRST_STAGE: "autoencoder"}
+EXPECTED = "expected all of Stable Diffusion 1.x: U-Net, text encoder and autoencoder"
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz, or a folder of vocab.json and merges.txt"
+OTHER_MODELS = {  # how tensors of other models begin
+    "conditioner.embedders.": "Stable Diffusion XL",
+    "cond_stage_model.model.": "Stable Diffusion 2.x",
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "model.diffusion_model.double_blocks.": "FLUX.1",
+}
+ALONE = {  # how the tensors of a file begin that holds something else
+    "special_care_embeds": "a safety checker",
+    "vision_model.": "an image encoder",
+    "lora_": "a LoRA",
+    "control": "a ControlNet",
+    "input_blocks.": "a U-Net",
+    "down_blocks.": "a U-Net",
+    "text_model.": "a text encoder",
+    "encoder.layers.": "a text encoder",
+    "encoder.": "an autoencoder",
+    "decoder.": "an autoencoder",
+}
+
+# Fields of a scheduler_config.json. These are obeyed,
+OBEYED = "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type "
+OBEYED += "timestep_spacing steps_offset set_alpha_to_one rescale_betas_zero_snr"
+# these are about the steps of the class named there, which others may replace,
+OF_CLASS = "skip_prk_steps algorithm_type solver_order solver_type lower_order_final variance_type "
+OF_CLASS += "euler_at_final lambda_min_clipped predict_x0 disable_corrector solver_p "
+OF_CLASS += "interpolation_type clip_sample_range dynamic_thresholding_ratio sample_max_value "
+OF_CLASS += "flow_shift time_shift_type"
+# and these must have the value that means "not used".
+NOT_USED = {
+    "clip_sample": False,
+    "thresholding": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_flow_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_dynamic_shifting": False,
+    "sigma_min": None,
+    "sigma_max": None,
+    "shift_terminal": None,
+    "timestep_type": "discrete",
+    "final_sigmas_type": "zero",
+}
+SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "linear", None: ""}
+
+
+class Published(NamedTuple):
+    """The parts of Stable Diffusion, and where its timesteps lie."""
+
+    unet: dict  # as load_latent_unet returns it
+    text: tuple[dict, dict]  # keywords of CLIPText and its float32 state_dict
+    autoencoder: tuple[dict, dict, dict]  # as read_autoencoder returns it, always with a scaling
+    tokenizer: Tokenizer
+    alpha_bar: torch.Tensor  # float64 (T,)
+    spacing: str  # "leading", "trailing", "linear", or "" where the files do not say
+    steps_offset: int  # added to the timesteps of "leading"
+    to_one: bool  # the last step ends at alpha_bar = 1, not at alpha_bar_0
+
+
+def read_pipeline(path, vocabulary=""):
+    """Stable Diffusion 1.x from `path`, a folder or a file as above: a Published.
+
+    vocabulary   a file or folder that the tokenizer is read from. One file needs it, and it wins
+                 over a folder's own
+
+    A folder without a scheduler, and one file, have CompVis's: sqrt(beta) from sqrt(0.00085) to
+    sqrt(0.012) in 1000 steps, timesteps 1, 1 + c, ..., and the last step ends at alpha_bar_0. One
+    file may bring other alpha_bar, as alphas_cumprod. Of a scheduler_config.json the noise and the
+    places of the timesteps are obeyed. The class it names is not: the sampler is the caller's.
+    As in diffusers' StableDiffusionPipeline, steps_offset 0 (what a class has when nobody set it)
+    means 1.
+
+    BadInput, one line, for parts that are missing, torn or do not fit each other, for other models
+    (Stable Diffusion 2, XL, 3, FLUX.1, inpainting, depth), and for v-prediction.
+    """
+    path = Path(path)
+    with torch.device("cpu"):  # a plan on "meta" has shapes for weights, but the schedule itself
+        if path.is_dir():
+            _check_folder(path, vocabulary)
+            _, _, scheduler = find_files(path)
+            steps = (
+                _steps_of(scheduler) if scheduler else (published_alpha_bar(), "leading", 1, False)
+            )
+        else:
+            state = read_weights(path, inside=("state_dict",))
+            _check_names(state, path)
+            steps = _alpha_bar_of(state, path), "leading", 1, False
+            if not vocabulary:
+                raise BadInput(
+                    f"{path} has no tokenizer, as no single file has: add --vocabulary {VOCABULARY}"
+                )
+    tokenizer = _tokenizer_of(path, vocabulary)
+    text, unet = read_clip_text(path), load_latent_unet(path)
+    settings, state, facts = read_autoencoder(path)
+    _check_fit(path, unet, text[0], settings, facts, tokenizer)
+    scaling = facts["scaling"] or SCALING  # one file does not say it
+    facts = facts | dict(scaling=scaling, shift=0.0)
+    return Published(unet, text, (settings, state, facts), tokenizer, *steps)
+
+
+def published_alpha_bar():
+    """alpha_bar_t float64 (1000,) of Stable Diffusion: sqrt(beta_t) rises linearly."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return (1 - beta).cumprod(0)
+
+
+# ------------------------------------------------------------------------------------- the parts
+
+
+def _check_folder(path, vocabulary):
+    """BadInput for a folder that is no whole pipeline, with what it is."""
+    missing = [name for name in FOLDERS if not (path / name).is_dir()]
+    if vocabulary and "tokenizer" in missing:
+        missing.remove("tokenizer")
+    if (path / "text_encoder_2").is_dir():
+        raise BadInput(f"{path} is Stable Diffusion XL or later: {EXPECTED}")
+    if not missing:
+        return
+    files = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".ckpt")]
+    config = path / "config.json"
+    hint = f"; or name the file {files[0]}" if files else ""
+    if config.is_file():
+        hint = f"; its config.json is of {read_json(config).get('_class_name', 'another model')}"
+    raise BadInput(
+        f"{path} has no {' and no '.join(f'{name}/' for name in missing)}: expected a pipeline of "
+        f"diffusers, a folder with {', '.join(f'{name}/' for name in FOLDERS)}{hint}"
+    )
+
+
+def _check_names(state, path):
+    """BadInput for a file that is not all of Stable Diffusion 1, with what it is."""
+    for prefix, name in OTHER_MODELS.items():
+        if any(key.startswith(prefix) for key in state):
+            raise BadInput(f"{path} is {name}: {EXPECTED}")
+    if "v_pred" in state:
+        raise BadInput(f"{path} predicts v, not the noise (it holds v_pred): {EXPECTED}")
+    lacks = [name for part, name in PARTS.items() if not any(k.startswith(part) for k in state)]
+    if len(lacks) == len(PARTS):
+        kinds = (kind for start, kind in ALONE.items() if any(k.startswith(start) for k in state))
+        first = f"{min(state)} and others" if state else "nothing"
+        raise BadInput(f"{path} holds only {next(kinds, first)}: {EXPECTED}")
+    if lacks:
+        raise BadInput(f"{path} holds no {' and no '.join(lacks)}: {EXPECTED}")
+
+
+def _tokenizer_of(path, vocabulary):
+    """The Tokenizer of the vocabulary, or of the folder `path` without one."""
+    if vocabulary:
+        source = Path(vocabulary)
+        return Tokenizer.of_folder(source) if source.is_dir() else Tokenizer.of_file(source)
+    folder = path / "tokenizer"
+    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        padding = read_json(file).get("pad_token") if file.is_file() else None
+        padding = padding.get("content") if isinstance(padding, dict) else padding
+        if padding not in (None, SPECIAL[1]):
+            raise BadInput(
+                f"{file}: prompts are padded with {padding!r}, expected {SPECIAL[1]!r}: '!' is of "
+                "Stable Diffusion 2.x"
+            )
+    return Tokenizer.of_folder(folder)
+
+
+def _check_fit(path, unet, text, autoencoder, facts, tokenizer):
+    """BadInput for parts, given by their settings, that are not of one model."""
+    context, width = unet["settings"]["context_dim"], text["width"]
+    if context != width:
+        whose = ", as Stable Diffusion 2's" if context == 1024 else ""
+        raise BadInput(
+            f"{path}: its U-Net reads a context {context} wide{whose}, but its text encoder makes "
+            f"one {width} wide: these are parts of two models"
+        )
+    if autoencoder["z_channels"] != unet["channels"]:
+        raise BadInput(
+            f"{path}: its autoencoder has latents of {autoencoder['z_channels']} channels, its "
+            f"U-Net of {unet['channels']}: these are parts of two models"
+        )
+    if facts["shift"]:
+        raise BadInput(f"{path}: its autoencoder shifts latents by {facts['shift']:g}, expected 0")
+    if len(tokenizer) != text["vocab_size"]:
+        raise BadInput(
+            f"{path}: its text encoder knows {text['vocab_size']} tokens, the vocabulary has "
+            f"{len(tokenizer)}: expected {VOCABULARY} of its own model"
+        )
+
+
+# ----------------------------------------------------------------------------------- the schedule
+
+
+def _alpha_bar_of(path):
+    """alpha_bar float64 (T,) of one file, which is read for it and all its names, and let go."""
+    state = read_weights(path, inside=("state_dict",))
+    _check_names(state, path)
+    ours, told = published_alpha_bar(), state.get("alphas_cumprod")
+    if told is None:
+        return ours
+    # Files in half precision have rounded it, too; the network was trained with exact numbers.
+    same = told.shape == ours.shape and told.is_floating_point()
+    if same and ((told - ours).abs() <= torch.finfo(told.dtype).eps * ours).all():
+        return ours
+    return _falling(told.double(), f"{path}: alphas_cumprod")
+
+
+def _falling(alpha_bar, where):
+    """alpha_bar; BadInput unless it falls from below 1 to above 0."""
+    whole = alpha_bar.ndim == 1 and len(alpha_bar) and 0 < alpha_bar[-1] <= alpha_bar[0] < 1
+    if not whole or not (alpha_bar.diff() < 0).all():
+        raise BadInput(f"{where} is no schedule: expected a row that falls from below 1 to above 0")
+    return alpha_bar
+
+
+def _steps_of(path):
+    """(alpha_bar, spacing, steps_offset, to_one) of a scheduler_config.json."""
+    config = read_json(path)
+    for name, value in config.items():
+        if name not in (*OBEYED.split(), *OF_CLASS.split(), *NOT_USED) and not name.startswith("_"):
+            raise BadInput(f"{path}: there is no counterpart here for {name} {value!r}")
+        if name in NOT_USED and value not in (NOT_USED[name], None):
+            expected = NOT_USED[name]
+            raise BadInput(f"{path}: {name} {value!r} is not supported, expected {expected!r}")
+    facts = read_schedule(path)
+    alpha_bar = _falling(facts["alpha_bar"], path)
+    if facts["prediction"] != "eps":
+        said = config["prediction_type"]
+        whose = ", as networks of Stable Diffusion 2 do" if said == "v_prediction" else ""
+        raise BadInput(
+            f"{path}: the network predicts {said!r}{whose}, expected 'epsilon', as Stable "
+            "Diffusion 1.x does"
+        )
+    spacing, offset = config.get("timestep_spacing"), config.get("steps_offset") or 1
+    # What DDIMScheduler and the others mean where they do not say it.
+    to_one = config.get("set_alpha_to_one", config.get("_class_name") == "DDIMScheduler")
+    if not isinstance(spacing, str | None) or spacing not in SPACINGS:
+        raise BadInput(
+            f"{path}: timestep_spacing {spacing!r} is not supported: expected leading, trailing or "
+            "linspace"
+        )
+    if type(offset) is not int or not 0 < offset < len(alpha_bar):
+        raise BadInput(f"{path}: steps_offset {offset!r} must be a small whole number, such as 1")
+    if type(to_one) is not bool:
+        raise BadInput(f"{path}: set_alpha_to_one {to_one!r} must be true or false")
+    return alpha_bar, SPACINGS[spacing], offset, to_one
+
+
+# ------------------------------------------------------------------------------ random weights
+
+TINY_WORDS = "a photo painting of the red green blue cat dog house tree on in and hill sea sky"
+TINY_TEXT = dict(width=64, layers=2, hidden=256, length=77)
+TINY_UNET = dict(model_channels=64, channel_mult=(1, 1), num_res_blocks=1, attention_levels=(0,))
+TINY_AE = dict(model_channels=32, channel_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=32)
+
+
+def write_tiny(folder, seed=0):
+    """A Stable Diffusion of random weights in `folder`, as the published files are: two paths.
+
+    tiny.safetensors         4 MB in CompVis's names and float16: a U-Net of two levels, a text
+                             encoder of two layers, an autoencoder of factor 8
+    tiny-vocabulary.txt.gz   a list of merges that makes whole words of TINY_WORDS and pairs of
+                             letters of other words
+
+    What the U-Net makes of noise has unit variance, what the autoencoder makes of latents 0.5 of
+    it, so that pictures are not flat; they show nothing.
+    """
+    merges = _merges(TINY_WORDS.split())
+    text = _text_encoder(len(merges) + 2 * 256 + 2, seed)
+    state = {f"{TEXT}text_model.{k}": v for k, v in text.items()}
+    state |= {f"{UNET}{k}": v for k, v in _unet(seed + 1).items()}
+    state |= {f"{FIRST_STAGE}{k}": v for k, v in _autoencoder(seed + 2).items()}
+    state = {name: value.half().contiguous() for name, value in state.items()}
+    ids = torch.arange(TINY_TEXT["length"])[None]
+    state[f"{TEXT}text_model.embeddings.position_ids"] = ids
+    state["alphas_cumprod"] = published_alpha_bar().float()
+    weights = Path(folder) / "tiny.safetensors"
+    vocabulary = weights.with_name("tiny-vocabulary.txt.gz")
+    with atomic_write(weights) as temporary:
+        save_file(state, temporary)
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+    with atomic_write(vocabulary) as temporary:
+        temporary.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+    return weights, vocabulary
+
+
+def _merges(words):
+    """Pairs of symbols, in order, that join the letters of each word from its first to its last."""
+    pairs = {}
+    for word in words:
+        first, *rest = [*word[:-1], f"{word[-1]}</w>"]
+        for symbol in rest:
+            pairs[first, symbol] = None
+            first += symbol
+    return list(pairs)
+
+
+def _random(shapes, seed):
+    """{name: tensor} of these shapes: none is zero, and none makes what it sees grow."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name, shape in shapes.items():
+        value = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            embedding = name.endswith("embedding.weight")
+            state[name] = value if embedding else value / value[0].numel() ** 0.5
+        else:  # a bias, or the weight of a norm
+            state[name] = 0.1 * value + name.endswith("weight")
+    return state
+
+
+def _text_encoder(vocab_size, seed):
+    width, hidden = TINY_TEXT["width"], TINY_TEXT["hidden"]
+    shapes = {
+        "embeddings.token_embedding.weight": (vocab_size, width),
+        "embeddings.position_embedding.weight": (TINY_TEXT["length"], width),
+    }
+    layer = {f"self_attn.{name}_proj": (width, width) for name in ("k", "v", "q", "out")}
+    layer |= {"layer_norm1": (width,), "layer_norm2": (width,)}
+    layer |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+    parts = {
+        f"encoder.layers.{i}.{name}": shape
+        for i in range(TINY_TEXT["layers"])
+        for name, shape in layer.items()
+    }
+    for name, shape in (parts | {"final_layer_norm": (width,)}).items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return _random(shapes, seed)
+
+
+def _network(net, seed):
+    """`net` with random weights, in eval mode."""
+    net.load_state_dict(_random({k: v.shape for k, v in net.state_dict().items()}, seed))
+    return net.eval().requires_grad_(False)
+
+
+def _unet(seed):
+    context_dim = TINY_TEXT["width"]
+    net = LatentUNet(4, None, **TINY_UNET, num_heads=8, context_dim=context_dim, norm_groups=32)
+    _network(net, seed)
+    # Most of what it makes is its input, as in a trained one: each channel of z goes around the
+    # rest through two channels of the last norm, +z and -z, whose SiLUs differ by z.
+    for i in range(4):
+        net.conv_in.weight[i, i, 1, 1] += 1
+        for channel, sign in ((2 * i, 1), (2 * i + 1, -1)):
+            net.up[-1][0].skip.weight[channel, -net.conv_in.out_channels + i] += 4 * sign
+            net.conv_out.weight[i, channel, 1, 1] += 2 * sign
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(4, 4, 8, 8, generator=generator)
+    context = torch.randn(4, 77, context_dim, generator=generator)
+    _divide(net.conv_out, net(z, torch.tensor([1, 300, 600, 999]), context=context).std())
+    state, theirs = net.state_dict(), {}
+    levels = tuple(TINY_UNET["model_channels"] * m for m in TINY_UNET["channel_mult"])
+    told = (TINY_UNET["num_res_blocks"], TINY_UNET["attention_levels"], False, False, 4, 4, 0)
+    structure = Structure(TINY_UNET["model_channels"], levels, *told)
+    for ours, names, _ in rows(structure, "openai", 1, context_dim):
+        for name, part in zip(names, state[ours].chunk(len(names)), strict=True):
+            pointwise = name.endswith(("proj_in.weight", "proj_out.weight"))
+            theirs[name] = part[:, :, None, None] if pointwise else part
+    return theirs
+
+
+def _autoencoder(seed):
+    ae, generator = _network(KLVAE(**TINY_AE), seed), torch.Generator().manual_seed(seed)
+    x = F.interpolate(torch.randn(2, 3, 8, 8, generator=generator), scale_factor=8).clamp(-1, 1)
+    z = torch.randn(2, 4, 8, 8, generator=generator) / SCALING
+    _divide(ae.quant_conv, SCALING * ae.encode(x)[0].std())
+    _divide(ae.decoder.conv_out, 2 * ae.decode(z).std())
+    return ae.state_dict()
+
+
+def _divide(conv, by):
+    conv.weight /= by
+    conv.bias /= by
