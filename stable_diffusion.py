@@ -147,21 +147,21 @@ def encode_prompts(model, texts):
         return model.text(tokens.to(next(model.text.parameters()).device))
 
 
-@torch.no_grad()
 def encode_image(model, x):
     """z_0 (B,4,H/8,W/8) of images x (B,3,H,W) in [-1,1]: the mean of q(z|x), scaled."""
-    with exact():
-        return model.scale * model.ae.encode(x)[0]
+    return model.scale * model.ae.encode(x)[0]
 
 
 @torch.no_grad()
 def decode(model, z):
     """Images (B,3,8h,8w) in about [-1,1] of latents z (B,4,h,w), in fp32: half precision overflows.
 
-    Larger ones than TILE are decoded tile by tile, in the memory that one takes.
+    Larger ones than TILE are decoded tile by tile, in the memory that one takes. BadInput for
+    numbers that are not finite: they would become a black image.
     """
-    with exact():
-        return decode_in_tiles(model.ae, z.float() / model.scale, TILE)
+    if not z.isfinite().all():
+        raise cli.BadInput("the latent is not finite: type --precision fp32, or less --guidance")
+    return decode_in_tiles(model.ae, z.float() / model.scale, TILE)
 
 
 # ------------------------------------------------------------------------------- the way down

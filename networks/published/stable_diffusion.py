@@ -114,29 +114,27 @@ def read_pipeline(path, vocabulary=""):
     BadInput, one line, for parts that are missing, torn or do not fit each other, for other models
     (Stable Diffusion 2, XL, 3, FLUX.1, inpainting, depth), and for v-prediction.
     """
-    path = Path(path)
+    path, steps = Path(path), ("leading", 1, False)
     with torch.device("cpu"):  # a plan on "meta" has shapes for weights, but the schedule itself
         if path.is_dir():
             _check_folder(path, vocabulary)
-            _, _, scheduler = find_files(path)
-            steps = (
-                _steps_of(scheduler) if scheduler else (published_alpha_bar(), "leading", 1, False)
-            )
+            scheduler = find_files(path)[2]
+            alpha_bar = published_alpha_bar()
+            if scheduler:
+                alpha_bar, *steps = _steps_of(scheduler)
         else:
-            state = read_weights(path, inside=("state_dict",))
-            _check_names(state, path)
-            steps = _alpha_bar_of(state, path), "leading", 1, False
-            if not vocabulary:
-                raise BadInput(
-                    f"{path} has no tokenizer, as no single file has: add --vocabulary {VOCABULARY}"
-                )
+            alpha_bar = _alpha_bar_of(path)
+    if not vocabulary and path.is_file():
+        raise BadInput(
+            f"{path} has no tokenizer, as no single file has: add --vocabulary {VOCABULARY}"
+        )
     tokenizer = _tokenizer_of(path, vocabulary)
     text, unet = read_clip_text(path), load_latent_unet(path)
     settings, state, facts = read_autoencoder(path)
     _check_fit(path, unet, text[0], settings, facts, tokenizer)
     scaling = facts["scaling"] or SCALING  # one file does not say it
     facts = facts | dict(scaling=scaling, shift=0.0)
-    return Published(unet, text, (settings, state, facts), tokenizer, *steps)
+    return Published(unet, text, (settings, state, facts), tokenizer, alpha_bar, *steps)
 
 
 def published_alpha_bar():

@@ -245,10 +245,9 @@ def test_a_long_prompt_is_cut_and_the_words_cut_off_are_said_once(tok, theirs, c
     assert rows[:1].tolist() == again.tolist() == expected
     assert rows[1].tolist() == [49406, 320, 3540] + [49407] * 74
     line, nothing = capsys.readouterr().out.split("\n")
-    words, total = [word for word, _ in tok.spell(text)], len(tok.encode(text))
-    seen = len(tok.words(text))  # and the last of them is whole
+    words, seen = [word for word, _ in tok.spell(text)], len(tok.words(text))  # the last is whole
     assert [w for w, _ in tok.words(text)] == words[:seen] and nothing == ""
-    assert f"{total} tokens long, and 75 are read" in line
+    assert f"{len(tok.encode(text))} tokens long, and 75 are read" in line
     assert repr(" ".join(words[seen : seen + 20])) in line
     assert f"and {len(words) - seen - 20} more" in line
 
@@ -358,6 +357,7 @@ def test_a_shorter_list_of_merges_makes_a_smaller_vocabulary(tmp_path):
     assert tok.encode("CAT ca") == [513, ord("c") - 33, 256 + ord("a") - 33]
 
 
+NAMES = (START.encode(), END.encode())
 WHOLE = [START, END, "a", "b</w>", "ab</w>"]
 
 
@@ -375,7 +375,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(tokens, merges, told, tmp_pat
     folder = write_folder(tmp_path / "tokenizer", tokens, merges)
     with pytest.raises(BadInput, match=told):
         Tokenizer.of_folder(tmp_path)
-    assert Tokenizer.of_folder(write_folder(folder, WHOLE, WHOLE[:0])).encode("ab") == [2, 3]
+    assert Tokenizer.of_folder(write_folder(folder, WHOLE, [])).encode("ab") == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -390,12 +390,8 @@ def test_a_vocabulary_that_does_not_fit_is_refused(tokens, merges, told, tmp_pat
         ("vocab.json", b"[1]", r"vocab\.json must hold a dictionary, got a list"),
         ("vocab.json", b'{"a": "b"}', r"vocab\.json is no vocabulary: expected a whole number"),
         ("vocab.json", b'{"a": true}', r"vocab\.json is no vocabulary"),
-        (
-            "vocab.json",
-            json.dumps({START: 0, END: 2}).encode(),
-            r"tokenizer must number its tokens 0 \.\.\. 1, each once",
-        ),
-        ("vocab.json", json.dumps({START: 0, END: 0}).encode(), "each once"),
+        ("vocab.json", b'{"%s": 0, "%s": 2}' % NAMES, r"number its tokens 0 \.\.\. 1, each once"),
+        ("vocab.json", b'{"%s": 0, "%s": 0}' % NAMES, "each once"),
     ],
 )
 def test_a_damaged_folder_is_refused(name, content, told, tmp_path):
@@ -427,7 +423,7 @@ def test_a_damaged_tokenizer_json_is_refused(model, told, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["torn", "changed", "no blocks", "half a header", "other", "absent", "folder"]
+    "damage", ["torn", "changed", "no blocks", "header", "other", "absent", "folder"]
 )
 def test_a_damaged_file_is_refused(damage, tmp_path):
     path = tmp_path / "vocabulary.txt.gz"
@@ -438,7 +434,7 @@ def test_a_damaged_file_is_refused(damage, tmp_path):
         "torn": (whole[:-9], "is a damaged gzip file"),
         "changed": (bytes(changed), "is a damaged gzip file"),
         "no blocks": (whole[:10] + b"\xff" * 30, "is a damaged gzip file"),
-        "half a header": (whole[:5], "is a damaged gzip file"),
+        "header": (whole[:5], "is a damaged gzip file"),
         "other": (b"PK\x03\x04\xff\xfe", "is not UTF-8 text"),
         "absent": (None, "cannot be read: No such file"),
         "folder": (None, "cannot be read: Is a directory"),
