@@ -128,10 +128,10 @@ def theirs_from(folder, kind, monkeypatch, **how):
 
 
 def test_image_to_image_is_that_of_their_pipeline(folder, tmp_path, monkeypatch):
-    given = ["--image", saved_picture(tmp_path / "from.png", pixels()), "--strength", 0.65]
+    given = ["--image", saved_picture(tmp_path / "from.png", pixels()), "--strength", 0.7]
     given += ["--seeds", 3, "--guidance", 2]
     found, _ = drawn(folder, tmp_path / "out", *given, steps=8)
-    same(found, theirs_from(folder, IMG2IMG, monkeypatch, strength=0.65))
+    same(found, theirs_from(folder, IMG2IMG, monkeypatch, strength=0.7))
     less, _ = drawn(folder, tmp_path / "less", *given, "--strength", 0.2, steps=8)
     assert np.abs(less - found).mean() > 5
 
@@ -152,8 +152,8 @@ def test_painting_a_part_is_that_of_their_pipeline(folder, tmp_path, monkeypatch
         saved_picture(tmp_path / "mask.png", spot()),
     )
     given = ["--image", picture, "--mask", mask, "--seeds", 3, "--guidance", 2]
-    (found,), _ = drawn(folder, tmp_path / "out", *given, "--strength", 0.65, steps=8)
-    how = dict(mask_image=Image.fromarray(spot()), strength=0.65, height=48, width=64)
+    (found,), _ = drawn(folder, tmp_path / "out", *given, "--strength", 0.7, steps=8)
+    how = dict(mask_image=Image.fromarray(spot()), strength=0.7, height=48, width=64)
     (theirs,) = theirs_from(folder, INPAINT, monkeypatch, **how)
     painted = spot() > 0
     same(found[painted], theirs[painted])
