@@ -53,7 +53,7 @@ from ddim import at, ddim_row, slerp
 from dpm_solver import dpmpp_row
 from image_data.decode import read_picture
 from kernels import gaussian, sampling_update
-from networks.autoencoders import build, decode_in_tiles
+from networks.autoencoders import build, decode_in_tiles, latent_shape
 from networks.clip_text import CLIPText
 from networks.clip_tokens import Tokenizer
 from networks.kl_autoencoder import check_state
@@ -292,8 +292,7 @@ def images_wanted(cfg, model, prompts, shape):
 def draw(cfg, world, size, prompts, picture, mask):
     """All images of a command, and their files."""
     model = load(cfg.weights, cfg.vocabulary, world.device, world.dtype)
-    channels, factor = model.unet.conv_in.in_channels, model.ae.factor
-    shape = (channels, size[0] // factor, size[1] // factor)  # (4,h,w)
+    shape = latent_shape(model.ae, (3, *size), "--weights")  # (4,h,w)
     pairs = pairs_of(cfg, model)
     contexts, which, seeds, starts = images_wanted(cfg, model, prompts, shape)
     nothing = encode_prompts(model, [cfg.negative]).to(world.dtype)  # (1,77,C)
@@ -303,7 +302,7 @@ def draw(cfg, world, size, prompts, picture, mask):
         z0 = encode_image(model, picture)  # (1,4,h,w)
     if mask is not None:  # a latent is painted if one of its pixels is
         mask = mask.to(world.device)
-        small = F.max_pool2d(mask, factor)  # (1,1,h,w)
+        small = F.max_pool2d(mask, model.ae.factor)  # (1,1,h,w)
     words = model.tokenizer.words(prompts[0])
     if cfg.attention and (not words or cfg.guidance == -1):
         raise cli.BadInput("--attention: no word of the prompt is looked at: type one, and no -1")
@@ -359,14 +358,15 @@ def plan(cfg, size, n):
     with torch.device("meta"):
         model = load(cfg.weights, cfg.vocabulary, "meta", dtype)
         passes, b = 1 if cfg.guidance in (0, -1) else 2, min(cfg.batch_size, n)
-        h, w = (side // model.ae.factor for side in size)
-        z = torch.empty(passes * b, model.unet.conv_in.in_channels, h, w, dtype=dtype)
+        channels, h, w = latent_shape(model.ae, (3, *size), "--weights")
+        z = torch.empty(passes * b, channels, h, w, dtype=dtype)
         context = torch.empty(len(z), 77, model.text.settings["width"], dtype=dtype)
         step = peak_bytes(model.unet, z, torch.empty(len(z), dtype=torch.int64), None, context)
-        latent = torch.empty(b, z.shape[1], min(h, TILE), min(w, TILE))
+        latent = torch.empty(b, channels, min(h, TILE), min(w, TILE))
         decoding = peak_bytes(Method(model.ae.decode), latent)
     nets = {"U-Net": model.unet, "text encoder": model.text, "autoencoder": model.ae}
-    takes = {f"a step of {b} x {size[0]}x{size[1]} pixels": step, "decoding": decoding}
+    what = f"a step (of {len(pairs_of(cfg, model))}) of {b} x {size[0]}x{size[1]} pixels"
+    takes = {what: step, "decoding": decoding}
     for line in memory_lines(nets, takes, device):
         print(line)
 

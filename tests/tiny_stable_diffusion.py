@@ -27,10 +27,10 @@ NEGATIVE = "blue, blurry dog"
 PROMPTS = ["a red cat", "The painting of a house, and a dog"]
 
 
-def alpha_bar(dtype=torch.float64):
-    """alpha_bar_t (1000,) of Stable Diffusion, written out: sqrt(beta) rises linearly."""
+def alpha_bar():
+    """alpha_bar_t float64 (1000,) of Stable Diffusion, written out: sqrt(beta) rises linearly."""
     ends = SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5
-    return (1 - torch.linspace(*ends, 1000, dtype=dtype) ** 2).cumprod(0)
+    return (1 - torch.linspace(*ends, 1000, dtype=torch.float64) ** 2).cumprod(0)
 
 
 # ------------------------------------------------------------------------------------ the tokenizer
