@@ -84,7 +84,7 @@ class Config(cli.Script):
     """w in (1+w) eps(z,prompt) - w eps(z,""): 0 the prompt alone; others write s = 1+w"""
     size: tuple[int, ...] = (512,)  # side of the images in pixels, or height and width
     image: str = ""  # start from this picture instead of noise
-    strength: float = 0.75  # --image: the share of the way down that is walked; 1 forgets it
+    strength: float = 0.75  # --image: the share of the way down to walk; 1 nearly forgets it
     mask: str = ""  # --image: draw only where this picture of the same size is white
     interpolate: int = 0
     """so many images on the way from the first prompt to the second; of one prompt, from the first
@@ -439,10 +439,10 @@ def main():
     check(cfg)
     cfg, size = replace(cfg, out=cfg.out or "runs/stable-diffusion"), (cfg.size * 2)[:2]
     prompts = prompts_of(cfg)
-    n = cfg.interpolate or len(prompts) * len(seeds_of(cfg, prompts))
+    seeds = seeds_of(cfg, prompts)
     known = read_known(cfg, size)
     if cfg.dry_run:
-        return plan(cfg, size, n)
+        return plan(cfg, size, n=cfg.interpolate or len(prompts) * len(seeds))
     launch(partial(draw, size=size, prompts=prompts, picture=known[0], mask=known[1]), cfg)
 
 
