@@ -33,11 +33,12 @@ An image is a function of its prompt and seed. --dry-run says what memory is nee
 """
 
 from runtime import commandline as cli
-from runtime.pictures import save_each, save_gif, save_grid, save_samples, to_uint8
+from runtime.files import check_folder
+from runtime.pictures import check_finite, save_told, to_uint8
 from runtime.plan import Method, memory_lines, peak_bytes
 from runtime.plots import draw_shaded
 from runtime.precision import dtype_of
-from runtime.processes import exact, launch
+from runtime.processes import exact, launch, process_count, say_once
 
 import math
 from dataclasses import dataclass, replace
@@ -53,15 +54,15 @@ from ddim import at, ddim_row, slerp
 from dpm_solver import dpmpp_row
 from image_data.decode import read_picture
 from kernels import gaussian, sampling_update
-from networks.autoencoders import build, decode_in_tiles, latent_shape
+from networks.autoencoders import build, decode_in_tiles, encode_in_tiles, latent_shape
 from networks.clip_text import CLIPText
 from networks.clip_tokens import Tokenizer
 from networks.kl_autoencoder import check_state
 from networks.published.stable_diffusion import read_pipeline, write_tiny
-from networks.sd_unet import LatentUNet, Looks
+from networks.sd_unet import AttentionMaps, LatentUNet
 
 TILE = 96  # side of the largest latent that is decoded at once: an image of 768 pixels
-TOLD = ("negative", "steps", "sampler", "guidance", "image", "strength", "mask", "weights")
+TOLD = ("steps", "sampler", "guidance", "negative", "size", "weights", "image", "strength", "mask")
 
 
 @dataclass
@@ -70,8 +71,7 @@ class Config(cli.Script):
     """a diffusers folder (unet/, vae/, text_encoder/, tokenizer/, scheduler/), or one .safetensors
     or .ckpt of CompVis"""
     vocabulary: str = ""
-    """CLIP's bpe_simple_vocab_16e6.txt.gz, or a folder of vocab.json and merges.txt; files of
-    CompVis do not hold it"""
+    """of one file: CLIP's bpe_simple_vocab_16e6.txt.gz, or a folder of vocab.json and merges.txt"""
     prompt: tuple[str, ...] = ()  # what to draw; of several sentences each with every seed
     prompt_file: str = ""  # text file of further prompts, one a line
     negative: str = ""  # what the image is pushed away from, in place of the empty sentence
@@ -87,8 +87,7 @@ class Config(cli.Script):
     strength: float = 0.75  # --image: the share of the way down to walk; 1 nearly forgets it
     mask: str = ""  # --image: draw only where this picture of the same size is white
     interpolate: int = 0
-    """so many images on the way from the first prompt to the second; of one prompt, from the first
-    of two seeds to the second"""
+    """so many images on the way from one prompt to another, or of one prompt from seed to seed"""
     attention: bool = False  # also draw which word was looked at where in the first image
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """of the U-Net and its weights; all else is fp32. auto: bf16 on GPUs that have it, fp16 on V100
@@ -112,7 +111,7 @@ class Model(NamedTuple):
     alpha_bar: torch.Tensor  # float64 (T,) on the CPU
     spacing: str  # of the timesteps; "": the sampler's own
     steps_offset: int
-    to_one: bool  # whether the last step of DDIM ends at alpha_bar = 1, or at alpha_bar_0
+    set_alpha_to_one: bool  # whether the last step of DDIM ends at alpha_bar = 1, or at alpha_bar_0
 
 
 def load(weights, vocabulary="", device="cpu", dtype=torch.float32):
@@ -147,27 +146,25 @@ def encode_prompts(model, texts):
         return model.text(tokens.to(next(model.text.parameters()).device))
 
 
+@torch.no_grad()
 def encode_image(model, x):
-    """z_0 (B,4,H/8,W/8) of images x (B,3,H,W) in [-1,1]: the mean of q(z|x), scaled."""
-    return model.scale * model.ae.encode(x)[0]
+    """z_0 (B,4,H/8,W/8) of images x (B,3,H,W) in [-1,1]: the mean of q(z|x), scaled; in tiles."""
+    return model.scale * encode_in_tiles(model.ae, x, TILE)
 
 
 @torch.no_grad()
 def decode(model, z):
     """Images (B,3,8h,8w) in about [-1,1] of latents z (B,4,h,w), in fp32: half precision overflows.
 
-    Larger ones than TILE are decoded tile by tile, in the memory that one takes. BadInput for
-    numbers that are not finite: they would become a black image.
+    Larger ones than TILE are decoded tile by tile, in the memory that one takes.
     """
-    if not z.isfinite().all():
-        raise cli.BadInput("the latent is not finite: type --precision fp32, or less --guidance")
     return decode_in_tiles(model.ae, z.float() / model.scale, TILE)
 
 
 # ------------------------------------------------------------------------------- the way down
 
 
-def timesteps(sampler, T, steps, spacing="", offset=1, to_one=False):
+def timesteps(sampler, T, steps, spacing="", offset=1, set_alpha_to_one=False):
     """[(t, t_prev), ...] downwards, as the published samplers visit the T timesteps.
 
     leading   multiples of floor(T / steps), and offset: what Stable Diffusion was shown with
@@ -175,26 +172,30 @@ def timesteps(sampler, T, steps, spacing="", offset=1, to_one=False):
     linear    even from T - 1 down; dpmpp leaves out the last, which would be 0
     ""        leading, but for dpmpp linear
 
-    The last t_prev is -1, where alpha_bar is 1; of ddim it is 0, unless to_one: LDM's code ends at
-    alpha_bar_0. dpmpp counts one step more in linear and leading. BadInput for steps beyond T.
+    The last t_prev is -1, where alpha_bar is 1; of ddim, unless set_alpha_to_one, it is 0: LDM's
+    code ends at alpha_bar_0. dpmpp counts a step more but in trailing. BadInput for too many steps.
     """
-    points = steps + (sampler == "dpmpp")  # of which the lowest is left out
+    spacing = spacing or ("linear" if sampler == "dpmpp" else "leading")
+    points = steps + (sampler == "dpmpp" and spacing != "trailing")  # the lowest is left out
     if steps < 1 or points > T:
         raise cli.BadInput(f"--steps {steps}: the chain has {T} timesteps; type fewer")
-    spacing, stride = spacing or ("linear" if sampler == "dpmpp" else "leading"), T // points
     if spacing == "leading":
+        stride = T // points
         lowest = min(offset, T - 1 - (points - 1) * stride)
         ts = [lowest + i * stride for i in reversed(range(points))]
     elif spacing == "trailing":
         ts = [round(T - i * (T / steps)) - 1 for i in range(steps)]
     else:
         ts = np.linspace(0, T - 1, points).round().astype(int).tolist()[::-1]
-    last = 0 if sampler == "ddim" and not to_one else -1
+    last = 0 if sampler == "ddim" and not set_alpha_to_one else -1
     return list(zip(ts[:steps], [*ts[1:steps], last], strict=True))
 
 
 def row_of(sampler, a_before, a, a_prev):
     """The step from alpha_bar_t = a to a_prev, as numbers of sampling_update; a_before: the last a.
+
+    ddim: x_prev = sqrt(a_prev) x0_hat + sqrt(1 - a_prev) eps_hat, where x0_hat is
+    (x - sqrt(1 - a) eps_hat) / sqrt(a): DDIM eq. 12 and 9. dpmpp: see dpm_solver.py.
 
     euler_a: with sigma = sqrt((1 - a) / a), the noise beside a signal of 1, Euler's method goes to
     sigma_down and adds noise of sigma_up, so that both together are the sigma of a_prev:
@@ -210,17 +211,17 @@ def row_of(sampler, a_before, a, a_prev):
     return ddim_row(a, a_prev, eta=1.0 if sampler == "euler_a" else 0.0)
 
 
-def guided(unet, z, t, context, nothing, w):
+def guided(unet, z, t, context, uncond, w):
     """(out, out_uncond): sampling_update combines them as (1+w) out - w out_uncond, CFG eq. 6.
 
-    z (B,4,h,w), context (B,77,C), nothing (1,77,C): of the empty sentence, or the negative one.
+    z (B,4,h,w), context (B,77,C), uncond (1,77,C): of the empty sentence, or the negative one.
     w = 0 and w = -1 need one pass only, and out_uncond is None; other w one batch of 2B.
     """
-    nothing = nothing.expand_as(context)
+    uncond = uncond.expand_as(context)
     z, t = z.to(context.dtype), torch.full((len(z),), t, device=z.device)
     if w in (0, -1):
-        return unet(z, t, None, nothing if w else context), None
-    both = torch.cat([context, nothing])  # (2B,77,C)
+        return unet(z, t, None, uncond if w else context), None
+    both = torch.cat([context, uncond])  # (2B,77,C)
     return unet(z.repeat(2, 1, 1, 1), t.repeat(2), None, both).chunk(2)
 
 
@@ -230,11 +231,11 @@ def noised(z0, eps, a):
 
 
 @torch.no_grad()
-def denoise(unet, alpha_bar, pairs, z, seeds, context, nothing, w, sampler, known=None):
+def denoise(unet, alpha_bar, pairs, z, seeds, context, uncond, w, sampler, known=None):
     """From z (B,4,h,w) at pairs[0][0] down to a latent; yields z and z0_hat, like z.
 
     alpha_bar float64 (T,) on the CPU; pairs of timesteps(); seeds (B,) of the fresh noise; context,
-    nothing and w as in guided(). known, to paint a part anew, is (z0, mask, eps): where the mask
+    uncond and w as in guided(). known, to paint a part anew, is (z0, mask, eps): where the mask
     (1,1,h,w) is 0, z is after each step what q(z_t | z_0) makes of z0 and eps (B,4,h,w), and in the
     end z0 itself. So the network sees there what belongs to its timestep, and paints what fits.
     """
@@ -242,14 +243,14 @@ def denoise(unet, alpha_bar, pairs, z, seeds, context, nothing, w, sampler, know
     for step, (t, t_prev) in enumerate(pairs):
         a, a_prev = at(alpha_bar, t), at(alpha_bar, t_prev)
         row = row_of(sampler, a_before, a, a_prev)
-        out, out_uncond = guided(unet, z, t, context, nothing, w)
+        out, out_uncond = guided(unet, z, t, context, uncond, w)
         how = {"out_uncond": out_uncond, "guidance": 0.0 if out_uncond is None else w}
         how |= {"history": z0_hat if row.H else None, "seeds": seeds, "clip": False}
         z, z0_hat = sampling_update(z, out, row, step=step, **how)
         if known is not None:
             z0, mask, eps = known
             z = mask * z + (1 - mask) * noised(z0, eps, a_prev if step < len(pairs) - 1 else 1.0)
-        yield z, z0_hat
+        yield check_finite(z, seeds, f"the latent after step {step + 1} of {len(pairs)}"), z0_hat
         a_before = a
 
 
@@ -265,6 +266,8 @@ def read_known(cfg, size):
     if not cfg.mask:
         return x, None
     white, _ = read_picture(cfg.mask, size, 1, "--mask", like=("--image", full))
+    if (white <= 127).all():
+        raise cli.BadInput(f"--mask {cfg.mask} is nowhere white: nothing would be painted")
     return x, torch.from_numpy(white > 127).permute(2, 0, 1)[None].float()
 
 
@@ -272,30 +275,32 @@ def read_known(cfg, size):
 
 
 def images_wanted(cfg, model, prompts, shape):
-    """What to draw, in order: contexts (K,77,C), which of them (N,), seeds (N,), z_T (N,*shape).
+    """N images in order: contexts (K,77,C), whose (N,) each has, seeds (N,), z_T (N,*shape), told.
 
-    Every prompt with every seed; or with --interpolate the frames from the first to the last, along
-    a straight line between contexts and an arc between noises (DDIM appendix D.5).
+    Every prompt with every seed; or with --interpolate the frames from the first to the last, on a
+    straight line between contexts and an arc between noises (DDIM appendix D.5). told: in words.
     """
-    contexts = encode_prompts(model, prompts).cpu()
-    seeds = seeds_of(cfg, prompts)
+    contexts, seeds = encode_prompts(model, prompts).cpu(), seeds_of(cfg, prompts)
     z = gaussian((len(seeds), *shape), seeds, -1, "cpu")
     if not cfg.interpolate:
-        which = torch.arange(len(prompts)).repeat_interleave(len(seeds))
-        return contexts, which, seeds.repeat(len(prompts)), z.repeat(len(prompts), 1, 1, 1)
-    share = torch.linspace(0, 1, cfg.interpolate)
+        n, whose = len(prompts), torch.arange(len(prompts)).repeat_interleave(len(seeds))
+        told = [{"prompt": p, "seed": str(s)} for p in prompts for s in seeds.tolist()]
+        return contexts, whose, seeds.repeat(n), z.repeat(n, 1, 1, 1), told
+    n, share = cfg.interpolate, torch.linspace(0, 1, cfg.interpolate)
     contexts = torch.lerp(contexts[:1], contexts[-1:], share[:, None, None])
-    z = slerp(z[:1], z[-1:], share)[0]
-    return contexts, torch.arange(len(z)), seeds[:1].repeat(len(z)), z
+    way = {"prompt": " -> ".join(prompts), "seed": " -> ".join(map(str, seeds.tolist()))}
+    told = [way | {"frame": f"{i} of 0 ... {n - 1}"} for i in range(n)]
+    return contexts, torch.arange(n), seeds[:1].repeat(n), slerp(z[:1], z[-1:], share)[0], told
 
 
 def draw(cfg, world, size, prompts, picture, mask):
     """All images of a command, and their files."""
     model = load(cfg.weights, cfg.vocabulary, world.device, world.dtype)
+    check_folder(cfg.out)  # before the long work
     shape = latent_shape(model.ae, (3, *size), "--weights")  # (4,h,w)
-    pairs = pairs_of(cfg, model)
-    contexts, which, seeds, starts = images_wanted(cfg, model, prompts, shape)
-    nothing = encode_prompts(model, [cfg.negative]).to(world.dtype)  # (1,77,C)
+    pairs, how = pairs_of(cfg, model), (cfg.guidance, cfg.sampler)
+    contexts, whose, seeds, z_T, told = images_wanted(cfg, model, prompts, shape)
+    uncond = encode_prompts(model, [cfg.negative]).to(world.dtype)  # (1,77,C)
     unet = model.unet if cfg.attention else world.for_sampling(model.unet)
     if picture is not None:
         picture = picture.to(world.device)
@@ -303,82 +308,78 @@ def draw(cfg, world, size, prompts, picture, mask):
     if mask is not None:  # a latent is painted if one of its pixels is
         mask = mask.to(world.device)
         small = F.max_pool2d(mask, model.ae.factor)  # (1,1,h,w)
-    words = model.tokenizer.words(prompts[0])
-    if cfg.attention and (not words or cfg.guidance == -1):
-        raise cli.BadInput("--attention: no word of the prompt is looked at: type one, and no -1")
+    words = model.tokenizer.words(prompts[0], contexts.shape[1])
     seen = torch.zeros(len(words), *shape[1:], device=world.device)  # of the first image
 
     def images(part, tick):
-        on_device = seeds[part].to(world.device)  # (b,)
-        context = contexts[which[part]].to(world.device, world.dtype)  # (b,77,C)
-        noise = starts[part].to(world.device, memory_format=torch.channels_last)  # (b,4,h,w)
+        seed = seeds[part].to(world.device)  # (b,)
+        context = contexts[whose[part]].to(world.device, world.dtype)  # (b,77,C)
+        noise = z_T[part].to(world.device, memory_format=torch.channels_last)  # (b,4,h,w)
         z = noise if picture is None else noised(z0, noise, at(model.alpha_bar, pairs[0][0]))
         known = None if mask is None else (z0, small, noise)
-        looks = Looks(unet, shape[1:]) if cfg.attention and 0 in part else None
-        how = {"w": cfg.guidance, "sampler": cfg.sampler, "known": known}
-        walk = denoise(unet, model.alpha_bar, pairs, z, on_device, context, nothing, **how)
-        for z, _ in walk:  # noqa: B007
+        maps = AttentionMaps(unet, shape[1:]) if cfg.attention and 0 in part else None
+        given = (z, seed, context, uncond, *how, known)
+        for z, _ in denoise(unet, model.alpha_bar, pairs, *given):  # noqa: B007
             tick()
-        if looks:
-            seen.copy_(looks.maps(places for _, places in words))
-        x = decode(model, z)
+        if maps:
+            seen.copy_(maps.of([places for _, places in words]))
+        x = check_finite(decode(model, z), seed, "the image")  # (b,3,H,W)
         return to_uint8(x if mask is None else mask * x + (1 - mask) * picture)
 
     found = world.in_parts(images, len(seeds), cfg.batch_size, len(pairs), "sampling")
     seen = world.sum(seen).cpu()  # one process drew that image
     if world.is_main:
-        way = " -> ".join(prompts)
-        save(cfg, found, [way if cfg.interpolate else prompts[i] for i in which], seeds)
-        if cfg.attention:
-            path = Path(cfg.out, "attention.png")
-            draw_shaded(path, found[0].numpy(), [word for word, _ in words], seen)
-            print(f"which word was looked at where: {path}")
+        save(cfg, found, told, [word for word, _ in words], seen)
 
 
-def save(cfg, images, prompts, seeds):
-    """samples.png, samples.npz and each image of (N,H,W,3) as a file that tells what it is of."""
-    folder = Path(cfg.out)
-    save_samples(folder, images, None)
-    settings = ", ".join(f"{name} {getattr(cfg, name)}" for name in TOLD if getattr(cfg, name))
-    both = zip(prompts, seeds.tolist(), strict=True)
-    save_each(folder, images, [{"prompt": p, "settings": f"seed {s}, {settings}"} for p, s in both])
-    how = f"guidance w = {cfg.guidance:g} (s = {1 + cfg.guidance:g})"
-    print(f"{len(images)} images, {cfg.sampler}, {cfg.steps} steps, {how}")
-    print(f"{folder / 'samples.png'}, each in {folder / '0000.png'} ...")
-    if cfg.interpolate:
-        save_gif([image[None] for image in images], folder / "interpolation.gif", 1)
-        save_grid(images, folder / "interpolation.png", len(images))
-        print(f"the way: {folder / 'interpolation.gif'}, {folder / 'interpolation.png'}")
+def save(cfg, images, told, words, seen):
+    """Write images (N,H,W,3), what each is told to be of, and where words were looked at."""
+    folder, names = Path(cfg.out), TOLD[: None if cfg.image else -3]
+    settings = "; ".join(f"{name} {value}" for name in names if (value := getattr(cfg, name)) != "")
+    save_told(folder, images, [texts | {"settings": settings} for texts in told], cfg.interpolate)
+    guidance = f"guidance w = {cfg.guidance:g} (s = {1 + cfg.guidance:g})"
+    print(f"images: {len(images)}, {cfg.sampler}, {cfg.steps} steps, {guidance}")
+    film = f"{folder / 'interpolation.gif'}, " * bool(cfg.interpolate)
+    print(f"{folder / 'samples.png'}, {film}each in {folder / '0000.png'} ...")
+    if cfg.attention:
+        draw_shaded(folder / "attention.png", images[0].numpy(), words, seen)
+        print(f"which word was looked at where: {folder / 'attention.png'}")
 
 
 def plan(cfg, size, n):
-    """Say how much memory the command needs and how much there is, from names and shapes alone."""
-    device = torch.device("cuda:0" if cfg.gpus else "cpu")
+    """Say how much memory a process needs and how much there is, from names and shapes alone."""
+    device, processes = torch.device("cuda:0" if cfg.gpus else "cpu"), process_count(cfg.gpus)
     dtype = dtype_of(cfg.precision, device)
     with torch.device("meta"):
         model = load(cfg.weights, cfg.vocabulary, "meta", dtype)
-        passes, b = 1 if cfg.guidance in (0, -1) else 2, min(cfg.batch_size, n)
+        b = -(-min(cfg.batch_size, n) // processes)
         channels, h, w = latent_shape(model.ae, (3, *size), "--weights")
-        z = torch.empty(passes * b, channels, h, w, dtype=dtype)
-        context = torch.empty(len(z), 77, model.text.settings["width"], dtype=dtype)
-        step = peak_bytes(model.unet, z, torch.empty(len(z), dtype=torch.int64), None, context)
-        latent = torch.empty(b, channels, min(h, TILE), min(w, TILE))
-        decoding = peak_bytes(Method(model.ae.decode), latent)
+        z = torch.empty(b if cfg.guidance in (0, -1) else 2 * b, channels, h, w, dtype=dtype)
+        t, text = torch.empty(len(z), dtype=torch.int64), model.text.settings
+        context = torch.empty(len(z), text["length"], text["width"], dtype=dtype)
+        tile = torch.empty(b, channels, min(h, TILE), min(w, TILE))
+        x = torch.empty(1, 3, *(model.ae.factor * side for side in tile.shape[2:]))
+    step = f"a step (of {len(pairs_of(cfg, model))}) of {b} x {size[0]}x{size[1]} pixels"
+    takes = {step: peak_bytes(model.unet, z, t, None, context)}
+    takes["decoding"] = peak_bytes(Method(model.ae.decode), tile)
+    takes |= {"encoding": peak_bytes(Method(model.ae.encode), x)} if cfg.image else {}
+    takes["loading in fp32"] = sum(4 * p.numel() - p.nbytes for p in model.unet.parameters())
     nets = {"U-Net": model.unet, "text encoder": model.text, "autoencoder": model.ae}
-    what = f"a step (of {len(pairs_of(cfg, model))}) of {b} x {size[0]}x{size[1]} pixels"
-    takes = {what: step, "decoding": decoding}
-    for line in memory_lines(nets, takes, device):
-        print(line)
+    say_once("\n".join(memory_lines(nets, takes, device)))
 
 
 # -------------------------------------------------------------------------------------------- main
 
 
 def prompts_of(cfg):
-    """The sentences of --prompt and --prompt-file; BadInput where there is none."""
+    """The sentences of --prompt and --prompt-file; BadInput where there are none, or in vain."""
     lines = cli.read_lines(cfg.prompt_file, "--prompt-file") if cfg.prompt_file else []
     if not (prompts := [*cfg.prompt, *lines]):
         raise cli.BadInput('no prompt: type --prompt "a red fox in the snow", or --prompt-file F')
+    if cfg.guidance == -1 and len(prompts) > 1:
+        raise cli.BadInput("--guidance -1 looks at no prompt: type one alone")
+    if cfg.attention and (cfg.guidance == -1 or not prompts[0].strip()):
+        raise cli.BadInput("--attention: no word of the prompt is looked at: type one, and no -1")
     return prompts
 
 
@@ -387,27 +388,24 @@ def seeds_of(cfg, prompts):
     if not cfg.interpolate:
         return cli.parse_seeds(cfg.seeds, cfg.n)
     seeds = cli.parse_seeds(cfg.seeds, 1 if len(prompts) == 2 else 2)
-    if {len(prompts), len(seeds)} not in ({1, 2}, {2}) or cfg.interpolate < 2:
-        raise cli.BadInput(
-            "--interpolate takes two images or more between two prompts, or two seeds: type "
-            "--prompt A B, or --prompt A --seeds 3,9"
-        )
+    still = len({*prompts}) == 1 and len({*seeds.tolist()}) == 1
+    if len(prompts) > 2 or len(seeds) > 2 or cfg.interpolate < 2 or still:
+        way = "between two prompts, --prompt A B, or two seeds, --prompt A --seeds 3,9"
+        raise cli.BadInput(f"--interpolate {cfg.interpolate}: expected 2 images or more {way}")
     if len(seeds) == 2 and cfg.sampler == "euler_a":
-        raise cli.BadInput(
-            "--interpolate between seeds needs a way without fresh noise: type --sampler ddim"
-        )
+        raise cli.BadInput("--interpolate of seeds takes no fresh noise: type --sampler ddim")
     return seeds
 
 
 def pairs_of(cfg, model):
     """The timesteps of --steps; with --image the last of them, as many as --strength says."""
-    how = model.spacing, model.steps_offset, model.to_one
+    how = model.spacing, model.steps_offset, model.set_alpha_to_one
     pairs = timesteps(cfg.sampler, len(model.alpha_bar), cfg.steps, *how)
     return pairs[len(pairs) - int(cfg.steps * cfg.strength) :] if cfg.image else pairs
 
 
 def check(cfg):
-    """Raise BadInput for a setting out of its range."""
+    """Raise BadInput for a setting out of its range, or one that would do nothing."""
     cli.check_numbers(cfg)
     cli.check_ranges(cfg, positive="n steps size batch_size strength", fraction="strength")
     cli.check_processes(cfg.gpus, 0, precision=cfg.precision)  # any number of images is shared
@@ -417,22 +415,25 @@ def check(cfg):
         near = " ".join(str(max(8, round(side / 8) * 8)) for side in cfg.size[:2])
         wrong = f"--size {' '.join(map(str, cfg.size))}: expected one side, or height and width"
         raise cli.BadInput(f"{wrong}, multiples of 8: type --size {near}")
-    if cfg.mask and not cfg.image:
-        raise cli.BadInput("--mask says where to draw in --image: name that, too")
     typed = {"strength", "n"}.difference(cli.not_given(cfg, ("strength", "n")))
-    if "strength" in typed and not cfg.image:
-        raise cli.BadInput("--strength says how far from --image: name that, too")
-    if "n" in typed and cfg.interpolate:
-        raise cli.BadInput("--n counts images of a prompt; --interpolate has a number of its own")
-    if cfg.image and int(cfg.steps * cfg.strength) < 1:
-        wrong = f"--strength {cfg.strength:g} of --steps {cfg.steps} leaves no step"
-        raise cli.BadInput(f"{wrong}: type more of one")
+    part = f"--strength {cfg.strength:g} of --steps {cfg.steps}"
+    for wrong, why in (
+        (cfg.mask and not cfg.image, "--mask says where to draw in --image: name that, too"),
+        ("strength" in typed and not cfg.image, "--strength is of --image: name that, too"),
+        ("n" in typed and cfg.interpolate, "--n: --interpolate has a number of its own"),
+        (cfg.negative and cfg.guidance == 0, "--negative does nothing with --guidance 0"),
+        (cfg.attention and cfg.compile, "--attention looks into layers: leave out --compile"),
+        (cfg.image and int(cfg.steps * cfg.strength) < 1, f"{part} leaves no step: type more"),
+    ):
+        if wrong:
+            raise cli.BadInput(why)
 
 
 def main():
     cfg = cli.parse(Config, __doc__)
     if cfg.smoke:
-        cfg = cli.smaller(cfg, out="runs/smoke-sd", steps=4, size=(64,), prompt=("a red fox",))
+        prompt = () if cfg.prompt_file else ("a red fox",)
+        cfg = cli.smaller(cfg, out="runs/smoke-sd", steps=4, size=(64,), prompt=prompt)
         if not cfg.weights:
             weights, vocabulary = map(str, write_tiny(cfg.out))
             cfg = replace(cfg, weights=weights, vocabulary=cfg.vocabulary or vocabulary)
@@ -440,10 +441,10 @@ def main():
     cfg, size = replace(cfg, out=cfg.out or "runs/stable-diffusion"), (cfg.size * 2)[:2]
     prompts = prompts_of(cfg)
     seeds = seeds_of(cfg, prompts)
-    known = read_known(cfg, size)
+    picture, mask = read_known(cfg, size)
     if cfg.dry_run:
         return plan(cfg, size, n=cfg.interpolate or len(prompts) * len(seeds))
-    launch(partial(draw, size=size, prompts=prompts, picture=known[0], mask=known[1]), cfg)
+    launch(partial(draw, size=size, prompts=prompts, picture=picture, mask=mask), cfg)
 
 
 if __name__ == "__main__":

@@ -87,35 +87,45 @@ def own_checkpoint(path):
         return None
 
 
-def decode_in_tiles(ae, z, tile, overlap=0.25):
-    """ae.decode(z), (B,C,f*h,f*w), in the memory of a tile: latents z (B,z,h,w), tile a side of it.
+def decode_in_tiles(ae, z, tile):
+    """ae.decode(z), (B,C,f*h,f*w), of latents z (B,z,h,w), in the memory of tile x tile of them.
 
-    Neighbours share at least `overlap` of a tile, where the one fades into the other on a straight
+    Neighbours share a quarter of a tile or more, where the one fades into the other on a straight
     line. A norm sees its tile alone, so that tints may differ a little from those of one call,
     which latents of at most tile x tile get.
     """
-    height, width = z.shape[2:]
+    return _in_tiles(ae.decode, z, tile, 1, ae.factor)
+
+
+def encode_in_tiles(ae, x, tile):
+    """The mean ae.encode(x)[0], (B,z,H/f,W/f), of images x (B,C,H,W), tile by tile in that way."""
+    return _in_tiles(lambda part: ae.encode(part)[0], x, tile, ae.factor, 1)
+
+
+def _in_tiles(make, x, tile, of_x, of_y, overlap=0.25):
+    """make(x): a latent is of_x of x high and wide, and of_y of what make gives."""
+    height, width = (side // of_x for side in x.shape[2:])
     if max(height, width) <= tile:
-        return ae.decode(z)
+        return make(x)
 
     def starts(length):
         count = 1 + math.ceil(max(0, length - tile) / (tile * (1 - overlap)))
         return torch.linspace(0, max(0, length - tile), count).round().int().tolist()
 
     def ramp(length):  # 1 in the middle, falling to nearly 0 at both ends
-        place = torch.arange(length, dtype=z.dtype, device=z.device) + 0.5
+        place = torch.arange(length, dtype=x.dtype, device=x.device) + 0.5
         return (torch.minimum(place, length - place) / (overlap * length)).clamp(max=1)
 
     total = weights = 0
     for top in starts(height):
         for left in starts(width):
-            part = z[:, :, top : top + tile, left : left + tile]
-            x = ae.decode(part)  # (B,C,f*tile,f*tile)
-            weight = ramp(x.shape[2])[:, None] * ramp(x.shape[3])
-            down, right = ae.factor * top, ae.factor * left
-            rest = (right, ae.factor * (width - part.shape[3]) - right)
-            rest += (down, ae.factor * (height - part.shape[2]) - down)
-            total, weights = total + F.pad(x * weight, rest), weights + F.pad(weight, rest)
+            down, right = (slice(of_x * at, of_x * (at + tile)) for at in (top, left))
+            part = make(x[:, :, down, right])  # (B,C,of_y*tile,of_y*tile)
+            weight = ramp(part.shape[2])[:, None] * ramp(part.shape[3])
+            before, above = of_y * left, of_y * top
+            rest = (before, of_y * width - before - part.shape[3])
+            rest += (above, of_y * height - above - part.shape[2])
+            total, weights = total + F.pad(part * weight, rest), weights + F.pad(weight, rest)
     return total / weights
 
 

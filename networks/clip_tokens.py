@@ -56,9 +56,9 @@ import torch
 
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 FILES = ("vocab.json", "merges.txt", "tokenizer.json")
+ADDED = ("added_tokens.json", "tokenizer_config.json")
 MERGES = 48894  # of CLIP's vocabulary; with 512 symbols of bytes and the 2 special tokens 49,408
-TYPED = re.compile(f"({'|'.join(map(re.escape, SPECIAL))})")
-FIXED = re.compile(rf"{TYPED.pattern}|'s|'t|'re|'ve|'m|'ll|'d")
+FIXED = re.compile(rf"{'|'.join(map(re.escape, SPECIAL))}|'s|'t|'re|'ve|'m|'ll|'d")
 RUN = re.compile("L+|N|S+| ")
 SPACE = re.compile(r"[^\S\x1c-\x1f]+")  # Unicode's White_Space; Python counts four separators more
 
@@ -103,17 +103,36 @@ def split(text):
     return words
 
 
+def any_of(words):
+    """A pattern of one group that finds any of these words, the longest of those that begin alike.
+
+    The text's other parts lie between them in what its split returns.
+    """
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
 class Tokenizer:
     """tok(texts) -> int64 (B,77): start, a text's tokens, and the end as often as there is room.
 
     vocabulary  {token: id}, ids 0 ... n-1, with <|startoftext|> and <|endoftext|>
     merges      pairs of tokens, the first learned first
     source      what these came from, for BadInput where they do not fit together
+    added       {token: (id, exact)} of words that are one token each, such as those that textual
+                inversion (Gal et al. 2022, arXiv:2208.01618) teaches the text encoder. They are
+                looked for before a text is split; as it was typed if exact, else as it is cleaned
     """
 
-    def __init__(self, vocabulary, merges, source="the vocabulary"):
+    def __init__(self, vocabulary, merges, source="the vocabulary", added=()):
         if missing := [token for token in SPECIAL if token not in vocabulary]:
             raise BadInput(f"{source} is not CLIP's: {' and '.join(missing)} must be in it")
+        added = {token: told for token, told in dict(added).items() if token not in SPECIAL}
+        for token, (i, _) in added.items():
+            if vocabulary.get(token, i) != i:
+                raise BadInput(
+                    f"{source} numbers {token!r} {vocabulary[token]}, and {i} where it is added"
+                )
+        vocabulary = vocabulary | {token: i for token, (i, _) in added.items()}
         if set(vocabulary.values()) != set(range(len(vocabulary))):
             raise BadInput(
                 f"{source} must number its tokens 0 ... {len(vocabulary) - 1}, each once"
@@ -124,12 +143,18 @@ class Tokenizer:
         self.vocabulary = vocabulary
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.start, self.end = (vocabulary[token] for token in SPECIAL)
+        self.exact = {token: vocabulary[token] for token in SPECIAL}
+        self.exact |= {token: i for token, (i, exact) in added.items() if exact}
+        self.added = {clean(token): i for token, (i, exact) in added.items() if not exact}
+        self.patterns = any_of(self.exact), any_of(self.added)
 
     @classmethod
     def of_folder(cls, path):
         """Of a tokenizer's folder, or of a pipeline's: vocab.json + merges.txt, or tokenizer.json.
 
-        The last is what transformers 5 writes. BadInput, naming the file, where one is missing or
+        The last is what transformers 5 writes. Tokens that were added to the vocabulary are read,
+        too; if a word of textual inversion has several, "<cat>" and "<cat>_1", all are to be typed.
+        BadInput, naming the file, where one is missing or
         holds something else.
         """
         folder = Path(path)
@@ -139,9 +164,13 @@ class Tokenizer:
             model = read_object(whole).get("model")
             if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
                 raise BadInput(f"{whole} holds no byte-pair encoding: expected model.merges in it")
-            return cls(check_ids(model.get("vocab"), whole), pairs(model["merges"], whole), whole)
+            ids, added = check_ids(model.get("vocab"), whole), added_tokens(whole)
+            return cls(ids, pairs(model["merges"], whole), whole, added)
         ids = check_ids(read_object(vocabulary), vocabulary)
-        return cls(ids, pairs(read_text(merges).split("\n"), merges), folder)
+        added = {}
+        for name in ADDED:
+            added |= added_tokens(folder / name) if (folder / name).is_file() else {}
+        return cls(ids, pairs(read_text(merges).split("\n"), merges), folder, added)
 
     @classmethod
     def of_file(cls, path):
@@ -150,8 +179,15 @@ class Tokenizer:
         A shorter list makes a smaller vocabulary. BadInput, naming the file, where it is missing or
         damaged.
         """
-        symbols = list(BYTES.values())
-        merges = pairs(read_text(path).split("\n"), path)[:MERGES]
+        symbols, text = list(BYTES.values()), read_text(path)
+        if text.startswith('{"') or Path(path).suffix == ".json":
+            raise BadInput(
+                f"{path} is JSON, not a list of merges: name its folder, {Path(path).parent}, which "
+                "has to hold vocab.json and merges.txt"
+            )
+        if text.startswith("<") or "git-lfs" in text[:40]:
+            raise BadInput(f"{path} is a web page or a pointer of Git LFS: fetch it again")
+        merges = pairs(text.split("\n"), path)[:MERGES]
         tokens = symbols + [s + "</w>" for s in symbols] + [a + b for a, b in merges]
         return cls({token: i for i, token in enumerate([*tokens, *SPECIAL])}, merges, path)
 
@@ -172,7 +208,7 @@ class Tokenizer:
         return tokens
 
     def spell(self, text):
-        """[(word of the cleaned text, its ids)]; a special token that was typed is a word, too.
+        """[(word of the cleaned text, its ids)]; a special or added token is a word, too.
 
         What the vocabulary lacks is read as the end, as transformers does. BadInput for half of a
         surrogate pair.
@@ -183,12 +219,17 @@ class Tokenizer:
                 "or save the file of prompts as UTF-8"
             )
         words = []
-        for part in TYPED.split(text):
-            if part in SPECIAL:
-                words.append((part, [self.vocabulary[part]]))
+        for typed in self.patterns[0].split(text):
+            if typed in self.exact:
+                words.append((typed, [self.exact[typed]]))
                 continue
-            for word in split(clean(part)):
-                words.append((word, [self.vocabulary.get(t, self.end) for t in self.join(word)]))
+            for part in self.patterns[1].split(clean(typed)):
+                if part in self.added:
+                    words.append((part, [self.added[part]]))
+                    continue
+                for word in split(part):
+                    ids = [self.vocabulary.get(token, self.end) for token in self.join(word)]
+                    words.append((word, ids))
         return words
 
     def encode(self, text):
@@ -259,6 +300,32 @@ def check_ids(vocabulary, path):
     if not isinstance(vocabulary, dict) or {type(i) for i in vocabulary.values()} - {int}:
         raise BadInput(f"{path} is no vocabulary: expected a whole number for each token")
     return vocabulary
+
+
+def added_tokens(path):
+    """{token: (id, exact)} that a tokenizer.json, tokenizer_config.json or added_tokens.json adds.
+
+    BadInput, naming the token, for what is none, and for those that are found as whole words alone.
+    """
+    told = read_object(path)
+    if path.name == "added_tokens.json":
+        entries = [{"content": token, "id": i} for token, i in told.items()]
+    elif path.name == "tokenizer.json":
+        entries = told.get("added_tokens") or []
+    else:
+        entries = told.get("added_tokens_decoder") or {}
+        if isinstance(entries, dict) and all(isinstance(e, dict) for e in entries.values()):
+            entries = [e | {"id": int(i) if i.isdecimal() else i} for i, e in entries.items()]
+    added = {}
+    for entry in entries if isinstance(entries, list) else [entries]:
+        entry = entry if isinstance(entry, dict) else {"content": entry}
+        token, i = entry.get("content"), entry.get("id")
+        if not isinstance(token, str) or not token or type(i) is not int:
+            raise BadInput(f"{path}: added token {str(token)[:40]!r} must be text with a whole id")
+        if entry.get("single_word"):
+            raise BadInput(f"{path}: added token {token!r}: single_word true is not supported")
+        added[token] = i, not entry.get("normalized", True)
+    return added
 
 
 def pairs(lines, path):

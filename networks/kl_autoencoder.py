@@ -32,6 +32,7 @@ from einops import rearrange
 from torch import nn
 
 from kernels import attention, group_norm_silu
+from networks.drawing import doubled, drawing, norm_in_stripes
 from networks.published.autoencoder import read_autoencoder
 
 EPS = 1e-6  # of the published norms
@@ -70,8 +71,10 @@ class Norm(nn.GroupNorm):
         self.silu = silu
 
     def forward(self, x):
-        groups, weight, bias = self.num_groups, self.weight, self.bias
-        return group_norm_silu(x, groups, weight, bias, eps=self.eps, silu=self.silu)
+        how = self.num_groups, self.weight, self.bias
+        if drawing(x) and not x.is_contiguous():
+            return norm_in_stripes(x, *how, self.eps, self.silu)
+        return group_norm_silu(x, *how, eps=self.eps, silu=self.silu)
 
 
 # ------------------------------------------------------------------------- the autoencoder of LDM
@@ -88,7 +91,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         h = self.conv1(self.norm1(x))  # (B,c_out,H,W)
-        return self.nin_shortcut(x) + self.conv2(self.norm2(h))
+        h = self.norm2(h)  # so that the second convolution no longer keeps what the first gave
+        return self.conv2(h).add_(self.nin_shortcut(x))
 
 
 class SelfAttention(nn.Module):
@@ -128,6 +132,8 @@ class Upsample(nn.Module):
         self.conv = conv(channels, channels)
 
     def forward(self, x):
+        if drawing(x):
+            return doubled(self.conv, x)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

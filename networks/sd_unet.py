@@ -28,7 +28,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import attention as attend
 from networks.adm_unet import Norm, timestep_embedding, zero
+from networks.drawing import Linear, drawing
 from networks.sizes import check_unet
+
+TOKENS = 1024  # that a FeedForward takes at a time where it may: their hidden units fit a cache
 
 
 class ResBlock(nn.Module):
@@ -52,8 +55,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels, heads):
         super().__init__()
-        self.heads, self.qkv = heads, nn.Linear(channels, 3 * channels, bias=False)
-        self.proj = nn.Linear(channels, channels)
+        self.heads, self.qkv = heads, Linear(channels, 3 * channels, bias=False)
+        self.proj = Linear(channels, channels)
 
     def forward(self, x):
         # Views of the projection's memory: three times (B,heads,N,C/heads).
@@ -66,9 +69,9 @@ class CrossAttention(nn.Module):
 
     def __init__(self, channels, heads, context_dim):
         super().__init__()
-        self.heads, self.q = heads, nn.Linear(channels, channels, bias=False)
-        self.kv = nn.Linear(context_dim, 2 * channels, bias=False)
-        self.proj = nn.Linear(channels, channels)
+        self.heads, self.q = heads, Linear(channels, channels, bias=False)
+        self.kv = Linear(context_dim, 2 * channels, bias=False)
+        self.proj = Linear(channels, channels)
 
     def forward(self, x, context):
         q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads)
@@ -84,10 +87,16 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.widen = nn.Linear(channels, 8 * channels)
-        self.narrow = nn.Linear(4 * channels, channels)
+        self.widen = Linear(channels, 8 * channels)
+        self.narrow = Linear(4 * channels, channels)
 
     def forward(self, x):
+        if drawing(x):
+            parts = [self.part(tokens) for tokens in x.flatten(0, 1).split(TOKENS)]
+            return torch.cat(parts).view(x.shape)
+        return self.part(x)
+
+    def part(self, x):
         a, b = self.widen(x).chunk(2, dim=-1)  # (B,N,4C) each
         return self.narrow(a * F.gelu(b))
 
@@ -103,9 +112,10 @@ class TransformerBlock(nn.Module):
         self.norm3, self.feed_forward = nn.LayerNorm(channels), FeedForward(channels)
 
     def forward(self, x, context):
-        x = x + self.self_attention(self.norm1(x))
-        x = x + self.cross_attention(self.norm2(x), context)
-        return x + self.feed_forward(self.norm3(x))
+        # As above: no gradient needs what a linear layer gave.
+        x = self.self_attention(self.norm1(x)).add_(x)
+        x = self.cross_attention(self.norm2(x), context).add_(x)
+        return self.feed_forward(self.norm3(x)).add_(x)
 
 
 class Transformer(nn.Module):
@@ -114,8 +124,8 @@ class Transformer(nn.Module):
     def __init__(self, channels, heads, context_dim, depth, groups):
         super().__init__()
         self.norm = Norm(groups, channels, eps=1e-6, silu=False)
-        self.proj_in = nn.Linear(channels, channels)
-        self.proj_out = zero(nn.Linear(channels, channels))
+        self.proj_in = Linear(channels, channels)
+        self.proj_out = zero(Linear(channels, channels))
         self.blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_dim) for _ in range(depth)
         )
@@ -302,7 +312,7 @@ class LatentUNet(nn.Module):
         return self.conv_out(self.norm_out(h))  # (B,channels,h,w) or (B,2*channels,h,w)
 
 
-class Looks:
+class AttentionMaps:
     """Where the first image of a batch looks at which token, while a LatentUNet runs.
 
     The softmax of every cross-attention, over all heads, layers and steps (Tang et al., "What the
@@ -325,7 +335,7 @@ class Looks:
         maps = p.T.unflatten(1, self.sides[len(p)])[None]  # (1,L,h,w) of this level
         self.total = self.total + F.interpolate(maps, self.size, mode="bilinear")[0]
 
-    def maps(self, groups):
+    def of(self, groups):
         """(K,h,w) in 0..1 of K lists of tokens' places in the context; after this nobody looks."""
         for hook in self.hooks:
             hook.remove()

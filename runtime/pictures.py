@@ -1,5 +1,6 @@
 """Grids and GIFs of uint8 images."""
 
+from runtime.commandline import BadInput
 from runtime.files import atomic_write
 
 from pathlib import Path
@@ -13,6 +14,15 @@ def to_uint8(x):
     """(B, C, H, W) floats in [-1, 1] -> (B, H, W, C) uint8 on the CPU."""
     x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return x.permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def check_finite(x, seeds, what):
+    """x (B,...) of seeds (B,); BadInput where it holds NaN or infinity: a black image otherwise."""
+    bad = ~x.flatten(1).isfinite().all(1)  # (B,)
+    if bad.any():
+        where = f"{what} of seed {seeds[bad][0].item()} is not finite"
+        raise BadInput(f"{where}: type --precision fp32 or less --guidance; or weights are bad")
+    return x
 
 
 def tile(images, columns=None, pad=2):
@@ -86,13 +96,25 @@ def save_samples(folder, images, labels, columns=None):
         np.savez(temporary, *arrays)
 
 
-def save_each(folder, images, told):
-    """0000.png, 0001.png, ... of images (N,H,W,C) uint8, each with its {name: text} of `told`."""
+def save_told(folder, images, told, film=False):
+    """samples.png and .npz, and each of images (N,H,W,C) uint8 as 0000.png, 0001.png, ...
+
+    told: a {name: text} of each, which its file keeps. film: also interpolation.gif, of all images
+    as frames, and .png. Such files of an earlier call are removed.
+    """
+    folder = Path(folder)
+    stale = [folder / name for name in ("interpolation.gif", "interpolation.png", "attention.png")]
+    for path in [*folder.glob("[0-9]" * 4 + "*.png"), *stale]:
+        path.unlink(missing_ok=True)
+    save_samples(folder, images, None)
     for i, (image, texts) in enumerate(zip(np.asarray(images), told, strict=True)):
         info = PngImagePlugin.PngInfo()
         for name, text in texts.items():
-            info.add_itxt(name, str(text))
-        with atomic_write(Path(folder) / f"{i:04d}.png") as temporary:
+            info.add_itxt(name, text)
+        with atomic_write(folder / f"{i:04d}.png") as temporary:
             Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(
                 temporary, pnginfo=info
             )
+    if film:
+        save_gif([image[None] for image in images], folder / "interpolation.gif", 1)
+        save_grid(images, folder / "interpolation.png", len(images))

@@ -166,6 +166,11 @@ def is_first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
+def process_count(gpus):
+    """How many processes a command with --gpus has, here or under torchrun."""
+    return int(os.environ.get("WORLD_SIZE", max(gpus, 1)))
+
+
 def say_once(line):
     """Print a line, unless this process has, and of several processes in the first one only."""
     if line not in SAID and not (dist.is_initialized() and dist.get_rank()):

@@ -13,12 +13,13 @@ modules carry.
 
 from runtime.commandline import BadInput
 
+import math
 import re
 from pathlib import Path
 
 import torch
 
-from networks.published.files import WEIGHTS, read_json, read_weights
+from networks.published.files import WEIGHTS, check_floats, read_json, read_weights
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 FIRST_STAGE = "first_stage_model."  # before an autoencoder's names in a whole checkpoint
@@ -72,7 +73,8 @@ def read_autoencoder(path):
     files, config = find_autoencoder(path)
     state = {}
     for file, half in files:
-        found = read_weights(file, inside=("state_dict",))
+        with torch.device("cpu"):  # a plan on "meta" needs the number scale_factor, too
+            found = read_weights(file, inside=("state_dict",))
         state.update({half + name: value for name, value in found.items()})
     whole = any(name.startswith(FIRST_STAGE) for name in state)
     # What lies beside a whole checkpoint is of something else.
@@ -81,7 +83,9 @@ def read_autoencoder(path):
     kind = which(state, path)
     check_config(config, kind, path)
     state = tiny_names(state) if kind == "tiny" else ldm_names(state)
-    state = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
+    check_floats(state, path)
+    where = torch.get_default_device()
+    state = {name: value.to(where, torch.float32, copy=True) for name, value in state.items()}
     try:
         settings = tiny_settings(state) if kind == "tiny" else kl_settings(state, config)
     except (KeyError, IndexError) as error:
@@ -89,7 +93,9 @@ def read_autoencoder(path):
             f"{path} lacks tensors of an autoencoder, first {error.args[0]} (as the papers' code "
             "names it): expected the whole file of encoder and decoder"
         ) from None
-    scaling, shift = published_scaling(kind, config, scale)
+    if kind == "ldm":
+        _check_groups(state, settings["norm_groups"], path)
+    scaling, shift = published_scaling(kind, config, scale, path)
     return settings, state, dict(kind=kind, source=str(path), scaling=scaling, shift=shift)
 
 
@@ -173,9 +179,9 @@ def check_config(config, kind, path):
     name = config.get("_class_name")
     if name and CLASSES.get(name) != kind:
         raise BadInput(f"{path}: config.json is of {name}: expected {' or '.join(CLASSES)}")
-    for setting in ("norm_num_groups", "scaling_factor", "shift_factor"):
-        if not isinstance(config.get(setting), int | float | None):
-            raise BadInput(f"{path}: {setting} {config[setting]!r} is no number")
+    groups = config.get("norm_num_groups", 32)
+    if kind == "ldm" and (type(groups) is not int or groups < 1):
+        raise BadInput(f"{path}: norm_num_groups {groups!r} must be a whole number above 0")
     for setting, values in FIXED[kind].items():
         if setting in config and config[setting] not in values:
             raise BadInput(
@@ -248,19 +254,45 @@ def kl_settings(state, config):
         num_res_blocks=blocks,
         channel_mult=tuple(c / first.shape[0] for c in levels),
         z_channels=state["decoder.conv_in.weight"].shape[1],
-        norm_groups=config.get("norm_num_groups") or 32,
+        norm_groups=config.get("norm_num_groups", 32),
         quant="quant_conv.weight" in state,
     )
 
 
-def published_scaling(kind, config, scale):
+def _check_groups(state, groups, path):
+    """BadInput for norms whose channels these groups do not divide."""
+    wide = {len(v) for name, v in state.items() if re.search(r"norm\w*\.weight$", name)}
+    if any(c % groups for c in wide):
+        raise BadInput(
+            f"{path}: {groups} norm groups do not divide the autoencoder's channels "
+            f"{sorted(wide)}: expected norm_num_groups of its config.json to do so, or 32 without"
+        )
+
+
+def published_scaling(kind, config, scale, path):
     """(scaling, shift), or (None, None) where nothing says them.
 
     A config.json that leaves them out means the class's defaults, Stable Diffusion's 0.18215.
+    BadInput for what is no finite number, and for a scaling that is not above 0.
     """
     if config:
-        default = 1.0 if kind == "tiny" else 0.18215
-        return config.get("scaling_factor") or default, config.get("shift_factor") or 0.0
+        scaling, shift = config.get("scaling_factor"), config.get("shift_factor")
+        scaling = (1.0 if kind == "tiny" else 0.18215) if scaling is None else scaling
+        shift = 0.0 if shift is None else shift
+        if not _is_number(scaling) or scaling <= 0:
+            raise BadInput(f"{path}: scaling_factor {scaling!r} must be a number above 0")
+        if not _is_number(shift):
+            raise BadInput(f"{path}: shift_factor {shift!r} must be a number")
+        return scaling, shift
     if kind == "tiny":
         return 1.0, 0.0  # distilled to latents that were scaled before
-    return (float(scale), 0.0) if scale is not None else (None, None)
+    if scale is None:
+        return None, None
+    scaling = scale.item() if scale.numel() == 1 else scale.tolist()
+    if not _is_number(scaling) or scaling <= 0:
+        raise BadInput(f"{path}: scale_factor {str(scaling)[:60]} must be one number above 0")
+    return float(scaling), 0.0
+
+
+def _is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from networks.published.files import read_json, read_weights
+from networks.published.files import check_floats, read_json, read_weights
 from networks.published.unet_names import check_keys
 
 WEIGHTS = (
@@ -173,6 +173,7 @@ def converted(state, settings, path):
     """Our state_dict, float32; BadInput names tensors that do not fit."""
     table = list(rows(settings))
     check_keys(state, [key for _, theirs, _ in table for key in theirs], path)
+    check_floats(state, path)
     ours = {}
     for name, theirs, shape in table:
         shape = (shape[0] // len(theirs), *shape[1:])  # of each part

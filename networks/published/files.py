@@ -6,6 +6,7 @@ from runtime.files import atomic_write
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -18,6 +19,11 @@ WEIGHTS = (
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.fp16.bin",
 )
+# In which weights are numbers themselves. Others are codes, of quantised networks, whose scales lie
+# elsewhere.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS += (torch.float8_e4m3fn, torch.float8_e5m2)
+MOST_STEPS = 100_000
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
     "fixed_small": "small",
@@ -83,7 +89,7 @@ def find_weights(folder):
 def read_weights(path, inside=(), allowed=()):
     """The state_dict in a file: {name: tensor}, on the CPU, as it is there.
 
-    path     .safetensors, or what torch.save wrote, whatever its name ends in
+    path     .safetensors, or what torch.save wrote: its first bytes tell, whatever its name ends in
     inside   names under which it may lie among other things, such as "state_dict"; the first of
              them that holds a dictionary is taken, else the whole
     allowed  classes that may lie beside tensors, such as argparse.Namespace
@@ -95,9 +101,13 @@ def read_weights(path, inside=(), allowed=()):
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such file or folder")
+    head = _head(path)
+    if told := failed_download(head):
+        raise BadInput(f"{path} {told}")
     try:
         with torch.device("cpu"):
-            tensors_only = path.suffix == ".safetensors"
+            pickled = head.startswith((b"PK\x03\x04", b"\x80\x02"))
+            tensors_only = _is_safetensors(head) or path.suffix == ".safetensors" and not pickled
             state = load_file(path) if tensors_only else load_mapped(path, [*BESIDE, *allowed])
     except SafetensorError as error:
         raise BadInput(f"{path} is no safetensors file, or a torn one: {error}") from None
@@ -116,6 +126,39 @@ def read_weights(path, inside=(), allowed=()):
     return state if where.type == "cpu" else {name: v.to(where) for name, v in state.items()}
 
 
+def check_floats(state, path):
+    """BadInput for a state_dict of quantised weights: as numbers they would draw something else."""
+    for name, value in state.items():
+        if value.dtype not in FLOATS:
+            raise BadInput(
+                f"{path} is quantised, {name} is {str(value.dtype).removeprefix('torch.')}: "
+                "expected the weights in float16, bfloat16 or float32"
+            )
+
+
+def failed_download(head):
+    """What a file with these first bytes is instead of weights, or None: text is no weights."""
+    if head.startswith(b"version https://git-lfs"):
+        return "is only a pointer of Git LFS: a failed download, fetch it again"
+    if head and not re.search(rb"[^\t\n\r -~]", head[:64]):
+        told = head[:20].decode()
+        return f"is no file of plain tensors but text, {told!r}: a failed download, fetch it again"
+    return None
+
+
+def _head(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read(64)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _is_safetensors(head):
+    """Whether a file begins so: the length of a header, 8 bytes, and the header, which is JSON."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32
+
+
 def _reason(error):
     """What torch.load found, as one line; the first line of its own says how to run the file."""
     told = str(error).partition("WeightsUnpickler error: ")[2].strip() or str(error).strip()
@@ -125,7 +168,7 @@ def _reason(error):
 def read_json(path):
     try:
         value = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path} must hold settings by name, got a {type(value).__name__}")
@@ -179,10 +222,24 @@ def named_alpha_bar(schedule, T, alpha_min=0.001):
 def _betas(config, path):
     """beta_t float64 (T,) of a scheduler's settings, and our name of the schedule."""
     T, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    if type(T) is not int or not 1 <= T <= MOST_STEPS:
+        raise BadInput(
+            f"{path}: num_train_timesteps {_short(T)} must be a whole number from 1 to {MOST_STEPS}"
+        )
+    betas = config.get("trained_betas")
+    if betas is not None:
+        if not isinstance(betas, list) or not betas or not all(map(_is_part, betas)):
+            raise BadInput(
+                f"{path}: trained_betas {_short(betas)} must be a list of numbers from 0 to 1"
+            )
+        return torch.tensor(betas, dtype=torch.float64), config.get("_schedule", "other")
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    if config.get("trained_betas") is not None:
-        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
-        return betas, config.get("_schedule", "other")
+    if kind in ("linear", "scaled_linear"):
+        for name, value in (("beta_start", start), ("beta_end", end)):
+            if not _is_part(value):
+                raise BadInput(f"{path}: {name} {_short(value)} must be a number from 0 to 1")
+        if end < start:
+            raise BadInput(f"{path}: beta_end {end} must not be below beta_start {start}")
     if kind == "linear":
         ours = math.isclose(start * T, 0.1) and math.isclose(end * T, 20)
         betas = torch.linspace(start, end, T, dtype=torch.float64)
@@ -195,16 +252,23 @@ def _betas(config, path):
     raise BadInput(f"{path}: beta_schedule {kind!r} is not supported")
 
 
+def _is_part(value):
+    """Whether it is a number from 0 to 1; NaN is none."""
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _short(value):
+    """A value of a file as it is written, of a long one the beginning."""
+    told = repr(value)
+    return told if len(told) <= 60 else f"{told[:57]}..."
+
+
 def read_schedule(path):
     """facts of load_published; BadInput for a schedule, prediction or variance unknown here."""
     config = read_json(path)
     prediction = config.get("prediction_type", "epsilon")
     variance = config.get("variance_type") or "fixed_small"
-    try:
-        betas, name = _betas(config, path)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{path} holds no schedule that can be read: {reason}") from None
+    betas, name = _betas(config, path)
     if config.get("rescale_betas_zero_snr"):
         raise BadInput(f"{path}: rescale_betas_zero_snr is not supported")
     if prediction not in list(PREDICTIONS):  # a list has no hash
@@ -227,6 +291,8 @@ def is_published(path):
     if path.is_dir() or path.suffix in (".safetensors", ".bin"):
         return True
     try:
+        if _is_safetensors(_head(path)):
+            return True
         state = load_mapped(path)
     except Exception:  # missing or damaged: what reads our own checkpoints says so
         return False

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from networks.published.files import find_files, read_json, read_weights
+from networks.published.files import check_floats, find_files, read_json, read_weights
 from networks.published.unet_names import BLOCK, ENDS, check_keys, modules, structure
 
 TRANSFORMER_ENDS = (("norm", "norm"), ("proj_in", "proj_in"), ("proj_out", "proj_out"))
@@ -71,11 +71,12 @@ BLOCK_TYPES = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpB
 
 
 def load_latent_unet(path, *, num_heads=None, num_head_channels=None, norm_groups=None):
-    """A published denoiser: dict(channels, num_classes, settings, state).
+    """A published denoiser: dict(channels, num_classes, settings, state, averaged).
 
     path      a diffusers folder (of a UNet2DConditionModel, or of a pipeline with unet/), one
               .safetensors or .bin in its names (config.json beside it is read), or a .safetensors,
-              .ckpt or .pt in CompVis's. Of two sets of weights there, the running mean is taken.
+              .ckpt or .pt in CompVis's. Of two sets of weights there, the running mean is taken:
+              then it is `averaged`.
     LatentUNet(found["channels"], found["num_classes"], **found["settings"]) takes the float32
     found["state"]. num_classes is None, which needs a context, unless the file has class tokens.
 
@@ -91,7 +92,7 @@ def load_latent_unet(path, *, num_heads=None, num_head_channels=None, norm_group
     weights, config, _ = find_files(Path(path))
     state = read_weights(weights, inside=("state_dict",))
     labels = state.get(CLASSES)
-    state = _unet_of(state)
+    state, averaged = _unet_of(state, weights)
     layout, s = structure(state, weights)
     down, middle = (
         ("down_blocks.{}.attentions.0", "mid_block.attentions.0")
@@ -142,7 +143,13 @@ def load_latent_unet(path, *, num_heads=None, num_head_channels=None, norm_group
         **told,
     )
     num_classes = None if labels is None else len(labels) - 1
-    return dict(channels=s.channels, num_classes=num_classes, settings=settings, state=ours)
+    return dict(
+        channels=s.channels,
+        num_classes=num_classes,
+        settings=settings,
+        state=ours,
+        averaged=averaged,
+    )
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -224,6 +231,7 @@ def _converted(state, table, path):
     """Our state_dict, float32; BadInput names keys that do not fit."""
     table = list(table)
     check_keys(state, [key for _, theirs, _ in table for key in theirs], path)
+    check_floats(state, path)
     ours = {}
     for name, theirs, shape in table:
         value = torch.cat([state[key].float() for key in theirs])
@@ -242,16 +250,23 @@ def _converted(state, table, path):
 # --------------------------------------------------------------------- checkpoints and settings
 
 
-def _unet_of(state):
-    """The U-Net's tensors of a whole CompVis checkpoint, by their running mean if it is there.
+def _unet_of(state, path):
+    """(tensors, whether running means) of a whole CompVis checkpoint's U-Net.
 
-    The running mean lies under "model_ema.", in names without dots. Other states come as they are.
+    The means are taken where they are. They lie under "model_ema.", in names without dots. Other
+    states come as they are. BadInput for a part of the means.
     """
     unet = {k.removeprefix(COMPVIS): v for k, v in state.items() if k.startswith(COMPVIS)}
     means = {k: "model_ema.diffusion_model" + k.replace(".", "") for k in unet}
-    if unet and all(mean in state for mean in means.values()):
-        return {k: state[mean] for k, mean in means.items()}
-    return unet or state
+    lacking = [mean for mean in means.values() if mean not in state]
+    if unet and not lacking:
+        return {k: state[mean] for k, mean in means.items()}, True
+    if len(lacking) < len(means):
+        raise BadInput(
+            f"{path} lacks {len(lacking)} of {len(means)} running means, first {lacking[0]}: "
+            "expected all of them, or none; fetch it again"
+        )
+    return unet or state, False
 
 
 def _of_config(config, s, path):
@@ -274,7 +289,16 @@ def _of_config(config, s, path):
             f"{path}: attention_head_dim must be one number of heads or one for each level, "
             f"got {config['attention_head_dim']!r}"
         ) from None
-    told = dict(norm_groups=config.get("norm_num_groups", 32))
+    for c, n in attends:
+        if type(n) is int and (n < 1 or c % n):
+            raise BadInput(f"{path}: attention_head_dim {n} must be a divisor of {c} channels")
+    groups = config.get("norm_num_groups", 32)
+    if type(groups) is not int or groups < 1 or any(c % groups for c in s.levels):
+        raise BadInput(
+            f"{path}: norm_num_groups {groups!r} must be a whole number that divides the channels "
+            f"{sorted(set(s.levels))}"
+        )
+    told = dict(norm_groups=groups)
     if len({n for _, n in attends}) == 1:
         return told | dict(num_heads=attends[0][1], num_head_channels=0)
     if len(sizes) == 1:

@@ -5,7 +5,9 @@
     read_pipeline("v1-5-pruned-emaonly.safetensors", "bpe_simple_vocab_16e6.txt.gz")
                                                 one file in CompVis's names, .safetensors or .ckpt,
                                                 which has no tokenizer
-    write_tiny("folder")                        such a file with random weights
+    write_weights("m.safetensors", unet, text, ae), write_vocabulary("m.txt.gz", words)
+                                                writes such files
+    write_tiny("folder")                        does that with random weights
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022
 (arXiv:2112.10752). Its parts are read by sd_unet.py, clip_text.py and autoencoder.py beside this.
@@ -14,6 +16,7 @@ Weights are read as plain tensors only: nothing in such a file is ever executed.
 
 from runtime.commandline import BadInput
 from runtime.files import atomic_write
+from runtime.processes import say_once
 
 import gzip
 from pathlib import Path
@@ -23,11 +26,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from networks.clip_text import CLIPText
 from networks.clip_tokens import SPECIAL, Tokenizer
 from networks.kl_autoencoder import KLVAE
 from networks.published.autoencoder import FIRST_STAGE, read_autoencoder
 from networks.published.clip_text import COMPVIS as TEXT
 from networks.published.clip_text import read_clip_text
+from networks.published.clip_text import rows as text_rows
 from networks.published.files import find_files, read_json, read_schedule, read_weights
 from networks.published.sd_unet import COMPVIS as UNET
 from networks.published.sd_unet import load_latent_unet, rows
@@ -65,10 +70,9 @@ OBEYED += "timestep_spacing steps_offset set_alpha_to_one rescale_betas_zero_snr
 OF_CLASS = "skip_prk_steps algorithm_type solver_order solver_type lower_order_final variance_type "
 OF_CLASS += "euler_at_final lambda_min_clipped predict_x0 disable_corrector solver_p "
 OF_CLASS += "interpolation_type clip_sample_range dynamic_thresholding_ratio sample_max_value "
-OF_CLASS += "flow_shift time_shift_type"
+OF_CLASS += "flow_shift time_shift_type clip_sample"  # diffusers' pipeline never clips latents
 # and these must have the value that means "not used".
 NOT_USED = {
-    "clip_sample": False,
     "thresholding": False,
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
@@ -95,7 +99,7 @@ class Published(NamedTuple):
     alpha_bar: torch.Tensor  # float64 (T,)
     spacing: str  # "leading", "trailing", "linear", or "" where the files do not say
     steps_offset: int  # added to the timesteps of "leading"
-    to_one: bool  # the last step ends at alpha_bar = 1, not at alpha_bar_0
+    set_alpha_to_one: bool  # the last step ends at alpha_bar = 1, not at alpha_bar_0
 
 
 def read_pipeline(path, vocabulary=""):
@@ -111,10 +115,12 @@ def read_pipeline(path, vocabulary=""):
     As in diffusers' StableDiffusionPipeline, steps_offset 0 (what a class has when nobody set it)
     means 1.
 
+    One printed line says what the schedule is understood as, and whether running means are taken.
+
     BadInput, one line, for parts that are missing, torn or do not fit each other, for other models
     (Stable Diffusion 2, XL, 3, FLUX.1, inpainting, depth), and for v-prediction.
     """
-    path, steps = Path(path), ("leading", 1, False)
+    path, steps, scheduler = Path(path), ("leading", 1, False), None
     with torch.device("cpu"):  # a plan on "meta" has shapes for weights, but the schedule itself
         if path.is_dir():
             _check_folder(path, vocabulary)
@@ -132,8 +138,11 @@ def read_pipeline(path, vocabulary=""):
     text, unet = read_clip_text(path), load_latent_unet(path)
     settings, state, facts = read_autoencoder(path)
     _check_fit(path, unet, text[0], settings, facts, tokenizer)
-    scaling = facts["scaling"] or SCALING  # one file does not say it
-    facts = facts | dict(scaling=scaling, shift=0.0)
+    # One file need not say its scaling.
+    facts |= dict(scaling=SCALING if facts["scaling"] is None else facts["scaling"], shift=0.0)
+    means = "; the U-Net's running means are taken" if unet["averaged"] else ""
+    if torch.get_default_device().type != "meta":
+        say_once(f"schedule: {_told(alpha_bar, *steps, scheduler)}{means}")
     return Published(unet, text, (settings, state, facts), tokenizer, alpha_bar, *steps)
 
 
@@ -176,7 +185,9 @@ def _check_names(state, path):
     lacks = [name for part, name in PARTS.items() if not any(k.startswith(part) for k in state)]
     if len(lacks) == len(PARTS):
         kinds = (kind for start, kind in ALONE.items() if any(k.startswith(start) for k in state))
-        first = f"{min(state)} and others" if state else "nothing"
+        if not state:
+            raise BadInput(f"{path} holds no tensors: {EXPECTED}")
+        first = f"{min(state)} and others"
         raise BadInput(f"{path} holds only {next(kinds, first)}: {EXPECTED}")
     if lacks:
         raise BadInput(f"{path} holds no {' and no '.join(lacks)}: {EXPECTED}")
@@ -218,7 +229,15 @@ def _check_fit(path, unet, text, autoencoder, facts, tokenizer):
     if len(tokenizer) != text["vocab_size"]:
         raise BadInput(
             f"{path}: its text encoder knows {text['vocab_size']} tokens, the vocabulary has "
-            f"{len(tokenizer)}: expected {VOCABULARY} of its own model"
+            f"{len(tokenizer)}: expected {VOCABULARY} of its own model, and added_tokens.json beside "
+            "them if tokens were added"
+        )
+    groups, levels = unet["settings"]["norm_groups"], unet["settings"]["channel_mult"]
+    levels = sorted({round(unet["settings"]["model_channels"] * mult) for mult in levels})
+    if any(c % groups for c in levels):  # of no config.json
+        raise BadInput(
+            f"{path}: its U-Net's channels {levels} are no multiples of {groups}, the groups of every "
+            "published norm"
         )
 
 
@@ -248,10 +267,11 @@ def _falling(alpha_bar, where):
 
 
 def _steps_of(path):
-    """(alpha_bar, spacing, steps_offset, to_one) of a scheduler_config.json."""
+    """(alpha_bar, spacing, steps_offset, set_alpha_to_one) of a scheduler_config.json."""
     config = read_json(path)
     for name, value in config.items():
-        if name not in (*OBEYED.split(), *OF_CLASS.split(), *NOT_USED) and not name.startswith("_"):
+        known = name in (*OBEYED.split(), *OF_CLASS.split(), *NOT_USED) or name.startswith("_")
+        if not known and value is not None:  # null means "not used"
             raise BadInput(f"{path}: there is no counterpart here for {name} {value!r}")
         if name in NOT_USED and value not in (NOT_USED[name], None):
             expected = NOT_USED[name]
@@ -280,7 +300,76 @@ def _steps_of(path):
     return alpha_bar, SPACINGS[spacing], offset, to_one
 
 
-# ------------------------------------------------------------------------------ random weights
+def _told(alpha_bar, spacing, offset, to_one, scheduler):
+    """The schedule in a few words; scheduler: the file that it is of, if not of the weights'."""
+    kind, own = "the weights' own alphas_cumprod", published_alpha_bar()
+    if alpha_bar.shape == own.shape and torch.allclose(alpha_bar, own, rtol=1e-9, atol=0):
+        kind = "Stable Diffusion's"
+    elif scheduler:
+        config = read_json(scheduler)
+        named = config.get("beta_schedule", "linear")
+        kind = named if config.get("trained_betas") is None else "trained_betas"
+    where = f"timesteps {spacing or 'as the sampler has them'}, offset {offset}"
+    return f"T {len(alpha_bar)}, {kind}, {where}{', to alpha_bar 1' if to_one else ''}"
+
+
+# ------------------------------------------------------------------------------- writing such files
+
+
+def write_weights(path, unet, text, ae, scale=None):
+    """One file of a LatentUNet without labels, a CLIPText and a KLVAE, in CompVis's names, float16.
+
+    scale is what the autoencoder's latents are multiplied by, if not by Stable Diffusion's 0.18215.
+    Numbers that names and shapes do not tell will be read as the published ones: 32 groups in every
+    norm, 8 heads in the U-Net, heads of 64 channels in the text encoder.
+    """
+    s, channels = unet.settings, unet.conv_in.in_channels
+    levels = tuple(round(s["model_channels"] * m) for m in s["channel_mult"])
+    told = (s["num_res_blocks"], s["attention_levels"], False, False, channels, channels, 0)
+    structure = Structure(s["model_channels"], levels, *told)
+    table = rows(structure, "openai", s["transformer_depth"], s["context_dim"])
+    found = _renamed(unet, table, UNET) | _renamed(ae, None, FIRST_STAGE)
+    found |= _renamed(text, text_rows(text.settings), f"{TEXT}text_model.")
+    state = {"alphas_cumprod": published_alpha_bar().float()}
+    state |= {} if scale is None else {"scale_factor": torch.tensor(scale)}
+    state[f"{TEXT}text_model.embeddings.position_ids"] = torch.arange(text.settings["length"])[None]
+    for name, value in found.items():  # around a transformer there are convolutions of size 1
+        around = value.ndim == 2 and name.endswith(("proj_in.weight", "proj_out.weight"))
+        state[name] = (value[:, :, None, None] if around else value).half().contiguous()
+    with atomic_write(path) as temporary:
+        save_file(state, temporary)
+
+
+def _renamed(net, table, prefix):
+    """The tensors of net by the names of a table of (our name, their names, shape), if any."""
+    state = net.state_dict()
+    table = [(name, [name], None) for name in state] if table is None else table
+    return {
+        prefix + name: part
+        for ours, names, _ in table
+        for name, part in zip(names, state[ours].chunk(len(names)), strict=True)
+    }
+
+
+def write_vocabulary(path, words):
+    """A list of merges, .txt.gz as CLIP's, that makes one token of each of these words."""
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in _merges(words)), ""]
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+
+
+def _merges(words):
+    """Pairs of symbols, in order, after which each of these words is one token."""
+    tokenizer = Tokenizer({token: i for i, token in enumerate(SPECIAL)}, [])
+    for word in words:  # what an earlier word has joined, such as the "re" of "red", stays joined
+        first, *rest = tokenizer.join(word)
+        for symbol in rest:
+            tokenizer.ranks[first, symbol] = len(tokenizer.ranks)
+            first += symbol
+    return list(tokenizer.ranks)
+
+
+# ---------------------------------------------------------------------------------- random weights
 
 TINY_WORDS = "a photo painting of the red green blue cat dog house tree on in and hill sea sky"
 TINY_TEXT = dict(width=64, layers=2, hidden=256, length=77)
@@ -299,34 +388,13 @@ def write_tiny(folder, seed=0):
     What the U-Net makes of noise has unit variance, what the autoencoder makes of latents 0.5 of
     it, so that pictures are not flat; they show nothing.
     """
-    merges = _merges(TINY_WORDS.split())
-    text = _text_encoder(len(merges) + 2 * 256 + 2, seed)
-    state = {f"{TEXT}text_model.{k}": v for k, v in text.items()}
-    state |= {f"{UNET}{k}": v for k, v in _unet(seed + 1).items()}
-    state |= {f"{FIRST_STAGE}{k}": v for k, v in _autoencoder(seed + 2).items()}
-    state = {name: value.half().contiguous() for name, value in state.items()}
-    ids = torch.arange(TINY_TEXT["length"])[None]
-    state[f"{TEXT}text_model.embeddings.position_ids"] = ids
-    state["alphas_cumprod"] = published_alpha_bar().float()
     weights = Path(folder) / "tiny.safetensors"
     vocabulary = weights.with_name("tiny-vocabulary.txt.gz")
-    with atomic_write(weights) as temporary:
-        save_file(state, temporary)
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-    with atomic_write(vocabulary) as temporary:
-        temporary.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+    write_vocabulary(vocabulary, TINY_WORDS.split())
+    count = len(Tokenizer.of_file(vocabulary))
+    text = _network(CLIPText(count, heads=1, **TINY_TEXT), seed)
+    write_weights(weights, _unet(seed + 1), text, _autoencoder(seed + 2))
     return weights, vocabulary
-
-
-def _merges(words):
-    """Pairs of symbols, in order, that join the letters of each word from its first to its last."""
-    pairs = {}
-    for word in words:
-        first, *rest = [*word[:-1], f"{word[-1]}</w>"]
-        for symbol in rest:
-            pairs[first, symbol] = None
-            first += symbol
-    return list(pairs)
 
 
 def _random(shapes, seed):
@@ -335,30 +403,11 @@ def _random(shapes, seed):
     for name, shape in shapes.items():
         value = torch.randn(shape, generator=generator)
         if len(shape) > 1:
-            embedding = name.endswith("embedding.weight")
+            embedding = name in ("token.weight", "position.weight")
             state[name] = value if embedding else value / value[0].numel() ** 0.5
         else:  # a bias, or the weight of a norm
             state[name] = 0.1 * value + name.endswith("weight")
     return state
-
-
-def _text_encoder(vocab_size, seed):
-    width, hidden = TINY_TEXT["width"], TINY_TEXT["hidden"]
-    shapes = {
-        "embeddings.token_embedding.weight": (vocab_size, width),
-        "embeddings.position_embedding.weight": (TINY_TEXT["length"], width),
-    }
-    layer = {f"self_attn.{name}_proj": (width, width) for name in ("k", "v", "q", "out")}
-    layer |= {"layer_norm1": (width,), "layer_norm2": (width,)}
-    layer |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
-    parts = {
-        f"encoder.layers.{i}.{name}": shape
-        for i in range(TINY_TEXT["layers"])
-        for name, shape in layer.items()
-    }
-    for name, shape in (parts | {"final_layer_norm": (width,)}).items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return _random(shapes, seed)
 
 
 def _network(net, seed):
@@ -382,15 +431,7 @@ def _unet(seed):
     z = torch.randn(4, 4, 8, 8, generator=generator)
     context = torch.randn(4, 77, context_dim, generator=generator)
     _divide(net.conv_out, net(z, torch.tensor([1, 300, 600, 999]), context=context).std())
-    state, theirs = net.state_dict(), {}
-    levels = tuple(TINY_UNET["model_channels"] * m for m in TINY_UNET["channel_mult"])
-    told = (TINY_UNET["num_res_blocks"], TINY_UNET["attention_levels"], False, False, 4, 4, 0)
-    structure = Structure(TINY_UNET["model_channels"], levels, *told)
-    for ours, names, _ in rows(structure, "openai", 1, context_dim):
-        for name, part in zip(names, state[ours].chunk(len(names)), strict=True):
-            pointwise = name.endswith(("proj_in.weight", "proj_out.weight"))
-            theirs[name] = part[:, :, None, None] if pointwise else part
-    return theirs
+    return net
 
 
 def _autoencoder(seed):
@@ -399,7 +440,7 @@ def _autoencoder(seed):
     z = torch.randn(2, 4, 8, 8, generator=generator) / SCALING
     _divide(ae.quant_conv, SCALING * ae.encode(x)[0].std())
     _divide(ae.decoder.conv_out, 2 * ae.decode(z).std())
-    return ae.state_dict()
+    return ae
 
 
 def _divide(conv, by):

@@ -96,7 +96,7 @@ def test_euler_a_visits_the_timesteps_of_eulerancestraldiscretescheduler(offset)
 
 
 def test_files_that_name_no_spacing_get_that_of_the_published_samplers():
-    how = dict(offset=1, to_one=False)
+    how = dict(offset=1, set_alpha_to_one=False)
     for steps in (1, 2, 7, 25, 50):
         for sampler, spacing in (("ddim", "leading"), ("euler_a", "leading"), ("dpmpp", "linear")):
             named = sd.timesteps(sampler, T, steps, spacing, **how)

@@ -12,7 +12,7 @@ from tiny_stable_diffusion import PROMPTS, asked, pixels, saved_picture, spot
 
 import stable_diffusion as sd
 from kernels import gaussian
-from networks.sd_unet import Looks
+from networks.sd_unet import AttentionMaps
 
 EULER = "diffusers.schedulers.scheduling_euler_ancestral_discrete"
 IMG2IMG, INPAINT = "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"
@@ -256,7 +256,7 @@ def test_the_maps_are_the_mean_of_their_attention(sides, folder):
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(2, 4, *sides, generator=generator)
     context = sd.encode_prompts(model, PROMPTS)
-    looks = Looks(model.unet, sides)
+    looks = AttentionMaps(model.unet, sides)
     with torch.no_grad():
         for t in (900, 20):
             unet(z, t, context)
@@ -270,7 +270,7 @@ def test_the_maps_are_the_mean_of_their_attention(sides, folder):
     maps = [torch.nn.functional.interpolate(m, sides, mode="bilinear")[0] for m in maps]
     mean = sum(maps) / len(maps)
     groups = [[1], [2, 3], list(range(77))]
-    for found, group in zip(looks.maps(groups), groups, strict=True):
+    for found, group in zip(looks.of(groups), groups, strict=True):
         expected = mean[group].mean(0)
         torch.testing.assert_close(found, expected / expected.max(), rtol=0, atol=1e-5)
     assert (mean.sum(0) - 1).abs().max() < 1e-5

@@ -57,7 +57,8 @@ def ours(model, sampler, pairs, z, w, prompts=PROMPTS, negative="", seeds=SEEDS,
 
 
 def pairs_of(model, sampler, steps=STEPS):
-    return sd.timesteps(sampler, T, steps, model.spacing, model.steps_offset, model.to_one)
+    how = model.spacing, model.steps_offset, model.set_alpha_to_one
+    return sd.timesteps(sampler, T, steps, *how)
 
 
 def same_noise(monkeypatch, sampler, steps):
@@ -78,7 +79,7 @@ def assert_same(found, expected):
 
 def test_a_folder_is_read_as_it_says(model):
     assert torch.equal(model.alpha_bar, tiny.alpha_bar())
-    assert (model.spacing, model.steps_offset, model.to_one) == ("", 1, False)
+    assert (model.spacing, model.steps_offset, model.set_alpha_to_one) == ("", 1, False)
     assert model.scale == 0.18215
     for part in (model.unet, model.text, model.ae):
         assert not part.training and not any(p.requires_grad for p in part.parameters())
@@ -156,7 +157,7 @@ def test_schedulers_that_they_saved_are_obeyed(name, folder, tmp_path, monkeypat
         tiny.pipeline(folder, sampler, **changes), PROMPTS, noise_of(), STEPS, 6.5
     )
     model = sd.load(path)
-    assert (model.spacing, model.steps_offset, model.to_one) == read
+    assert (model.spacing, model.steps_offset, model.set_alpha_to_one) == read
     assert_same(ours(model, sampler, pairs_of(model, sampler), noise_of(), 6.5), expected)
 
 
