@@ -236,8 +236,7 @@ def denoise(unet, alpha_bar, pairs, z, seeds, context, uncond, w, sampler, known
 
     alpha_bar float64 (T,) on the CPU; pairs of timesteps(); seeds (B,) of the fresh noise; context,
     uncond and w as in guided(). known, to paint a part anew, is (z0, mask, eps): where the mask
-    (1,1,h,w) is 0, z is after each step what q(z_t | z_0) makes of z0 and eps (B,4,h,w), and in the
-    end z0 itself. So the network sees there what belongs to its timestep, and paints what fits.
+    (1,1,h,w) is 0, z is z0 with noise eps (B,4,h,w) as belongs to its timestep, and in the end z0.
     """
     a_before = z0_hat = None
     for step, (t, t_prev) in enumerate(pairs):

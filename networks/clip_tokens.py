@@ -126,12 +126,12 @@ class Tokenizer:
     def __init__(self, vocabulary, merges, source="the vocabulary", added=()):
         if missing := [token for token in SPECIAL if token not in vocabulary]:
             raise BadInput(f"{source} is not CLIP's: {' and '.join(missing)} must be in it")
-        added = {token: told for token, told in dict(added).items() if token not in SPECIAL}
-        for token, (i, _) in added.items():
+        for token, (i, _) in dict(added).items():
             if vocabulary.get(token, i) != i:
                 raise BadInput(
                     f"{source} numbers {token!r} {vocabulary[token]}, and {i} where it is added"
                 )
+        added = {token: told for token, told in dict(added).items() if token not in SPECIAL}
         vocabulary = vocabulary | {token: i for token, (i, _) in added.items()}
         if set(vocabulary.values()) != set(range(len(vocabulary))):
             raise BadInput(
@@ -182,8 +182,8 @@ class Tokenizer:
         symbols, text = list(BYTES.values()), read_text(path)
         if text.startswith('{"') or Path(path).suffix == ".json":
             raise BadInput(
-                f"{path} is JSON, not a list of merges: name its folder, {Path(path).parent}, which "
-                "has to hold vocab.json and merges.txt"
+                f"{path} is JSON, not a list of merges: name the folder of vocab.json and "
+                f"merges.txt, {Path(path).parent}"
             )
         if text.startswith("<") or "git-lfs" in text[:40]:
             raise BadInput(f"{path} is a web page or a pointer of Git LFS: fetch it again")

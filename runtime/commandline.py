@@ -13,13 +13,14 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args, get_origin
 
 import torch
 import yaml
 from tqdm import tqdm
 
 TASKS = ("sample", "study", "nll", "plot_schedule")  # settings by which a training does not train
+KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", ...: "..."}
 
 
 class BadInput(Exception):
@@ -127,36 +128,34 @@ def parse(config_class, doc, args=None, preset=""):
 
     `--config F.yaml` names a file of the same fields; it lies under the flags, which override it.
     Without it, `preset` (such as 'configs/{data}.yaml') is that file, if it exists for --data and a
-    training is asked for.
+    training is asked for. A ~ at the beginning of a text, but for `negative`, is the home folder.
     Raises BadInput for an unknown flag or key and for a value of the wrong type.
     """
     import tyro
 
     args = list(sys.argv[1:] if args is None else args)
-    names = [field.name for field in dataclasses.fields(config_class)]
-    if preset and not any(a.split("=")[0] == "--config" for a in args):
-        first = parse(config_class, doc, args)
-        path = Path(preset.format(data=first.data))
-        if path.is_file() and not any(getattr(first, task, "") for task in TASKS):
-            args = ["--config", str(path), *args]
-    error_text = io.StringIO()
+    typed, error_text = _names(args), io.StringIO()
     try:
         with contextlib.redirect_stderr(error_text):
-            return tyro.cli(
-                config_class,
-                description=doc,
-                args=_yaml_flags(args, names) + args,
-            )
+            cfg = tyro.cli(config_class, description=doc, args=args)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise BadInput(_one_line(error_text.getvalue(), names)) from None
+        raise BadInput(_one_line(error_text.getvalue(), config_class)) from None
+    if preset and "config" not in typed and not any(getattr(cfg, task, "") for task in TASKS):
+        path = Path(preset.format(data=cfg.data))
+        cfg.config = str(path) if path.is_file() else ""
+    lower = _yaml_settings(getattr(cfg, "config", ""), config_class)
+    cfg = dataclasses.replace(cfg, **{name: lower[name] for name in lower.keys() - typed})
+    paths = {k: v for k, v in vars(cfg).items() if isinstance(v, str) and k != "negative"}
+    return dataclasses.replace(cfg, **{k: os.path.expanduser(v) for k, v in paths.items()})
 
 
 def not_given(cfg, names):
     """Those of the settings `names` that the command line gives neither itself nor by --config."""
     args = sys.argv[1:]
-    given = _names(_yaml_flags(args, [field.name for field in dataclasses.fields(cfg)]) + args)
+    paths = re.findall(r"\0--config[=\0]([^\0]*)", "\0".join(["", *args]))
+    given = _names(args).union(_yaml_settings("".join(paths[-1:]), type(cfg)))
     return [name for name in names if name not in given]
 
 
@@ -172,39 +171,61 @@ def _names(args):
     return {name.removeprefix("no_") for name in given}
 
 
-def _yaml_flags(args, names):
-    """The file that --config names, as flags, so that one parser checks both."""
-    places = [i for i, a in enumerate(args) if a == "--config" or a.startswith("--config=")]
-    if not places:
-        return []
-    last = args[places[-1]]
-    path = Path(last.split("=", 1)[1] if "=" in last else "".join(args[places[-1] + 1 :][:1]))
+def _yaml_settings(path, config_class):
+    """{name: value} of this file, if any; texts are as they are written there."""
+    if not path:
+        return {}
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise BadInput(f"--config {path}: no such file; configs/ holds examples")
     try:
-        settings = yaml.safe_load(path.read_text()) or {}
+        loader = yaml.SafeLoader(text := path.read_text("utf-8-sig"))
+        root = loader.get_single_node() or yaml.MappingNode("", [])
+        if not isinstance(root, yaml.MappingNode):
+            raise BadInput(f"--config {path}: expected lines of 'key: value'")
+        loader.flatten_mapping(root)  # << takes in another mapping
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise BadInput(f"--config {path}: expected lines of 'key: value'")
-    flags = []
-    for key, value in settings.items():
-        if key not in names or key == "config":
-            close = difflib.get_close_matches(str(key), names, 1)
-            hint = f"; did you mean {close[0]}?" if close else "; see --help for the keys"
-            raise BadInput(f"--config {path}: unknown key {key!r}{hint}")
-        flag = key.replace("_", "-")
-        if value is None:
+    kinds = {f.name: f.type for f in dataclasses.fields(config_class) if f.name != "config"}
+    settings = {}
+    for key, node in [(str(key.value), node) for key, node in root.value]:
+        if key not in kinds or get_origin(kinds[key]) is Annotated:  # that one has no flag
+            raise BadInput(f"--config {path}: unknown key {key!r}{_closest(key, kinds)}")
+        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if any(part.tag == "tag:yaml.org,2002:null" for part in nodes):
             raise BadInput(f"--config {path}: {key} has no value; type '' for an empty one")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{flag}", *map(str, values)]
-    return flags
+        try:
+            settings[key] = _of_nodes(kinds[key], nodes, loader)
+        except (ValueError, yaml.YAMLError):
+            written = " ".join(text[node.start_mark.index : node.end_mark.index].split())
+            parts = [KINDS.get(part, part) for part in get_args(kinds[key]) or (kinds[key],)]
+            wrong = f"{key} is {written[:60]}; --{key.replace('_', '-')} takes {', '.join(parts)}"
+            raise BadInput(f"--config {path}: {wrong}") from None
+    return settings
 
 
-def _one_line(box, names):
+def _of_nodes(kind, nodes, loader):
+    """The value of this type that YAML's scalars say; ValueError or YAMLError if they say none."""
+    parts = get_args(kind)
+    if get_origin(kind) is tuple:
+        kinds = parts[:1] * len(nodes) if parts[-1] is ... else parts
+        return tuple(_of_nodes(k, [n], loader) for k, n in zip(kinds, nodes, strict=True))
+    for node in nodes:  # a tag that is spelled out might change what is written
+        tag = loader.resolve(yaml.ScalarNode, str(node.value), (True, False))
+        same = node.tag in (tag, loader.DEFAULT_SCALAR_TAG)
+        if not (same and isinstance(node, yaml.ScalarNode)):
+            raise ValueError
+    written = ",".join(node.value for node in nodes)
+    if kind is str or written in parts:  # parts: of a choice
+        return written
+    [node] = nodes
+    value = loader.construct_object(node)  # by the rules of YAML 1.1: 1_000, .inf, yes
+    if parts or isinstance(value, bool) is not (kind is bool):
+        raise ValueError
+    return value if kind is bool else kind(str(value))  # YAML takes 1e-3 for a text
+
+
+def _one_line(box, config_class):
     """tyro explains in a box of many lines; keep what was wrong and add the closest flag."""
     lines = [re.sub(r"^\s*│\s?|\s*│\s*$", "", line).strip() for line in box.splitlines()]
     lines = [line for line in lines if line and line[0] not in "╭╰"]
@@ -212,12 +233,14 @@ def _one_line(box, names):
     text = " ".join(lines[:end])
     unknown = re.match(r"Unrecognized options: (--[\w-]+)", text)
     if unknown:
-        flags = ["--" + name.replace("_", "-") for name in names]
-        close = difflib.get_close_matches(unknown[1], flags, 1)
-        return f"unknown flag {unknown[1]}" + (
-            f"; did you mean {close[0]}?" if close else "; see --help"
-        )
+        flags = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(config_class)]
+        return f"unknown flag {unknown[1]}{_closest(unknown[1], flags)}"
     return f"{text}; see --help"
+
+
+def _closest(word, words):
+    close = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {close[0]}?" if close else "; see --help"
 
 
 def read_lines(path, flag):
@@ -250,10 +273,8 @@ def parse_seeds(text, n, flag="--seeds"):
             break
         seeds += range(first, last + 1)
     if not seeds:
-        raise BadInput(
-            f"{flag} {text}: expected numbers and ranges such as 17 or 0-63,100, "
-            "of at most 18 digits and a million in all"
-        )
+        wrong = f"{flag} {text}: expected numbers and ranges such as 17 or 0-63,100"
+        raise BadInput(f"{wrong}, of at most 18 digits and a million in all")
     return torch.tensor(seeds)
 
 
@@ -338,29 +359,24 @@ def check_ranges(cfg, positive="", not_negative="", fraction=""):
 
 def check_fraction(cfg, *names):
     """Raise BadInput unless every named field of `cfg` (a number or a tuple) lies in 0..1."""
-    for name in names:
-        value = getattr(cfg, name)
-        if not all(0 <= v <= 1 for v in (value if isinstance(value, tuple) else (value,))):
-            flag = "--" + name.replace("_", "-")
-            raise BadInput(f"{flag} must be from 0 to 1, got {value}")
+    _check(cfg, names, lambda values: all(0 <= v <= 1 for v in values), "from 0 to 1")
 
 
 def check_not_negative(cfg, *names):
     """Raise BadInput unless every named field of `cfg` is at least 0."""
-    for name in names:
-        if not getattr(cfg, name) >= 0:
-            flag = "--" + name.replace("_", "-")
-            raise BadInput(f"{flag} must be at least 0, got {getattr(cfg, name)}")
+    _check(cfg, names, lambda values: all(v >= 0 for v in values), "at least 0")
 
 
 def check_positive(cfg, *names):
     """Raise BadInput unless every named field of `cfg` (a number or a tuple of numbers) is > 0."""
+    _check(cfg, names, lambda values: values and all(v > 0 for v in values), "greater than 0")
+
+
+def _check(cfg, names, good, words):
     for name in names:
         value = getattr(cfg, name)
-        values = value if isinstance(value, tuple) else (value,)
-        if not values or not all(v > 0 for v in values):
-            flag = "--" + name.replace("_", "-")
-            raise BadInput(f"{flag} must be greater than 0, got {value}")
+        if not good(value if isinstance(value, tuple) else (value,)):
+            raise BadInput(f"--{name.replace('_', '-')} must be {words}, got {value}")
 
 
 def check_sampling(cfg):
@@ -370,8 +386,7 @@ def check_sampling(cfg):
         raise BadInput("--no-class-cond: this network knows no labels; leave out --guidance")
     steps = getattr(cfg, "timesteps", math.inf)  # of the chain, if it is one
     if not cfg.sample and cfg.sample_steps > steps:  # a checkpoint has its own
-        wrong = f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps"
-        raise BadInput(f"{wrong} {steps}")
+        raise BadInput(f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps {steps}")
     if not math.isfinite(cfg.guidance):
         raise BadInput(f"--guidance {cfg.guidance}: expected a finite number")
     if getattr(cfg, "n_eval", 0) and max(cfg.n, cfg.n_eval) < 2:

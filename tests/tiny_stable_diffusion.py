@@ -3,19 +3,27 @@
     folder = saved(tmp_path_factory.getbasetemp())       unet/, vae/, text_encoder/, ...
     pipe = pipeline(folder, "ddim")                      of diffusers, with that scheduler
     z = latents(pipe, prompts, noise, steps, w)          where its walk ends
+    call(*asked(folder, "--out", out))                   our command, in this process
 
 The weights are random, and no tensor is left at its start: a zero projection would hide what is
 wrong before it. Latents have an eighth of an image's sides, as the published ones have.
 """
 
+from runtime.commandline import BadInput
+
 import functools
 import json
 import math
+import shutil
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from reference_metrics import import_references
+from safetensors.torch import load_file, save_file
+
+from kernels import gaussian
 
 WORDS = ("a", "cat", "dog", "red", "blue", "of", "the", "and", "house", "tree", "painting")
 # Stable Diffusion 1's; what a published scheduler_config.json leaves out, diffusers fills in.
@@ -179,6 +187,24 @@ def saved(where):
     return folder
 
 
+def changed(folder, path, file, **settings):
+    """A copy of the folder, with settings in one of its .json files."""
+    shutil.copytree(folder, path)
+    told = json.loads((folder / file).read_text()) | settings
+    (path / file).write_text(json.dumps(told))
+    return path
+
+
+def spoiled(folder, path, part, name):
+    """A copy of the folder, with NaN in a tensor of the U-Net or of the autoencoder."""
+    shutil.copytree(folder, path)
+    file = path / part / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state[name].fill_(math.nan)
+    save_file(state, file)
+    return path
+
+
 # ------------------------------------------------------------------------------- their pipelines
 
 
@@ -254,6 +280,57 @@ def asked(folder, *more, prompt=PROMPTS[:1], size=(48, 64), steps=4):
     """Arguments of a command of a few steps."""
     how = ["--weights", folder, "--size", *size, "--steps", steps, "--gpus", 0]
     return [*how, *(["--prompt", *prompt] if prompt else []), *more]
+
+
+def call(*given):
+    """stable_diffusion.py's main(), told these arguments, in this process."""
+    import stable_diffusion
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["stable_diffusion", *map(str, given)])
+        stable_diffusion.main()
+
+
+def refusal(*given):
+    """The one line that main() refuses these arguments with."""
+    with pytest.raises(BadInput) as error:
+        call(*given)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def images_in(out):
+    """(N,H,W,3) of samples.npz, as whole numbers; every image has a file of its own, too."""
+    drawn = np.load(out / "samples.npz")["arr_0"]
+    assert drawn.dtype == np.uint8 and (out / "samples.png").exists()
+    files = sorted(out.glob("[0-9]*.png"))
+    assert [file.name for file in files] == [f"{i:04d}.png" for i in range(len(drawn))]
+    for file, image in zip(files, drawn, strict=True):
+        with Image.open(file) as picture:
+            assert np.array_equal(np.asarray(picture), image)
+    return drawn.astype(int)
+
+
+def texts_in(file):
+    """{name: text} that a PNG keeps."""
+    with Image.open(file) as picture:
+        return picture.text
+
+
+def noise_of(seeds, step=-1):
+    """The noise (N,4,6,8) of an image of 48x64, or of a step of euler_a."""
+    return gaussian((len(seeds), 4, 6, 8), torch.tensor(seeds), step, "cpu")
+
+
+def levels(images):
+    """Pictures of a pipeline, 0..1, as whole numbers up to 255."""
+    return np.round(np.asarray(images) * 255).astype(int)
+
+
+def same(found, expected):
+    """To one level of 255; and there is something to see."""
+    assert found.shape == expected.shape and expected.std() > 15
+    assert np.abs(found - expected).max() <= 1
 
 
 def pixels(height=48, width=64, seed=0):

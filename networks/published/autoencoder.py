@@ -78,10 +78,12 @@ def read_autoencoder(path):
         state.update({half + name: value for name, value in found.items()})
     whole = any(name.startswith(FIRST_STAGE) for name in state)
     # What lies beside a whole checkpoint is of something else.
-    config = read_json(config) if config and not whole else {}
+    told = config if config and not whole else None
+    config = read_json(told) if told else {}
+    told = told or files[0][0]
     state, scale = autoencoder_part(state)
     kind = which(state, path)
-    check_config(config, kind, path)
+    check_config(config, kind, told)
     state = tiny_names(state) if kind == "tiny" else ldm_names(state)
     check_floats(state, path)
     where = torch.get_default_device()
@@ -94,8 +96,8 @@ def read_autoencoder(path):
             "names it): expected the whole file of encoder and decoder"
         ) from None
     if kind == "ldm":
-        _check_groups(state, settings["norm_groups"], path)
-    scaling, shift = published_scaling(kind, config, scale, path)
+        _check_groups(state, settings["norm_groups"], told)
+    scaling, shift = published_scaling(kind, config, scale, told)
     return settings, state, dict(kind=kind, source=str(path), scaling=scaling, shift=shift)
 
 
@@ -178,7 +180,7 @@ def check_config(config, kind, path):
     """BadInput for a config.json of another network, or a setting without a counterpart here."""
     name = config.get("_class_name")
     if name and CLASSES.get(name) != kind:
-        raise BadInput(f"{path}: config.json is of {name}: expected {' or '.join(CLASSES)}")
+        raise BadInput(f"{path} is of {name}: expected {' or '.join(CLASSES)}")
     groups = config.get("norm_num_groups", 32)
     if kind == "ldm" and (type(groups) is not int or groups < 1):
         raise BadInput(f"{path}: norm_num_groups {groups!r} must be a whole number above 0")
@@ -265,7 +267,7 @@ def _check_groups(state, groups, path):
     if any(c % groups for c in wide):
         raise BadInput(
             f"{path}: {groups} norm groups do not divide the autoencoder's channels "
-            f"{sorted(wide)}: expected norm_num_groups of its config.json to do so, or 32 without"
+            f"{sorted(wide)}: expected norm_num_groups of its config.json to do so, or 32 to do it"
         )
 
 

@@ -89,7 +89,7 @@ def find_weights(folder):
 def read_weights(path, inside=(), allowed=()):
     """The state_dict in a file: {name: tensor}, on the CPU, as it is there.
 
-    path     .safetensors, or what torch.save wrote: its first bytes tell, whatever its name ends in
+    path     .safetensors, also in another name, or what torch.save wrote, in any name but this
     inside   names under which it may lie among other things, such as "state_dict"; the first of
              them that holds a dictionary is taken, else the whole
     allowed  classes that may lie beside tensors, such as argparse.Namespace
@@ -104,10 +104,13 @@ def read_weights(path, inside=(), allowed=()):
     head = _head(path)
     if told := failed_download(head):
         raise BadInput(f"{path} {told}")
+    named, tensors_only = path.suffix == ".safetensors", _is_safetensors(head)
+    if named and not tensors_only and head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        # torch.load goes by the name, too.
+        raise BadInput(f"{path} is no safetensors file but one of torch.save: rename it to .ckpt")
     try:
         with torch.device("cpu"):
-            pickled = head.startswith((b"PK\x03\x04", b"\x80\x02"))
-            tensors_only = _is_safetensors(head) or path.suffix == ".safetensors" and not pickled
+            tensors_only = tensors_only or named
             state = load_file(path) if tensors_only else load_mapped(path, [*BESIDE, *allowed])
     except SafetensorError as error:
         raise BadInput(f"{path} is no safetensors file, or a torn one: {error}") from None

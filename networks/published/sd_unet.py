@@ -263,7 +263,7 @@ def _unet_of(state, path):
         return {k: state[mean] for k, mean in means.items()}, True
     if len(lacking) < len(means):
         raise BadInput(
-            f"{path} lacks {len(lacking)} of {len(means)} running means, first {lacking[0]}: "
+            f"{path} lacks {len(lacking)} of {len(means)} running means, first {min(lacking)}: "
             "expected all of them, or none; fetch it again"
         )
     return unet or state, False

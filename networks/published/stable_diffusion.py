@@ -229,15 +229,15 @@ def _check_fit(path, unet, text, autoencoder, facts, tokenizer):
     if len(tokenizer) != text["vocab_size"]:
         raise BadInput(
             f"{path}: its text encoder knows {text['vocab_size']} tokens, the vocabulary has "
-            f"{len(tokenizer)}: expected {VOCABULARY} of its own model, and added_tokens.json beside "
-            "them if tokens were added"
+            f"{len(tokenizer)}: expected {VOCABULARY} of its own model; tokens that were added are "
+            "in its added_tokens.json"
         )
     groups, levels = unet["settings"]["norm_groups"], unet["settings"]["channel_mult"]
     levels = sorted({round(unet["settings"]["model_channels"] * mult) for mult in levels})
     if any(c % groups for c in levels):  # of no config.json
         raise BadInput(
-            f"{path}: its U-Net's channels {levels} are no multiples of {groups}, the groups of every "
-            "published norm"
+            f"{path}: its U-Net's channels {levels} are no multiples of {groups}, the groups of "
+            "every published norm"
         )
 
 

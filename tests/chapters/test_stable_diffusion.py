@@ -45,18 +45,18 @@ def check_timesteps(pairs, timesteps):
     assert [t_prev for _, t_prev in pairs[:-1]] == ts[1:]
 
 
-@pytest.mark.parametrize("to_one", [False, True])
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_ddim_visits_the_timesteps_of_ddimscheduler(spacing, offset, to_one):
+def test_ddim_visits_the_timesteps_of_ddimscheduler(spacing, offset, set_alpha_to_one):
     """Its step always goes T // steps down, which is the next timestep of `trailing` only where
     steps divides T. In over 500 steps its last, from 1, reaches 0 and needs no final alpha."""
     for steps in (*range(1, 101), 125, 200, 250, 333, 499, 500, 501, 777, 998, 999):
-        if spacing == "trailing" and T % steps or to_one and offset and steps > 500:
+        if spacing == "trailing" and T % steps or set_alpha_to_one and offset and steps > 500:
             continue
-        how = dict(timestep_spacing=spacing, steps_offset=offset, set_alpha_to_one=to_one)
+        how = dict(timestep_spacing=spacing, steps_offset=offset, set_alpha_to_one=set_alpha_to_one)
         expected = theirs("ddim", steps, **how)
-        pairs = sd.timesteps("ddim", T, steps, spacing, offset, to_one)
+        pairs = sd.timesteps("ddim", T, steps, spacing, offset, set_alpha_to_one)
         check_timesteps(pairs, expected.timesteps)
         after = int(expected.timesteps[-1]) - T // steps
         last = expected.alphas_cumprod[after] if after >= 0 else expected.final_alpha_cumprod
@@ -343,3 +343,30 @@ def test_what_is_known_is_at_each_step_as_noisy_as_it_should_be(sampler):
         torch.testing.assert_close(z[~painted], wanted[~painted], rtol=0, atol=1e-6)
         torch.testing.assert_close(z[painted], other[painted], rtol=0, atol=1e-6)
     assert (z - z0[:1])[~painted].abs().max() < 1e-12
+
+
+# --------------------------------------------------------------------------- what is not finite
+
+
+class Breaking(torch.nn.Module):
+    """Makes of the row with a context of ones NaN or infinity, from its second call on."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value, self.calls = value, 0
+
+    def forward(self, z, t, y=None, context=None):
+        self.calls += 1
+        bad = (context.mean(dim=(1, 2)) == 1)[:, None, None, None] & (self.calls > 1)
+        return torch.where(bad, self.value, z)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_latent_that_is_not_finite_stops_the_walk_at_its_step(value):
+    z, seeds = torch.ones(3, 4, 2, 2), torch.tensor([4, 9, 12])
+    how = contexts(0.0, 1.0, 1.0), contexts(0.0), 0, "ddim"
+    pairs = sd.timesteps("ddim", T, 3)
+    walk = sd.denoise(Breaking(value), ALPHA_BAR, pairs, z, seeds, *how)
+    assert next(walk)[0].isfinite().all()
+    with pytest.raises(BadInput, match="the latent after step 2 of 3 of seed 9 is not finite"):
+        next(walk)

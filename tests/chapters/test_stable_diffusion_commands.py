@@ -6,12 +6,23 @@ import numpy as np
 import pytest
 import tiny_stable_diffusion as tiny
 import torch
-from launching import refusal, run, start_ranks, succeed
+from launching import refused, start_ranks, succeed
 from PIL import Image
-from tiny_stable_diffusion import PROMPTS, asked, pixels, saved_picture, spot
+from tiny_stable_diffusion import (
+    PROMPTS,
+    asked,
+    call,
+    images_in,
+    levels,
+    noise_of,
+    pixels,
+    same,
+    saved_picture,
+    spot,
+    texts_in,
+)
 
 import stable_diffusion as sd
-from kernels import gaussian
 from networks.sd_unet import AttentionMaps
 
 EULER = "diffusers.schedulers.scheduling_euler_ancestral_discrete"
@@ -25,37 +36,10 @@ def folder(tmp_path_factory):
     return tiny.saved(tmp_path_factory.getbasetemp())
 
 
-def images_in(out):
-    """(N,H,W,3) of samples.npz, as whole numbers; every image has a file of its own, too."""
-    drawn = np.load(out / "samples.npz")["arr_0"]
-    assert drawn.dtype == np.uint8 and (out / "samples.png").exists()
-    files = sorted(out.glob("[0-9]*.png"))
-    assert [file.name for file in files] == [f"{i:04d}.png" for i in range(len(drawn))]
-    for file, image in zip(files, drawn, strict=True):
-        with Image.open(file) as picture:
-            assert np.array_equal(np.asarray(picture), image)
-    return drawn.astype(int)
-
-
 def drawn(folder, out, *more, **how):
     """The images that a command leaves, and what it prints."""
     done = succeed("stable_diffusion", *asked(folder, "--out", out, *more, **how))
     return images_in(out), done.out
-
-
-def noise_of(seeds, step=-1):
-    return gaussian((len(seeds), 4, 6, 8), torch.tensor(seeds), step, "cpu")
-
-
-def levels(images):
-    """Pictures of a pipeline, 0..1, as whole numbers up to 255."""
-    return np.round(np.asarray(images) * 255).astype(int)
-
-
-def same(found, expected):
-    """To one level of 255; and there is something to see."""
-    assert found.shape == expected.shape and expected.std() > 15
-    assert np.abs(found - expected).max() <= 1
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -82,9 +66,9 @@ def test_a_command_draws_what_their_pipeline_draws(sampler, folder, tmp_path, mo
     pipe = tiny.pipeline(folder, sampler)
     same(found, levels(tiny.latents(pipe, prompts, noise_of(seeds), 4, 2.5, **how)))
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        with Image.open(tmp_path / f"{i:04d}.png") as picture:
-            told = " ".join(map(str, picture.info.values()))
-        assert prompt in told and f"seed {seed}" in told and tiny.NEGATIVE in told
+        told = texts_in(tmp_path / f"{i:04d}.png")
+        assert (told["prompt"], told["seed"]) == (prompt, str(seed))
+        assert f"negative {tiny.NEGATIVE}" in told["settings"].split("; ")
 
 
 def test_without_flags_it_draws_seed_0_with_the_settings_that_help_names(folder, tmp_path):
@@ -136,6 +120,14 @@ def test_image_to_image_is_that_of_their_pipeline(folder, tmp_path, monkeypatch)
     assert np.abs(less - found).mean() > 5
 
 
+def test_the_scaling_of_the_files_counts_in_both_directions(folder, tmp_path, monkeypatch):
+    """0.3 in place of 0.18215: the image is encoded by it, and the latent decoded."""
+    other = tiny.changed(folder, tmp_path / "other", "vae/config.json", scaling_factor=0.3)
+    given = ["--image", saved_picture(tmp_path / "from.png", pixels()), "--seeds", 3]
+    call(*asked(other, *given, "--guidance", 2, "--out", tmp_path / "out", steps=8))
+    same(images_in(tmp_path / "out"), theirs_from(other, IMG2IMG, monkeypatch, strength=0.75))
+
+
 def test_of_a_wider_picture_the_centre_is_taken(folder, tmp_path):
     wide = pixels(48, 96)
     made = []
@@ -182,22 +174,24 @@ def frames(path):
         return [film.seek(i) or np.asarray(film.convert("RGB")) for i in range(film.n_frames)]
 
 
-WAYS = {  # prompts, seeds; those of the ends
-    "two prompts": (PROMPTS, "17", [(0, 17), (1, 17)]),
-    "two seeds": (PROMPTS[:1], "3,17", [(0, 3), (0, 17)]),
-    "both": (PROMPTS, "3,17", [(0, 3), (1, 17)]),
+WAYS = {  # prompts, seeds, sampler; those of the ends
+    "two prompts": (PROMPTS, "17", "ddim", [(0, 17), (1, 17)]),
+    "two prompts, one noise": (PROMPTS, "17", "euler_a", [(0, 17), (1, 17)]),
+    "two seeds": (PROMPTS[:1], "3,17", "ddim", [(0, 3), (0, 17)]),
+    "both": (PROMPTS, "3,17", "ddim", [(0, 3), (1, 17)]),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_way_between_two_images(way, folder, tmp_path):
-    prompts, seeds, ends = WAYS[way]
-    given = ["--interpolate", 5, "--seeds", seeds, "--batch-size", 2]
+    prompts, seeds, sampler, ends = WAYS[way]
+    given = ["--interpolate", 5, "--seeds", seeds, "--batch-size", 2, "--sampler", sampler]
     found, _ = drawn(folder, tmp_path / "way", *given, prompt=prompts)
     assert len(found) == len(frames(tmp_path / "way" / "interpolation.gif")) == 5
     assert (tmp_path / "way" / "interpolation.png").exists()
     for i, (prompt, seed) in ((0, ends[0]), (-1, ends[1])):
-        alone, _ = drawn(folder, tmp_path / f"{i}", "--seeds", seed, prompt=[PROMPTS[prompt]])
+        how = ["--seeds", seed, "--sampler", sampler]
+        alone, _ = drawn(folder, tmp_path / f"{i}", *how, prompt=[PROMPTS[prompt]])
         same(found[i], alone[0])
     moved = [np.abs(found[i + 1] - found[i]).mean() for i in range(4)]
     assert min(moved) > 0.5 and max(moved) < np.abs(found[-1] - found[0]).mean() + 1
@@ -210,9 +204,9 @@ def test_the_way_between_two_images(way, folder, tmp_path):
     if ends[0][1] != ends[1][1]:
         u = (math.sin(0.75 * angle) * u + math.sin(0.25 * angle) * v) / math.sin(angle)
     told = 0.75 * first + 0.25 * last, sd.encode_prompts(model, [""])
-    pairs = sd.timesteps("ddim", 1000, 4)
+    pairs = sd.timesteps(sampler, 1000, 4)
     where = model.unet, model.alpha_bar, pairs, u, torch.tensor([ends[0][1]]), *told
-    *_, (z, _) = sd.denoise(*where, 6.5, "ddim")
+    *_, (z, _) = sd.denoise(*where, 6.5, sampler)
     x = sd.decode(model, z).clamp(-1, 1)[0].permute(1, 2, 0)
     same(found[1], ((x + 1) * 127.5).round().numpy().astype(int))
 
@@ -281,19 +275,33 @@ def test_the_maps_are_the_mean_of_their_attention(sides, folder):
     assert torch.equal(looks.total, before)  # nobody looks any more
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_sheet_of_two_processes_is_that_of_one(n, folder, tmp_path):
+    """Of one image the second process draws it, of two the first draws the first."""
+    given = asked(folder, "--attention", "--n", n, "--seeds", "3,17"[: 1 if n == 1 else None])
+    call(*given, "--out", tmp_path / "one")
+    for process in start_ranks("stable_diffusion", *given, "--out", tmp_path / "two"):
+        done = process.wait()
+        assert done.code == 0, done.err
+    sheets = []
+    for name in ("one", "two"):
+        with Image.open(tmp_path / name / "attention.png") as picture:
+            sheets.append(np.asarray(picture.convert("RGB")).astype(int))
+    assert np.abs(images_in(tmp_path / "one") - images_in(tmp_path / "two")).max() <= 1
+    assert sheets[0].std() > 15 and np.abs(sheets[0] - sheets[1]).max() <= 1
+
+
 def test_an_empty_sentence_has_no_words_to_show(folder, tmp_path):
-    given = asked(folder, "--attention", "--out", tmp_path, prompt=[""])
-    done = run("stable_diffusion", *given)
-    assert done.code == 0 or "no word" in refusal(done)
+    given = asked(folder, "--attention", "--out", tmp_path / "out", prompt=[""])
+    assert "--attention: no word" in refused("stable_diffusion", *given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_words_of_the_sheet_are_those_of_the_first_prompt(folder, monkeypatch, tmp_path):
     """Each with its own tokens: the start is number 0, "the" is 1, "painting" 2 ..."""
     told = []
     monkeypatch.setattr(sd, "draw_shaded", lambda path, image, titles, maps: told.append(titles))
-    given = map(str, asked(folder, "--attention", "--out", tmp_path, prompt=PROMPTS[1:], steps=1))
-    monkeypatch.setattr("sys.argv", ["stable_diffusion", *given])
-    sd.main()
+    call(*asked(folder, "--attention", "--out", tmp_path, prompt=PROMPTS[::-1], steps=1))
     words = ["the", "painting", "of", "a", "house", ",", "and", "a", "dog"]
     assert told == [words]
 

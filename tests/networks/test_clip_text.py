@@ -7,7 +7,7 @@ import torch
 from reference_metrics import import_references
 from vae_math import randomise
 
-from networks.clip_text import CLIPText
+from networks.clip_text import MLP, CLIPText
 from networks.published.clip_text import rows
 
 # CLIPTextConfig's settings; the others are CLIP's.
@@ -85,6 +85,19 @@ def test_the_encoder_of_transformers_computes_the_same(
         got = ours.to(dtype)(tokens)
     assert got.shape == expected.shape and got.dtype == dtype and expected.std() > 0.1
     assert (got - expected).abs().max() < tolerance
+
+
+def test_quick_gelu_has_its_slope():
+    """transformers' own, where it bends: randomised weights alone would hide 1.7 for 1.702."""
+    import_references()
+    activation = pytest.importorskip("transformers").activations.ACT2FN["quick_gelu"]
+    mlp, h = MLP(1, 1).double(), torch.linspace(-8, 8, 101, dtype=torch.float64)[:, None]
+    for layer in (mlp.widen, mlp.narrow):
+        torch.nn.init.ones_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    with torch.no_grad():
+        assert (mlp(h) - activation(h)).abs().max() < 1e-12
+        assert (mlp(h) - h / (1 + torch.exp(-1.702 * h))).abs().max() < 1e-12
 
 
 def test_the_published_encoder_has_our_shapes_and_parameters(published):

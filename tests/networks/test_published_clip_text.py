@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from vae_math import randomise
 
 from networks.clip_text import CLIPText
-from networks.published.clip_text import read_clip_text
+from networks.published.clip_text import read_clip_text, rows
 
 # Heads of 64 channels, which a single file cannot tell.
 CONFIG = dict(
@@ -36,6 +36,7 @@ WIDE = {
     "embeddings.position_embedding.weight": torch.ones(11, 1024),
     FC1: torch.ones(96, 1024),
 }
+WIDER = {name: torch.ones(len(value), 1280) for name, value in WIDE.items()}
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +186,7 @@ def test_the_state_does_not_lie_in_the_file(tmp_path, weights):
         (named(WIDE, "conditioner.embedders.0."), "of Stable Diffusion XL"),
         (WIDE, "OpenCLIP text encoder .* 1024 wide"),
         (named(WIDE, COMPVIS), "OpenCLIP text encoder .* 1024 wide"),
+        (WIDER, "OpenCLIP text encoder .* 1280 wide"),
         (UNET, "no text encoder: the first of its 1 tensors is model.diffusion_model.out.2.bias"),
         ({"encoder.conv_in.weight": torch.ones(2)}, "no text encoder"),
         ({"cond_stage_model.embedding.weight": torch.ones(3, 4)}, "no text encoder"),
@@ -257,11 +259,32 @@ def test_a_config_of_diffusers_is_refused(folder):
         read_clip_text(folder)
 
 
-def test_openclips_width_is_refused_in_a_folder(folder):
-    altered(folder, hidden_size=1024)
-    save_file(WIDE, folder / "model.safetensors")
-    with pytest.raises(BadInput, match="config.json is of the OpenCLIP .*, 1024 wide"):
+@pytest.mark.parametrize("width, state", [(1024, WIDE), (1280, WIDER)], ids=["1024", "1280"])
+def test_openclips_width_is_refused_in_a_folder(folder, width, state):
+    altered(folder, hidden_size=width)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(BadInput, match=f"config.json is of the OpenCLIP .*, {width} wide"):
         read_clip_text(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool], ids=str)
+def test_quantised_weights_are_refused(folder, weights, dtype):
+    save_file(weights | {FC1: weights[FC1].to(dtype)}, folder / "model.safetensors")
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        BadInput, match=f"model.safetensors is quantised, {FC1} is {kind}: expected"
+    ):
+        read_clip_text(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str)
+def test_weights_of_every_float_are_read(folder, weights, dtype):
+    state = {name: value.to(dtype) for name, value in weights.items()}
+    save_file(state, folder / "model.safetensors")
+    found = read_clip_text(folder)[1]
+    table = rows(SETTINGS)
+    for name, keys, _ in table:
+        assert torch.equal(found[name], torch.cat([state[key].float() for key in keys]))
 
 
 def test_heads_that_nothing_tells_are_refused(transformers, tmp_path):

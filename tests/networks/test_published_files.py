@@ -3,6 +3,7 @@
 from runtime.commandline import BadInput
 
 import argparse
+import json
 import random
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import dit
-from networks.published.files import is_published, read_weights
+from networks.published.files import is_published, read_json, read_schedule, read_weights
 
 MAPS = Path("/proc/self/maps")
 STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2, dtype=torch.half)}
@@ -39,6 +40,89 @@ def save(path, content, form="zip"):
 def test_tensors_come_as_they_were_saved(tmp_path, form, name):
     assert same(read_weights(save(tmp_path / name, STATE, form)))
     assert same(read_weights(tmp_path / name, inside=("state_dict",)))
+
+
+@pytest.mark.parametrize("name", ["x.ckpt", "x.pt", "x.bin", "x"])
+def test_safetensors_are_read_in_any_name(tmp_path, name):
+    path = save(tmp_path / name, STATE, "safetensors")
+    assert same(read_weights(path)) and is_published(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(BadInput, match=f"{name} is no safetensors file, or a torn one"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("form", ["zip", "old"])
+def test_a_pickle_in_the_name_of_safetensors_is_told(tmp_path, form):
+    path = save(tmp_path / "x.safetensors", STATE, form)
+    with pytest.raises(BadInput, match="x.safetensors is no .* but one of torch.save: rename it"):
+        read_weights(path)
+    assert same(read_weights(path.rename(tmp_path / "x.ckpt")))
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265380512\n"
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt", "x.bin"])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (LFS, "is only a pointer of Git LFS"),
+        (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "but text, '<!DOCTYPE html>.*'"),
+        (b"Entry not found", "but text, 'Entry not found'"),
+        (b'{"error": "gated repo"}', "but text, '{\"error\": .*'"),
+    ],
+    ids=["LFS", "html", "note", "json"],
+)
+def test_downloads_that_failed_are_told(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=f"{name} .*{expected}: a failed download, fetch it again"):
+        read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 200_000, "{", "[]", "\x00"])
+def test_settings_that_are_no_settings_are_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BadInput, match=r"config\.json (cannot be read|must hold)") as told:
+        read_json(tmp_path / "config.json")
+    assert "\n" not in str(told.value)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(
+            ("num_train_timesteps", v)
+            for v in (10**12, 10**9, 100_001, 0, -5, "a", 3.5, True, None)
+        ),
+        *(("beta_start", v) for v in (-1, -1e-9, 1.5, NAN, "a", None, [0.1], False)),
+        *(("beta_end", v) for v in (1e-5, 1.5, NAN, float("inf"), "big", None)),
+        *(("trained_betas", v) for v in ([], "a", [NAN], [[0.1]], ["a"], {}, 3, [-1], [2] * 1000)),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
+def test_numbers_that_make_no_schedule_are_refused_by_the_field(tmp_path, kind, field, value):
+    path = tmp_path / "scheduler_config.json"
+    config = dict(beta_schedule=kind, beta_start=0.001, beta_end=0.01, num_train_timesteps=9)
+    path.write_text(json.dumps(config))
+    assert len(read_schedule(path)["alpha_bar"]) == 9
+    path.write_text(json.dumps(config | {field: value}))
+    with pytest.raises(BadInput, match=rf"scheduler_config\.json: {field} .* must") as told:
+        read_schedule(path)
+    assert len(str(told.value)) < len(str(path)) + 150 and "\n" not in str(told.value)
+
+
+def test_numbers_that_are_not_used_are_not_looked_at(tmp_path):
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(json.dumps(dict(beta_start=-1, beta_schedule="squaredcos_cap_v2")))
+    assert read_schedule(path)["schedule"] == "cosine"
+    path.write_text(json.dumps(dict(beta_start=-1, beta_end="a", trained_betas=[0.5, 0.5])))
+    assert read_schedule(path)["alpha_bar"].tolist() == [0.5, 0.25]
+    path.write_text(json.dumps(dict(num_train_timesteps=100_000)))
+    assert read_schedule(path)["timesteps"] == 100_000
 
 
 @pytest.mark.parametrize("form", ["zip", "old"])

@@ -228,6 +228,20 @@ def test_the_running_mean_is_taken_where_a_checkpoint_has_one(tmp_path):
     expected = load_latent_unet(tmp_path / "mean.safetensors")["state"]
     assert got.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in got.items())
+    assert load_latent_unet(tmp_path / "both.safetensors")["averaged"] is True
+    assert load_latent_unet(tmp_path / "mean.safetensors")["averaged"] is False
+
+
+@pytest.mark.parametrize("kept", [1, -1], ids=["one is there", "one is not"])
+def test_a_part_of_the_running_means_is_refused(tmp_path, kept):
+    now = random(compvis(**SMALL, attention=(2,)))
+    names = {k: f"model_ema.{k.removeprefix('model.').replace('.', '')}" for k in now}
+    means = [(names[k], value + 1) for k, value in now.items()]
+    save_file(now | dict(means[:kept]), tmp_path / "sd.safetensors")
+    lacking = [name for name, _ in means[kept:]]
+    words = f"lacks {len(lacking)} of {len(now)} running means, first {min(lacking)}: expected all"
+    with pytest.raises(BadInput, match=words):
+        load_latent_unet(tmp_path / "sd.safetensors")
 
 
 # ----------------------------------------------------------------------------- files, and refusals
@@ -276,6 +290,15 @@ def test_a_single_file_is_enough_and_keywords_tell_the_rest(folder, tmp_path, fo
         (dict(attention_head_dim=[3]), "attention_head_dim"),
         (dict(attention_head_dim=[2, 2.5]), "neither one number"),
         (dict(attention_head_dim=[4, 2]), "neither one number"),
+        (dict(attention_head_dim=7), "attention_head_dim 7 must be a divisor of"),
+        (dict(attention_head_dim=-1), "attention_head_dim -1 must be a divisor of"),
+        *(
+            (
+                dict(norm_num_groups=groups),
+                f"norm_num_groups {groups!r} must be a whole number that",
+            )
+            for groups in ("a", 7, 0, -4, 4.0, None, [4], True)
+        ),
     ],
 )
 def test_settings_without_a_counterpart_are_refused(folder, tmp_path, config, word):
@@ -293,6 +316,9 @@ def test_settings_without_a_counterpart_are_refused(folder, tmp_path, config, wo
         (lambda s: s | {"conv_norm_out.weight": torch.ones(17)}, r"conv_norm_out.*\(17,\)"),
         (lambda s: {k: v for k, v in s.items() if "attn2" not in k}, "no U-Net of latent"),
         (lambda s: {"weight": torch.ones(2)}, "no U-Net"),
+        (lambda s: s | {"conv_out.bias": torch.ones(4).to(torch.int8)}, "is quantised, .* is int8"),
+        (lambda s: {k: v.to(torch.uint8) for k, v in s.items()}, "is quantised, .* is uint8"),
+        (lambda s: {k: v > 0 for k, v in s.items()}, "is quantised, .* is bool"),
     ],
 )
 def test_weights_of_other_networks_are_refused(folder, tmp_path, change, word):

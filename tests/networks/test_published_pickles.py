@@ -75,17 +75,24 @@ def test_what_lies_beside_the_weights_is_read_without_its_packages(tmp_path, mon
 
 
 @FORMS
-def test_numbers_of_the_numpy_of_2022_are_read(tmp_path, monkeypatch, form):
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("scalar", (np.dtype("float64"), b"\0" * 8)),
+        ("_reconstruct", (np.ndarray, (0,), b"b")),
+    ],
+)
+def test_numbers_of_the_numpy_of_2022_are_read(tmp_path, monkeypatch, name, arguments, form):
     """numpy 2 has renamed the module, so the old name is written with a stub in its place."""
     old = "numpy.core.multiarray"
     with monkeypatch.context() as installed:
         there = sys.modules["numpy"]
-        scalar = stub(installed, old, "scalar")
+        function = stub(installed, old, name)
         installed.setitem(sys.modules, "numpy", there)
-        number = Call(scalar, np.dtype("float64"), b"\0" * 8)
-        path = save(tmp_path / "sd.ckpt", {"state_dict": STATE, "lr": number}, form)
+        found = Call(function, *arguments)
+        path = save(tmp_path / "sd.ckpt", {"state_dict": STATE, "lr": found}, form)
     if form == "old":
-        assert f"c{old}\nscalar\n".encode() in path.read_bytes()
+        assert f"c{old}\n{name}\n".encode() in path.read_bytes()
     assert same(read_weights(path, inside=("state_dict",)))
 
 

@@ -4,6 +4,7 @@ tests/tiny_stable_diffusion.py makes the folder; write_tiny's file is read by di
 from CompVis's names.
 """
 
+from runtime import processes
 from runtime.commandline import BadInput
 
 import json
@@ -84,7 +85,7 @@ def test_a_folder_of_diffusers_computes_the_same(folder):
     assert_same(found, theirs["unet"], theirs["text_encoder"], theirs["vae"], tokens)
     assert (found.alpha_bar - tiny.alpha_bar()).abs().max() < 1e-15
     assert found.alpha_bar.dtype == torch.float64
-    assert (found.spacing, found.steps_offset, found.to_one) == ("", 1, False)
+    assert (found.spacing, found.steps_offset, found.set_alpha_to_one) == ("", 1, False)
     assert found.autoencoder[2]["scaling"] == 0.18215 and found.autoencoder[2]["shift"] == 0
 
 
@@ -159,7 +160,7 @@ def test_the_schedules_of_diffusers_are_obeyed(copy, name, told, expected, beta)
     no_clip = {"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler") else {}
     scheduler = kind(**beta, **told, **no_clip)
     found = scheduled(copy, scheduler)
-    assert (found.spacing, found.steps_offset, found.to_one) == expected
+    assert (found.spacing, found.steps_offset, found.set_alpha_to_one) == expected
     assert found.alpha_bar.shape == scheduler.alphas_cumprod.shape
     difference = (found.alpha_bar / scheduler.alphas_cumprod - 1).abs().max()
     assert difference < 1e-4  # theirs is a product of float32 numbers
@@ -181,13 +182,62 @@ def test_what_a_scheduler_leaves_out_is_what_its_class_means(copy):
     for name, to_one in (("DDIMScheduler", True), ("PNDMScheduler", False)):
         file.write_text(json.dumps({"_class_name": name} | tiny.SCHEDULE))
         found = read_pipeline(copy)
-        assert (found.spacing, found.steps_offset, found.to_one) == ("", 1, to_one)
+        assert (found.spacing, found.steps_offset, found.set_alpha_to_one) == ("", 1, to_one)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("clip_sample", True),  # which diffusers' pipeline sets to false
+        ("noise_sampler_seed", None),
+        ("original_inference_steps", None),
+        ("rescale_betas_zero_snr", None),
+        ("thresholding", None),
+        ("timestep_spacing", None),
+        ("steps_offset", 999),
+    ],
+)
+def test_fields_that_mean_nothing_here_are_accepted(copy, field, value):
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    offset = value if field == "steps_offset" else 1
+    assert read_pipeline(copy)[-3:] == ("", offset, False)
+
+
+def test_what_is_understood_is_said_in_one_line(
+    copy, single, tensors, tmp_path, capsys, monkeypatch
+):
+    def said(*arguments):
+        monkeypatch.setattr(processes, "SAID", set())
+        read_pipeline(*arguments)
+        return capsys.readouterr().out
+
+    where = "timesteps as the sampler has them, offset 1"
+    assert said(copy) == f"schedule: T 1000, Stable Diffusion's, {where}\n"
+    file = copy / "scheduler" / "scheduler_config.json"
+    told = dict(beta_schedule="linear", num_train_timesteps=30, timestep_spacing="trailing")
+    file.write_text(json.dumps(told | dict(set_alpha_to_one=True)))
+    assert said(copy) == "schedule: T 30, linear, timesteps trailing, offset 1, to alpha_bar 1\n"
+    file.write_text(json.dumps(dict(trained_betas=[0.1, 0.2])))
+    assert said(copy) == f"schedule: T 2, trained_betas, {where}\n"
+    means = {
+        "model_ema." + name.removeprefix("model.").replace(".", ""): value.clone()
+        for name, value in tensors.items()
+        if name.startswith(UNET)
+    }
+    state = tensors | means | {"alphas_cumprod": torch.linspace(0.99, 0.01, 500)}
+    path = saved(tmp_path / "means.safetensors", state)
+    where = "the weights' own alphas_cumprod, timesteps leading, offset 1"
+    means = "the U-Net's running means are taken"
+    assert said(path, single[1]) == f"schedule: T 500, {where}; {means}\n"
+    with torch.device("meta"):
+        assert said(copy) == ""
 
 
 def test_a_folder_without_a_scheduler_has_that_of_one_file(copy):
     shutil.rmtree(copy / "scheduler")
     found = read_pipeline(copy)
-    assert (found.spacing, found.steps_offset, found.to_one) == ("leading", 1, False)
+    assert (found.spacing, found.steps_offset, found.set_alpha_to_one) == ("leading", 1, False)
     assert torch.equal(found.alpha_bar, published_alpha_bar())
 
 
@@ -246,7 +296,7 @@ def test_diffusers_reads_the_tiny_file_as_compviss_and_computes_the_same(single,
     text.load_state_dict({n: converted[n.removeprefix("text_model.")] for n in names})
     assert len(converted) == len(names)
     assert_same(found, unet.eval(), text.eval(), vae.eval(), found.tokenizer(PROMPTS))
-    assert (found.spacing, found.steps_offset, found.to_one) == ("leading", 1, False)
+    assert (found.spacing, found.steps_offset, found.set_alpha_to_one) == ("leading", 1, False)
     assert (found.alpha_bar - tiny.alpha_bar()).abs().max() < 1e-15
 
 

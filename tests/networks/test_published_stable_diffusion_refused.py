@@ -10,8 +10,10 @@ import tiny_stable_diffusion as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from networks.clip_text import CLIPText
 from networks.kl_autoencoder import KLVAE
-from networks.published.stable_diffusion import read_pipeline, write_tiny
+from networks.published.stable_diffusion import read_pipeline, write_tiny, write_weights
+from networks.sd_unet import LatentUNet
 
 TEXT = "cond_stage_model.transformer.text_model."
 UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
@@ -119,6 +121,38 @@ def test_parts_of_two_models_are_refused(folder, tensors, single, tmp_path):
     )
 
 
+@pytest.mark.parametrize("groups", ["a", 7, 0])
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_groups_that_do_not_divide_are_refused_with_their_file(copy, part, groups):
+    altered(copy / part / "config.json", norm_num_groups=groups)
+    refused(copy, f"{part}/config.json: .*{groups}.* (must be a whole number|do not divide)")
+
+
+def test_channels_that_the_published_groups_do_not_divide_are_refused(copy, single, tmp_path):
+    (copy / "vae" / "config.json").unlink()
+    refused(copy, r"vae/diffusion.*safetensors: 32 norm groups do not divide .*\[8, 16\]")
+    unet = LatentUNet(
+        4,
+        None,
+        model_channels=48,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_levels=(0,),
+        num_heads=8,
+        context_dim=64,
+    )
+    text, ae = CLIPText(557, width=64, layers=1, heads=1, hidden=8), KLVAE(norm_groups=32)
+    write_weights(tmp_path / "x.safetensors", unet, text, ae)
+    words = r"its U-Net's channels \[48, 96\] are no multiples of 32"
+    refused(tmp_path / "x.safetensors", f"x.safetensors: {words}", single[1])
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "a"])
+def test_a_scaling_that_is_none_is_refused(copy, value):
+    altered(copy / "vae" / "config.json", scaling_factor=value)
+    refused(copy, f"vae/config.json: scaling_factor {value!r} must be a number above 0")
+
+
 def test_latents_with_a_shift_are_refused(copy):
     altered(copy / "vae" / "config.json", shift_factor=0.5)
     refused(copy, "autoencoder shifts latents by 0.5")
@@ -147,7 +181,7 @@ FIRST, SECOND = torch.ones(2), torch.zeros(2)
         ({"control_model.input_blocks.x": FIRST}, "holds only a ControlNet"),
         ({"controlnet_cond.x": FIRST, "down_blocks.0.x": SECOND}, "holds only a ControlNet"),
         ({"any": FIRST}, "holds only any and others"),
-        ({}, "holds only nothing"),
+        ({}, "holds no tensors: expected all of Stable Diffusion 1.x"),
         ({f"{UNET}x": FIRST, f"{FIRST_STAGE}x": SECOND}, "holds no text encoder: expected all"),
         ({f"{UNET}x": FIRST}, "holds no text encoder and no autoencoder: expected all of Stable"),
         ({"conditioner.embedders.0.x": FIRST, f"{UNET}x": SECOND}, "is Stable Diffusion XL"),
@@ -177,9 +211,11 @@ def test_the_first_tensor_that_is_missing_is_named(tensors, single, tmp_path):
 def test_torn_files_are_refused(single, tmp_path):
     whole = single[0].read_bytes()
     for name in ("sd.safetensors", "sd.ckpt"):
-        for content in (whole[: len(whole) // 2], whole[:10], b"", b"<html>not found</html>"):
+        for content in (whole[: len(whole) // 2], whole[:10], b""):
             (tmp_path / name).write_bytes(content)
             refused(tmp_path / name, f"{name} is no .*or a torn one", single[1])
+        (tmp_path / name).write_bytes(b"<html>not found</html>")
+        refused(tmp_path / name, f"{name} is .*text, '<html>.*fetch it again", single[1])
 
 
 class Harmful:
@@ -201,22 +237,24 @@ def test_a_file_is_never_executed(tensors, single, tmp_path, capsys):
         ("prediction_type", ["epsilon"], r"prediction_type \['epsilon'\] is not supported"),
         ("rescale_betas_zero_snr", True, "rescale_betas_zero_snr is not supported"),
         ("thresholding", True, "thresholding True is not supported, expected False"),
-        ("clip_sample", True, "clip_sample True is not supported, expected False"),
         ("use_karras_sigmas", True, "use_karras_sigmas True is not supported"),
         ("final_sigmas_type", "sigma_min", "final_sigmas_type 'sigma_min' is not supported"),
         ("original_inference_steps", 50, "no counterpart here for original_inference_steps 50"),
         ("", 1, "no counterpart here for  1"),
         ("beta_schedule", "sigmoid", "beta_schedule 'sigmoid' is not supported"),
-        ("beta_start", -0.1, "holds no schedule that can be read"),
-        ("beta_end", "big", "holds no schedule that can be read"),
-        ("num_train_timesteps", "1000", "holds no schedule that can be read"),
-        ("num_train_timesteps", 0, "is no schedule: expected a row that falls"),
+        ("beta_start", -0.1, "beta_start -0.1 must be a number from 0 to 1"),
+        ("beta_start", 0, "is no schedule: expected a row that falls"),
+        ("beta_end", "big", "beta_end 'big' must be a number from 0 to 1"),
+        ("beta_end", 0.0008, "beta_end 0.0008 must not be below beta_start 0.00085"),
+        ("num_train_timesteps", "1000", "num_train_timesteps '1000' must be a whole number from 1"),
+        ("num_train_timesteps", 0, "num_train_timesteps 0 must be a whole number from 1 to 100000"),
         ("trained_betas", [0.1, 0.0], "is no schedule: expected a row that falls"),
-        ("trained_betas", [[0.1], [0.2]], "is no schedule: expected a row that falls"),
+        ("trained_betas", [[0.1], [0.2]], "trained_betas .* must be a list of numbers from 0 to 1"),
         ("trained_betas", [0.1, 1.0], "is no schedule: expected a row that falls"),
         ("timestep_spacing", "karras", "timestep_spacing 'karras' is not supported"),
         ("timestep_spacing", ["leading"], "timestep_spacing .* is not supported"),
         ("steps_offset", -1, "steps_offset -1 must be a small whole number"),
+        ("steps_offset", 1000, "steps_offset 1000 must be a small whole number"),
         ("steps_offset", 1.5, "steps_offset 1.5 must be a small whole number"),
         ("set_alpha_to_one", "no", "set_alpha_to_one 'no' must be true or false"),
     ],

@@ -3,6 +3,7 @@
 from runtime.commandline import BadInput
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from networks.kl_autoencoder import KLVAE, TinyAutoencoder, load_pretrained
+from networks.published.autoencoder import read_autoencoder
 
 
 class Trap:
@@ -96,15 +98,19 @@ def test_other_networks_are_refused_by_name(tmp_path, name, expected):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"<html>not found</html>", "no file of plain tensors"), (b"", "no file of plain tensors")],
+    [
+        (
+            b"<html>not found</html>",
+            ["no file of plain tensors but text, '<html>not found.*again"] * 2,
+        ),
+        (b"", ["no file of plain tensors, or a torn one", "no safetensors file, or a torn one"]),
+    ],
 )
 def test_torn_files_are_refused(tmp_path, content, expected):
-    (tmp_path / "x.ckpt").write_bytes(content)
-    with pytest.raises(BadInput, match=expected):
-        load_pretrained(tmp_path / "x.ckpt")
-    (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(BadInput, match="no safetensors file, or a torn one"):
-        load_pretrained(tmp_path / "x.safetensors")
+    for name, words in zip(("x.ckpt", "x.safetensors"), expected, strict=True):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadInput, match=words):
+            load_pretrained(tmp_path / name)
 
 
 def test_missing_and_empty_paths_are_refused(tmp_path):
@@ -124,7 +130,18 @@ def test_missing_and_empty_paths_are_refused(tmp_path):
         ("_class_name", "AutoencoderTiny", "config.json is of AutoencoderTiny"),
         ("act_fn", "relu", "act_fn 'relu' is not supported, only 'silu' is"),
         ("norm_num_groups", 5, r"5 norm groups do not divide .* \[16, 32\]"),
-        ("scaling_factor", "big", "scaling_factor 'big' is no number"),
+        ("norm_num_groups", "a", "norm_num_groups 'a' must be a whole number above 0"),
+        ("norm_num_groups", 0, "norm_num_groups 0 must be a whole number above 0"),
+        ("norm_num_groups", 8.0, "norm_num_groups 8.0 must be a whole number above 0"),
+        ("norm_num_groups", None, "norm_num_groups None must be a whole number above 0"),
+        *(
+            ("scaling_factor", value, f"scaling_factor {value!r} must be a number above 0")
+            for value in ("big", float("nan"), float("inf"), -1, 0, 0.0, True, [0.1])
+        ),
+        *(
+            ("shift_factor", value, f"shift_factor {value!r} must be a number")
+            for value in ("big", float("nan"), float("-inf"), False)
+        ),
     ],
 )
 def test_settings_of_another_network_are_refused(tmp_path, setting, value, expected):
@@ -132,5 +149,55 @@ def test_settings_of_another_network_are_refused(tmp_path, setting, value, expec
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     config = {"_class_name": "AutoencoderKL", "act_fn": "silu", "norm_num_groups": 8}
     (tmp_path / "config.json").write_text(json.dumps({**config, setting: value}))
-    with pytest.raises(BadInput, match=expected):
+    with pytest.raises(BadInput, match=r"config\.json") as refused:
         load_pretrained(tmp_path)
+    assert re.search(expected.replace("[0.1]", r"\[0.1\]"), str(refused.value))
+
+
+def test_groups_that_nothing_tells_are_refused(tmp_path):
+    """A file alone has 32, as all that is published has."""
+    state = KLVAE(model_channels=16, channel_mult=(1, 3), num_res_blocks=1).state_dict()
+    save_file(state, tmp_path / "vae.safetensors")
+    with pytest.raises(BadInput, match=r"vae.safetensors: 32 norm groups do not .* \[16, 48\]"):
+        load_pretrained(tmp_path / "vae.safetensors")
+
+
+def whole(scale):
+    """A checkpoint of LDM's code with this scale_factor."""
+    state = KLVAE(model_channels=32, channel_mult=(1,), num_res_blocks=1).state_dict()
+    return {f"first_stage_model.{k}": v for k, v in state.items()} | {"scale_factor": scale}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[0.1, 0.2, 0.3], [], 0.0, -1.0, float("nan"), float("inf"), True, 1j],
+    ids=str,
+)
+def test_a_scale_that_is_not_one_number_above_zero_is_refused(tmp_path, value):
+    torch.save(whole(torch.tensor(value)), tmp_path / "x.ckpt")
+    with pytest.raises(BadInput, match="x.ckpt: scale_factor .* must be one number above 0"):
+        load_pretrained(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("value", [0.5, [0.5]], ids=str)
+@pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors"])
+def test_the_scale_is_read_where_tensors_have_shapes_only(tmp_path, name, value):
+    (save_file if name == "x.safetensors" else torch.save)(
+        whole(torch.tensor(value)), tmp_path / name
+    )
+    with torch.device("meta"):
+        _, state, facts = read_autoencoder(tmp_path / name)
+    assert facts["scaling"] == 0.5 and all(value.is_meta for value in state.values())
+    assert read_autoencoder(tmp_path / name)[2]["scaling"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_quantised_weights_are_refused(tmp_path, dtype):
+    state = whole(torch.tensor(0.5))
+    name = "first_stage_model.decoder.mid.attn_1.k.weight"
+    torch.save(state | {name: state[name].to(dtype)}, tmp_path / "x.ckpt")
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        BadInput, match=f"x.ckpt is quantised, decoder.mid.*k.weight is {kind}: exp"
+    ):
+        load_pretrained(tmp_path / "x.ckpt")

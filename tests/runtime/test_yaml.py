@@ -1,0 +1,238 @@
+"""What a --config file says reaches the setting as it is written there; what cannot is refused."""
+
+from runtime import commandline
+from runtime.commandline import BadInput
+
+import dataclasses
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+import yaml
+
+
+@dataclass
+class Config:
+    """A setting of every type that chapters have."""
+
+    config: str = ""  # YAML file
+    checkpoint: Annotated[str, tyro.conf.Positional] = ""  # no flag
+    out: str = ""  # a path
+    negative: str = ""  # text
+    classes: str = ""  # text
+    seeds: str = ""  # text
+    prompt: tuple[str, ...] = ()  # texts
+    steps: int = 10  # a whole number
+    lr: float = 0.5  # a number
+    mult: tuple[int, ...] = (1, 2)  # whole numbers
+    ema: tuple[float, ...] = (0.9,)  # numbers
+    interval: tuple[float, float] = (0.0, 1.0)  # two numbers
+    flip: bool = False  # off
+    cond: bool = True  # on
+    decay: Literal["cosine", "none", "off"] = "cosine"  # a choice
+
+
+@pytest.fixture
+def parsed(tmp_path):
+    """Config of a file with this text, under these flags, without the file's own name."""
+
+    def parse(text, *flags):
+        path = tmp_path / "some.yaml"
+        path.write_text(text, "utf-8")
+        cfg = commandline.parse(Config, "", ["--config", str(path), *flags])
+        assert cfg.config == str(path)
+        return dataclasses.replace(cfg, config="")
+
+    return parse
+
+
+WORDS = ["yes", "0123", "1_000", "12:30:00", "2024-01-02", "1e3", "0x1f", ".5", "-1", "<<", "True"]
+WORDS += ["2024-13-45", "-blurry", "--steps", "--no-flip", "a: b", "é ☃", "~", "null", "", " a "]
+PLAIN = [w for w in WORDS if w not in ("a: b", "~", "null", "", " a ")]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_text_in_quotes_is_the_text(word, parsed):
+    texts = f'negative: "{word}"\nclasses: \'{word}\'\nprompt: ["{word}", a cat]\n'
+    expected = Config(negative=word, classes=word, prompt=(word, "a cat"))
+    if word == "~":
+        expected.classes = os.path.expanduser("~")
+    assert parsed(texts) == expected
+
+
+@pytest.mark.parametrize("word", PLAIN)
+def test_text_without_quotes_is_the_text(word, parsed):
+    expected = Config(negative=word, seeds=word, prompt=(word, word))
+    assert parsed(f"negative: {word}\nseeds: {word}\nprompt: [{word}, {word}]\n") == expected
+    assert parsed(f"prompt: {word}\n") == Config(prompt=(word,))
+    assert parsed(f"prompt:\n  - {word}\n  - a cat\n") == Config(prompt=(word, "a cat"))
+
+
+def test_longer_texts(parsed):
+    text = "negative: >\n  much\n  fog\nprompt:\n  - |\n    one\n    two\n  - three\n"
+    assert parsed(text) == Config(negative="much fog\n", prompt=("one\ntwo\n", "three"))
+    assert parsed("negative: !!str 010\n") == Config(negative="010")
+    assert parsed("\ufeffnegative: no\n") == Config(negative="no")  # as Windows saves it
+
+
+def test_a_list_is_one_text_with_commas(parsed):
+    assert parsed("classes: [3, 07, cat]\nseeds: [0-3, 1_7]\n") == Config(
+        classes="3,07,cat", seeds="0-3,1_7"
+    )
+    assert parsed("classes: []\nprompt: []\nmult: []\n") == Config(mult=())
+
+
+@pytest.mark.parametrize("kind", [int, float])
+@pytest.mark.parametrize(
+    "written", ["7", "-3", "+5", "1_000", "010", "0x1f", "0b11", "1:30", '"12"', "'1_2'", "09"]
+)
+def test_whole_numbers_are_as_yaml_1_1_knows_them(kind, written, parsed):
+    name, several = {int: ("steps", "mult"), float: ("lr", "ema")}[kind]
+    number = kind(str(yaml.safe_load(written)))
+    expected = Config(**{name: number, several: (number, 2)})
+    assert parsed(f"{name}: {written}\n{several}: [{written}, 2]\n") == expected
+    assert parsed(f"{several}: {written}\n") == Config(**{several: (number,)})
+
+
+def test_numbers(parsed):
+    text = "lr: 1e-3\nema: [1.0e-4, -.inf, 1_0.5, 3, -1e2]\ninterval: [-1e-1, 2]\nmult: [-1, 2]\n"
+    ema = (1e-4, -float("inf"), 10.5, 3.0, -100.0)
+    assert parsed(text) == Config(lr=1e-3, ema=ema, interval=(-0.1, 2.0), mult=(-1, 2))
+    assert type(parsed("lr: 3\n").lr) is float
+
+
+@pytest.mark.parametrize("on, off", [("true", "false"), ("yes", "No"), ("ON", "off")])
+def test_truth_values(on, off, parsed):
+    assert parsed(f"flip: {on}\ncond: {off}\n") == Config(flip=True, cond=False)
+    assert parsed(f"flip: {off}\ncond: {on}\n") == Config(flip=False, cond=True)
+    assert parsed(f"flip: {on}\ncond: {off}\n", "--no-flip", "--cond") == Config()
+
+
+def test_choices_anchors_and_merge_keys(parsed):
+    assert parsed("decay: none\n").decay == "none" and parsed("decay: off\n").decay == "off"
+    assert parsed("prompt: &p [no, 010]\nclasses: *p\n") == Config(
+        prompt=("no", "010"), classes="no,010"
+    )
+    assert parsed("<<: {steps: 3, lr: 2, negative: no}\nsteps: 4\n") == Config(
+        steps=4, lr=2.0, negative="no"
+    )
+    assert parsed("") == Config() and parsed("# nothing\n") == Config()
+
+
+REFUSED = {
+    'flip: "false"': ['flip is "false"', "true or false"],
+    "flip: nonsense": ["flip is nonsense", "true or false"],
+    "flip: 1": ["flip is 1", "true or false"],
+    "prompt: {a: 1}": ["prompt is {a: 1}", "text, ..."],
+    "prompt: [[a, b]]": ["prompt is [[a, b]]"],
+    "prompt: [[]]": ["prompt is [[]]"],
+    "prompt: {}": ["prompt is {}"],
+    "prompt: &a [*a]": ["prompt is &a [*a]"],
+    "negative: {}": ["negative is {}"],
+    "steps: =": ["steps is ="],
+    "prompt: [!cat a]": ["prompt is [!cat a]"],
+    "negative: !ugly blurry": ["negative is !ugly blurry", "takes text"],
+    "negative: {a: 1}": ["negative is {a: 1}"],
+    "classes: [[3], 7]": ["classes is [[3], 7]"],
+    "steps: many": ["steps is many", "--steps takes a whole number"],
+    "steps: 1.5": ["steps is 1.5"],
+    "steps: yes": ["steps is yes"],
+    "steps: [1, 2]": ["steps is [1, 2]"],
+    "steps: []": ["steps is []"],
+    "steps: --flip": ["steps is --flip"],
+    "steps: 2024-13-45": ["steps is 2024-13-45"],
+    "lr: no": ["lr is no", "a number"],
+    "mult: [1, x]": ["mult is [1, x]", "a whole number, ..."],
+    "mult: [1, true]": ["mult is [1, true]"],
+    "mult: {a: 1}": ["mult is {a: 1}"],
+    "interval: [1]": ["interval is [1]", "a number, a number"],
+    "decay: line": ["decay is line", "cosine, none, off"],
+    "decay: [cosine, none]": ["decay is [cosine, none]"],
+    "prompt:\n  a: 1\n  b: 2": ["prompt is a: 1 b: 2"],
+    "stepz: 3": ["unknown key 'stepz'", "did you mean steps?"],
+    "no: 3": ["unknown key 'no'"],
+    "config: x": ["unknown key 'config'"],
+    "checkpoint: x": ["unknown key 'checkpoint'"],
+    "- negative": ["key: value"],
+    "<<: 3": ["is not YAML"],
+    "steps: 1\n---\nsteps: 2": ["is not YAML"],
+}
+EMPTY = ["negative:", "negative: null", "negative: ~", "steps:", "flip: Null", "prompt:"]
+EMPTY += ["prompt: [a, null]", "prompt: [a, ~]", "prompt:\n  - a\n  -", "classes: [3, null]"]
+REFUSED |= {text: [" has no value; type '' for an empty one"] for text in EMPTY}
+
+
+@pytest.mark.parametrize("text, named", REFUSED.items())
+def test_refused_by_key_and_file_in_one_line(text, named, parsed):
+    with pytest.raises(BadInput) as error:
+        parsed(text + "\n")
+    line = str(error.value)
+    assert "\n" not in line and line.startswith("--config ") and "some.yaml" in line
+    assert all(part in line for part in [*named, text.split(":")[0] * (text in EMPTY)]), line
+
+
+def test_a_dash_can_be_typed_behind_an_equals_sign():
+    def parse(*args):
+        return commandline.parse(Config, "", args)
+
+    assert parse("--negative=-blurry", "--steps", "3") == Config(negative="-blurry", steps=3)
+    assert parse("--negative=--steps") == Config(negative="--steps")
+    assert parse("--prompt=-x", "a cat") == Config(prompt=("-x", "a cat"))
+
+
+def test_typed_settings_win_and_are_known_from_those_of_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "some.yaml"
+    path.write_text("prompt: [--steps, --lr]\nnegative: --seeds\nmult: 3\nflip: on\n<<: {lr: 2}\n")
+    for named in (["--config", str(path)], [f"--config={path}"]):
+        args = ["--prompt=--out", "b", *named, "--no-flip", "--classes", "3"]
+        monkeypatch.setattr(sys, "argv", ["chapter.py", *args])
+        cfg = commandline.parse(Config, "")
+        given = {"prompt": ("--out", "b"), "negative": "--seeds", "mult": (3,), "lr": 2.0}
+        assert cfg == Config(config=str(path), classes="3", **given)
+        names = [field.name for field in dataclasses.fields(Config)]
+        left = commandline.not_given(cfg, names)
+        assert left == ["checkpoint", "out", "seeds", "steps", "ema", "interval", "cond", "decay"]
+        small = commandline.smaller(cfg, prompt=("a",), mult=(1,), classes="", flip=True, lr=9.0)
+        assert small == dataclasses.replace(cfg, mult=(1,), lr=9.0)
+
+
+def test_a_preset_is_no_setting_that_was_given(tmp_path, monkeypatch):
+    (tmp_path / "3.yaml").write_text("steps: 4\nprompt: no\n")
+    data = dataclasses.make_dataclass("WithData", [("data", str, "")], bases=(Config,))
+    monkeypatch.setattr(sys, "argv", ["chapter.py", "--data", "3"])
+    cfg = commandline.parse(data, "", preset=str(tmp_path / "{data}.yaml"))
+    assert (cfg.steps, cfg.prompt, cfg.config) == (4, ("no",), str(tmp_path / "3.yaml"))
+    assert commandline.not_given(cfg, ("data", "steps")) == ["steps"]
+
+
+PATHS = ("out", "weights", "vocabulary", "image", "mask", "prompt_file")
+
+
+@pytest.mark.parametrize(
+    "script, names", [("stable_diffusion", PATHS), ("ldm_cfg", ("out", "data_root", "resume"))]
+)
+def test_home_in_paths(script, names, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = importlib.import_module(script).Config
+    home = {name: str(tmp_path / "x" / name) for name in names}
+    (tmp_path / "f.yaml").write_text("".join(f"{name}: ~/x/{name}\n" for name in names))
+    typed = [f"--{name.replace('_', '-')}=~/x/{name}" for name in names]
+    for args in (["--config=~/f.yaml"], typed):
+        cfg = commandline.parse(config, "", args)
+        assert {name: getattr(cfg, name) for name in names} == home
+    monkeypatch.setattr(sys, "argv", ["chapter.py", "--config=~/f.yaml"])
+    assert commandline.not_given(cfg, (*names, "steps")) == ["steps"]
+
+
+def test_home_is_not_in_what_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = importlib.import_module("stable_diffusion").Config
+    typed = commandline.parse(config, "", ["--negative=~/x", "--prompt", "~/y", "--out=a~/b"])
+    (tmp_path / "f.yaml").write_text("negative: ~/x\nprompt: ~/y\nout: a~/b\n")
+    file = commandline.parse(config, "", ["--config", str(tmp_path / "f.yaml")])
+    for cfg in (typed, file):
+        assert (cfg.negative, cfg.prompt, cfg.out) == ("~/x", ("~/y",), "a~/b")
