@@ -180,7 +180,7 @@ class Tokenizer:
         damaged.
         """
         symbols, text = list(BYTES.values()), read_text(path)
-        if text.startswith('{"') or Path(path).suffix == ".json":
+        if re.match(r'\{\s*"', text):
             raise BadInput(
                 f"{path} is JSON, not a list of merges: name the folder of vocab.json and "
                 f"merges.txt, {Path(path).parent}"

@@ -1,5 +1,7 @@
 """stable_diffusion.py's command line over the tiny model: files, pictures, and what is refused."""
 
+import contextlib
+import io
 import math
 
 import numpy as np
@@ -37,9 +39,10 @@ def folder(tmp_path_factory):
 
 
 def drawn(folder, out, *more, **how):
-    """The images that a command leaves, and what it prints."""
-    done = succeed("stable_diffusion", *asked(folder, "--out", out, *more, **how))
-    return images_in(out), done.out
+    """The images that a command leaves, and what it prints; in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        call(*asked(folder, "--out", out, *more, **how))
+    return images_in(out), said.getvalue()
 
 
 # ------------------------------------------------------------------------------------------- text

@@ -154,7 +154,7 @@ def test_a_pipeline_of_textual_inversion_is_read(tmp_path_factory, tmp_path):
 
 
 def test_a_vocabulary_that_is_no_list_of_merges_is_told(folder, tmp_path):
-    shutil.copy(folder / "vocab.json", folder / "other.txt")
+    (folder / "other.txt").write_text(json.dumps(tiny.vocabulary()[0], indent=2))
     for name in ("vocab.json", "other.txt"):
         with pytest.raises(BadInput, match=f"{name} is JSON, .* name the folder of .*{folder}"):
             Tokenizer.of_file(folder / name)
