@@ -62,7 +62,7 @@ from networks.published.stable_diffusion import read_pipeline, write_tiny
 from networks.sd_unet import AttentionMaps, LatentUNet
 
 TILE = 96  # side of the largest latent that is decoded at once: an image of 768 pixels
-TOLD = ("steps", "sampler", "guidance", "negative", "size", "weights", "image", "strength", "mask")
+UNTOLD = cli.names("config out smoke gpus prompt prompt_file n seeds batch_size interpolate")
 
 
 @dataclass
@@ -333,8 +333,9 @@ def draw(cfg, world, size, prompts, picture, mask):
 
 def save(cfg, images, told, words, seen):
     """Write images (N,H,W,3), what each is told to be of, and where words were looked at."""
-    folder, names = Path(cfg.out), TOLD[: None if cfg.image else -3]
-    settings = "; ".join(f"{name} {value}" for name in names if (value := getattr(cfg, name)) != "")
+    folder, unsaid = Path(cfg.out), UNTOLD | (set() if cfg.image else {"strength"})
+    values = {k: v for k, v in vars(cfg).items() if k not in unsaid and v != "" and v is not False}
+    settings = "; ".join(f"{name} {value}" for name, value in values.items())
     save_told(folder, images, [texts | {"settings": settings} for texts in told], cfg.interpolate)
     guidance = f"guidance w = {cfg.guidance:g} (s = {1 + cfg.guidance:g})"
     print(f"images: {len(images)}, {cfg.sampler}, {cfg.steps} steps, {guidance}")
@@ -365,9 +366,6 @@ def plan(cfg, size, n):
     takes["loading in fp32"] = sum(4 * p.numel() - p.nbytes for p in model.unet.parameters())
     nets = {"U-Net": model.unet, "text encoder": model.text, "autoencoder": model.ae}
     say_once("\n".join(memory_lines(nets, takes, device)))
-
-
-# -------------------------------------------------------------------------------------------- main
 
 
 def prompts_of(cfg):

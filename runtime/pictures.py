@@ -105,7 +105,8 @@ def save_told(folder, images, told, film=False):
     folder = Path(folder)
     stale = [folder / name for name in ("interpolation.gif", "interpolation.png", "attention.png")]
     for path in [*folder.glob("[0-9]" * 4 + "*.png"), *stale]:
-        path.unlink(missing_ok=True)
+        if path in stale or path.stem.isdecimal():
+            path.unlink(missing_ok=True)
     save_samples(folder, images, None)
     for i, (image, texts) in enumerate(zip(np.asarray(images), told, strict=True)):
         info = PngImagePlugin.PngInfo()

@@ -142,7 +142,7 @@ def memory_lines(nets, takes, device):
     weights = sum(p.nbytes for net in nets.values() for p in net.parameters())
     counts = [f"{name} {parameters(net):,}" for name, net in nets.items()]
     yield f"parameters: {', '.join(counts)}: {size_text(weights)}"
-    yield "beside them: " + ", ".join(f"{what} {size_text(n)}" for what, n in takes.items())
+    yield "beside them: " + ", ".join(f"{k} {size_text(n)}" for k, n in takes.items() if n)
     need, free = weights + max(takes.values()), free_memory(device)
     there = "" if free is None else f"; free here: {size_text(free)}"
     yield f"memory ({device.type}): {size_text(need)} and what PyTorch itself takes{there}"

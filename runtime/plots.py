@@ -49,7 +49,7 @@ def draw_cells(path, cells, panels=None, xlabel="guidance w", titles=None):
             axes.set(xticks=[], yticks=[])
             if titles or i == 0:
                 axes.set_title(titles.get((row, column), "") if titles else column, fontsize=9)
-            if j == 0:
+            if j == 0 and row.strip():
                 axes.set_ylabel(row)
             if (row, column) in cells:
                 axes.imshow(cells[row, column], cmap="gray", vmin=0, vmax=255)

@@ -120,11 +120,12 @@ def test_an_autoencoder_computes_the_same_with_gradients_and_without(name):
         assert a.requires_grad and not b.requires_grad and near(b, a.double())
 
 
-def test_decoding_takes_less_memory_than_three_of_its_largest_images():
+def test_decoding_keeps_two_and_a_half_of_its_largest_images(monkeypatch):
+    monkeypatch.setattr("networks.drawing.STRIPE", 2**14)
     ae = KLVAE(model_channels=16, num_res_blocks=1).to(memory_format=LAST).requires_grad_(False)
     z = normal(1, 4, 32, 32).to(memory_format=LAST)
     weights = sum(p.nbytes for p in ae.parameters())
     with torch.no_grad(), LiveBytes(list(ae.parameters())) as live:
         ae.decode(z)
-    largest = 4 * 32 * 256 * 256  # the two lower levels' channels at full size
-    assert largest < live.peak - weights < 3.4 * largest
+    # 2.54; 2.78 with the doubled image before its convolution, 3.03 with a norm of the whole image.
+    assert live.peak - weights < 2.6 * 4 * 32 * 256 * 256

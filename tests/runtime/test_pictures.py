@@ -31,7 +31,15 @@ def test_words_for_each_image_are_asked_for(tmp_path):
 
 def test_files_of_an_earlier_call_are_removed_and_foreign_ones_stay(tmp_path):
     """The first has more images, a film, and a picture of attention."""
-    foreign = ("fox.png", "7.png", "notes.txt", "0000.txt", "attention.txt", "tiny.safetensors")
+    foreign = (
+        "fox.png",
+        "7.png",
+        "2024-holiday.png",
+        "notes.txt",
+        "0000.txt",
+        "attention.txt",
+        "tiny.safetensors",
+    )
     for name in foreign:
         (tmp_path / name).write_text("mine")
     (tmp_path / "attention.png").write_text("of an earlier call")
