@@ -12,7 +12,7 @@ its autoencoder (autoencoder.py), then the U-Net together with the text encoder,
 schedule, one caption in ten replaced by the empty sentence. They are written as CompVis's files
 are, read again as stable_diffusion.py reads them, and scored: the colour of the ground is that of
 the picture's border, the shape is where the picture differs most from it, and which shape that is
-says a classifier of such places, trained on the same pictures.
+says a classifier of such places, a quarter as large, trained on the same pictures.
 
 In --out: the data, both runs, captions.safetensors, vocabulary.txt.gz, and captions.md, the table
 that is printed. Killed and started again it goes on where it stopped.
@@ -62,6 +62,9 @@ class Config(cli.RunConfig):
     n: int = 200  # pictures of each row of the table
 
     FREE = cli.RunConfig.FREE | {"n"}
+
+
+OWN = ("data", "data_root", "size", "classes", "dry_run")  # settings that are not the user's here
 
 
 class TextToImage(nn.Module):
@@ -147,7 +150,7 @@ def interval(right, n):
     """Wilson's interval of a share, at 95 %."""
     p, z = right / n, 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def row_of(name, w, images, meanings, classifier):
@@ -202,6 +205,9 @@ def scores(cfg, ds, model, device):
 def main():
     cfg = cli.parse(Config, __doc__)
     cfg = cli.smoke(cfg, images=240, ae_steps=2, n=20, out="runs/smoke-captions")
+    if typed := set(OWN).difference(cli.not_given(cfg, OWN)):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(typed))
+        raise cli.BadInput(f"{flags}: this command draws its own pictures; leave it out")
     cli.check_run(cfg)
     cli.check_ranges(cfg, positive="images ae_steps n")
     data = Path(cfg.out, f"captions-{cfg.images}.zip")

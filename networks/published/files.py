@@ -4,11 +4,13 @@ from runtime.checkpoints import load_mapped
 from runtime.commandline import BadInput
 from runtime.files import atomic_write
 
+import itertools
 import json
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -24,6 +26,7 @@ WEIGHTS = (
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOATS += (torch.float8_e4m3fn, torch.float8_e5m2)
 MOST_STEPS = 100_000
+PART = 2**25  # bytes of a file of weights that are mapped together; each map is an open file
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
     "fixed_small": "small",
@@ -111,7 +114,7 @@ def read_weights(path, inside=(), allowed=()):
     try:
         with torch.device("cpu"):
             tensors_only = tensors_only or named
-            state = load_file(path) if tensors_only else load_mapped(path, [*BESIDE, *allowed])
+            state = load_parts(path) if tensors_only else load_mapped(path, [*BESIDE, *allowed])
     except SafetensorError as error:
         raise BadInput(f"{path} is no safetensors file, or a torn one: {error}") from None
     except Exception as error:  # a torn pickle makes torch.load raise nearly anything
@@ -127,6 +130,32 @@ def read_weights(path, inside=(), allowed=()):
         raise BadInput(f"{path} is not a state_dict: expected names and tensors and nothing else")
     where = torch.get_default_device()
     return state if where.type == "cpu" else {name: v.to(where) for name, v in state.items()}
+
+
+def load_parts(path):
+    """The tensors of a .safetensors file, mapped in parts of about PART bytes.
+
+    What was read of a map is memory of the process until the map ends, which a part does with the
+    last of its tensors: a network is copied out of its file in little more than its own size.
+    """
+    whole = load_file(path)  # which checks the file, and reads only names, shapes and places
+    state = {name: value.clone() for name, value in whole.items() if value.numel() == 0}
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+    places = {name: header[name]["data_offsets"] for name in whole.keys() - state.keys()}
+    order = sorted(places, key=places.get)
+    for _, names in itertools.groupby(order, key=lambda name: places[name][0] // PART):
+        names = list(names)
+        first, last = places[names[0]][0], places[names[-1]][1]
+        part = np.memmap(path, np.uint8, "c", start + first, last - first)  # "c": never written
+        for name in names:
+            begin, end = places[name]
+            numbers, dtype = torch.from_numpy(part[begin - first : end - first]), whole[name].dtype
+            if (begin - first) % dtype.itemsize:  # others may write tensors where none can begin
+                numbers = numbers.clone()
+            state[name] = numbers.view(dtype).view(whole[name].shape)
+    return {name: state[name] for name in whole}
 
 
 def check_floats(state, path):

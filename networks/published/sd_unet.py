@@ -234,13 +234,14 @@ def _converted(state, table, path):
     check_floats(state, path)
     ours = {}
     for name, theirs, shape in table:
-        value = torch.cat([state[key].float() for key in theirs])
+        parts = [state.pop(key).float() for key in theirs]  # so that a file's map can end
+        value = torch.cat(parts)
         # Convolutions of size 1 around the transformers: (c,c,1,1) for our (c,c).
         if value.ndim == 4 and len(shape) == 2 and value.shape[2:] == (1, 1):
             value = value[:, :, 0, 0]
         if value.shape != shape:
             raise BadInput(
-                f"{path}: {theirs[0]} is {tuple(state[theirs[0]].shape)}, "
+                f"{path}: {theirs[0]} is {tuple(parts[0].shape)}, "
                 f"expected {(shape[0] // len(theirs), *shape[1:])}"
             )
         ours[name] = value
