@@ -41,7 +41,8 @@ def doubled(conv, x):
     """
     (height, width), weight = x.shape[2:], conv.weight
     size = len(x), len(weight), 2 * height, 2 * width
-    y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+    how = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
+    y = torch.empty(size, **how)
 
     def halved(kernel, odd, dim):
         a, b, c = kernel.unbind(dim)
