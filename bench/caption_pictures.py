@@ -44,7 +44,7 @@ def draw(meaning, split, i):
     u = np.random.Generator(np.random.Philox(key=[split, i])).random(10)
     colour, ground = (np.array(list(COLOURS.values()))[meaning[k]] for k in (0, 2))
     colour, ground = colour + 24 * (u[:3] - 0.5), ground + 24 * (u[3:6] - 0.5)
-    radius = FINE * (14 + 12 * u[6])
+    radius = FINE * (12 + 12 * u[6])
     middle = radius + FINE * BORDER + u[7:9] * (FINE * (SIDE - 2 * BORDER) - 2 * radius)
     shape, corners = list(SHAPES.items())[meaning[1]]
     angle = np.arange(corners) * 2 * math.pi / corners - math.pi / 2

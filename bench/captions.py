@@ -12,10 +12,12 @@ its autoencoder (autoencoder.py), then the U-Net together with the text encoder,
 schedule, one caption in ten replaced by the empty sentence. They are written as CompVis's files
 are, read again as stable_diffusion.py reads them, and scored: the colour of the ground is that of
 the picture's border, the shape is where the picture differs most from it, and which shape that is
-says a classifier of such places, a quarter as large, trained on the same pictures.
+says a classifier of such places, a quarter as large, trained on the same pictures, half of them
+through the autoencoder.
 
-In --out: the data, both runs, captions.safetensors, vocabulary.txt.gz, and captions.md, the table
-that is printed. Killed and started again it goes on where it stopped.
+In --out: the data, both runs, captions.safetensors, vocabulary.txt.gz, captions.md, the table that
+is printed, and captions.png, ten pictures of each of its rows of prompts. Killed and started again
+it goes on where it stopped.
 """
 
 import sys
@@ -26,6 +28,7 @@ sys.path[0] = str(REPO)  # in place of bench/
 
 from runtime import commandline as cli  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402
+from runtime.pictures import save_grid, to_uint8  # noqa: E402
 from runtime.processes import launch  # noqa: E402
 from runtime.run import Run  # noqa: E402
 
@@ -42,7 +45,7 @@ import ldm_cfg  # noqa: E402
 from bench import caption_pictures as pictures  # noqa: E402
 from evaluation.classifier import train_classifier  # noqa: E402
 from image_data import datasets  # noqa: E402
-from image_data.batches import Dataset  # noqa: E402
+from image_data.batches import Dataset, spaced  # noqa: E402
 from networks.clip_text import CLIPText  # noqa: E402
 from networks.clip_tokens import Tokenizer  # noqa: E402
 from networks.published import stable_diffusion as published  # noqa: E402
@@ -143,7 +146,7 @@ def train(cfg, world):
     if world.is_main:
         published.write_weights(weights, run.ema.unet, run.ema.text, ae, latents.scale)
         model = ["--weights", str(weights), "--vocabulary", str(vocabulary)]
-        scores(cfg, ds, model, world.device)
+        scores(cfg, ds, ae, model)
 
 
 def interval(right, n):
@@ -175,18 +178,34 @@ def drawn_by_chapter(folder, model, w, prompts, n, gpus):
     return np.load(folder / "samples.npz")["arr_0"]
 
 
-def scores(cfg, ds, model, device):
-    """captions.md, and the same table printed. model: flags of stable_diffusion.py that name it."""
+def train_shapes(cfg, ds, ae, shapes):
+    """A classifier of what read() makes of pictures, half of them through the autoencoder.
+
+    shapes (N,): of the pictures of ds. A decoder rounds edges off: who has seen only sharp ones
+    calls its stars squares, now and then.
+    """
+    chosen, device = spaced(len(ds), 2000), ae.quant_conv.weight.device
+    found = [ds.images[chosen]]
+    for rows in np.array_split(chosen, -(-len(chosen) // 100)):
+        found += [to_uint8(autoencoder.reconstruct(ae, ds, rows, device)[1]).numpy()]
+    places, labels = pictures.read(np.concatenate(found))[2], np.tile(shapes[chosen], 2)
+    places = Dataset("shape", places, labels, tuple(pictures.SHAPES), {})
+    return train_classifier(places, min(400, cfg.steps), cfg.seed, device)
+
+
+def scores(cfg, ds, ae, model):
+    """captions.md, which is printed, too, and captions.png, ten of what was drawn for each row.
+
+    model: flags of stable_diffusion.py that name it.
+    """
     known, test = pictures.captions(), datasets.load(cfg.data, cfg.data_root, split="test")
     meanings = np.array([known[name] for name in ds.class_names])  # (120,3)
-    places = Dataset(
-        "shape", pictures.read(ds.images[:])[2], meanings[ds.labels, 1], tuple(pictures.SHAPES), {}
-    )
-    classifier = train_classifier(places, min(400, cfg.steps), cfg.seed, device)
+    classifier = train_shapes(cfg, ds, ae, meanings[ds.labels, 1])
     packed = np.load(Path(cfg.out, "autoencoder", "reconstructions.npz"))
     rows = [row_of("drawn for tests", "", test.images[:], meanings[test.labels], classifier)]
     pair = packed["arr_0"], meanings[packed["arr_1"]]
     rows += [row_of("the same through the autoencoder", "", *pair, classifier)]
+    shown = []
     for name, held in (("seen", False), ("held out", True)):
         chosen = {caption: m for caption, m in known.items() if pictures.is_held_out(m) == held}
         n = max(1, cfg.n // len(chosen))
@@ -195,6 +214,8 @@ def scores(cfg, ds, model, device):
             images = drawn_by_chapter(folder, model, w, list(chosen), n, cfg.gpus)
             asked = np.repeat(list(chosen.values()), n, axis=0)
             rows += [row_of(f"captions {name}", w, images, asked, classifier)]
+            shown += [images[np.linspace(0, len(images) - 1, 10).astype(int)]]
+    save_grid(np.concatenate(shown), Path(cfg.out, "captions.png"), 10)
     head = ["pictures", "w", "N", "colour", "shape", "ground", "all three", "95 %"]
     lines = ["| " + " | ".join(line) + " |" for line in [head, ["---"] + 7 * ["--:"], *rows]]
     with atomic_write(Path(cfg.out, "captions.md")) as path:
