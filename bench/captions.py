@@ -16,8 +16,8 @@ says a classifier of such places, a quarter as large, trained on the same pictur
 through the autoencoder.
 
 In --out: the data, both runs, captions.safetensors, vocabulary.txt.gz, captions.md, the table that
-is printed, and captions.png, ten pictures of each of its rows of prompts. Killed and started again
-it goes on where it stopped.
+is printed, and captions.png, seven pictures of each of its rows of prompts. Killed and started
+again it goes on where it stopped.
 """
 
 import sys
@@ -194,7 +194,7 @@ def train_shapes(cfg, ds, ae, shapes):
 
 
 def scores(cfg, ds, ae, model):
-    """captions.md, which is printed, too, and captions.png, ten of what was drawn for each row.
+    """captions.md, which is printed, too, and captions.png, seven of what was drawn for each row.
 
     model: flags of stable_diffusion.py that name it.
     """
@@ -214,8 +214,8 @@ def scores(cfg, ds, ae, model):
             images = drawn_by_chapter(folder, model, w, list(chosen), n, cfg.gpus)
             asked = np.repeat(list(chosen.values()), n, axis=0)
             rows += [row_of(f"captions {name}", w, images, asked, classifier)]
-            shown += [images[np.linspace(0, len(images) - 1, 10).astype(int)]]
-    save_grid(np.concatenate(shown), Path(cfg.out, "captions.png"), 10)
+            shown += [images[np.linspace(0, len(images) - 1, 7).astype(int)]]
+    save_grid(np.concatenate(shown), Path(cfg.out, "captions.png"), 7)
     head = ["pictures", "w", "N", "colour", "shape", "ground", "all three", "95 %"]
     lines = ["| " + " | ".join(line) + " |" for line in [head, ["---"] + 7 * ["--:"], *rows]]
     with atomic_write(Path(cfg.out, "captions.md")) as path:

@@ -93,7 +93,7 @@ def test_a_short_run_trains_writes_and_scores_and_is_not_done_twice(
         assert held == {name == "captions held out"}
 
     with Image.open(tmp_path / "captions.png") as sheet:
-        assert sheet.size == (2 + 10 * 66, 2 + len(drawn) * 66)
+        assert sheet.size == (2 + 7 * 66, 2 + len(drawn) * 66)
 
     weights, words = tmp_path / "captions.safetensors", tmp_path / "vocabulary.txt.gz"
     model = load(str(weights), str(words))
