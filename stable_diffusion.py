@@ -274,13 +274,13 @@ def read_known(cfg, size):
 # ---------------------------------------------------------------------------------------- commands
 
 
-def images_wanted(cfg, model, prompts, shape):
+def images_wanted(cfg, model, prompts, seeds, shape):
     """N images in order: contexts (K,77,C), whose (N,) each has, seeds (N,), z_T (N,*shape), told.
 
     Every prompt with every seed; or with --interpolate the frames from the first to the last, on a
     straight line between contexts and an arc between noises (DDIM appendix D.5). told: in words.
     """
-    contexts, seeds = encode_prompts(model, prompts).cpu(), seeds_of(cfg, prompts)
+    contexts = encode_prompts(model, prompts).cpu()
     z = gaussian((len(seeds), *shape), seeds, -1, "cpu")
     if not cfg.interpolate:
         n, whose = len(prompts), torch.arange(len(prompts)).repeat_interleave(len(seeds))
@@ -293,13 +293,13 @@ def images_wanted(cfg, model, prompts, shape):
     return contexts, torch.arange(n), seeds[:1].repeat(n), slerp(z[:1], z[-1:], share)[0], told
 
 
-def draw(cfg, world, size, prompts, picture, mask):
+def draw(cfg, world, size, prompts, seeds, picture, mask):
     """All images of a command, and their files."""
     model = load(cfg.weights, cfg.vocabulary, world.device, world.dtype)
     check_folder(cfg.out)  # before the long work
     shape = latent_shape(model.ae, (3, *size), "--weights")  # (4,h,w)
     pairs, how = pairs_of(cfg, model), (cfg.guidance, cfg.sampler)
-    contexts, whose, seeds, z_T, told = images_wanted(cfg, model, prompts, shape)
+    contexts, whose, seeds, z_T, told = images_wanted(cfg, model, prompts, seeds, shape)
     uncond = encode_prompts(model, [cfg.negative]).to(world.dtype)  # (1,77,C)
     unet = model.unet if cfg.attention else world.for_sampling(model.unet)
     if picture is not None:
@@ -442,7 +442,8 @@ def main():
     picture, mask = read_known(cfg, size)
     if cfg.dry_run:
         return plan(cfg, size, n=cfg.interpolate or len(prompts) * len(seeds))
-    launch(partial(draw, size=size, prompts=prompts, picture=picture, mask=mask), cfg)
+    what = {"prompts": prompts, "seeds": seeds, "picture": picture, "mask": mask}
+    launch(partial(draw, size=size, **what), cfg)
 
 
 if __name__ == "__main__":

@@ -154,8 +154,7 @@ class Tokenizer:
 
         The last is what transformers 5 writes. Tokens that were added to the vocabulary are read,
         too; if a word of textual inversion has several, "<cat>" and "<cat>_1", all are to be typed.
-        BadInput, naming the file, where one is missing or
-        holds something else.
+        BadInput, naming the file, where one is missing or holds something else.
         """
         folder = Path(path)
         folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder

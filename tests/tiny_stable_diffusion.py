@@ -349,3 +349,10 @@ def spot():
     mask = np.zeros((48, 64), np.uint8)
     mask[8:32, 16:56] = 255
     return mask
+
+
+def saved_state(path, state):
+    """The file `path` of a changed state_dict, whose tensors None are left out."""
+    state = {name: value for name, value in state.items() if value is not None}
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return path

@@ -22,6 +22,7 @@ import torch
 from networks.published.files import WEIGHTS, check_floats, read_json, read_weights
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+SCALING = 0.18215  # of Stable Diffusion's latents: LDM appendix G
 FIRST_STAGE = "first_stage_model."  # before an autoencoder's names in a whole checkpoint
 HALF = re.compile("(?<!auto)encoder|decoder")
 
@@ -279,7 +280,7 @@ def published_scaling(kind, config, scale, path):
     """
     if config:
         scaling, shift = config.get("scaling_factor"), config.get("shift_factor")
-        scaling = (1.0 if kind == "tiny" else 0.18215) if scaling is None else scaling
+        scaling = (1.0 if kind == "tiny" else SCALING) if scaling is None else scaling
         shift = 0.0 if shift is None else shift
         if not _is_number(scaling) or scaling <= 0:
             raise BadInput(f"{path}: scaling_factor {scaling!r} must be a number above 0")

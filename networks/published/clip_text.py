@@ -14,10 +14,8 @@ from runtime.commandline import BadInput
 
 from pathlib import Path
 
-import torch
-
-from networks.published.files import check_floats, read_json, read_weights
-from networks.published.unet_names import check_keys
+from networks.published.files import read_json, read_weights
+from networks.published.unet_names import joined
 
 WEIGHTS = (
     "model.safetensors",
@@ -87,7 +85,7 @@ def read_clip_text(path):
             f"{weights} is {settings['width']} wide, which heads of 64 channels do not divide: "
             "expected a config.json beside it that says num_attention_heads"
         )
-    return settings, converted(state, settings, weights)
+    return settings, joined(state, rows(settings), weights)
 
 
 def find_text_encoder(path):
@@ -167,21 +165,6 @@ def sizes(state, path):
         length=length,
         eps=1e-5,
     )
-
-
-def converted(state, settings, path):
-    """Our state_dict, float32; BadInput names tensors that do not fit."""
-    table = list(rows(settings))
-    check_keys(state, [key for _, theirs, _ in table for key in theirs], path)
-    check_floats(state, path)
-    ours = {}
-    for name, theirs, shape in table:
-        shape = (shape[0] // len(theirs), *shape[1:])  # of each part
-        for key in theirs:
-            if state[key].shape != shape:
-                raise BadInput(f"{path}: {key} is {tuple(state[key].shape)}, expected {shape}")
-        ours[name] = torch.cat([state[key].float() for key in theirs])
-    return ours
 
 
 def told(config, settings, path):

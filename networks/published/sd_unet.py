@@ -12,10 +12,8 @@ from runtime.commandline import BadInput
 
 from pathlib import Path
 
-import torch
-
-from networks.published.files import check_floats, find_files, read_json, read_weights
-from networks.published.unet_names import BLOCK, ENDS, check_keys, modules, structure
+from networks.published.files import find_files, read_json, read_weights
+from networks.published.unet_names import BLOCK, ENDS, joined, modules, structure
 
 TRANSFORMER_ENDS = (("norm", "norm"), ("proj_in", "proj_in"), ("proj_out", "proj_out"))
 TRANSFORMER_BLOCK = (  # ours, theirs (several are joined along their first axis), whether biased
@@ -129,7 +127,7 @@ def load_latent_unet(path, *, num_heads=None, num_head_channels=None, norm_group
     given = dict(num_heads=num_heads, num_head_channels=num_head_channels, norm_groups=norm_groups)
     told.update({name: value for name, value in given.items() if value is not None})
 
-    ours = _converted(state, rows(s, layout, depth, context_dim), weights)
+    ours = joined(state, rows(s, layout, depth, context_dim), weights)
     if labels is not None:
         ours["label.weight"] = labels.float()
     mult = tuple(c // s.width if c % s.width == 0 else c / s.width for c in s.levels)
@@ -225,27 +223,6 @@ def _row(ours, theirs, shape, biased=True):
 def _firsts(s):
     """The numbers of the input blocks that begin the levels, in CompVis's names."""
     return [level * (s.blocks + 1) + 1 for level in range(len(s.levels))]
-
-
-def _converted(state, table, path):
-    """Our state_dict, float32; BadInput names keys that do not fit."""
-    table = list(table)
-    check_keys(state, [key for _, theirs, _ in table for key in theirs], path)
-    check_floats(state, path)
-    ours = {}
-    for name, theirs, shape in table:
-        parts = [state.pop(key).float() for key in theirs]  # so that a file's map can end
-        value = torch.cat(parts)
-        # Convolutions of size 1 around the transformers: (c,c,1,1) for our (c,c).
-        if value.ndim == 4 and len(shape) == 2 and value.shape[2:] == (1, 1):
-            value = value[:, :, 0, 0]
-        if value.shape != shape:
-            raise BadInput(
-                f"{path}: {theirs[0]} is {tuple(parts[0].shape)}, "
-                f"expected {(shape[0] // len(theirs), *shape[1:])}"
-            )
-        ours[name] = value
-    return ours
 
 
 # --------------------------------------------------------------------- checkpoints and settings

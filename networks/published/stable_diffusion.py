@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from networks.clip_text import CLIPText
 from networks.clip_tokens import SPECIAL, Tokenizer
 from networks.kl_autoencoder import KLVAE
-from networks.published.autoencoder import FIRST_STAGE, read_autoencoder
+from networks.published.autoencoder import FIRST_STAGE, SCALING, read_autoencoder
 from networks.published.clip_text import COMPVIS as TEXT
 from networks.published.clip_text import read_clip_text
 from networks.published.clip_text import rows as text_rows
@@ -39,7 +39,6 @@ from networks.published.sd_unet import load_latent_unet, rows
 from networks.published.unet_names import Structure
 from networks.sd_unet import LatentUNet
 
-SCALING = 0.18215  # of Stable Diffusion's latents: its autoencoder has 4 channels and factor 8
 FOLDERS = ("unet", "vae", "text_encoder", "tokenizer")
 PARTS = {UNET: "U-Net", TEXT: "text encoder", FIRST_STAGE: "autoencoder"}
 EXPECTED = "expected all of Stable Diffusion 1.x: U-Net, text encoder and autoencoder"

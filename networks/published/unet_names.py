@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from networks.published.files import check_floats
+
 BLOCK = (  # of a residual block: ours, UNet2DModel's, OpenAI's
     ("norm1", "norm1", "in_layers.0"),
     ("conv1", "conv1", "in_layers.2"),
@@ -222,6 +224,28 @@ def check_keys(state, wanted, path):
     unknown = sorted(state.keys() - set(wanted))
     if unknown:
         raise BadInput(f"{path} has tensors that this network has no place for: {_first(unknown)}")
+
+
+def joined(state, table, path):
+    """Our state_dict, float32, of a table of (our name, their names, shape); it empties `state`.
+
+    Tensors of several names are joined along their first axis; convolutions of size 1 become
+    matrices where the shape is one. BadInput, naming the first, for what does not fit.
+    """
+    table, ours = list(table), {}
+    check_keys(state, [key for _, theirs, _ in table for key in theirs], path)
+    check_floats(state, path)
+    for name, theirs, shape in table:
+        parts, shape = [], (shape[0] // len(theirs), *shape[1:])  # of each part
+        for key in theirs:
+            value = state.pop(key)  # so that a file's map can end
+            pointwise = value.ndim == 4 and len(shape) == 2 and value.shape[2:] == (1, 1)
+            part = value[:, :, 0, 0] if pointwise else value
+            if part.shape != shape:
+                raise BadInput(f"{path}: {key} is {tuple(value.shape)}, expected {shape}")
+            parts.append(part.float())
+        ours[name] = torch.cat(parts)
+    return ours
 
 
 def from_published(state, layout, s, path):

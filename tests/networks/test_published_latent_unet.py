@@ -247,6 +247,9 @@ def test_a_part_of_the_running_means_is_refused(tmp_path, kept):
 # ----------------------------------------------------------------------------- files, and refusals
 
 
+V = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight"  # joined to to_k's
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, published_unet):
     path = tmp_path_factory.mktemp("published")
@@ -314,6 +317,7 @@ def test_settings_without_a_counterpart_are_refused(folder, tmp_path, config, wo
         (lambda s: s | {"class_embedding.weight": torch.ones(3, 64)}, "no place for: class_emb"),
         (lambda s: s | {"conv_in.weight": torch.ones(16, 9, 3, 3)}, "makes 4 channels of 9"),
         (lambda s: s | {"conv_norm_out.weight": torch.ones(17)}, r"conv_norm_out.*\(17,\)"),
+        (lambda s: s | {V: torch.ones(16, 3)}, r"to_v.weight is \(16, 3\), expected \(16, 20\)"),
         (lambda s: {k: v for k, v in s.items() if "attn2" not in k}, "no U-Net of latent"),
         (lambda s: {"weight": torch.ones(2)}, "no U-Net"),
         (lambda s: s | {"conv_out.bias": torch.ones(4).to(torch.int8)}, "is quantised, .* is int8"),

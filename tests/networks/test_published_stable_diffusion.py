@@ -16,7 +16,7 @@ import tiny_stable_diffusion as tiny
 import torch
 from compvis_unet import compvis
 from reference_metrics import import_references
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from networks.clip_text import CLIPText
 from networks.clip_tokens import Tokenizer
@@ -64,17 +64,6 @@ def assert_same(found, unet, text_encoder, vae, tokens):
 
 
 # ---------------------------------------------------------------------------- a folder of diffusers
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.saved(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
-    """A copy of it that a test may change."""
-    return shutil.copytree(folder, tmp_path / "sd")
 
 
 def test_a_folder_of_diffusers_computes_the_same(folder):
@@ -226,7 +215,7 @@ def test_what_is_understood_is_said_in_one_line(
         if name.startswith(UNET)
     }
     state = tensors | means | {"alphas_cumprod": torch.linspace(0.99, 0.01, 500)}
-    path = saved(tmp_path / "means.safetensors", state)
+    path = tiny.saved_state(tmp_path / "means.safetensors", state)
     where = "the weights' own alphas_cumprod, timesteps leading, offset 1"
     means = "the U-Net's running means are taken"
     assert said(path, single[1]) == f"schedule: T 500, {where}; {means}\n"
@@ -242,24 +231,6 @@ def test_a_folder_without_a_scheduler_has_that_of_one_file(copy):
 
 
 # ----------------------------------------------------------------------------------------- one file
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    """(tiny.safetensors, its vocabulary) of write_tiny."""
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def tensors(single):
-    return load_file(single[0])
-
-
-def saved(path, state):
-    """The file `path` of a changed state_dict, whose tensors None are left out."""
-    state = {name: value for name, value in state.items() if value is not None}
-    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
-    return path
 
 
 def test_diffusers_reads_the_tiny_file_as_compviss_and_computes_the_same(single, tensors):
@@ -346,21 +317,21 @@ def test_the_tiny_vocabulary_joins_its_words(single):
 @pytest.mark.parametrize("form", ["sd.ckpt", "sd.safetensors"])
 def test_names_of_transformers_before_they_had_text_model(tensors, single, tmp_path, form):
     state = {name.replace("text_model.", ""): value for name, value in tensors.items()}
-    found = read_pipeline(saved(tmp_path / form, state), single[1])
+    found = read_pipeline(tiny.saved_state(tmp_path / form, state), single[1])
     expected = read_pipeline(*single)
     assert all(torch.equal(v, found.text[1][k]) for k, v in expected.text[1].items())
 
 
 def test_what_lies_beside_a_single_file_is_not_looked_at(tensors, single, tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "Other", "scaling_factor": 3}')
-    found = read_pipeline(saved(tmp_path / "sd.safetensors", tensors), single[1])
+    found = read_pipeline(tiny.saved_state(tmp_path / "sd.safetensors", tensors), single[1])
     assert found.autoencoder[2]["scaling"] == 0.18215
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_published_noise_is_exact_in_any_precision(tensors, single, tmp_path, dtype):
     state = tensors | {"alphas_cumprod": tiny.alpha_bar().to(dtype)}
-    found = read_pipeline(saved(tmp_path / "sd.safetensors", state), single[1])
+    found = read_pipeline(tiny.saved_state(tmp_path / "sd.safetensors", state), single[1])
     assert (found.alpha_bar - tiny.alpha_bar()).abs().max() < 1e-15
 
 
@@ -368,14 +339,16 @@ def test_other_noise_of_a_file_is_obeyed(tensors, single, tmp_path):
     path = tmp_path / "sd.safetensors"
     own = torch.linspace(0.99, 0.01, 500)
     assert torch.equal(
-        read_pipeline(saved(path, tensors | {"alphas_cumprod": own}), single[1]).alpha_bar,
+        read_pipeline(
+            tiny.saved_state(path, tensors | {"alphas_cumprod": own}), single[1]
+        ).alpha_bar,
         own.double(),
     )
-    found = read_pipeline(saved(path, tensors | {"alphas_cumprod": None}), single[1])
+    found = read_pipeline(tiny.saved_state(path, tensors | {"alphas_cumprod": None}), single[1])
     assert torch.equal(found.alpha_bar, published_alpha_bar())
     for wrong in (own.flip(0), own[:, None].contiguous(), torch.ones(4), torch.ones(1000)):
         with pytest.raises(BadInput, match="alphas_cumprod is no schedule"):
-            read_pipeline(saved(path, tensors | {"alphas_cumprod": wrong}), single[1])
+            read_pipeline(tiny.saved_state(path, tensors | {"alphas_cumprod": wrong}), single[1])
 
 
 def test_a_checkpoint_is_read_as_the_same_tensors(tensors, single, tmp_path):

@@ -3,49 +3,18 @@
 from runtime.commandline import BadInput
 
 import json
-import shutil
 
 import pytest
 import tiny_stable_diffusion as tiny
 import torch
-from safetensors.torch import load_file, save_file
 
 from networks.clip_text import CLIPText
 from networks.kl_autoencoder import KLVAE
-from networks.published.stable_diffusion import read_pipeline, write_tiny, write_weights
+from networks.published.stable_diffusion import read_pipeline, write_weights
 from networks.sd_unet import LatentUNet
 
 TEXT = "cond_stage_model.transformer.text_model."
 UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.saved(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
-    """A copy of diffusers' folder that a test may change."""
-    return shutil.copytree(folder, tmp_path / "sd")
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    """(tiny.safetensors, its vocabulary) of write_tiny."""
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def tensors(single):
-    return load_file(single[0])
-
-
-def saved(path, state):
-    """The file `path` of a changed state_dict, whose tensors None are left out."""
-    state = {name: value for name, value in state.items() if value is not None}
-    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
-    return path
 
 
 def altered(file, **changes):
@@ -99,7 +68,7 @@ def test_u_nets_that_see_more_than_the_latent_are_refused(
     tensors, single, tmp_path, channels, expected
 ):
     wide = {f"{UNET}input_blocks.0.0.weight": torch.ones(64, channels, 3, 3)}
-    path = saved(tmp_path / "sd.safetensors", tensors | wide)
+    path = tiny.saved_state(tmp_path / "sd.safetensors", tensors | wide)
     refused(path, f"sd.safetensors {expected}", single[1])
 
 
@@ -111,11 +80,13 @@ def test_parts_of_two_models_are_refused(folder, tensors, single, tmp_path):
             for name in tensors
             if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
         }
-        refused(saved(path, tensors | other), f"U-Net reads a context {word}", single[1])
+        refused(tiny.saved_state(path, tensors | other), f"U-Net reads a context {word}", single[1])
     ae = KLVAE(3, 32, (1, 1), 1, z_channels=3, norm_groups=32).state_dict()
     rest = {name: value for name, value in tensors.items() if not name.startswith(FIRST_STAGE)}
     other = {FIRST_STAGE + name: value for name, value in ae.items()}
-    refused(saved(path, rest | other), "latents of 3 channels, its U-Net of 4", single[1])
+    refused(
+        tiny.saved_state(path, rest | other), "latents of 3 channels, its U-Net of 4", single[1]
+    )
     refused(
         single[0], "its text encoder knows 557 tokens, the vocabulary has", folder / "tokenizer"
     )
@@ -193,7 +164,7 @@ FIRST, SECOND = torch.ones(2), torch.zeros(2)
 )
 def test_files_of_something_else_are_refused_with_what_they_are(tmp_path, state, expected):
     for name in ("x.safetensors", "x.ckpt"):
-        refused(saved(tmp_path / name, state), f"{name} {expected}")
+        refused(tiny.saved_state(tmp_path / name, state), f"{name} {expected}")
 
 
 def test_the_first_tensor_that_is_missing_is_named(tensors, single, tmp_path):
@@ -203,7 +174,7 @@ def test_the_first_tensor_that_is_missing_is_named(tensors, single, tmp_path):
         f"{UNET}input_blocks.1.1.proj_out.weight",
         f"{FIRST_STAGE}encoder.conv_in.weight",
     ):
-        path = saved(tmp_path / "sd.safetensors", tensors | {name: None})
+        path = tiny.saved_state(tmp_path / "sd.safetensors", tensors | {name: None})
         short = name.removeprefix(TEXT).removeprefix(UNET).removeprefix(FIRST_STAGE)
         refused(path, f"sd.safetensors.* {short}", single[1])
 
