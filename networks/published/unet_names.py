@@ -229,8 +229,8 @@ def check_keys(state, wanted, path):
 def joined(state, table, path):
     """Our state_dict, float32, of a table of (our name, their names, shape); it empties `state`.
 
-    Tensors of several names are joined along their first axis; convolutions of size 1 become
-    matrices where the shape is one. BadInput, naming the first, for what does not fit.
+    Tensors of several names are joined along their first axis; convolutions of size 1, (c,c,1) or
+    (c,c,1,1), become matrices where the shape is one. BadInput, naming the first that does not fit.
     """
     table, ours = list(table), {}
     check_keys(state, [key for _, theirs, _ in table for key in theirs], path)
@@ -239,8 +239,8 @@ def joined(state, table, path):
         parts, shape = [], (shape[0] // len(theirs), *shape[1:])  # of each part
         for key in theirs:
             value = state.pop(key)  # so that a file's map can end
-            pointwise = value.ndim == 4 and len(shape) == 2 and value.shape[2:] == (1, 1)
-            part = value[:, :, 0, 0] if pointwise else value
+            pointwise = len(shape) == 2 and set(value.shape[2:]) == {1}
+            part = value.flatten(1) if pointwise else value
             if part.shape != shape:
                 raise BadInput(f"{path}: {key} is {tuple(value.shape)}, expected {shape}")
             parts.append(part.float())
@@ -255,19 +255,8 @@ def from_published(state, layout, s, path):
 
 def converted(state, layout, table, path):
     """Our state_dict of the one that `table`, of Rows, has by the names of `layout`, float32."""
-    check_keys(state, [key for row in table for key in getattr(row, layout)], path)
-    ours = {}
-    for row in table:
-        parts = [state[key].float() for key in getattr(row, layout)]
-        # OpenAI's attention has convolutions of length 1: (c_out, c_in, 1) for our (c_out, c_in).
-        value = torch.cat([p[..., 0] if p.ndim == 3 else p for p in parts])
-        if value.shape != row.shape:
-            raise BadInput(
-                f"{path}: {getattr(row, layout)[0]} is {tuple(parts[0].shape)}, "
-                f"expected {(row.shape[0] // len(parts), *row.shape[1:])}"
-            )
-        ours[row.ours] = value
-    return ours
+    table = [(row.ours, getattr(row, layout), row.shape) for row in table]
+    return joined(dict(state), table, path)
 
 
 def split_heads_last(state, num_heads, num_head_channels, path):
