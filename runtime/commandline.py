@@ -13,14 +13,12 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args, get_origin
+from typing import ClassVar, Literal
 
 import torch
-import yaml
 from tqdm import tqdm
 
 TASKS = ("sample", "study", "nll", "plot_schedule")  # settings by which a training does not train
-KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", ...: "..."}
 
 
 class BadInput(Exception):
@@ -131,6 +129,8 @@ def parse(config_class, doc, args=None, preset=""):
     training is asked for. A ~ at the beginning of a text, but for `negative`, is the home folder.
     Raises BadInput for an unknown flag or key and for a value of the wrong type.
     """
+    from runtime.yaml_settings import yaml_settings
+
     import tyro
 
     args = list(sys.argv[1:] if args is None else args)
@@ -145,7 +145,7 @@ def parse(config_class, doc, args=None, preset=""):
     if preset and "config" not in typed and not any(getattr(cfg, task, "") for task in TASKS):
         path = Path(preset.format(data=cfg.data))
         cfg.config = str(path) if path.is_file() else ""
-    lower = _yaml_settings(getattr(cfg, "config", ""), config_class)
+    lower = yaml_settings(getattr(cfg, "config", ""), config_class)
     cfg = dataclasses.replace(cfg, **{name: lower[name] for name in lower.keys() - typed})
     paths = {k: v for k, v in vars(cfg).items() if isinstance(v, str) and k != "negative"}
     return dataclasses.replace(cfg, **{k: os.path.expanduser(v) for k, v in paths.items()})
@@ -153,10 +153,18 @@ def parse(config_class, doc, args=None, preset=""):
 
 def not_given(cfg, names):
     """Those of the settings `names` that the command line gives neither itself nor by --config."""
+    from runtime.yaml_settings import yaml_settings
+
     args = sys.argv[1:]
     paths = re.findall(r"\0--config[=\0]([^\0]*)", "\0".join(["", *args]))
-    given = _names(args).union(_yaml_settings("".join(paths[-1:]), type(cfg)))
+    given = _names(args).union(yaml_settings("".join(paths[-1:]), type(cfg)))
     return [name for name in names if name not in given]
+
+
+def typed(names):
+    """Those of the settings `names` that are flags on the command line."""
+    given = _names(sys.argv[1:])
+    return [name for name in names if name in given]
 
 
 def smaller(cfg, **values):
@@ -171,60 +179,6 @@ def _names(args):
     return {name.removeprefix("no_") for name in given}
 
 
-def _yaml_settings(path, config_class):
-    """{name: value} of this file, if any; texts are as they are written there."""
-    if not path:
-        return {}
-    path = Path(os.path.expanduser(path))
-    if not path.is_file():
-        raise BadInput(f"--config {path}: no such file; configs/ holds examples")
-    try:
-        loader = yaml.SafeLoader(text := path.read_text("utf-8-sig"))
-        root = loader.get_single_node() or yaml.MappingNode("", [])
-        if not isinstance(root, yaml.MappingNode):
-            raise BadInput(f"--config {path}: expected lines of 'key: value'")
-        loader.flatten_mapping(root)  # << takes in another mapping
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
-    kinds = {f.name: f.type for f in dataclasses.fields(config_class) if f.name != "config"}
-    settings = {}
-    for key, node in [(str(key.value), node) for key, node in root.value]:
-        if key not in kinds or get_origin(kinds[key]) is Annotated:  # that one has no flag
-            raise BadInput(f"--config {path}: unknown key {key!r}{_closest(key, kinds)}")
-        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        if any(part.tag == "tag:yaml.org,2002:null" for part in nodes):
-            raise BadInput(f"--config {path}: {key} has no value; type '' for an empty one")
-        try:
-            settings[key] = _of_nodes(kinds[key], nodes, loader)
-        except (ValueError, yaml.YAMLError):
-            written = " ".join(text[node.start_mark.index : node.end_mark.index].split())
-            parts = [KINDS.get(part, part) for part in get_args(kinds[key]) or (kinds[key],)]
-            wrong = f"{key} is {written[:60]}; --{key.replace('_', '-')} takes {', '.join(parts)}"
-            raise BadInput(f"--config {path}: {wrong}") from None
-    return settings
-
-
-def _of_nodes(kind, nodes, loader):
-    """The value of this type that YAML's scalars say; ValueError or YAMLError if they say none."""
-    parts = get_args(kind)
-    if get_origin(kind) is tuple:
-        kinds = parts[:1] * len(nodes) if parts[-1] is ... else parts
-        return tuple(_of_nodes(k, [n], loader) for k, n in zip(kinds, nodes, strict=True))
-    for node in nodes:  # a tag that is spelled out might change what is written
-        tag = loader.resolve(yaml.ScalarNode, str(node.value), (True, False))
-        same = node.tag in (tag, loader.DEFAULT_SCALAR_TAG)
-        if not (same and isinstance(node, yaml.ScalarNode)):
-            raise ValueError
-    written = ",".join(node.value for node in nodes)
-    if kind is str or written in parts:  # parts: of a choice
-        return written
-    [node] = nodes
-    value = loader.construct_object(node)  # by the rules of YAML 1.1: 1_000, .inf, yes
-    if parts or isinstance(value, bool) is not (kind is bool):
-        raise ValueError
-    return value if kind is bool else kind(str(value))  # YAML takes 1e-3 for a text
-
-
 def _one_line(box, config_class):
     """tyro explains in a box of many lines; keep what was wrong and add the closest flag."""
     lines = [re.sub(r"^\s*│\s?|\s*│\s*$", "", line).strip() for line in box.splitlines()]
@@ -234,11 +188,12 @@ def _one_line(box, config_class):
     unknown = re.match(r"Unrecognized options: (--[\w-]+)", text)
     if unknown:
         flags = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(config_class)]
-        return f"unknown flag {unknown[1]}{_closest(unknown[1], flags)}"
+        return f"unknown flag {unknown[1]}{closest(unknown[1], flags)}"
     return f"{text}; see --help"
 
 
-def _closest(word, words):
+def closest(word, words):
+    """A hint at that of `words` which is like `word`, or at --help."""
     close = difflib.get_close_matches(word, words, 1)
     return f"; did you mean {close[0]}?" if close else "; see --help"
 

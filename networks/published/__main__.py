@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from networks.published.files import named_alpha_bar
+from networks.published.schedule import named_alpha_bar
 from networks.published.unet import read_network, save_diffusers, settings_of
 
 SCRIPTS = ("ddpm_pixel", "improved_ddpm")

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from networks.published.files import find_weights, read_json, read_schedule, read_weights
+from networks.published.files import find_weights, read_json, read_weights
+from networks.published.schedule import read_schedule
 
 # diffusers' names of our parts: of a block, which keeps q, k and v apart,
 BLOCK = {

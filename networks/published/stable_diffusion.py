@@ -33,7 +33,8 @@ from networks.published.autoencoder import FIRST_STAGE, SCALING, read_autoencode
 from networks.published.clip_text import COMPVIS as TEXT
 from networks.published.clip_text import read_clip_text
 from networks.published.clip_text import rows as text_rows
-from networks.published.files import find_files, read_json, read_schedule, read_weights
+from networks.published.files import find_files, read_json, read_weights
+from networks.published.schedule import read_schedule
 from networks.published.sd_unet import COMPVIS as UNET
 from networks.published.sd_unet import load_latent_unet, rows
 from networks.published.unet_names import Structure

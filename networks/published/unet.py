@@ -24,13 +24,11 @@ from networks.published.files import (
     WEIGHTS,
     find_files,
     is_published,
-    named_alpha_bar,
     read_json,
-    read_schedule,
     read_weights,
-    scheduler_config,
     write_json,
 )
+from networks.published.schedule import named_alpha_bar, read_schedule, scheduler_config
 from networks.published.unet_names import (
     Structure,
     from_published,

@@ -13,7 +13,7 @@ import ddpm_pixel
 import improved_ddpm
 from kernels import gaussian
 from networks.adm_unet import UNet
-from networks.published.files import named_alpha_bar
+from networks.published.schedule import named_alpha_bar
 from networks.published.unet import read_network, save_diffusers
 
 COMMAND = "networks.published.__main__"

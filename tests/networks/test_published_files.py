@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import dit
-from networks.published.files import is_published, read_json, read_schedule, read_weights
+from networks.published.files import is_published, read_json, read_weights
+from networks.published.schedule import read_schedule
 
 MAPS = Path("/proc/self/maps")
 STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2, dtype=torch.half)}
