@@ -18,8 +18,6 @@ from typing import ClassVar, Literal
 import torch
 from tqdm import tqdm
 
-TASKS = ("sample", "study", "nll", "plot_schedule")  # settings by which a training does not train
-
 
 class BadInput(Exception):
     """The user can mend this; one line: what was wrong, what was expected, what to type."""
@@ -39,6 +37,17 @@ class Script:
     smoke: bool = False  # a few tiny steps, to see that everything works
     gpus: int = dataclasses.field(default_factory=default_gpus)
     """number of GPUs: 0 is the CPU, N > 1 starts N processes"""
+
+    # A flag that is typed does something or is refused. A script says of each of its tasks which
+    # settings have a part in it, of training which have none, and which do nothing unless another
+    # setting is on ("metric_every") or is one of some ("sampler=ddim,ddpm").
+    USES: ClassVar[dict[str, frozenset]] = {}
+    IDLE: ClassVar[frozenset] = frozenset()
+    NEEDS: ClassVar[dict[str, str]] = {}
+
+    def task(self):
+        """The setting that asks for something else than the script's training, or ""."""
+        return next((name for name in self.USES if getattr(self, name)), "")
 
 
 @dataclasses.dataclass
@@ -129,6 +138,7 @@ def parse(config_class, doc, args=None, preset=""):
     training is asked for. A ~ at the beginning of a text, but for `negative`, is the home folder.
     Raises BadInput for an unknown flag or key and for a value of the wrong type.
     """
+    from runtime.typed_flags import check_finite, check_typed, one_line
     from runtime.yaml_settings import yaml_settings
 
     import tyro
@@ -141,14 +151,22 @@ def parse(config_class, doc, args=None, preset=""):
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise BadInput(_one_line(error_text.getvalue(), config_class)) from None
-    if preset and "config" not in typed and not any(getattr(cfg, task, "") for task in TASKS):
+        raise BadInput(one_line(error_text.getvalue(), config_class)) from None
+    if preset and "config" not in typed and not cfg.task():
         path = Path(preset.format(data=cfg.data))
         cfg.config = str(path) if path.is_file() else ""
     lower = yaml_settings(getattr(cfg, "config", ""), config_class)
     cfg = dataclasses.replace(cfg, **{name: lower[name] for name in lower.keys() - typed})
+    if isinstance(cfg, Script):
+        check_typed(cfg, typed)
+    check_finite(cfg)
     paths = {k: v for k, v in vars(cfg).items() if isinstance(v, str) and k != "negative"}
     return dataclasses.replace(cfg, **{k: os.path.expanduser(v) for k, v in paths.items()})
+
+
+def flag(name):
+    """'batch_size' -> '--batch-size'."""
+    return f"--{name.replace('_', '-')}"
 
 
 def not_given(cfg, names):
@@ -177,19 +195,6 @@ def _names(args):
     """The settings that these arguments give; --no-flip gives flip."""
     given = {arg.split("=")[0][2:].replace("-", "_") for arg in args if arg.startswith("--")}
     return {name.removeprefix("no_") for name in given}
-
-
-def _one_line(box, config_class):
-    """tyro explains in a box of many lines; keep what was wrong and add the closest flag."""
-    lines = [re.sub(r"^\s*│\s?|\s*│\s*$", "", line).strip() for line in box.splitlines()]
-    lines = [line for line in lines if line and line[0] not in "╭╰"]
-    end = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    text = " ".join(lines[:end])
-    unknown = re.match(r"Unrecognized options: (--[\w-]+)", text)
-    if unknown:
-        flags = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(config_class)]
-        return f"unknown flag {unknown[1]}{closest(unknown[1], flags)}"
-    return f"{text}; see --help"
 
 
 def closest(word, words):
@@ -331,7 +336,7 @@ def _check(cfg, names, good, words):
     for name in names:
         value = getattr(cfg, name)
         if not good(value if isinstance(value, tuple) else (value,)):
-            raise BadInput(f"--{name.replace('_', '-')} must be {words}, got {value}")
+            raise BadInput(f"{flag(name)} must be {words}, got {value}")
 
 
 def check_sampling(cfg):
@@ -342,8 +347,6 @@ def check_sampling(cfg):
     steps = getattr(cfg, "timesteps", math.inf)  # of the chain, if it is one
     if not cfg.sample and cfg.sample_steps > steps:  # a checkpoint has its own
         raise BadInput(f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps {steps}")
-    if not math.isfinite(cfg.guidance):
-        raise BadInput(f"--guidance {cfg.guidance}: expected a finite number")
     if getattr(cfg, "n_eval", 0) and max(cfg.n, cfg.n_eval) < 2:
         raise BadInput("--n-eval must be 0, or at least 2: a covariance is compared")
     if getattr(cfg, "metric_every", 0) and cfg.metric_n < 2:
@@ -379,10 +382,8 @@ def check_run(cfg):
     check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "accumulate", "ema")
     check_positive(cfg, "log_every", "save_every")
     check_not_negative(cfg, "seed", "warmup", "sample_every", "keep_every", "price_per_gpu_hour")
-    for task in TASKS:
-        if cfg.dry_run and getattr(cfg, task, ""):
-            flag = task.replace("_", "-")
-            raise BadInput(f"--dry-run is for training: leave it out, or --{flag}")
+    if cfg.dry_run and cfg.task():
+        raise BadInput(f"--dry-run is for training: leave it out, or {flag(cfg.task())}")
     check_fraction(cfg, "ema")
     for often, base in (("save", "log"), ("keep", "save")):
         first, second = (getattr(cfg, f"{name}_every") for name in (often, base))
@@ -396,10 +397,8 @@ def check_run(cfg):
 
 
 def check_numbers(cfg):
-    """Raise BadInput for a number that is not finite, and for a whole number below 0."""
+    """Raise BadInput for a whole number below 0."""
     for name, value in vars(cfg).items():
         numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
-            raise BadInput(f"--{name.replace('_', '-')} {value}: expected a finite number")
         if any(isinstance(v, int) and v < 0 for v in numbers):
-            raise BadInput(f"--{name.replace('_', '-')} {value}: expected at least 0")
+            raise BadInput(f"{flag(name)} {value}: expected at least 0")

@@ -1,6 +1,6 @@
 """Settings in a YAML file, as the fields of a dataclass; a text stays as it is written."""
 
-from runtime.commandline import BadInput, closest
+from runtime.commandline import BadInput, closest, flag
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ def yaml_settings(path, config_class):
         except (ValueError, yaml.YAMLError):
             written = " ".join(text[node.start_mark.index : node.end_mark.index].split())
             parts = [KINDS.get(part, part) for part in get_args(kinds[key]) or (kinds[key],)]
-            wrong = f"{key} is {written[:60]}; --{key.replace('_', '-')} takes {', '.join(parts)}"
+            wrong = f"{key} is {written[:60]}; {flag(key)} takes {', '.join(parts)}"
             raise BadInput(f"--config {path}: {wrong}") from None
     return settings
 

@@ -1,0 +1,49 @@
+"""What parse() says of flags that were typed: unknown ones, and those that would do nothing."""
+
+from runtime.commandline import BadInput, closest, flag
+
+import dataclasses
+import re
+
+import torch
+
+MOST = torch.finfo(torch.float32).max
+EVERYWHERE = frozenset({"config", "out", "smoke", "gpus", "precision"})  # they have a part in all
+
+
+def check_typed(cfg, typed):
+    """Raise BadInput for a typed flag that would do nothing: see runtime.commandline.Script."""
+    task = cfg.task()
+    known = {field.name for field in dataclasses.fields(cfg)}
+    used = known - cfg.IDLE if not task else cfg.USES[task] | set(cfg.USES) | EVERYWHERE
+    for name in sorted(typed & known - used):
+        others = " or ".join(flag(other) for other, part in cfg.USES.items() if name in part)
+        told = f"is for {others}" if others and not task else f"has no part in {flag(task)}"
+        raise BadInput(f"{flag(name)} {told}: leave it out")
+    for name in sorted(typed & cfg.NEEDS.keys()):
+        other, _, values = cfg.NEEDS[name].partition("=")
+        if str(getattr(cfg, other)) not in values.split(",") if values else not getattr(cfg, other):
+            wanted = f"{flag(other)} {values}".strip().replace(",", " or ")
+            raise BadInput(f"{flag(name)} does nothing without {wanted}: add that or leave it out")
+
+
+def check_finite(cfg):
+    """Raise BadInput for a number that float32 does not hold, unless that is its default."""
+    for name, value in vars(cfg).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        bad = [v for v in numbers if isinstance(v, float) and not abs(v) <= MOST]
+        if bad and value != getattr(type(cfg), name, None):
+            raise BadInput(f"{flag(name)} {bad[0]:g}: expected a finite number, below {MOST:.1g}")
+
+
+def one_line(box, config_class):
+    """tyro explains in a box of many lines; keep what was wrong and add the closest flag."""
+    lines = [re.sub(r"^\s*│\s?|\s*│\s*$", "", line).strip() for line in box.splitlines()]
+    lines = [line for line in lines if line and line[0] not in "╭╰"]
+    end = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    text = " ".join(lines[:end])
+    unknown = re.match(r"Unrecognized options: (--[\w-]+)", text)
+    if unknown:
+        flags = [flag(f.name) for f in dataclasses.fields(config_class)]
+        return f"unknown flag {unknown[1]}{closest(unknown[1], flags)}"
+    return f"{text}; see --help"
