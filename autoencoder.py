@@ -85,6 +85,15 @@ class Config(cli.RunConfig):
     AutoencoderKL, AutoencoderTiny or TAESD, a file or a folder"""
     n: int = 1000  # held-out images that are reconstructed and measured at the end
 
+    USES = {"sample": cli.names("n data data_root size classes ema batch_size")}
+    NEEDS = cli.RunConfig.NEEDS | {
+        "patch": "ae=kl,vq",
+        "kl_weight": "ae=kl,ldm",
+        "codebook": "ae=vq",
+        "commitment": "ae=vq",
+        "perceptual_weight": "perceptual",
+        "disc_start": "discriminator",
+    }
     # Not `accumulate`: VQGAN's lambda is a number of each part.
     FREE = (cli.RunConfig.FREE | cli.names("sample n")) - cli.names("accumulate")
 

@@ -108,10 +108,18 @@ class Config(cli.RunConfig):
     study_scales: str = "0,0.5,1,2,5,10"  # values of s
     study_guidance: str = "-1,0,0.5,1,2,4"  # values of w, where the network knows labels
 
-    FREE = cli.RunConfig.FREE | cli.names(
-        "use_checkpoint metric_every metric_n sample study classifier classifier_scale "
-        "classifier_batch sampler eta variance clip_denoised sample_steps guidance n seeds "
-        "study_scales study_guidance"
+    GUIDED = cli.names("classifier_batch sampler eta variance clip_denoised sample_steps")
+    ASKED = cli.names("classifier use_checkpoint timesteps schedule alpha_min data data_root size")
+    STUDY = cli.names("study_scales study_guidance")
+    USES = {
+        "sample": cli.DRAWS | GUIDED | ASKED | cli.names("classifier_scale guidance"),
+        "study": cli.DRAWS | GUIDED | ASKED | STUDY,
+    }
+    IDLE = GUIDED | STUDY | cli.names("classifier_scale guidance n seeds")
+    FREE = (
+        cli.RunConfig.FREE
+        | IDLE
+        | cli.names("use_checkpoint metric_every metric_n sample study classifier")
     )
 
 
@@ -453,8 +461,6 @@ def check(cfg):
     cli.check_ranges(cfg, f"{positive} num_heads", not_negative, "alpha_min dropout eta")
     # Whether the network that is sampled has so many timesteps, and labels, is its own affair.
     cli.check_sampling(replace(cfg, sample="another's", metric_every=0))
-    if cfg.sample and cfg.study:
-        raise cli.BadInput("--sample and --study: one at a time")
     if cfg.sample or cfg.study:
         if not cfg.classifier:
             told = f"what guides {cfg.sample or cfg.study} is missing: type --classifier CKPT"

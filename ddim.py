@@ -83,6 +83,13 @@ class Config(cli.NetworkCommand):
     data_root: str = ""  # where data sets are looked for (default: where the training found them)
     encode_steps: str = "10,20,50,100,200,500,1000"  # numbers of steps to encode in; T at most
 
+    WALK = cli.names("n seeds batch_size spacing guidance clip_denoised")
+    USES = {
+        "sample": WALK | cli.names("classes sample_steps eta gif"),
+        "encode": WALK | cli.names("data data_root encode_steps classes eta"),  # both are refused
+        "interpolate": WALK | cli.names("classes sample_steps data data_root eta"),
+    }
+
 
 # ------------------------------------------------------------------------------------ timesteps
 
@@ -384,15 +391,12 @@ TASKS = {"sample": 100, "encode": 8, "interpolate": 8}  # and how many by defaul
 
 def task_of(cfg, script="ddim.py"):
     """What is asked for, a name of TASKS. Raises BadInput unless it is one."""
-    asked = [task for task in TASKS if getattr(cfg, task)]
-    if not asked:
+    if not cfg.task():
         raise cli.BadInput(
             "--sample is missing, a checkpoint of ddpm_pixel.py or improved_ddpm.py; "
             f"type python {script} --sample runs/pixel-mnist/ckpt.pt"
         )
-    if len(asked) > 1:
-        raise cli.BadInput(f"--{asked[0]} and --{asked[1]}: one at a time")
-    return asked[0]
+    return cfg.task()
 
 
 def check_task(cfg):

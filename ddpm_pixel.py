@@ -75,9 +75,12 @@ class Config(cli.RunConfig):
     guidance: float = 0.0
     """w in (1+w) eps(x,y) - w eps(x): -1 unconditional, 0 conditional; others write s = 1+w"""
 
-    FREE = cli.RunConfig.FREE | cli.names(
-        "use_checkpoint metric_every metric_n sample n seeds variance clip_denoised sample_steps "
-        "guidance"
+    SAMPLING = cli.names("variance clip_denoised sample_steps guidance")
+    USES = {"sample": cli.DRAWS | SAMPLING}
+    FREE = (
+        cli.RunConfig.FREE
+        | SAMPLING
+        | cli.names("use_checkpoint metric_every metric_n sample n seeds")
     )
 
 

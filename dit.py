@@ -95,6 +95,8 @@ class Config(cli.RunConfig):
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # guide only while t/T lies in it
     guidance_rescale: float = 0.0  # 0..1: how far it gets back the conditional estimate's spread
 
+    USES = ldm_cfg.Config.USES | {"published": cli.names("ae data")}
+    NEEDS = ldm_cfg.Config.NEEDS
     FREE = ldm_cfg.Config.FREE | cli.names("shard published")
 
 
@@ -478,8 +480,6 @@ def check(cfg):
 
 def main():
     cfg = cli.parse(Config, __doc__, preset=str(Path(__file__).parent / "configs/{data}_dit.yaml"))
-    if cfg.published and cfg.sample:
-        raise cli.BadInput("--published and --sample: one at a time, first --published")
     if cfg.published:
         return convert(cfg)
     if cfg.sample:

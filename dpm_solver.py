@@ -81,6 +81,13 @@ class Config(cli.NetworkCommand):
     data_root: str = ""  # where data sets are looked for (default: where the training found them)
     encode_steps: str = "10,20,50,100,200"  # numbers of steps to encode in; T at most
 
+    WALK = cli.names("sampler n seeds batch_size spacing guidance clip_denoised")
+    USES = {
+        "sample": WALK | cli.names("classes sample_steps gif"),
+        "encode": WALK | cli.names("data data_root encode_steps classes"),
+        "interpolate": WALK | cli.names("classes sample_steps data data_root"),
+    }
+
 
 # ------------------------------------------------------------------------------ DPM-Solver++(2M)
 

@@ -113,6 +113,9 @@ class Config(cli.RunConfig):
     ema_length: tuple[float, ...] = ()
     """--sample: the running mean of this relative length; several: a curve of quality over it"""
 
+    USES = {"sample": cli.DRAWS | cli.names("column ema_length data data_root " + SAMPLING)}
+    IDLE = cli.names("column ema_length")
+    NEEDS = cli.RunConfig.NEEDS | {"snapshot_every": "ema_lengths"}
     FREE = cli.RunConfig.FREE | cli.names(
         "use_checkpoint snapshot_every metric_every metric_n sample n seeds column ema_length "
         + SAMPLING

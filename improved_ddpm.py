@@ -69,6 +69,12 @@ class Config(ddpm_pixel.Config):
     timestep_respacing: str = ""  # the timesteps to visit, such as 0-9,49,99, not --sample-steps
 
     FREE = ddpm_pixel.Config.FREE | cli.names("nll dynamic_threshold timestep_respacing")
+    CHAIN = "variance sample_steps timestep_respacing batch_size n ema "
+    USES = {
+        "sample": cli.DRAWS | cli.names(CHAIN + "clip_denoised dynamic_threshold guidance"),
+        "nll": cli.names(CHAIN + "data data_root size"),
+        "plot_schedule": cli.names("timesteps alpha_min"),
+    }
 
 
 # ------------------------------------------------------------------ the bound L_vlb: section 2.1
@@ -467,10 +473,7 @@ def check(cfg):
     cli.check_run(cfg)
     not_negative = "min_snr num_head_channels"
     cli.check_ranges(cfg, "timesteps sample_steps n", not_negative, fraction="alpha_min")
-    tasks = [name for name in ("sample", "nll", "plot_schedule") if getattr(cfg, name)]
-    if len(tasks) > 1:
-        raise cli.BadInput(f"--{tasks[0]} and --{tasks[1].replace('_', '-')}: one at a time")
-    if tasks:
+    if cfg.task():
         return  # what follows is of training; a checkpoint has settings of its own
     if cfg.objective == "hybrid" and not cfg.learn_sigma:
         raise cli.BadInput("--objective hybrid learns the variance: type --objective simple or vlb")

@@ -51,6 +51,8 @@ from networks.sizes import check_unet, groups_for
 from networks.small_autoencoder import Autoencoder
 
 HERE = Path(__file__).parent
+SAMPLING = ("sampler", "sample_steps", "eta", "guidance", "guidance_interval", "guidance_rescale")
+OF_AE = "patch ae_channels ae_mult ae_blocks z_channels kl_weight ae_steps ae_lr"  # the small one
 
 
 @dataclass
@@ -103,13 +105,15 @@ class Config(cli.RunConfig):
     guidance_rescale: float = 0.0
     """0..1: how far the guided estimate gets back the conditional one's spread (Lin et al. 2024)"""
 
-    FREE = cli.RunConfig.FREE | cli.names(
-        "stage use_checkpoint sample n n_eval seeds sampler sample_steps eta guidance "
-        "guidance_interval guidance_rescale"
+    USES = {"sample": cli.DRAWS.union(SAMPLING)}
+    NEEDS = {
+        **cli.RunConfig.NEEDS,
+        "context_dim": "model=sd",
+        **dict.fromkeys(OF_AE.split(), "ae=kl"),
+    }
+    FREE = cli.RunConfig.FREE.union(
+        SAMPLING, cli.names("stage use_checkpoint sample n n_eval seeds")
     )
-
-
-SAMPLING = ("sampler", "sample_steps", "eta", "guidance", "guidance_interval", "guidance_rescale")
 
 
 # ------------------------------------------------------------ the autoencoder: LDM section 3.1

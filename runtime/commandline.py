@@ -23,6 +23,10 @@ class BadInput(Exception):
     """The user can mend this; one line: what was wrong, what was expected, what to type."""
 
 
+# What drawing samples takes in every chapter, beside what the chapter names.
+DRAWS = frozenset({"n", "seeds", "classes", "batch_size", "compile", "ema"})
+
+
 def default_gpus():
     """One GPU where there is one, else the CPU."""
     return min(torch.cuda.device_count(), 1)
@@ -38,9 +42,9 @@ class Script:
     gpus: int = dataclasses.field(default_factory=default_gpus)
     """number of GPUs: 0 is the CPU, N > 1 starts N processes"""
 
-    # A flag that is typed does something or is refused. A script says of each of its tasks which
-    # settings have a part in it, of training which have none, and which do nothing unless another
-    # setting is on ("metric_every") or is one of some ("sampler=ddim,ddpm").
+    # A flag that is typed does something or is refused. A script says which settings have a part in
+    # each of its tasks, which have none in training, and which do nothing unless another setting is
+    # on ("metric_every") or is one of some ("sampler=ddim,ddpm").
     USES: ClassVar[dict[str, frozenset]] = {}
     IDLE: ClassVar[frozenset] = frozenset()
     NEEDS: ClassVar[dict[str, str]] = {}
@@ -102,6 +106,12 @@ class RunConfig(NetworkCommand):
     dry_run: bool = False
     """time some steps of each stage, say hours, memory and the rest that is needed; keep nothing"""
     price_per_gpu_hour: float = 0.0  # --dry-run: dollars, to say what the run costs; 0: not said
+
+    NEEDS: ClassVar[dict[str, str]] = {
+        "metric_n": "metric_every",
+        "label_dropout": "class_cond",
+        "price_per_gpu_hour": "dry_run",
+    }
 
     # What a resumed run may change. All but `steps` leave the weights at a given step as they are,
     # but for rounding; where the learning rate falls, other `steps` bend it from there on. A

@@ -12,7 +12,13 @@ EVERYWHERE = frozenset({"config", "out", "smoke", "gpus", "precision"})  # they 
 
 
 def check_typed(cfg, typed):
-    """Raise BadInput for a typed flag that would do nothing: see runtime.commandline.Script."""
+    """Raise BadInput for a typed flag that would do nothing: see runtime.commandline.Script.
+
+    Also for two tasks at once.
+    """
+    asked = [name for name in cfg.USES if getattr(cfg, name)]
+    if len(asked) > 1:
+        raise BadInput(f"{flag(asked[0])} and {flag(asked[1])}: one at a time")
     task = cfg.task()
     known = {field.name for field in dataclasses.fields(cfg)}
     used = known - cfg.IDLE if not task else cfg.USES[task] | set(cfg.USES) | EVERYWHERE
@@ -22,6 +28,8 @@ def check_typed(cfg, typed):
         raise BadInput(f"{flag(name)} {told}: leave it out")
     for name in sorted(typed & cfg.NEEDS.keys()):
         other, _, values = cfg.NEEDS[name].partition("=")
+        if other not in known:
+            continue
         if str(getattr(cfg, other)) not in values.split(",") if values else not getattr(cfg, other):
             wanted = f"{flag(other)} {values}".strip().replace(",", " or ")
             raise BadInput(f"{flag(name)} does nothing without {wanted}: add that or leave it out")
