@@ -26,13 +26,34 @@ def check_typed(cfg, typed):
         others = " or ".join(flag(other) for other, part in cfg.USES.items() if name in part)
         told = f"is for {others}" if others and not task else f"has no part in {flag(task)}"
         raise BadInput(f"{flag(name)} {told}: leave it out")
-    for name in sorted(typed & cfg.NEEDS.keys()):
-        other, _, values = cfg.NEEDS[name].partition("=")
-        if other not in known:
-            continue
-        if str(getattr(cfg, other)) not in values.split(",") if values else not getattr(cfg, other):
-            wanted = f"{flag(other)} {values}".strip().replace(",", " or ")
-            raise BadInput(f"{flag(name)} does nothing without {wanted}: add that or leave it out")
+    # What a task reads from a checkpoint may yet give a setting that another one needs.
+    check_idle(cfg, [name for name in typed if not task or needed(cfg, name)[0] in typed])
+
+
+def check_idle(cfg, names):
+    """Raise BadInput for one of these settings, which were typed, that does nothing in cfg."""
+    for name in sorted(names):
+        if why := idle(cfg, name):
+            raise BadInput(f"{flag(name)} does nothing {why}: leave it out, or change that")
+
+
+def needed(cfg, name):
+    """(setting, values, whether it must be off instead of on) that `name` needs: see Script."""
+    other, _, values = cfg.NEEDS.get(name, "").partition("=")
+    return other.removeprefix("!"), values, other.startswith("!")
+
+
+def idle(cfg, name):
+    """Why the setting `name` does nothing in cfg: "without --ae vq", "beside --x", or ""."""
+    other, values, off = needed(cfg, name)
+    if not hasattr(cfg, other):
+        return ""
+    value = getattr(cfg, other)
+    on = any(value) if isinstance(value, tuple) else value
+    if off:
+        return f"beside {flag(other)}" if on else ""
+    on = str(value) in values.split(",") if values else on
+    return "" if on else f"without {flag(other)} {values.replace(',', ' or ')}".strip()
 
 
 def check_finite(cfg):

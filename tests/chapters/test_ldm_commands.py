@@ -98,8 +98,9 @@ def test_an_autoencoder_trained_before_serves_another_denoiser(
     else:
         succeed("autoencoder", *tiny["autoencoder"], *toy, *SHORT, "--ae", "vq", "--out", first)
         path = first / "ckpt.pt"
-    other = ["--ae", path, "--ae-channels", "16", "--ae-blocks", "1", "--patch", "2"]
-    succeed(script, *tiny[script], *toy, *SHORT, *other, "--out", second)
+    again = [script, *tiny[script], *toy, *SHORT, "--ae", path, "--out", second]
+    assert "--patch does nothing without --ae kl" in run(*again, "--patch", "2").err
+    succeed(*again)
     found = np.load(second / "latents" / "moments.npy")
     if kind == "kl":
         np.testing.assert_array_equal(found, np.load(first / "latents" / "moments.npy"))
@@ -114,13 +115,14 @@ def test_an_autoencoder_trained_before_serves_another_denoiser(
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (4, 16, 16, 1)
 
 
-def test_a_published_autoencoder_is_not_needed_to_sample(flags, tmp_path):
+def test_a_published_autoencoder_is_not_needed_to_sample(toy, tiny, tmp_path):
     torch.manual_seed(0)
     ae, folder = TinyAutoencoder(channels=1, model_channels=16), tmp_path / "tiny"
     folder.mkdir()
     for part in ("encoder", "decoder"):
         torch.save(getattr(ae, part).state_dict(), folder / f"tiny_{part}.pth")
-    succeed("ldm_cfg", *flags, "--ae", folder, "--out", tmp_path / "run")
+    given = [*tiny["ldm_cfg"], *toy, *SHORT, "--ae", folder]
+    succeed("ldm_cfg", *given, "--out", tmp_path / "run")
     folder.rename(tmp_path / "moved")
     sample = ["--sample", tmp_path / "run" / "ckpt.pt", "--n", "3", "--gpus", "0"]
     succeed("ldm_cfg", *sample, "--out", tmp_path / "samples")

@@ -5,9 +5,11 @@ this process; what would go on, in one of its own.
 """
 
 from runtime.checkpoints import load_checkpoint
-from runtime.commandline import BadInput, entry
+from runtime.commandline import BadInput, entry, flag
+from runtime.typed_flags import check_finite
 
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -134,14 +136,15 @@ SETTINGS = [  # flags, what the one line must name
     (["--size", "-4"], ["--size -4"]),
 ]
 # Of a network that has no such flag, or where it means something else.
-SKIPPED = {("autoencoder", "--model-channels"), ("classifier_guidance", "--sample-steps")}
+SKIPPED = {("autoencoder", "--model-channels")}
 
 
 def has(script, given):
-    """Whether the chapter has all the settings that are given."""
+    """Whether the chapter has all the settings that are given, for training."""
     names = [flag[2:].replace("-", "_") for flag in given if str(flag).startswith("--")]
     names += ["timesteps"] * ("sample_steps" in names)  # a chain, which has so many
-    return set(names) <= set(fields(script)) and (script, given[0]) not in SKIPPED
+    has_part = set(fields(script)) - importlib.import_module(script).Config.IDLE
+    return set(names) <= has_part and (script, given[0]) not in SKIPPED
 
 
 CASES = [
@@ -154,7 +157,8 @@ CASES = [
 
 @pytest.mark.parametrize("script, given, named", CASES)
 def test_setting(script, given, named, toy, tmp_path, refuses):
-    line = refuses(script, "--smoke", "--gpus", 0, *toy, "--out", tmp_path / "out", *given)
+    data = [] if given[0] == "--sample" else toy
+    line = refuses(script, "--smoke", "--gpus", 0, *data, "--out", tmp_path / "out", *given)
     assert all(text in line for text in named), line
     assert not list(tmp_path.rglob("*.pt"))
 
@@ -169,16 +173,33 @@ def numbers(script, kind):
     return found
 
 
-@pytest.mark.parametrize("kind, bad", [(float, float("nan")), (float, float("inf")), (int, -1)])
 @pytest.mark.parametrize("script", TRAININGS)
-def test_no_number_may_be_infinite_and_no_count_negative(script, kind, bad):
-    chapter, found = importlib.import_module(script), numbers(script, kind)
-    assert {int: "steps", float: "lr"}[kind] in found and len(found) > 5
+def test_no_count_is_negative(script):
+    chapter, found = importlib.import_module(script), numbers(script, int)
+    assert "steps" in found and len(found) > 5
     for name, many in found.items():
         cfg = chapter.Config(gpus=0)
         with pytest.raises(BadInput) as refusal:
-            chapter.check(replace(cfg, **{name: (bad,) * many if many else bad}))
-        assert f"--{name.replace('_', '-')} " in str(refusal.value)
+            chapter.check(replace(cfg, **{name: (-1,) * many if many else -1}))
+        assert f"{flag(name)} " in str(refusal.value)
+
+
+@pytest.mark.parametrize("script", [*COMMANDS, "stable_diffusion"])
+def test_every_number_is_finite(script):
+    """What float32 does not hold is refused by parse, whatever the setting is for."""
+    config, found = importlib.import_module(script).Config, numbers(script, float)
+    for name, many in found.items():
+        for bad in (math.nan, math.inf, -math.inf, 1e39):
+            with pytest.raises(BadInput, match=f"^{flag(name)} .* finite"):
+                check_finite(config(gpus=0, **{name: (bad,) * many if many else bad}))
+    check_finite(config(gpus=0))
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "-1e39"])
+def test_numbers_that_are_typed_are_finite(bad, refuses):
+    for script in ("ddpm_pixel", "ddim", "compare_samplers", "edm", "stable_diffusion"):
+        assert refuses(script, "--guidance", bad).startswith("--guidance ")
+    assert refuses("edm", "--S-churn", "0", bad).startswith("--S-churn ")
 
 
 @pytest.mark.parametrize("script", TRAININGS)
