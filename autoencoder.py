@@ -32,6 +32,7 @@ Each leaves reconstructions.png. ldm_cfg.py --ae runs/ae-vq-mnist/ckpt.pt trains
 from runtime import checkpoints
 from runtime import commandline as cli
 from runtime.files import atomic_write
+from runtime.finite import WEIGHTS, check_finite
 from runtime.pictures import save_grid, to_uint8
 from runtime.precision import LossScaler
 from runtime.processes import exact, launch
@@ -304,6 +305,7 @@ def train(cfg, world):
     how = {"optimizer": world.adam(cfg.lr), "keep": keep, "made_of": made_of}
     run = Run(cfg, world, ds, net=ae, **how)
     run.say(f"{ds.name}: {len(ds)} images {ds.shape}, autoencoder {cfg.ae}, latents {z_shape}")
+    shown = np.linspace(0, len(ds) - 1, min(50, len(ds))).astype(np.int64)
 
     for step in run.steps():  # goes on where it stopped; saves between two steps
         seen = []  # what this process's share of the step gave the codebook
@@ -330,8 +332,7 @@ def train(cfg, world):
             adversary.step(run.optimizer.param_groups[0]["lr"])
         run.descend(also=partial(read_hits, book))  # clip, Adam, running means, log
         if run.due(cfg.sample_every):
-            chosen = np.linspace(0, len(ds) - 1, min(50, len(ds))).astype(np.int64)
-            run.save_grid(pairs(*reconstruct(ae, ds, chosen, world.device)))
+            run.save_grid(lambda: pairs(*reconstruct(ae, ds, shown, world.device)))
     ae.eval().requires_grad_(False)
     report(ae, cfg, world, run.folder)
 
@@ -344,10 +345,12 @@ def train(cfg, world):
 def reconstruct(ae, ds, chosen, device):
     """(x, x_hat), (b,C,H,W) in [-1,1] on the device, of images `chosen` int64 (b,), without noise.
 
-    x_hat is decoded from the mean of q(z|x), in fp32.
+    x_hat is decoded from the mean of q(z|x), in fp32. NotFinite where it is not finite.
     """
     x = ds.batch(chosen)[0].to(device)
-    return x, ae.decode(ae.encode(x)[0]).float().clamp(-1, 1)
+    z = check_finite(ae.encode(x)[0], chosen, "the latent of image", WEIGHTS)
+    x_hat = ae.decode(z).float()
+    return x, check_finite(x_hat, chosen, "the reconstruction of image", WEIGHTS).clamp(-1, 1)
 
 
 def pairs(x, x_hat):
@@ -396,7 +399,7 @@ def report(ae, cfg, world, folder, batch=64):
 
     def measure(part, tick):
         """What is collected of the images `part`, (b,2): PSNR and SSIM."""
-        x, x_hat = reconstruct(ae, images, chosen[part], device)
+        x, x_hat = reconstruct(ae, images, chosen[part.numpy()], device)
         if book:
             hits.add_(torch.bincount(ae.codes(x).flatten(), minlength=book.size))
         found.append(to_uint8(x_hat))
@@ -439,13 +442,14 @@ def sample_checkpoint(cfg, world):
     ae = load_autoencoder(path, world.device, ema, flag="--sample")
     if state:
         names = cli.not_given(cfg, ("data", "data_root", "size", "classes"))
-        cfg = replace(cfg, **{name: state["config"][name] for name in names})
+        trained = checkpoints.trained_config(Config, state)
+        cfg = replace(cfg, **{name: getattr(trained, name) for name in names})
     beside = path.parent if state else f"runs/ae-{path.stem}-{Path(cfg.data).stem}"
     if world.is_main:
         kind, count = ae.settings["kind"], sum(p.numel() for p in ae.parameters()) / 1e6
         small = f"{ae.z_channels} channels, {ae.factor} times smaller"
         print(f"autoencoder {kind} of {count:.2f} M parameters, latents of {small}")
-    report(ae, cfg, world, Path(cfg.out or beside))
+    report(ae, cfg, world, Path(cfg.out or beside), max(1, cfg.batch_size // world.size))
 
 
 def check(cfg):

@@ -31,6 +31,7 @@ from runtime import commandline as cli
 from runtime.pictures import save_drawn, save_grid, to_uint8
 from runtime.processes import exact, launch, say_once
 from runtime.run import Run
+from runtime.typed_flags import check_idle
 
 import math
 import time
@@ -109,12 +110,14 @@ class Config(cli.RunConfig):
     study_guidance: str = "-1,0,0.5,1,2,4"  # values of w, where the network knows labels
 
     GUIDED = cli.names("classifier_batch sampler eta variance clip_denoised sample_steps")
-    ASKED = cli.names("classifier use_checkpoint timesteps schedule alpha_min data data_root size")
+    ASKED = cli.names("classifier use_checkpoint timesteps schedule alpha_min")
     STUDY = cli.names("study_scales study_guidance")
     USES = {
         "sample": cli.DRAWS | GUIDED | ASKED | cli.names("classifier_scale guidance"),
-        "study": cli.DRAWS | GUIDED | ASKED | STUDY,
+        "study": cli.DRAWS | GUIDED | ASKED | STUDY | cli.names("data data_root size"),
     }
+    NEEDS = cli.RunConfig.NEEDS | {"num_heads": "!num_head_channels"}
+    NEEDS |= {"eta": "sampler=ddim", "variance": "sampler=ddpm"}
     IDLE = GUIDED | STUDY | cli.names("classifier_scale guidance n seeds")
     FREE = (
         cli.RunConfig.FREE
@@ -210,7 +213,7 @@ def sample(
 def trajectory(net, classifier, cfg, trained, shape, seeds, y):
     """sample() as the settings say; `trained` are those of the network."""
     alpha_bar = alpha_bar_of(trained)
-    pairs = timestep_pairs(trained.timesteps, trained.sample_steps)
+    pairs = timestep_pairs(trained.timesteps, trained.sample_steps, trained.spacing)
     if cfg.sampler == "ddim":
         how = {"algorithm": 2}
         how["make_row"] = partial(ddim_row, eta=cfg.eta, prediction=trained.prediction)
@@ -263,7 +266,7 @@ def train(cfg, world):
         if cfg.metric_every and (run.due(cfg.metric_every) or run.done):
             run.log(**by_quarter(read(held_out), "test_accuracy"))
         if run.due(cfg.sample_every):
-            run.save_grid(gradients(run.ema, held_out, alpha_bar), len(SHOWN))
+            run.save_grid(partial(gradients, run.ema, held_out, alpha_bar), len(SHOWN))
     curves = {"training images": read(ds), "held-out images": read(held_out)}
     if world.is_main:
         save_curves(run.folder / "accuracy.png", curves, cfg.timesteps, 1 / ds.num_classes)
@@ -326,10 +329,9 @@ def load_classifier(path, device):
 
 def load_pair(cfg, path, world):
     """(network, its settings, classifier, shape, class names); BadInput where they do not fit."""
-    ema = checkpoints.typed_ema(cfg)
-    net, trained, shape, net_names, _ = improved_ddpm.load_net(path, world.device, ema)
-    typed = NETWORK if trained.data else f"{NETWORK} timesteps schedule alpha_min"  # published
-    trained = checkpoints.overlaid(trained, cfg, typed.split())
+    asked = checkpoints.asked(cfg, "classifier_guidance", checkpoints.NOISE)
+    net, trained, shape, net_names, _ = improved_ddpm.load_net(path, world.device, **asked)
+    trained = checkpoints.overlaid(trained, cfg, NETWORK.split())
     trained = replace(trained, variance=improved_ddpm.variance_of(trained))
     if cfg.sampler == "ddim" and alpha_bar_of(trained)[-1] < 1e-12:
         told = "divides by sqrt(alpha_bar), which is 0 at T: type --sampler ddpm"
@@ -355,6 +357,7 @@ def load_pair(cfg, path, world):
         raise cli.BadInput(f"{pair}: {chains}; {told}")
     if named and not torch.allclose(its_alpha_bar, alpha_bar_of(trained), rtol=1e-6):
         told = f"type --schedule {trained.schedule} --alpha-min {trained.alpha_min:g} to train one"
+        told = "none is trained on a network's own betas" if trained.trained_betas else told
         raise cli.BadInput(f"{pair}: schedules {its_cfg.schedule} and {trained.schedule}; {told}")
     return net, trained, classifier, shape, names
 
@@ -370,7 +373,8 @@ def sample_checkpoint(cfg, world):
     net, trained, classifier, shape, names = load_pair(cfg, cfg.sample, world)
     seeds, labels = seeds_and_labels(cfg, net, names, trained.guidance)
     walk = partial(trajectory, world.for_sampling(net), classifier, cfg, trained, shape)
-    images = world.draw(walk, seeds, labels, trained.batch_size, trained.sample_steps)
+    pairs = timestep_pairs(trained.timesteps, trained.sample_steps, trained.spacing)
+    images = world.draw(walk, seeds, labels, trained.batch_size, pairs)
     walk = partial(trajectory, net, classifier, cfg, trained, shape)
     save_drawn(cli.folder_of(cfg, cfg.sample), images, labels, walk, seeds, world)
 
@@ -389,7 +393,7 @@ def judge_of(cfg, trained, shape, names, world):
     drawn = [names[i] for i in cli.parse_classes(cfg.classes, names)]
     known, classes = set(names) <= set(extractor.class_names), trained.classes
     if known and len(drawn) < len(extractor.class_names):
-        classes = ",".join(drawn)
+        classes = drawn
     ds, _ = datasets.held_out(name, root, shape, (), size=size, classes=classes)
     see = partial(look, extractor=extractor, world=world)
     reference = see(Images(f"{name}:test", ds.images, key=ds.key), keep=root, reference=True)
@@ -408,7 +412,7 @@ def study(cfg, world):
     """Each way of guidance over its scale, of the same seeds: tables, curves, grids."""
     net, trained, classifier, shape, names = load_pair(cfg, cfg.study, world)
     seeds, labels = seeds_and_labels(cfg, net, names, 0)
-    total = len(timestep_pairs(trained.timesteps, trained.sample_steps))
+    total = len(timestep_pairs(trained.timesteps, trained.sample_steps, trained.spacing))
     judge, facts = judge_of(cfg, trained, shape, names, world)
     folder, quick = cli.folder_of(cfg, cfg.study), world.for_sampling(net)
     store = Store(folder / "classifier-guidance.jsonl", folder / "classifier-guidance-cells")
@@ -465,6 +469,7 @@ def check(cfg):
         if not cfg.classifier:
             told = f"what guides {cfg.sample or cfg.study} is missing: type --classifier CKPT"
             raise cli.BadInput(f"{told}, of this script, such as runs/classifier-mnist/ckpt.pt")
+        check_idle(cfg, cli.typed(("eta", "variance")))
         numbers_of(cfg.study_scales, "--study-scales", float)
         numbers_of(cfg.study_guidance, "--study-guidance", float)
         if cfg.study and len(cli.parse_seeds(cfg.seeds, cfg.n)) < 2:
@@ -476,8 +481,7 @@ def check(cfg):
 
 
 def main():
-    preset = str(Path(__file__).parent / "configs/{data}_classifier.yaml")
-    cfg = cli.parse(Config, __doc__, preset=preset)
+    cfg = cli.parse(Config, __doc__, preset="configs/{data}_classifier.yaml")
     small = {"model_channels": 16, "num_heads": 1, "num_head_channels": 0, "norm_groups": 0}
     small |= {"channel_mult": (1, 2), "metric_every": 0, "metric_n": 8}
     small |= {"n": 8, "sample_steps": 4, "study_scales": "0,1", "study_guidance": "-1,1"}

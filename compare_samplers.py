@@ -53,7 +53,7 @@ import ddim
 import ddpm_pixel
 import dpm_solver
 from ddim import numbers_of, subsequence
-from improved_ddpm import load_net, rows_of, variance_of
+from improved_ddpm import rows_of, variance_of
 
 SAMPLERS = ("ddim", "dpmpp", "heun", "ddpm")
 SHOWN = 16  # images in a cell of the grids
@@ -73,22 +73,26 @@ class Config(cli.NetworkCommand):
     guidance: float = 0.0
     """of the table over samplers and steps: w in (1+w) eps(x,y) - w eps(x)"""
     spacing: Literal["linear", "quadratic", "leading", "trailing"] = "linear"
-    """where the timesteps lie: see ddim.py"""
+    """where the timesteps lie: see ddim.py; if it is not typed, as the network's settings say"""
+    clip_denoised: bool = True  # keep x0_hat in [-1, 1]; not typed, as its settings say
     eta: float = 0.0  # fresh noise of a ddim step: 0 none, 1 as much as ddpm
     variance: Literal["auto", "small", "large", "learned"] = "auto"
     """of a ddpm step: beta_tilde, beta, or learned; auto is learned where it was, else small"""
     data: str = ""  # what to compare with, if not the data that the network was trained on
     data_root: str = ""  # where data sets are looked for (default: where the training found them)
 
+    IDLE = cli.names("seed")
+
 
 def trajectory_of(cfg, net, trained, alpha_bar, shape, sampler, steps, w):
     """The function (seeds, labels) -> (x, x0_hat), (B,C,H,W), of each step of this sampler."""
-    pairs = subsequence(trained.timesteps, steps, cfg.spacing)
+    pairs = subsequence(trained.timesteps, steps, trained.spacing)
     where = (net, alpha_bar, pairs, shape)
     if sampler == "ddpm":
         make_row = rows_of(trained, alpha_bar, pairs)
-        return partial(ddpm_pixel.sample, *where, w=w, make_row=make_row)
-    how = {"w": w, "prediction": trained.prediction}
+        clip = trained.clip_denoised
+        return partial(ddpm_pixel.sample, *where, w=w, make_row=make_row, clip=clip)
+    how = {"w": w, "prediction": trained.prediction, "clip": trained.clip_denoised}
     if sampler == "ddim":
         return partial(ddim.sample, *where, eta=cfg.eta, **how)
     return partial(dpm_solver.sample, sampler, *where, **how)
@@ -143,13 +147,14 @@ def evaluator_of(cfg, trained, shape, names, device):
         size=trained.size,
         class_names=names,
         device=device,
-        classes=",".join(names[i] for i in drawn) or trained.classes,
+        classes=[names[i] for i in drawn] or trained.classes,
     )
 
 
 def compare(cfg, world):
     """Both tables, their figures, and the lines they are made from."""
-    net, trained, shape, names, alpha_bar = load_net(cfg.checkpoint, world.device)
+    opened = ddim.opened(cfg, cfg.checkpoint, world, "compare_samplers")
+    net, trained, shape, names, alpha_bar = opened
     seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
     trained = checkpoints.overlaid(trained, cfg, ("variance",))
     trained = replace(trained, variance=variance_of(trained))
@@ -162,7 +167,8 @@ def compare(cfg, world):
         "n": len(seeds),
         "seeds": cfg.seeds,
         "classes": cfg.classes,
-        "spacing": cfg.spacing,
+        "spacing": trained.spacing,
+        "clip_denoised": trained.clip_denoised,
         "protocol": evaluator.protocol,
         "reference": evaluator.reference,
         "n_reference": evaluator.n_reference,

@@ -36,10 +36,13 @@ network of configs/mnist_pixel.yaml in 50 steps in 20 seconds. Solvers of second
 ODE: dpm_solver.py. All of them side by side: compare_samplers.py.
 """
 
+from runtime import checkpoints
 from runtime import commandline as cli
+from runtime.finite import end_of
 from runtime.pictures import save_film, save_grid, save_samples, to_uint8
 from runtime.plots import plot_lines
 from runtime.processes import exact, launch
+from runtime.typed_flags import MOST
 
 import math
 import time
@@ -49,7 +52,7 @@ from typing import Literal
 
 import torch
 
-from ddpm_pixel import guided_pass, x0_coefficients
+from ddpm_pixel import guided_pass, timestep_pairs, x0_coefficients
 from image_data import datasets
 from improved_ddpm import load_net
 from kernels import Row, gaussian, sampling_update
@@ -71,7 +74,9 @@ class Config(cli.NetworkCommand):
     """comma-separated names or numbers: draw these (default all in turn; --interpolate: none)"""
     sample_steps: int = 50  # how many of the T timesteps to visit
     spacing: Literal["linear", "quadratic", "leading", "trailing"] = "linear"
-    """where they lie: even from end to end; denser near the image; even from 0 up; from T-1 down"""
+    """where they lie: even from end to end; denser near the image; even from 0 up; from T-1 down.
+    If it is not typed, as the network's settings say"""
+    clip_denoised: bool = True  # keep x0_hat in [-1, 1]; not typed, as its settings say
     eta: float = 0.0  # fresh noise of a step: 0 none, 1 as much as DDPM
     guidance: float = 0.0
     """w in (1+w) eps(x,y) - w eps(x): -1 unconditional, 0 conditional; others write s = 1+w"""
@@ -85,7 +90,7 @@ class Config(cli.NetworkCommand):
 
     WALK = cli.names("n seeds batch_size spacing guidance clip_denoised")
     USES = {
-        "sample": WALK | cli.names("classes sample_steps eta gif"),
+        "sample": WALK | cli.names("classes sample_steps eta gif precision"),
         "encode": WALK | cli.names("data data_root encode_steps classes eta"),  # both are refused
         "interpolate": WALK | cli.names("classes sample_steps data data_root eta"),
     }
@@ -97,12 +102,9 @@ class Config(cli.NetworkCommand):
 def subsequence(T, steps, spacing="linear"):
     """tau of section 4.2: `steps` of the timesteps 0..T-1, all different.
 
-    linear     evenly spaced, both ends included
-    quadratic  floor(c i^2) for i = 0, 1, ... with c such that the last is T-1 (appendix D.2); one
-               that would repeat its neighbour is moved up to the next free timestep
-    leading    multiples of floor(T / steps) from 0 up: the first lies below T-1, at less noise
-    trailing   T / steps apart from T-1 down, rounded: the last lies above 0
-               (both as Lin et al. 2023, arXiv:2305.08891, table 2, with timesteps from 0)
+    linear, leading, trailing    evenly spaced: as ddpm_pixel.timestep_pairs has them
+    quadratic    floor(c i^2) for i = 0, 1, ... with c such that the last is T-1 (appendix D.2); one
+                 that would repeat its neighbour is moved up to the next free timestep
 
     Returns [(t, t_prev), ...], downwards; the last t_prev is -1, where alpha_bar is 1. One linear
     or quadratic step is T-1 alone. Raises BadInput unless 1 <= steps <= T.
@@ -112,17 +114,12 @@ def subsequence(T, steps, spacing="linear"):
             f"--sample-steps {steps}: the network was trained on a chain of {T} timesteps; "
             f"type a number from 1 to {T}"
         )
-    if spacing == "leading":
-        tau = [i * (T // steps) for i in reversed(range(steps))]
-    elif spacing == "trailing":
-        tau = [round(T - i * (T / steps)) - 1 for i in range(steps)]
-    elif spacing == "linear" or steps == 1:
-        tau = torch.linspace(T - 1, 0, steps).round().long().tolist()
-    else:
-        tau = [0]
-        for i in range(1, steps):
-            tau.append(max((T - 1) * i * i // (steps - 1) ** 2, tau[-1] + 1))
-        tau.reverse()
+    if spacing != "quadratic" or steps == 1:
+        return timestep_pairs(T, steps, "linear" if spacing == "quadratic" else spacing)
+    tau = [0]
+    for i in range(1, steps):
+        tau.append(max((T - 1) * i * i // (steps - 1) ** 2, tau[-1] + 1))
+    tau.reverse()
     return list(zip(tau, [*tau[1:], -1], strict=True))
 
 
@@ -246,31 +243,42 @@ def passes(y, w):
     return 1 if y is None or w in (0, -1) else 2
 
 
+def opened(cfg, path, world, script="ddim"):
+    """improved_ddpm.load_net of what this script draws: spacing and clipping as typed, or its own.
+
+    Its settings stand in the second place, with the spacing and clip_denoised that are drawn.
+    """
+    net, trained, *rest = load_net(path, world.device, script=script)
+    return net, checkpoints.overlaid(trained, cfg, ("spacing", "clip_denoised")), *rest
+
+
 def sample_checkpoint(cfg, world):
     """--sample: images of the seeds, and with --gif the way of the first eight."""
-    net, trained, shape, names, alpha_bar = load_net(cfg.sample, world.device)
+    net, trained, shape, names, alpha_bar = opened(cfg, cfg.sample, world)
     seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
-    pairs = subsequence(trained.timesteps, cfg.sample_steps, cfg.spacing)
+    pairs = subsequence(trained.timesteps, cfg.sample_steps, trained.spacing)
     how = {"w": cfg.guidance, "eta": cfg.eta, "prediction": trained.prediction}
+    how["clip"] = trained.clip_denoised
     trajectory = partial(sample, world.for_sampling(net), alpha_bar, pairs, shape, **how)
     calls = len(pairs) * passes(labels, cfg.guidance)
-    draw_samples(cfg, world, trajectory, seeds, labels, len(pairs), calls, f"eta {cfg.eta:g}")
+    draw_samples(cfg, world, trajectory, seeds, labels, pairs, calls, f"eta {cfg.eta:g}")
 
 
-def draw_samples(cfg, world, trajectory, seeds, labels, steps, calls, name):
-    """Write what trajectory(seeds, labels) ends in, in so many steps, and print what it cost."""
+def draw_samples(cfg, world, trajectory, seeds, labels, pairs, calls, name):
+    """Write what trajectory(seeds, labels) ends in, by these steps, and print what it cost."""
     start = time.perf_counter()
-    images = world.draw(trajectory, seeds, labels, cfg.batch_size, steps)
+    images = world.draw(trajectory, seeds, labels, cfg.batch_size, pairs)
     seconds = (time.perf_counter() - start) / len(seeds)
     if not world.is_main:
         return
+    film = world.frames(trajectory, seeds[:8], labels) if cfg.gif else None
     folder = cli.folder_of(cfg, cfg.sample)
     save_samples(folder, images, labels, 10)
-    print(f"{len(seeds)} images, {name}, {steps} steps, guidance w = {cfg.guidance:g}")
+    print(f"{len(seeds)} images, {name}, {len(pairs)} steps, guidance w = {cfg.guidance:g}")
     print(f"{calls} network evaluations and {seconds:.3f} s per image")
     print(f"samples: {folder / 'samples.png'}")
     if cfg.gif:
-        save_film(world.frames(trajectory, seeds[:8], labels), folder / "reverse", len(seeds[:8]))
+        save_film(film, folder / "reverse", len(seeds[:8]))
         print(f"their way: {folder / 'reverse.gif'}, {folder / 'reverse.png'}")
 
 
@@ -292,31 +300,27 @@ def on(device, rows, part):
     return None if rows is None else rows[part].to(device)
 
 
-def end_of(trajectory, tick):
-    """The last x of a trajectory; tick() is called at each of its steps."""
-    for x, _ in trajectory:  # noqa: B007
-        tick()
-    return x
-
-
 @exact()
-def reconstruct(cfg, world, solve=decode):
+def reconstruct(cfg, world, solve=decode, script="ddim"):
     """--encode: test images to codes and, by `solve`, back (section 5.4, table 2)."""
-    net, trained, shape, names, alpha_bar = load_net(cfg.encode, world.device)
+    net, trained, shape, names, alpha_bar = opened(cfg, cfg.encode, world, script)
     seeds, _ = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
     net = world.for_sampling(net)
     x0, y = held_out(cfg, trained, shape, names, seeds)
     if cfg.guidance and y is None:
         raise cli.BadInput("--guidance needs images of the network's own classes")
     T, how = trained.timesteps, {"w": cfg.guidance, "prediction": trained.prediction}
+    how["clip"] = trained.clip_denoised
     rows, errors = [to_uint8(x0)], {}
     for steps in sorted({min(k, T) for k in numbers_of(cfg.encode_steps, "--encode-steps")}):
-        pairs = subsequence(T, steps, cfg.spacing)
+        pairs = subsequence(T, steps, trained.spacing)
 
         def there_and_back(part, tick, pairs=pairs):  # in fp32: bf16 would be the larger error
             x, label = on(world.device, x0, part), on(world.device, y, part)
-            code = end_of(encode(net, alpha_bar, pairs, x, label, **how), tick)
-            return end_of(solve(net, alpha_bar, pairs, code, label, **how), tick)
+            up = encode(net, alpha_bar, pairs, x, label, **how)
+            code = end_of(up, tick, seeds[part], len(pairs), "encoding", "image")
+            down = solve(net, alpha_bar, pairs, code, label, **how)
+            return end_of(down, tick, seeds[part], pairs, "decoding", "image")
 
         desc = f"{steps} steps"
         back = world.in_parts(there_and_back, len(x0), cfg.batch_size, 2 * steps, desc)
@@ -334,9 +338,9 @@ def reconstruct(cfg, world, solve=decode):
 
 
 @exact()
-def interpolate(cfg, world, solve=decode):
+def interpolate(cfg, world, solve=decode, script="ddim"):
     """--interpolate: eleven images, by `solve`, between each two codes (section 5.3)."""
-    net, trained, shape, names, alpha_bar = load_net(cfg.interpolate, world.device)
+    net, trained, shape, names, alpha_bar = opened(cfg, cfg.interpolate, world, script)
     if cfg.guidance and not cfg.classes:
         raise cli.BadInput("--interpolate draws without labels; give --guidance some --classes")
     seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
@@ -349,8 +353,8 @@ def interpolate(cfg, world, solve=decode):
         labels = None
     net = world.for_sampling(net)
     ends = held_out(cfg, trained, shape, names, seeds)[0] if cfg.data else None
-    pairs = subsequence(trained.timesteps, cfg.sample_steps, cfg.spacing)
-    how = {"w": cfg.guidance, "prediction": trained.prediction}
+    pairs = subsequence(trained.timesteps, cfg.sample_steps, trained.spacing)
+    how = {"w": cfg.guidance, "prediction": trained.prediction, "clip": trained.clip_denoised}
 
     def between(part, tick):
         two = torch.stack([2 * part, 2 * part + 1], dim=1).flatten()  # (2B,)
@@ -360,10 +364,13 @@ def interpolate(cfg, world, solve=decode):
         else:
             label = None if y is None else y.repeat_interleave(2)
             x = on(world.device, ends, two)
-            codes = end_of(encode(net, alpha_bar, pairs, x, label, **how), tick)
+            up = encode(net, alpha_bar, pairs, x, label, **how)
+            codes = end_of(up, tick, seeds[two], len(pairs), "encoding", "image")
         x = slerp(codes[0::2], codes[1::2], torch.linspace(0, 1, 11)).flatten(0, 1)  # (11B,C,H,W)
         label = None if y is None else y.repeat_interleave(11)
-        images = to_uint8(end_of(solve(net, alpha_bar, pairs, x, label, **how), tick))
+        whose = seeds[2 * part].repeat_interleave(11)  # (11B,), the first of each two
+        down = solve(net, alpha_bar, pairs, x, label, **how)
+        images = to_uint8(end_of(down, tick, whose, pairs, "interpolating"), whose)
         return images.unflatten(0, (len(part), 11))  # (B,11,H,W,C)
 
     steps, rows_at_once = len(pairs) * (1 if ends is None else 2), cfg.batch_size // 11
@@ -380,7 +387,7 @@ def numbers_of(text, flag, kind=int):
         numbers = [kind(part) for part in cli.split_list(text)]
     except ValueError:
         numbers = []
-    finite = all(map(math.isfinite, numbers))
+    finite = all(abs(number) <= MOST for number in numbers)  # which NaN is not
     if not numbers or not finite or (kind is int and min(numbers) < 1):
         raise cli.BadInput(f"{flag} {text}: expected numbers with commas between, such as 1,4")
     return numbers
@@ -404,8 +411,10 @@ def check_task(cfg):
     cli.check_ranges(cfg, positive="n sample_steps batch_size")
     cli.check_processes(cfg.gpus, cfg.batch_size, precision=cfg.precision)
     numbers_of(cfg.encode_steps, "--encode-steps")
+    if cfg.interpolate and not cfg.data and cli.typed(("data_root",)):
+        raise cli.BadInput("--data-root does nothing without --data, whose images lie there")
     if cfg.encode and cfg.classes:
-        raise cli.BadInput("--encode takes the test images in order: choose them by --seeds")
+        raise cli.BadInput("--classes: --encode takes test images in order: choose by --seeds")
 
 
 def check(cfg):

@@ -40,6 +40,8 @@ from torch.utils.checkpoint import checkpoint
 
 from image_data import datasets
 from kernels import Row, attention, gaussian, group_norm_silu, sampling_update
+from networks.published.schedule import check_alpha_bar
+from networks.published.unet import read_network
 from networks.sizes import check_unet, groups_for
 
 
@@ -48,6 +50,7 @@ class Config(cli.RunConfig):
     timesteps: int = 1000  # T, the length of the chain
     schedule: Literal["linear", "cosine", "sigmoid"] = "linear"  # how alpha_bar falls; DDPM: linear
     alpha_min: float = 0.001  # smallest alpha_t: no step erases all that is left of the image
+    trained_betas: tuple[float, ...] = ()  # beta_t of each step, instead of the three above
     prediction: Literal["eps", "x0", "v"] = "eps"  # what the network gives: noise, image or v
     loss: Literal["l2", "l1", "huber"] = "l2"  # distance of prediction and target
 
@@ -65,23 +68,25 @@ class Config(cli.RunConfig):
     metric_every: int = 0  # steps between two scores of --metric-n samples by eval_fid.py; 0: never
     metric_n: int = 500  # samples that are scored
     sample: str = ""
-    """do not train: sample this checkpoint, by its settings where none are typed; or a published
-    UNet2DModel of this form, a folder of diffusers or .safetensors"""
+    """do not train: sample this checkpoint by its settings, or a published UNet2DModel like it"""
     n: int = 100  # how many samples
     seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
     variance: Literal["small", "large"] = "small"  # of a step: beta_tilde_t or beta_t (section 3.2)
     clip_denoised: bool = True  # keep x0_hat in [-1, 1], where images lie
-    sample_steps: int = 100  # how many of the T timesteps the sampler visits, evenly spaced
+    sample_steps: int = 100  # how many of the T timesteps the sampler visits
+    spacing: Literal["linear", "leading", "trailing"] = "linear"  # where: see timestep_pairs
     guidance: float = 0.0
     """w in (1+w) eps(x,y) - w eps(x): -1 unconditional, 0 conditional; others write s = 1+w"""
 
-    SAMPLING = cli.names("variance clip_denoised sample_steps guidance")
-    USES = {"sample": cli.DRAWS | SAMPLING}
-    FREE = (
-        cli.RunConfig.FREE
-        | SAMPLING
-        | cli.names("use_checkpoint metric_every metric_n sample n seeds")
-    )
+    SAMPLING = cli.names("variance clip_denoised sample_steps spacing guidance n seeds")
+    USES = {"sample": cli.DRAWS | SAMPLING | checkpoints.UNSAID}
+    FREE = cli.RunConfig.FREE | SAMPLING | cli.names("use_checkpoint metric_every metric_n sample")
+    NEEDS = cli.RunConfig.NEEDS | dict.fromkeys(checkpoints.NOISE, "!trained_betas")
+
+    def __post_init__(self):
+        if (T := len(self.trained_betas)) and self.timesteps not in (1000, T):
+            raise cli.BadInput(f"--timesteps {self.timesteps} and {T} --trained-betas: type one")
+        self.timesteps = T or self.timesteps
 
 
 # -------------------------------------------------------------------------- the forward process
@@ -107,6 +112,8 @@ def make_alpha_bar(schedule, T, alpha_min=0.001):
 
 def alpha_bar_of(cfg):
     """alpha_bar_t, float64 (T,), of the settings."""
+    if getattr(cfg, "trained_betas", ()):
+        return (1 - torch.tensor(cfg.trained_betas, dtype=torch.float64)).cumprod(0)
     return make_alpha_bar(cfg.schedule, cfg.timesteps, cfg.alpha_min)
 
 
@@ -342,13 +349,19 @@ def guided_pass(net, x, t, y, w):
     return net(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, none])).chunk(2)
 
 
-def timestep_pairs(T, steps):
+def timestep_pairs(T, steps, spacing="linear"):
     """A walk down the chain, [(t, t_prev), ...], the last t_prev is -1: `steps` of its timesteps,
-    evenly spaced, both ends included. Algorithm 2 takes all T. BadInput where steps exceed T.
+    evenly spaced; Algorithm 2 takes all T. linear: both ends included; leading: multiples of T //
+    steps from 0 up; trailing: from T-1 down, T / steps apart, the last lies above 0 (Lin et al.
+    2023, arXiv:2305.08891, table 2, with timesteps from 0). BadInput where steps exceed T.
     """
     if steps > T:
         raise cli.BadInput(f"--sample-steps {steps} exceeds the chain's --timesteps {T}")
     ts = torch.linspace(T - 1, 0, steps).round().long().tolist()
+    if spacing == "leading":
+        ts = [i * (T // steps) for i in reversed(range(steps))]
+    elif spacing == "trailing":
+        ts = [round(T - i * (T / steps)) - 1 for i in range(steps)]
     return list(zip(ts, [*ts[1:], -1], strict=True))
 
 
@@ -371,7 +384,7 @@ def sample(net, alpha_bar, pairs, shape, seeds, y=None, w=0.0, make_row=ancestra
 
 def trajectory(net, cfg, shape, seeds, y=None):
     """sample() as the settings say."""
-    pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps)
+    pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.spacing)
     make_row = partial(ancestral_row, prediction=cfg.prediction, variance=cfg.variance)
     alpha_bar = alpha_bar_of(cfg)
     return sample(net, alpha_bar, pairs, shape, seeds, y, cfg.guidance, make_row, cfg.clip_denoised)
@@ -404,7 +417,8 @@ def train(cfg, world):
         count = sum(p.numel() for p in net.parameters()) / 1e6
         print(f"{ds.name}: {len(ds)} images {ds.shape}, {net.null} classes")
         print(f"U-Net of {count:.2f} M parameters predicts {cfg.prediction}, loss {cfg.loss}")
-        print(f"{cfg.schedule} schedule, T = {cfg.timesteps}; step {run.first} of {cfg.steps}")
+        noise = "own" if cfg.trained_betas else cfg.schedule
+        print(f"{noise} schedule, T = {cfg.timesteps}; step {run.first} of {cfg.steps}")
         save_forward(ds, alpha_bar.cpu(), run.folder / "forward")
 
     for step in run.steps():  # goes on where it stopped; saves between two steps
@@ -417,9 +431,9 @@ def train(cfg, world):
         run.descend()  # clip the gradient, Adam, running means, log
         if evaluator and (run.due(cfg.metric_every) or run.done):
             drawn = partial(draw, run.ema, cfg, world, ds.shape)
-            run.log_metrics(evaluator.score(drawn, cfg.metric_n, net.null))
+            run.log_metrics(partial(evaluator.score, drawn, cfg.metric_n, net.null))
         if run.due(cfg.sample_every):
-            run.save_grid(draw(run.ema, cfg, world, ds.shape, seeds, labels))
+            run.save_grid(partial(draw, run.ema, cfg, world, ds.shape, seeds, labels))
     save_images(run.ema, cfg, world, ds.shape, seeds, labels, run.folder)
 
 
@@ -441,26 +455,18 @@ def save_images(net, cfg, world, shape, seeds, labels, folder):
 # ----------------------------------------------------------------------------------- commands
 
 
-def load_net(path, device, ema=None):
+def load_net(path, device, ema=None, **how):
     """(network, its Config, shape (C,H,W), class names, alpha_bar) of a checkpoint, EMA weights.
-
-    ema: which decay, of several. BadInput for files of other networks, and decays not there.
-    """
-    from networks.published.unet import read_network
-
-    state = read_network(path, "ddpm_pixel")
-    cfg, shape = checkpoints.trained_config(Config, state), tuple(state["shape"])
-    names = state["class_names"] if cfg.class_cond else []
-    net = UNet(shape, len(names), cfg).to(device, memory_format=torch.channels_last)
-    checkpoints.load_weights(net, checkpoints.chosen_ema(state, path, ema))
-    net.null_label = state.get("null_label", True)  # whether it has learned to do without a label
-    return net.eval(), cfg, shape, names, alpha_bar_of(cfg)
+    ema: which decay, of several; how: of read_network. BadInput for files of other networks."""
+    state = read_network(path, "ddpm_pixel", **how)
+    net, cfg, *rest = checkpoints.restored(Config, UNet, state, path, device, ema)
+    return net, cfg, *rest, alpha_bar_of(cfg)
 
 
 def sample_checkpoint(cfg, world):
-    net, trained, shape, names, _ = load_net(cfg.sample, world.device, checkpoints.typed_ema(cfg))
-    how = ("variance", "clip_denoised", "sample_steps", "guidance", "batch_size")
-    trained = checkpoints.overlaid(trained, cfg, how)
+    asked = checkpoints.asked(cfg, "ddpm_pixel")
+    net, trained, shape, names, _ = load_net(cfg.sample, world.device, **asked)
+    trained = checkpoints.overlaid(trained, cfg, cfg.SAMPLING | {"batch_size"})
     seeds, labels = cli.seeds_and_labels(cfg, net, names, trained.guidance)
     save_images(net, trained, world, shape, seeds, labels, cli.folder_of(cfg, cfg.sample))
 
@@ -468,23 +474,16 @@ def sample_checkpoint(cfg, world):
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
     cli.check_run(cfg)
-    cli.check_ranges(
-        cfg,
-        positive="timesteps model_channels channel_mult num_res_blocks num_heads sample_steps n",
-        not_negative="norm_groups metric_every metric_n",
-        fraction="dropout label_dropout alpha_min",
-    )
+    positive = "timesteps model_channels channel_mult num_res_blocks num_heads sample_steps n"
+    not_negative = "norm_groups metric_every metric_n"
+    parts = "dropout label_dropout alpha_min trained_betas"
+    cli.check_ranges(cfg, positive, not_negative, parts)
     cli.check_sampling(cfg)
-    alpha_bar = alpha_bar_of(cfg)
-    if not (alpha_bar.diff() < 0).all() or not 0 <= alpha_bar[-1] <= alpha_bar[0] < 1:
-        raise cli.BadInput("--alpha-min, --timesteps: alpha_bar must fall at every step")
-    if cfg.prediction == "eps" and alpha_bar[-1] < 1e-12:
-        raise cli.BadInput("--alpha-min leaves no image at T; type --prediction v or x0")
+    check_alpha_bar(alpha_bar_of(cfg), vars(cfg))
 
 
 def main():
-    preset = str(Path(__file__).parent / "configs/{data}_pixel.yaml")
-    cfg = cli.parse(Config, __doc__, preset=preset)
+    cfg = cli.parse(Config, __doc__, preset="configs/{data}_pixel.yaml")
     small = {"model_channels": 16, "num_heads": 1, "norm_groups": 0, "n": 8, "sample_steps": 4}
     cfg = cli.smoke(cfg, **small, metric_every=0, out="runs/smoke-pixel")
     check(cfg)

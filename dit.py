@@ -421,8 +421,8 @@ def train(cfg, world):
             walk = partial(ldm_cfg.sample, world.for_sampling(run.ema), make_rows=rows_of)
             walk = partial(walk, cfg, latents.z_shape)
             with sharding.unsharded(run.ema):  # ranks draw different numbers of samples
-                images = ldm_cfg.draw(walk, ae, latents.scale, cfg, world, seeds, labels)
-            run.save_grid(images)
+                make = partial(ldm_cfg.draw, walk, ae, latents.scale, cfg, world, seeds, labels)
+                run.save_grid(make)
             del walk  # what it has recorded on a GPU needs memory
     last_samples(cfg, world, SAMPLING, sample_checkpoint)
 
@@ -479,7 +479,7 @@ def check(cfg):
 
 
 def main():
-    cfg = cli.parse(Config, __doc__, preset=str(Path(__file__).parent / "configs/{data}_dit.yaml"))
+    cfg = cli.parse(Config, __doc__, preset="configs/{data}_dit.yaml")
     if cfg.published:
         return convert(cfg)
     if cfg.sample:

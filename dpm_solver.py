@@ -47,7 +47,6 @@ import torch
 import ddim
 from ddim import at, ddim_row, guided, noise, subsequence
 from ddpm_pixel import x0_coefficients
-from improved_ddpm import load_net
 from kernels import Row, sampling_update
 
 
@@ -70,7 +69,9 @@ class Config(cli.NetworkCommand):
     """comma-separated names or numbers: draw these (default all in turn; --interpolate: none)"""
     sample_steps: int = 20  # how many of the T timesteps to visit
     spacing: Literal["linear", "quadratic", "leading", "trailing"] = "linear"
-    """where they lie: even from end to end; denser near the image; even from 0 up; from T-1 down"""
+    """where they lie: even from end to end; denser near the image; even from 0 up; from T-1 down.
+    If it is not typed, as the network's settings say"""
+    clip_denoised: bool = True  # keep x0_hat in [-1, 1]; not typed, as its settings say
     guidance: float = 0.0
     """w in (1+w) eps(x,y) - w eps(x): -1 unconditional, 0 conditional; others write s = 1+w"""
     gif: bool = False
@@ -83,7 +84,7 @@ class Config(cli.NetworkCommand):
 
     WALK = cli.names("sampler n seeds batch_size spacing guidance clip_denoised")
     USES = {
-        "sample": WALK | cli.names("classes sample_steps gif"),
+        "sample": WALK | cli.names("classes sample_steps gif precision"),
         "encode": WALK | cli.names("data data_root encode_steps classes"),
         "interpolate": WALK | cli.names("classes sample_steps data data_root"),
     }
@@ -174,14 +175,14 @@ def calls_of(solver, steps):
 
 def sample_checkpoint(cfg, world):
     """--sample: images of the seeds, and with --gif the way of the first eight."""
-    net, trained, shape, names, alpha_bar = load_net(cfg.sample, world.device)
+    net, trained, shape, names, alpha_bar = ddim.opened(cfg, cfg.sample, world, "dpm_solver")
     seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
-    pairs = subsequence(trained.timesteps, cfg.sample_steps, cfg.spacing)
-    how = {"w": cfg.guidance, "prediction": trained.prediction}
+    pairs = subsequence(trained.timesteps, cfg.sample_steps, trained.spacing)
+    how = {"w": cfg.guidance, "prediction": trained.prediction, "clip": trained.clip_denoised}
     net = world.for_sampling(net)
     trajectory = partial(sample, cfg.sampler, net, alpha_bar, pairs, shape, **how)
     calls = calls_of(cfg.sampler, len(pairs)) * ddim.passes(labels, cfg.guidance)
-    ddim.draw_samples(cfg, world, trajectory, seeds, labels, len(pairs), calls, cfg.sampler)
+    ddim.draw_samples(cfg, world, trajectory, seeds, labels, pairs, calls, cfg.sampler)
 
 
 def main():
@@ -195,7 +196,7 @@ def main():
     if task == "sample":
         launch(sample_checkpoint, cfg)
     else:
-        launch(partial(tasks[task], solve=SOLVERS[cfg.sampler]), cfg)
+        launch(partial(tasks[task], solve=SOLVERS[cfg.sampler], script="dpm_solver"), cfg)
 
 
 if __name__ == "__main__":

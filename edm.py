@@ -115,7 +115,8 @@ class Config(cli.RunConfig):
 
     USES = {"sample": cli.DRAWS | cli.names("column ema_length data data_root " + SAMPLING)}
     IDLE = cli.names("column ema_length")
-    NEEDS = cli.RunConfig.NEEDS | {"snapshot_every": "ema_lengths"}
+    CHURN = dict.fromkeys(("S_tmin", "S_tmax", "S_noise"), "S_churn")
+    NEEDS = cli.RunConfig.NEEDS | CHURN | {"snapshot_every": "ema_lengths"}
     FREE = cli.RunConfig.FREE | cli.names(
         "use_checkpoint snapshot_every metric_every metric_n sample n seeds column ema_length "
         + SAMPLING
@@ -288,7 +289,9 @@ def sample(net, column, sigmas, shape, seeds, y=None, w=0.0, *, order=2, churn=N
 def steps_of(cfg, column):
     """The sigmas of the settings, within the network's, rounded to what it knows; else BadInput."""
     low, high = max(cfg.sigma_min, column.sigma_min), min(cfg.sigma_max, column.sigma_max)
-    if low >= high:
+    typed = cli.typed(("sigma_min", "sigma_max"))
+    clamped = [name for name in typed if getattr(cfg, name) not in (low, high)]
+    if low >= high or clamped:
         knows = f"{column.sigma_min:.3g} to {column.sigma_max:.3g}"
         raise cli.BadInput(f"--sigma-min, --sigma-max: the network knows sigmas from {knows}")
     return [*map(column.round, sigma_steps(cfg.sample_steps, low, high, cfg.rho)[:-1]), 0.0]
@@ -356,17 +359,17 @@ def train(cfg, world):
             power.save_snapshot(snapshots, run.step)
         if evaluator and (run.due(cfg.metric_every) or run.done):
             draw_some = partial(draw, run.ema, column, cfg, world, ds.shape)
-            run.log_metrics(evaluator.score(draw_some, cfg.metric_n, net.null))
+            run.log_metrics(partial(evaluator.score, draw_some, cfg.metric_n, net.null))
         if run.due(cfg.sample_every):
-            run.save_grid(draw(run.ema, column, cfg, world, ds.shape, seeds, labels))
+            run.save_grid(partial(draw, run.ema, column, cfg, world, ds.shape, seeds, labels))
+    save_images(run.ema.eval(), column, cfg, world, ds.shape, seeds, labels, run.folder)
     torch.manual_seed(cfg.seed)
     fresh = make_net(cfg, ds.shape, net.null).to(world.device).eval()  # the first weights
-    nets = {"before training": fresh, "after": run.ema.eval()}
+    nets = {"before training": fresh, "after": run.ema}
     how = {"loss": partial(edm_loss, sigma_data=sigma_data), "nets": nets}
     over_sigma.save_figures(
         run.folder, ds, world, denoise=partial(denoise, sigma_data=sigma_data), **how
     )
-    save_images(run.ema, column, cfg, world, ds.shape, seeds, labels, run.folder)
 
 
 def save_images(net, column, cfg, world, shape, seeds, labels, folder):
@@ -410,10 +413,11 @@ def load_net(path, device, ema=None, column="vp"):
     """
     from networks.published import edm, unet
 
-    read = edm.as_checkpoint if str(path).endswith(".pkl") else unet.read_network
-    state = read(path, ("edm", "improved_ddpm", "ddpm_pixel"))
+    how = {} if str(path).endswith(".pkl") else {"script": "edm"}
+    read = unet.read_network if how else edm.as_checkpoint
+    state = read(path, ("edm", "improved_ddpm", "ddpm_pixel"), **how)
     if state["script"] != "edm":
-        net, theirs, shape, names, alpha_bar = improved_ddpm.load_net(path, device, ema)
+        net, theirs, shape, names, alpha_bar = improved_ddpm.load_net(path, device, ema, **how)
         shared = ("data", "data_root", "size", "classes", "batch_size", "clip_denoised")
         cfg = Config(**{name: getattr(theirs, name) for name in shared})
         return net, cfg, shape, names, Chain(alpha_bar, theirs.prediction, column)
@@ -435,6 +439,8 @@ def sample_checkpoint(cfg, world):
         raise cli.BadInput(f"--{typed[0].replace('_', '-')}: {cfg.sample} has its own")
     seeds, labels = cli.seeds_and_labels(cfg, net, names, trained.guidance)
     folder = cli.folder_of(cfg, cfg.sample)
+    if cfg.ema_length and not isinstance(column, Edm):
+        raise cli.BadInput(f"--ema-length: {cfg.sample} is no run of edm.py, which keeps means")
     if cfg.ema_length:
         past = checkpoints.load_checkpoint(cfg.sample, "edm", mapped=True)["power"]["snapshots"]
         mean_of = partial(reconstruct, Path(cfg.sample).parent / "power", steps=past)
@@ -470,6 +476,8 @@ def check(cfg):
     if several and (cfg.n < 2 or cfg.seeds or cfg.classes or len(cfg.S_churn) > 1):
         told = "is a curve over --n samples (2 or more), of one --S-churn"
         raise cli.BadInput(f"--ema-length: of several {told}; leave out --seeds and --classes")
+    if cfg.sample and not several and (typed := cli.typed(("data", "data_root"))):
+        raise cli.BadInput(f"{cli.flag(typed[0])} is for a curve over --ema-length: leave it out")
     for length in (*cfg.ema_lengths, *cfg.ema_length):
         gamma_of(length, "--ema-lengths" if length in cfg.ema_lengths else "--ema-length")
     if cfg.ema_length and not cfg.sample:
@@ -477,7 +485,7 @@ def check(cfg):
 
 
 def main():
-    cfg = cli.parse(Config, __doc__, preset=str(Path(__file__).parent / "configs/{data}_edm.yaml"))
+    cfg = cli.parse(Config, __doc__, preset="configs/{data}_edm.yaml")
     small = {"model_channels": 16, "channel_mult": (1, 2), "n": 8, "sample_steps": 4}
     cfg = cli.smoke(cfg, **small, metric_every=0, out="runs/smoke-edm")
     check(cfg)

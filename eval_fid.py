@@ -53,13 +53,14 @@ import tyro
 
 from evaluation import checkpoint_samples, report
 from evaluation.against import against, save_statistics
+from evaluation.channels import channels_of, in_channels
 from evaluation.checkpoint_samples import is_checkpoint
 from evaluation.classifier import classifier_of
 from evaluation.features import extract, share_right
 from evaluation.image_sets import Images, Statistics, as_images, check_same_size
 from evaluation.intervals import frechet_interval
 from evaluation.scores import FURTHER, Asked, scores
-from evaluation.sides import check_same_features, look
+from evaluation.sides import channels_text, check_same_features, look
 from evaluation.words import warn
 from image_data import datasets
 
@@ -76,8 +77,8 @@ class Config(cli.Command):
     A is a checkpoint: the test split of the data it was trained on"""
     metrics: str = "frechet,is,kid,prdc"  # of frechet is kid prdc classes memorisation; or all
     features: Literal["auto", "inception", "classifier"] = "auto"
-    """whose features are compared; auto: Inception's for colour images where its weights are there
-    or can be downloaded, else those of a classifier of the data set"""
+    """whose features are compared; auto: Inception's where all images have three channels and its
+    weights are there or can be downloaded, else those of a classifier of the data set"""
     weights: str = ""  # file of Inception's weights; empty: downloaded to --data-root once
     resize: Literal["pytorch-fid", "tf1", "clean"] = "pytorch-fid"  # how images become 299x299
     data: str = ""
@@ -383,16 +384,19 @@ def evaluate(generated, reference, extractor, *, batch_size=256, world=None, tra
     train                  the images that the generator was trained on, for "memorisation"
     asked                  fields of `Asked`, such as metrics=("frechet", "kid")
 
-    Raises BadInput for images of another form, for fewer than two, and for statistics of other
-    features.
+    Gray images beside colour ones are compared as evaluation/channels.py says. Raises BadInput for
+    images of another form, for fewer than two, and for statistics of other features.
     """
     sources = as_images(generated, "generated"), as_images(reference, "reference")
     check_same_size([source for source in sources if isinstance(source, Images)])
+    channels = channels_of(extractor, sources)
+    sources = [in_channels(source, channels) for source in sources]
     see = partial(look, extractor=extractor, batch_size=batch_size, world=world)
     a, b = see(sources[0]), see(sources[1], reference=True)
     check_same_features(a, b, extractor)
-    train = None if train is None else as_images(train, "train")
-    return scored(a, b, train=train, **asked) | {"n_generated": a.n, "n_reference": b.n}
+    train = None if train is None else in_channels(as_images(train, "train"), channels)
+    told = {"n_generated": a.n, "n_reference": b.n, "channels": channels_text(a, b)}
+    return scored(a, b, train=train, **asked) | told
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -442,14 +446,20 @@ def check(cfg):
         raise BadInput(f"--n must be 0 (all images) or a number of images, got {cfg.n}")
     if cfg.out[-4:] != (".npz" if cfg.a == "stats" else ""):
         raise BadInput("only `stats` takes --out, and needs it: eval_fid.py stats B --out F.npz")
+    by_inception, compared = cfg.features == "inception", cfg.a != "stats"
+    labelled = not by_inception or {"memorisation", "all"} & {*cli.split_list(cfg.metrics)}
     for flag, used, needs in (
-        ("weights", cfg.features == "inception", "--features inception"),
-        ("resize", cfg.features == "inception", "--features inception"),
-        ("layout", cfg.a == "stats", "`stats`"),
+        ("weights", by_inception, "--features inception"),
+        ("resize", by_inception, "--features inception"),
+        ("classifier_steps", not by_inception, "--features classifier"),
+        ("data", labelled, "--features classifier, or --metrics memorisation"),
+        ("metrics", compared, "two sides: `stats` compares nothing"),
+        ("sqrtm", compared, "two sides: `stats` compares nothing"),
+        ("layout", not compared, "`stats`"),
         ("sample_args", cfg.curve or is_checkpoint(cfg.a), "a checkpoint, or a run and --curve"),
     ):
         if not used and not cli.not_given(cfg, (flag,)):
-            raise BadInput(f"--{flag.replace('_', '-')} means nothing without {needs}")
+            raise BadInput(f"{cli.flag(flag)} means nothing without {needs}")
     if cfg.layout == "adm" and cfg.features != "inception":
         raise BadInput("--layout adm holds Inception's features: add --features inception")
     if Path(cfg.json or ".json").is_dir() or Path(cfg.out or ".npz").is_dir():

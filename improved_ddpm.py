@@ -42,6 +42,7 @@ from ddpm_pixel import alpha_bar_of, ancestral_row, guided_pass, q_sample, targe
 from image_data import datasets
 from kernels import gaussian, sampling_update
 from networks.adm_unet import UNet
+from networks.published.unet import read_network
 
 
 @dataclass
@@ -59,8 +60,7 @@ class Config(ddpm_pixel.Config):
     resblock_updown: bool = False  # residual blocks resize the image (ADM), not convolutions
 
     sample: str = ""
-    """do not train: sample this checkpoint, by its settings where none are typed; one of
-    ddpm_pixel.py, too, or a published U-Net: a folder of diffusers, .safetensors or OpenAI's .pt"""
+    """do not train: sample this checkpoint, or ddpm_pixel.py's, or a published U-Net"""
     nll: str = ""  # do not train: bits per dimension of --n held-out images under such a checkpoint
     plot_schedule: bool = False  # do not train: draw alpha_bar and log SNR of all schedules
     variance: Literal["auto", "small", "large", "learned"] = "auto"
@@ -69,12 +69,18 @@ class Config(ddpm_pixel.Config):
     timestep_respacing: str = ""  # the timesteps to visit, such as 0-9,49,99, not --sample-steps
 
     FREE = ddpm_pixel.Config.FREE | cli.names("nll dynamic_threshold timestep_respacing")
-    CHAIN = "variance sample_steps timestep_respacing batch_size n ema "
+    STEPS = ("sample_steps", "timestep_respacing", "spacing")
+    CHAIN = cli.names("variance batch_size n ema") | {*STEPS}
+    ASKED = CHAIN | checkpoints.UNSAID
     USES = {
-        "sample": cli.DRAWS | cli.names(CHAIN + "clip_denoised dynamic_threshold guidance"),
-        "nll": cli.names(CHAIN + "data data_root size"),
+        "sample": cli.DRAWS | ASKED | cli.names("clip_denoised dynamic_threshold guidance"),
+        "nll": ASKED | cli.names("data data_root"),
         "plot_schedule": cli.names("timesteps alpha_min"),
     }
+    NEEDS = ddpm_pixel.Config.NEEDS | {"num_heads": "!num_head_channels"}
+    NEEDS |= dict.fromkeys(("loss", "min_snr"), "objective=simple,hybrid")
+    NEEDS |= dict.fromkeys(("sample_steps", "spacing"), "!timestep_respacing")
+    NEEDS |= {"clip_denoised": "!dynamic_threshold"}
 
 
 # ------------------------------------------------------------------ the bound L_vlb: section 2.1
@@ -124,7 +130,7 @@ def reverse_step(out, x_t, t, chain, *, prediction="eps", variance="small", clip
         raise ValueError(f'prediction must be "eps", "v" or "x0", got {prediction!r}')
     if variance not in ("small", "large", "learned"):
         raise ValueError(f'variance must be "small", "large" or "learned", got {variance!r}')
-    if out.shape[1] != channels:
+    if out.shape[1] not in (channels, 2 * x_t.shape[1]):  # a v that is not asked for is left
         raise ValueError(f"variance {variance!r} needs {channels} channels, got {out.shape[1]}")
     row, x_t = chain.at(t), x_t.double()
     m, v = out.double().tensor_split([x_t.shape[1]], dim=1)  # v (B,C,H,W), or no channel
@@ -133,13 +139,13 @@ def reverse_step(out, x_t, t, chain, *, prediction="eps", variance="small", clip
     large = (row.B > 0).double()  # beta_0 would blur the decoder's pixels
     f = {"small": torch.zeros_like(large), "large": large, "learned": (v + 1) / 2}[variance]
     log_var = f * row.log_beta + (1 - f) * row.log_beta_tilde  # eq. 15
-    return x0_hat.clamp(-1, 1) if clip else x0_hat, log_var
+    return x0_hat.clamp(-1, 1) - (x0_hat - x0_hat) if clip else x0_hat, log_var  # inf - inf: NaN
 
 
 def vlb_terms(out, x0, x_t, t, chain, *, discrete=True, **how):
     """L_{t-1} of each image, L_0 where t is 0, in bits per dimension: float64 (B,).
 
-    out    the network's output for x_t: (B,C,H,W), or (B,2C,H,W) with variance "learned"
+    out    the network's output for x_t: (B,C,H,W), or (B,2C,H,W) with v for variance "learned"
     x0     the images (B,C,H,W), k / 127.5 - 1 for levels k = 0..255
     x_t    drawn from q(x_t | x0), (B,C,H,W)
     t      int64 (B,), rows of the chain: in the whole chain, the timesteps
@@ -290,13 +296,13 @@ def dynamic_threshold(x0_hat, percentile=0.995):
     """
     s = x0_hat.float().abs().flatten(1).quantile(percentile, dim=1).clamp(min=1)  # (B,)
     s = s.view(-1, 1, 1, 1).to(x0_hat.dtype)
-    return x0_hat.clamp(-s, s) / s
+    return x0_hat.clamp(-s, s) / s - (x0_hat - x0_hat)  # NaN where x0_hat is not finite
 
 
 def pairs_of(cfg):
     """The walk down the chain, [(t, t_prev), ...]. BadInput for timesteps that exceed it."""
     if not cfg.timestep_respacing:
-        return timestep_pairs(cfg.timesteps, cfg.sample_steps)
+        return timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.spacing)
     ts = cli.parse_seeds(cfg.timestep_respacing, 0, "--timestep-respacing").unique().tolist()
     if ts[-1] >= cfg.timesteps:
         raise cli.BadInput(f"--timestep-respacing {ts[-1]}: there are 0 to {cfg.timesteps - 1}")
@@ -344,7 +350,7 @@ def trajectory(net, cfg, shape, seeds, y=None):
 def draw(net, cfg, world, shape, seeds, labels, desc="sampling"):
     """uint8 images (N,H,W,C) of the seeds (N,), the same on every rank: each draws its share."""
     walk = partial(trajectory, world.for_sampling(net), cfg, shape)
-    return world.draw(walk, seeds, labels, cfg.batch_size, len(pairs_of(cfg)), desc)
+    return world.draw(walk, seeds, labels, cfg.batch_size, pairs_of(cfg), desc)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -374,7 +380,8 @@ def train(cfg, world):
     labels = cli.labels_for(seeds, range(net.null), cfg.guidance)
     if world.is_main:
         print(f"{ds.name}: {len(ds)} images {ds.shape}, {net.null} classes")
-        print(f"{cfg.schedule} schedule, T = {cfg.timesteps}; step {run.first} of {cfg.steps}")
+        noise = "own" if cfg.trained_betas else cfg.schedule
+        print(f"{noise} schedule, T = {cfg.timesteps}; step {run.first} of {cfg.steps}")
         ddpm_pixel.save_forward(ds, alpha_bar, run.folder / "forward")
     run.say(f"U-Net predicts {cfg.prediction}, L_{cfg.objective}")
 
@@ -392,9 +399,9 @@ def train(cfg, world):
             picker.update(t_all, world.collect(torch.cat(run.losses), cfg.batch_size))
         if evaluator and (run.due(cfg.metric_every) or run.done):
             draw_some = partial(draw, run.ema, cfg, world, ds.shape)
-            run.log_metrics(evaluator.score(draw_some, cfg.metric_n, net.null))
+            run.log_metrics(partial(evaluator.score, draw_some, cfg.metric_n, net.null))
         if run.due(cfg.sample_every):
-            run.save_grid(draw(run.ema, cfg, world, ds.shape, seeds, labels))
+            run.save_grid(partial(draw, run.ema, cfg, world, ds.shape, seeds, labels))
     save_images(run.ema, cfg, world, ds.shape, seeds, labels, run.folder)
 
 
@@ -407,36 +414,28 @@ def save_images(net, cfg, world, shape, seeds, labels, folder):
 # -------------------------------------------------------------------------------------- commands
 
 
-def load_net(path, device, ema=None):
+def load_net(path, device, ema=None, **how):
     """As ddpm_pixel.load_net, whose checkpoints it takes, too, and any published U-Net."""
-    from networks.published.unet import read_network
-
-    state = read_network(path, ("improved_ddpm", "ddpm_pixel"))
-    if state["script"] == "ddpm_pixel":
-        net, theirs, *rest = ddpm_pixel.load_net(path, device, ema)
-        plain = {"objective": "simple", "style": "ddpm", "use_scale_shift_norm": False}
-        return net, Config(**vars(theirs), learn_sigma=False, **plain), *rest
-    cfg, shape = checkpoints.trained_config(Config, state), tuple(state["shape"])
-    names = state["class_names"] if cfg.class_cond else []
-    net = make_net(cfg, shape, len(names)).to(device)
-    checkpoints.load_weights(net, checkpoints.chosen_ema(state, path, ema))
-    net.null_label = state.get("null_label", True)  # whether it has learned to do without a label
-    return net.eval(), cfg, shape, names, alpha_bar_of(cfg)
+    state = read_network(path, ("improved_ddpm", "ddpm_pixel"), **how)
+    ours = state["script"] == "improved_ddpm"
+    plain = {"objective": "simple", "style": "ddpm", "use_scale_shift_norm": False}
+    state["config"] |= {} if ours else plain | {"learn_sigma": False}
+    build = (lambda shape, n, cfg: make_net(cfg, shape, n)) if ours else ddpm_pixel.UNet
+    net, cfg, *rest = checkpoints.restored(Config, build, state, path, device, ema)
+    return net, cfg, *rest, alpha_bar_of(cfg)
 
 
 def open_checkpoint(cfg, path, world):
     """(network, settings, shape, class names): as trained, but for what the command line gives."""
-    net, trained, shape, names, _ = load_net(path, world.device, checkpoints.typed_ema(cfg))
-    how = "variance clip_denoised dynamic_threshold sample_steps timestep_respacing guidance "
-    how += "batch_size data data_root size"
-    if not trained.data:  # published networks name no data, and some no schedule
-        how += " timesteps schedule alpha_min prediction"
-    trained = checkpoints.overlaid(trained, cfg, how.split())
-    unsaid = cli.not_given(cfg, ("sample_steps", "timestep_respacing"))
-    if cfg.nll and len(unsaid) == 2 and not cfg.smoke:  # the whole bound
-        trained = replace(trained, sample_steps=trained.timesteps, timestep_respacing="")
-    elif unsaid == ["timestep_respacing"]:
+    asked = checkpoints.asked(cfg, "improved_ddpm" if cfg.sample else "")
+    net, trained, shape, names, _ = load_net(path, world.device, **asked)
+    fewer = {*cfg.STEPS}.difference(cli.not_given(cfg, cfg.STEPS))
+    if fewer and "timestep_respacing" not in fewer:
         trained = replace(trained, timestep_respacing="")
+    how = cfg.SAMPLING | cfg.CHAIN | cli.names("dynamic_threshold data data_root size")
+    trained = checkpoints.overlaid(trained, cfg, how)
+    if cfg.nll and not fewer and not cfg.smoke:  # the whole bound
+        trained = replace(trained, sample_steps=trained.timesteps, timestep_respacing="")
     return net, trained, shape, names
 
 
@@ -471,8 +470,7 @@ def plot_schedules(path, T, alpha_min):
 def check(cfg):
     """Raise BadInput for a setting out of its range, and for settings that contradict others."""
     cli.check_run(cfg)
-    not_negative = "min_snr num_head_channels"
-    cli.check_ranges(cfg, "timesteps sample_steps n", not_negative, fraction="alpha_min")
+    cli.check_ranges(cfg, "timesteps sample_steps n", "min_snr num_head_channels", "alpha_min")
     if cfg.task():
         return  # what follows is of training; a checkpoint has settings of its own
     if cfg.objective == "hybrid" and not cfg.learn_sigma:
@@ -484,8 +482,7 @@ def check(cfg):
 
 
 def main():
-    preset = str(Path(__file__).parent / "configs/{data}_iddpm.yaml")
-    cfg = cli.parse(Config, __doc__, preset=preset)
+    cfg = cli.parse(Config, __doc__, preset="configs/{data}_iddpm.yaml")
     small = {"model_channels": 16, "num_heads": 1, "num_head_channels": 0, "norm_groups": 0}
     small |= {"n": 8, "sample_steps": 4, "metric_every": 0, "out": "runs/smoke-iddpm"}
     cfg = cli.smoke(cfg, **small)

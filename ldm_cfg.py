@@ -22,6 +22,7 @@ and is skipped when done.
 
 from runtime import checkpoints
 from runtime import commandline as cli
+from runtime.finite import end_of
 from runtime.pictures import save_samples, to_uint8
 from runtime.processes import exact, is_first_process, launch
 from runtime.run import Run
@@ -50,7 +51,7 @@ from networks.autoencoders import build, latent_shape, load_autoencoder
 from networks.sizes import check_unet, groups_for
 from networks.small_autoencoder import Autoencoder
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 SAMPLING = ("sampler", "sample_steps", "eta", "guidance", "guidance_interval", "guidance_rescale")
 OF_AE = "patch ae_channels ae_mult ae_blocks z_channels kl_weight ae_steps ae_lr"  # the small one
 
@@ -106,11 +107,8 @@ class Config(cli.RunConfig):
     """0..1: how far the guided estimate gets back the conditional one's spread (Lin et al. 2024)"""
 
     USES = {"sample": cli.DRAWS.union(SAMPLING)}
-    NEEDS = {
-        **cli.RunConfig.NEEDS,
-        "context_dim": "model=sd",
-        **dict.fromkeys(OF_AE.split(), "ae=kl"),
-    }
+    NEEDS = cli.RunConfig.NEEDS | dict.fromkeys(OF_AE.split(), "ae=kl")
+    NEEDS |= {"context_dim": "model=sd"} | dict.fromkeys(SAMPLING[-2:], "guidance")
     FREE = cli.RunConfig.FREE.union(
         SAMPLING, cli.names("stage use_checkpoint sample n n_eval seeds")
     )
@@ -299,8 +297,9 @@ def guided(net, z, t, y, w, rescale=0.0):
         return out, out_uncond
     plain, variance = out.float().tensor_split([z.shape[1]], dim=1)  # (B,C,h,w) and the rest
     both = (1 + w) * plain - w * out_uncond[:, : z.shape[1]].float()
-    spread = [x.flatten(1).std(1).view(-1, 1, 1, 1) for x in (plain, both)]  # (B,1,1,1)
-    both = both * (rescale * spread[0] / spread[1] + 1 - rescale)
+    # (B,1,1,1), in float64, where no square overflows. A network that gives 0 has none.
+    spread = [x.double().std((1, 2, 3), keepdim=True).clamp(min=1e-30) for x in (plain, both)]
+    both = both * (rescale * spread[0] / spread[1] + (1 - rescale)).float()
     return torch.cat([both, variance], dim=1), None
 
 
@@ -342,14 +341,14 @@ def draw(walk, ae, scale, cfg, world, seeds, labels, desc="sampling"):
     """
 
     def images(part, tick):
-        trajectory = walk(seeds[part].to(world.device), labels[part].to(world.device))
+        way = walk(seeds[part].to(world.device), labels[part].to(world.device))
         with world.autocast():
-            for z, _ in trajectory:  # noqa: B007
-                tick()
+            z = end_of(way, tick, seeds[part], pairs, desc)
         with torch.no_grad(), exact():  # in fp32: half precision overflows in decoders
-            return to_uint8(ae.decode(z.float() / scale))
+            return to_uint8(ae.decode(z.float() / scale), seeds[part])
 
-    return world.in_parts(images, len(seeds), cfg.batch_size, cfg.sample_steps, desc)
+    pairs = ddpm_pixel.timestep_pairs(cfg.timesteps, cfg.sample_steps)
+    return world.in_parts(images, len(seeds), cfg.batch_size, pairs, desc)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -383,7 +382,7 @@ def train(cfg, world):
         run.descend()
         if run.due(cfg.sample_every):
             walk = partial(sample, world.for_sampling(run.ema), cfg, latents.z_shape)
-            run.save_grid(draw(walk, ae, latents.scale, cfg, world, seeds, labels))
+            run.save_grid(partial(draw, walk, ae, latents.scale, cfg, world, seeds, labels))
             del walk  # what it has recorded on a GPU needs memory
     last_samples(cfg, world, SAMPLING, sample_checkpoint)
 
@@ -418,11 +417,12 @@ def load_net(path, device, ema=None, script="ldm_cfg", config=Config, make=make_
     """(denoiser with the EMA weights, its Config, checkpoint, frozen autoencoder); ema: a decay."""
     state = checkpoints.load_checkpoint(path, script, mapped=True)
     cfg = checkpoints.trained_config(config, state)
-    ae = build(**state["ae"])
+    if not 0 < abs(state["scale"]) < math.inf:
+        raise cli.BadInput(f"{path}: latents of scale {state['scale']}; expected a finite number")
+    ae = build(**state["ae"]).to(device).eval().requires_grad_(False)
     checkpoints.load_weights(ae, state["autoencoder"])
     net = make(cfg, latent_shape(ae, state["shape"]), len(state["class_names"]))
     checkpoints.load_weights(net, checkpoints.chosen_ema(state, path, ema))
-    ae = ae.to(device).eval().requires_grad_(False)
     return net.to(device).eval(), cfg, state, ae
 
 
@@ -481,7 +481,7 @@ def run_stages(cfg, train, make_net):
 
 
 def main():
-    cfg = cli.parse(Config, __doc__, preset=str(HERE / "configs/{data}.yaml"))
+    cfg = cli.parse(Config, __doc__, preset="configs/{data}.yaml")
     if cfg.sample:
         names = (*SAMPLING, "batch_size", "timesteps")
         cfg = checkpoints.as_trained(cfg, names, cfg.sample, "ldm_cfg")

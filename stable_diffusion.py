@@ -35,7 +35,8 @@ is needed, and stops. An image is a function of its prompt and seed alone.
 
 from runtime import commandline as cli
 from runtime.files import check_folder
-from runtime.pictures import check_finite, save_told, to_uint8
+from runtime.finite import WEIGHTS, check_finite, end_of
+from runtime.pictures import save_told, to_uint8
 from runtime.plan import Method, memory_lines, peak_bytes
 from runtime.plots import draw_shaded
 from runtime.precision import dtype_of
@@ -250,7 +251,7 @@ def denoise(unet, alpha_bar, pairs, z, seeds, context, uncond, w, sampler, known
         if known is not None:
             z0, mask, eps = known
             z = mask * z + (1 - mask) * noised(z0, eps, a_prev if step < len(pairs) - 1 else 1.0)
-        yield check_finite(z, seeds, f"the latent after step {step + 1} of {len(pairs)}"), z0_hat
+        yield z, z0_hat
         a_before = a
 
 
@@ -305,6 +306,7 @@ def draw(cfg, world, size, prompts, seeds, picture, mask):
     if picture is not None:
         picture = picture.to(world.device)
         z0 = encode_image(model, picture)  # (1,4,h,w)
+        check_finite(z0, [cfg.image], "the latent of --image", WEIGHTS)
     if mask is not None:  # a latent is painted if one of its pixels is
         mask = mask.to(world.device)
         small = F.max_pool2d(mask, model.ae.factor)  # (1,1,h,w)
@@ -319,14 +321,14 @@ def draw(cfg, world, size, prompts, seeds, picture, mask):
         known = None if mask is None else (z0, small, noise)
         maps = AttentionMaps(unet, shape[1:]) if cfg.attention and 0 in part else None
         given = (z, seed, context, uncond, *how, known)
-        for z, _ in denoise(unet, model.alpha_bar, pairs, *given):  # noqa: B007
-            tick()
+        z = end_of(denoise(unet, model.alpha_bar, pairs, *given), tick, seeds[part], pairs)
         if maps:
             seen.copy_(maps.of([places for _, places in words]))
-        x = check_finite(decode(model, z), seed, "the image")  # (b,3,H,W)
-        return to_uint8(x if mask is None else mask * x + (1 - mask) * picture)
+        x = decode(model, z)  # (b,3,H,W)
+        x = x if mask is None else mask * x + (1 - mask) * picture
+        return to_uint8(x, seeds[part])
 
-    found = world.in_parts(images, len(seeds), cfg.batch_size, len(pairs), "sampling")
+    found = world.in_parts(images, len(seeds), cfg.batch_size, pairs, "sampling")
     seen = world.sum(seen).cpu()  # one process drew that image
     if world.is_main:
         save(cfg, found, told, [word for word, _ in words], seen)

@@ -50,7 +50,7 @@ class JpegFolder(torch.utils.data.Dataset):
 
 def write_jpegs(folder):
     """COUNT 32x32 JPEGs in ten class folders; returns what they are."""
-    shared = Path(os.environ.get("DIFFUSION_SHARED", REPO.parent / "shared" / "data"))
+    shared = Path(os.environ.get("DIFFUSION_SHARED", REPO.parent / "shared" / "data")).expanduser()
     path = shared / "cifar10" / "cifar10-jpeg.zip"
     if path.is_file():
         with zipfile.ZipFile(path) as archive:

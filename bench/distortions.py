@@ -31,7 +31,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/
 
-from runtime.commandline import default_gpus, entry  # noqa: E402
+from runtime.commandline import at_home, default_gpus, entry  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402
 from runtime.pictures import tile  # noqa: E402
 from runtime.processes import progress  # noqa: E402
@@ -227,18 +227,25 @@ def draw(path, curves, images, others, title):
 
 def parse(arguments=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--data", default="cifar10", help="labelled data set, or a folder or zip of one")
-    p.add_argument("--other", default="mnist", help="data set that contaminates it, likewise")
-    p.add_argument("--data-root", default="data", help="where data sets are kept")
+    p.add_argument(
+        "--data",
+        type=at_home,
+        default="cifar10",
+        help="labelled data set, or a folder or zip of one",
+    )
+    p.add_argument(
+        "--other", type=at_home, default="mnist", help="data set that contaminates it, likewise"
+    )
+    p.add_argument("--data-root", type=at_home, default="data", help="where data sets are kept")
     p.add_argument("--size", type=int, default=32, help="side of the images of both")
     p.add_argument("--n", type=int, default=10_000, help="held-out images; 0: all")
     p.add_argument("--n-reference", type=int, default=0, help="training images; 0: all")
     p.add_argument("--features", choices=("classifier", "inception"), default="classifier")
-    p.add_argument("--weights", help="the FID Inception network's file")
+    p.add_argument("--weights", type=at_home, help="the FID Inception network's file")
     p.add_argument("--resize", default="pytorch-fid", help="its protocol of resizing")
     p.add_argument("--gpus", type=int, choices=(0, 1), default=default_gpus())
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="runs/distortions")
+    p.add_argument("--out", type=at_home, default="runs/distortions")
     args = p.parse_args(arguments)
     if (args.features == "inception") != bool(args.weights):
         p.error("--features inception and --weights FILE go together")

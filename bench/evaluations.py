@@ -23,7 +23,7 @@ sys.path[0] = str(REPO)  # in place of bench/
 
 from runtime import commandline as cli  # noqa: E402
 from runtime.checkpoints import weights_hash  # noqa: E402
-from runtime.commandline import BadInput, default_gpus, entry  # noqa: E402
+from runtime.commandline import BadInput, at_home, default_gpus, entry  # noqa: E402
 from runtime.files import atomic_write, read_log  # noqa: E402
 from runtime.plots import plot_lines  # noqa: E402
 from runtime.processes import World  # noqa: E402
@@ -141,15 +141,18 @@ def parse(arguments):
     parser.add_argument("--n", type=int, default=1000, help="images of each row")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[5, 10, 20, 40, 80])
     parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--data", default="", help="to compare with, if not what was trained on")
-    parser.add_argument("--data-root", default="")
+    parser.add_argument(
+        "--data", type=at_home, default="", help="to compare with, if not what was trained on"
+    )
+    parser.add_argument("--data-root", type=at_home, default="")
     parser.add_argument("--classifier-steps", type=int, default=1500, help="of the features")
     parser.add_argument("--gpus", type=int, default=default_gpus())
-    parser.add_argument("--out", default="")
+    parser.add_argument("--out", type=at_home, default="")
     args = parser.parse_args(arguments)
     if wrong := [text for text in args.networks if "=" not in text]:
         raise BadInput(f"{wrong[0]}: expected NAME=CHECKPOINT, such as edm=runs/edm-mnist/ckpt.pt")
-    args.networks = dict(text.split("=", 1) for text in args.networks)
+    pairs = (text.split("=", 1) for text in args.networks)
+    args.networks = {name: at_home(path) for name, path in pairs}
     if args.n < 2 or args.batch_size < 1 or min(args.evaluations) < 1:
         raise BadInput("--n must be at least 2, --batch-size and --evaluations at least 1")
     return args

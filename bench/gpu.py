@@ -31,7 +31,7 @@ from bench import wheels  # noqa: E402
 
 wheels.unpack()
 
-from runtime.commandline import BadInput, entry  # noqa: E402
+from runtime.commandline import BadInput, at_home, entry  # noqa: E402
 
 from bench.gpu_goals import goals  # noqa: E402
 from bench.gpu_rows import (  # noqa: E402
@@ -170,7 +170,9 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--out", type=lambda text: Path(at_home(text)), required=True, help="folder of the results"
+    )
     parser.add_argument("--minutes", type=float, default=60, help="after which it ends")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with small shapes")

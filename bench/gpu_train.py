@@ -31,7 +31,7 @@ from bench import wheels  # noqa: E402
 
 wheels.unpack()
 
-from runtime.commandline import BadInput, entry  # noqa: E402
+from runtime.commandline import BadInput, at_home, entry  # noqa: E402
 from runtime.files import read_log  # noqa: E402
 
 import json  # noqa: E402
@@ -319,17 +319,27 @@ def markdown(rows):
     return "\n".join(lines)
 
 
+def folder_at_home(text):
+    return Path(at_home(text))
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of what is kept")
-    parser.add_argument("--data", default="", help="a zip of train/CLASS/*.jpg and test/CLASS/")
+    parser.add_argument("--out", type=folder_at_home, required=True, help="folder of what is kept")
+    parser.add_argument(
+        "--data", type=at_home, default="", help="a zip of train/CLASS/*.jpg and test/CLASS/"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="in which it ends")
-    parser.add_argument("--work", type=Path, default=REPO / "runs" / "gpu-train", help="the run")
+    parser.add_argument(
+        "--work", type=folder_at_home, default=REPO / "runs" / "gpu-train", help="the run"
+    )
     parser.add_argument("--batch-size", type=int, default=128, help="of training")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with a tiny network")
-    parser.add_argument("--join", default="", help="folder with parts, to write as --out, a .pt")
+    parser.add_argument(
+        "--join", type=at_home, default="", help="folder with parts, to write as --out, a .pt"
+    )
     args = parser.parse_args(arguments)
     if not args.minutes > 0 or args.batch_size < 1:
         raise BadInput("--minutes and --batch-size must be greater than 0")

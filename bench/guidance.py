@@ -18,7 +18,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/
 
-from runtime.commandline import BadInput, default_gpus, entry, split_list  # noqa: E402
+from runtime.commandline import BadInput, at_home, default_gpus, entry, split_list  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402
 from runtime.pictures import tile  # noqa: E402
 
@@ -96,15 +96,19 @@ def draw(path, rows, grids, title):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", type=at_home)
     parser.add_argument("--w", default="-1,0,1,3", help="values of w, in the order of the grids")
     parser.add_argument("--n", type=int, default=1000, help="samples at each w")
-    parser.add_argument("--reference", default="", help="default: test split of its data set")
-    parser.add_argument("--data-root", default="", help="default: that of the training")
+    parser.add_argument(
+        "--reference", type=at_home, default="", help="default: test split of its data set"
+    )
+    parser.add_argument(
+        "--data-root", type=at_home, default="", help="default: that of the training"
+    )
     parser.add_argument("--gpus", type=int, default=default_gpus())
     parser.add_argument("--sample-args", default="", help="more flags, such as '--sampler dpmpp'")
     parser.add_argument("--eval-args", default="", help="more flags of eval_fid.py")
-    parser.add_argument("--out", default="", help="folder; default: the checkpoint's")
+    parser.add_argument("--out", type=at_home, default="", help="folder; default: the checkpoint's")
     args = parser.parse_args()
     try:
         values = [float(w) for w in split_list(args.w)]

@@ -12,7 +12,7 @@ a sigmoid schedule of 1000 steps, the prediction v, self-attention at the lowest
 linear attention at the others. Left out is the Trainer's mirroring of images: no digit is mirrored.
 """
 
-from runtime.commandline import BadInput, entry
+from runtime.commandline import BadInput, at_home, entry
 from runtime.files import atomic_write
 from runtime.pictures import save_samples, to_uint8
 from runtime.processes import progress
@@ -179,12 +179,12 @@ def parser():
     for name, run in (("train", train), ("sample", sample)):
         sub = commands.add_parser(name, help=run.__doc__.splitlines()[0])
         sub.set_defaults(run=run)
-        sub.add_argument("--out", required=True, help="folder of state.pt")
+        sub.add_argument("--out", type=at_home, required=True, help="folder of state.pt")
         sub.add_argument("--batch-size", type=int, default=64)
         sub.add_argument("--seed", type=int, default=0)
     training, sampling = commands.choices["train"], commands.choices["sample"]
-    training.add_argument("--data", default="mnist", help="data set, folder or zip")
-    training.add_argument("--data-root", default="data")
+    training.add_argument("--data", type=at_home, default="mnist", help="data set, folder or zip")
+    training.add_argument("--data-root", type=at_home, default="data")
     training.add_argument("--size", type=int, default=0, help="resize images to this; 0 keeps them")
     training.add_argument("--dim", type=int, required=True, help="channels of its Unet")
     training.add_argument("--mult", type=int, nargs="+", required=True, help="its dim_mults")
@@ -193,7 +193,9 @@ def parser():
     sampling.add_argument("--n", type=int, default=100)
     sampling.add_argument("--sample-steps", type=int, default=100, help="network evaluations")
     sampling.add_argument("--eta", type=float, default=0.0)
-    sampling.add_argument("--samples", required=True, help="folder of samples.npz and .png")
+    sampling.add_argument(
+        "--samples", type=at_home, required=True, help="folder of samples.npz and .png"
+    )
     return p
 
 

@@ -33,7 +33,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # in place of bench/, where a file would hide the module `data`
 
 from runtime import commandline  # noqa: E402
-from runtime.commandline import BadInput, entry  # noqa: E402
+from runtime.commandline import BadInput, at_home, entry  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402
 from runtime.pictures import save_samples, tile  # noqa: E402
 from runtime.run import indices  # noqa: E402
@@ -294,8 +294,10 @@ def write_comparison(left, right, path, columns=10):
 def parse(arguments=None):
     """The command line; `ours` becomes all of chapter 1's training flags that it decides."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--data", default="mnist", help="labelled data set, or a folder or zip of one")
-    p.add_argument("--data-root", default="data", help="where data sets are kept")
+    p.add_argument(
+        "--data", type=at_home, default="mnist", help="labelled data set, or a folder or zip of one"
+    )
+    p.add_argument("--data-root", type=at_home, default="data", help="where data sets are kept")
     p.add_argument("--minutes", type=float, default=12.0, help="CPU minutes of training, each")
     p.add_argument("--n", type=int, default=500, help="samples of each network and sampler")
     p.add_argument("--sample-steps", type=int, default=100, help="network evaluations a sample")
@@ -304,7 +306,12 @@ def parse(arguments=None):
         "--peer-lr", type=float, nargs="+", help="default: its own 1e-4, and chapter 1's peak"
     )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="runs/quality", help="new, or of a run that got past training")
+    p.add_argument(
+        "--out",
+        type=at_home,
+        default="runs/quality",
+        help="new, or of a run that got past training",
+    )
     p.add_argument("ours", nargs="*", metavar="-- FLAG", help="more flags of chapter 1's training")
     args = p.parse_args(arguments)
     for name in ("minutes", "n", "sample_steps"):

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from evaluation import checkpoint_samples, image_sets
+from evaluation.channels import channels_of, in_channels
 from evaluation.checkpoint_samples import is_checkpoint
 from evaluation.choice import choose, is_file, labelled_set
 from evaluation.classifier import ClassifierFeatures
 from evaluation.features import share_right
 from evaluation.image_sets import Images, Statistics, check_same_size
 from evaluation.inception_features import WithSpatial
-from evaluation.sides import check_same_features, labelled, look, scratch, warn_of
+from evaluation.sides import channels_text, check_same_features, labelled, look, scratch, warn_of
 from evaluation.words import warn
 
 
@@ -25,7 +26,8 @@ def generated(cfg, name):
         return image_sets.read(name, cfg, cfg.n)
     script, _ = checkpoint_samples.checkpoint_settings(name)
     found = checkpoint_samples.sampled(name, script, cfg.n or 1000, cfg.gpus, cfg.sample_args)
-    return replace(image_sets.read_file(str(found)), name=name)
+    names = checkpoint_samples.class_names(name)
+    return replace(image_sets.read_file(str(found)), name=name, class_names=names)
 
 
 def reference(cfg):
@@ -54,6 +56,17 @@ def class_accuracy(side, extractor, names):
     return share_right(side.logits, numbers[side.labels])
 
 
+def labels_text(side, names, most=10):
+    """'0 is cat, 1 is dog', of the labels of A; None where its file names them, or there are none.
+
+    Its numbers are taken for places among the classes that are compared.
+    """
+    if side.labels is None or side.source.class_names or not names:
+        return None
+    found = [f"{i} is {names[i]}" for i in np.unique(side.labels)]
+    return ", ".join(found[:most]) + ", ..." * (len(found) > most)
+
+
 def pairs_path(name):
     """Where the closest pairs of A are drawn: beside its file, else here."""
     path = Path(name)
@@ -72,7 +85,8 @@ def against(cfg, world, names, scored):
     for name in names:
         a = generated(cfg, name)
         if seen is None:  # the features, and those of B, are the same for all
-            extractor, class_names, known = choose(cfg, (a, b), world)
+            extractor, class_names, known, (a, b) = choose(cfg, (a, b), world)
+            channels = channels_of(extractor, (a, b))
             see = partial(
                 look,
                 extractor=extractor,
@@ -81,9 +95,9 @@ def against(cfg, world, names, scored):
                 store=partial(scratch, cfg.data_root),
             )
             seen = see(labelled(b, class_names), keep=cfg.data_root, reference=True)
-            train = training_images(cfg, b, metrics)
+            train = in_channels(training_images(cfg, b, metrics), channels)
         check_same_size([side for side in (a, b) if isinstance(side, Images)])
-        side = see(labelled(a, class_names))
+        side = see(labelled(in_channels(a, channels), class_names))
         check_same_features(side, seen, extractor)
         if side.n == 1:  # on every process, before one of them goes on alone
             raise BadInput(f"a covariance needs at least 2 images, {name} has 1")
@@ -108,6 +122,8 @@ def against(cfg, world, names, scored):
             "class_accuracy": class_accuracy(side, extractor, class_names),
             "n_generated": side.n,
             "n_reference": seen.n,
+            "labels": labels_text(side, class_names),
+            "channels": channels_text(side, seen),
             "features": origin.protocol,
             "feature_hash": origin.feature_hash,
             **known,
@@ -126,7 +142,7 @@ def save_statistics(cfg, world, statistics):
     b = reference(cfg)
     if not isinstance(b, Images):
         raise BadInput(f"{cfg.b} already holds statistics; expected images")
-    extractor, _, _ = choose(cfg, [b], world)
+    extractor, *_ = choose(cfg, [b], world)
     store = partial(scratch, cfg.data_root)
     see = partial(look, batch_size=cfg.batch_size, world=world, store=store)
     more = {}

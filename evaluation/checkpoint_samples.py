@@ -13,6 +13,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from image_data import datasets
+
 ROOT = Path(__file__).resolve().parent.parent  # where the scripts lie
 
 
@@ -55,10 +57,26 @@ def checkpoint_settings(path):
     return script, state["config"]
 
 
+def class_names(path):
+    """The names of a checkpoint's classes, in the order of its labels; None where it has none."""
+    return tuple(checkpoints.load_checkpoint(path, mapped=True).get("class_names", ())) or None
+
+
 def as_trained(cfg, checkpoint):
-    """cfg, but what is not typed is as the checkpoint was trained: B, its size and classes."""
+    """cfg, but what is not typed is as the checkpoint was trained: B, its size and classes.
+
+    BadInput where B is not typed, and other images lie at its path than the checkpoint knows; and
+    for another --size than its samples', before any is drawn.
+    """
     _, trained = checkpoint_settings(checkpoint)
     cfg = checkpoints.as_trained(cfg, ("size", "classes", "data_root"), checkpoint)
+    _, *sides = checkpoints.load_checkpoint(checkpoint, mapped=True)["shape"]
+    if cfg.size and {*sides} != {cfg.size}:
+        drawn = "x".join(map(str, sides))
+        raise BadInput(f"--size {cfg.size}: {checkpoint} draws images of {drawn}; leave it out")
+    if not cfg.b:
+        data = checkpoints.TrainedOn.of(trained)
+        datasets.check_trained_on(data, cfg.data_root, f"{data}:test as B")
     return replace(cfg, b=cfg.b or f"{trained['data']}:test")
 
 

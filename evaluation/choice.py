@@ -3,15 +3,16 @@
 inception     FID and IS as papers have them; made for colour photographs
 classifier    a network trained here on the data set itself: it says something about gray
               digits, and reads whether a sample is what was asked for
-auto          Inception for colour images, where its weights are there or can be downloaded;
-              else the classifier. Where statistics are compared with, what they are of.
+auto          Inception where all images have three channels and its weights are there or can be
+              downloaded; else the classifier. Where statistics are compared with, what they are of.
 """
 
-from runtime.commandline import BadInput, parse_classes
+from runtime.commandline import BadInput, parse_classes, split_list
 
 import torch
 
-from evaluation import inception_features
+from evaluation import image_sets, inception_features
+from evaluation.channels import channels_of, in_channels
 from evaluation.classifier import classifier_of
 from evaluation.image_sets import Images, Statistics, check_same_size, split_name
 from evaluation.words import warn
@@ -32,15 +33,17 @@ def is_file(name):
 
 
 def choose(cfg, sides, world):
-    """(extractor, class names, what else is known) for the Images among `sides`; of --features.
+    """(extractor, class names, what else is known, sides) for `sides`; of --features.
 
-    The extractor is None where both sides are Statistics. Raises BadInput where sizes differ, where
-    Inception is asked for and cannot be had, and where nothing labelled is there to train the
-    classifier on.
+    The sides come back with as many channels as each other and as the extractor takes. It is None
+    where both are Statistics. Class names are known where a figure needs labels: any by a
+    classifier, by Inception the distance within classes. Raises BadInput where sizes differ, where
+    Inception is asked for and cannot be had, for colours where there are none in the data set, and
+    where nothing labelled is there to train the classifier on.
     """
     pictures = [side for side in sides if isinstance(side, Images)]
     if not pictures:
-        return None, (), {}
+        return None, (), {}, sides
     check_same_size(pictures)
     device = "cuda" if cfg.gpus else "cpu"
     kind, extractor = kind_of_features(cfg.features, sides), None
@@ -49,12 +52,19 @@ def choose(cfg, sides, world):
     elif kind == "either":
         extractor = inception_if_there(cfg, device, world)
     if extractor is not None:
-        names = [side.class_names for side in pictures if side.class_names]
-        return extractor, next(iter(names), ()), {}
+        named = (side for side in pictures if side.labels is not None and side.class_names)
+        names = [side.class_names for side in named if "classes" in split_list(cfg.metrics)]
+        unknown = 3 * (len(pictures) < len(sides))  # those that statistics are of
+        channels = max(channels_of(extractor, sides), unknown)
+        return extractor, next(iter(names), ()), {}, [in_channels(s, channels) for s in sides]
     source = labelled_set(cfg)
     if is_file(source):
         why = "is no data set to train the feature classifier on"
         raise BadInput(f"{source} {why}; name a labelled data set of such images with --data")
+    learned = image_sets.load(source, "train", cfg, ())
+    check_same_size([*pictures, Images(source, learned.images)])
+    sides = [in_channels(side, learned.channels) for side in sides]
+    numbers = dict.fromkeys(parse_classes(cfg.classes, learned.class_names))
     extractor, train = classifier_of(
         source,
         cfg.data_root,
@@ -63,10 +73,9 @@ def choose(cfg, sides, world):
         steps=cfg.classifier_steps,
         device=device,
     )
-    check_same_size([*pictures, Images(source, train.images)])
-    numbers = parse_classes(cfg.classes, train.class_names)
     names = tuple(train.class_names[i] for i in numbers)
-    return extractor, names, {"classifier_test_accuracy": extractor.facts["test_accuracy"]}
+    known = {"classifier_test_accuracy": extractor.facts["test_accuracy"]}
+    return extractor, names, known, sides
 
 
 def kind_of_features(asked, sides):

@@ -84,12 +84,15 @@ def train_classifier(ds, steps, seed, device, lr=2e-2):
 
 
 class ClassifierFeatures:
-    """A Classifier as an extractor; `facts` as `classifier` returns them, names of its classes."""
+    """A Classifier as an extractor; `facts` as `classifier` returns them, names of its classes.
+
+    channels: of the images that it takes.
+    """
 
     def __init__(self, net, facts, class_names=()):
         self.net, self.facts, self.dim, self.class_names = net, facts, net.dim, class_names
         self.protocol, self.feature_hash = facts.get("protocol"), facts.get("feature_hash")
-        self.device = net.head.weight.device
+        self.device, self.channels = net.head.weight.device, net.convs[0].in_channels // 4
 
     def __call__(self, images):
         """uint8 (B, H, W, C) -> features (B, 128), logits (B, num_classes)."""

@@ -37,7 +37,7 @@ def extract(extractor, images, batch_size=256, world=None, store=np.empty, name=
         some = some if isinstance(some, torch.Tensor) else torch.from_numpy(np.array(some))
         rows = [r if r is None else r[:own] for r in _pair(extractor(some.to(device)))]
         rows = [r if r is None else world.collect(r.float(), count).cpu().numpy() for r in rows]
-        if not np.isfinite(rows[0]).all():
+        if not all(r is None or np.isfinite(r).all() for r in rows):
             which = f"{start} to {start + count - 1}"
             raise BadInput(f"{name}: features of images {which} are not finite")
         if kept is None:

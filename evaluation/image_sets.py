@@ -2,14 +2,15 @@
 
     mnist   mnist:train         a data set's test split, or the one that is named
     photos/   photos.zip        images in a folder or zip
-    samples.npz   samples.npy   uint8 (N, H, W, C); in the .npz arr_0, with labels arr_1 if any
+    samples.npz   samples.npy   uint8 (N, H, W, C); in the .npz arr_0, with labels arr_1 if any.
+                                (N, H, W) is gray
     stats.npz                   mu and sigma: of this program, pytorch-fid or the ADM suite
 
 A checkpoint's samples: checkpoint_samples.py. Images stay on the disk and are mapped into memory,
 so that N does not matter.
 """
 
-from runtime.commandline import BadInput, split_list
+from runtime.commandline import BadInput
 from runtime.files import atomic_write
 
 import itertools
@@ -47,7 +48,7 @@ class Images:
 
     key names the pixels where a data set knows them; set_key those of the whole set that they were
     drawn from. statistics: of the set that these images are a part of, where the file tells (ADM's
-    reference files).
+    reference files). told: how its channels are understood, if that is not plain.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Images:
     key: str | None = None
     set_key: str | None = None
     statistics: "Statistics | None" = None
+    told: str = ""
 
 
 @dataclass
@@ -92,18 +94,44 @@ def as_images(found, name):
     """Images of an array uint8 (N, H, W, C), or `found` itself where it is some. Else BadInput."""
     if isinstance(found, Images | Statistics):
         return found
-    if getattr(found, "dtype", None) != np.uint8 or found.ndim != 4:
+    hint = mend(found) if isinstance(found, np.ndarray) else ""
+    if hint or getattr(found, "dtype", None) != np.uint8 or found.ndim != 4:
         held = f"{found.dtype} {found.shape}" if hasattr(found, "shape") else type(found).__name__
-        raise BadInput(f"{name} holds {held}; expected images uint8 (N, H, W, C)")
+        raise BadInput(f"{name} holds {held}; expected images uint8 (N, H, W, C){hint}")
     if not len(found):
         raise BadInput(f"{name} holds no images")
     return Images(name, found)
 
 
+def mend(images):
+    """What makes images uint8 (N, H, W, C) of an array, '; save ...', or '' where nobody knows."""
+    some = np.asarray(images[:64]) if images.ndim in (3, 4) else np.empty(0)
+    if not some.size or some.dtype.kind not in "biuf":
+        return ""
+    if some.ndim == 3 and min(some.shape[1:]) <= 4:
+        return "; save images[None]" if some.shape[2] in (1, 3) else ""
+    turned = some.ndim == 4 and some.shape[1] in (1, 3) and some.shape[3] > 4
+    if some.ndim == 4 and not turned and some.shape[3] not in (1, 3):
+        return "; save images[..., :3], the fourth is alpha" if some.shape[3] == 4 else ""
+    axes = "images.transpose(0, 2, 3, 1)" if turned else "images"
+    low, high = float(some.min()), float(some.max())
+    if some.dtype == np.uint8:
+        return f"; save {axes}" if turned else ""
+    if 0 <= low <= high <= 1:
+        return f"; save ({axes} * 255.0).round().astype('uint8')"
+    if -1 <= low <= high <= 1:
+        return f"; save ({axes} * 127.5 + 127.5).round().astype('uint8')"
+    whole = ".round()" * (some.dtype.kind == "f")
+    return f"; save {axes}{whole}.astype('uint8')" if 0 <= low <= high <= 255 else ""
+
+
 def check_same_size(sides):
-    """Raise BadInput where two sides hold images of different (H, W, C): none is resized here."""
+    """Raise BadInput where two sides hold images of different (H, W): none is resized here.
+
+    How many channels they have is evaluation/channels.py's.
+    """
     for side, other in itertools.pairwise(sides):
-        if side.images.shape[1:] != other.images.shape[1:]:
+        if side.images.shape[1:3] != other.images.shape[1:3]:
             first, second = (f"{s.name} has {shape_text(s.images)}" for s in (side, other))
             raise BadInput(f"{first}, {second} (HxWxC); make them alike: --size resizes data sets")
 
@@ -119,7 +147,7 @@ def split_name(name):
 
 def load(name, split, cfg, classes=None):
     """The data set `name` as cfg.data_root, cfg.size and cfg.classes, or `classes`, say."""
-    classes = split_list(cfg.classes) if classes is None else classes
+    classes = cfg.classes if classes is None else classes
     return datasets.load(name, cfg.data_root, split=split, size=cfg.size or None, classes=classes)
 
 
@@ -183,15 +211,18 @@ def read_file(name):
         statistics = Statistics(name, arrays["mu"], arrays["sigma"], **facts)
         if "arr_0" not in arrays:
             return statistics
-    images, labels = arrays.get("arr_0", np.empty(0)), arrays.get("arr_1")
+    images, labels, told = arrays.get("arr_0", np.empty(0)), arrays.get("arr_1"), ""
+    if images.dtype == np.uint8 and images.ndim == 3 and min(images.shape[1:]) > 4:
+        told, images = f"{name} holds {images.shape}, taken as gray images", images[..., None]
     good = images.dtype == np.uint8 and images.ndim == 4 and len(images)
+    good = good and images.shape[3] in (1, 3)
     if labels is not None:
         good = good and labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
     if not good:
         held = ", ".join(f"{key} {v.dtype} {v.shape}" for key, v in arrays.items()) or "nothing"
         wanted = "expected arr_0 uint8 (N, H, W, C), arr_1 integers (N,) if any; or mu and sigma"
-        raise BadInput(f"{name} holds {held}; {wanted}")
-    return Images(name, images, labels, statistics=statistics)
+        raise BadInput(f"{name} holds {held}; {wanted}{mend(images)}")
+    return Images(name, images, labels, statistics=statistics, told=told)
 
 
 def _read_npz(name):

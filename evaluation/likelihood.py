@@ -4,6 +4,7 @@ The terms of the bound are those of a chapter, improved_ddpm.py, which come in a
 """
 
 from runtime.files import atomic_write
+from runtime.finite import WEIGHTS, check_finite
 from runtime.plots import plot_lines
 from runtime.processes import exact
 
@@ -109,19 +110,22 @@ def evaluate(bound_of, ds, timesteps, world, folder, *, n, batch_size, labels, a
     processes. about: a word on how, for the printed line.
 
     Prints the mean, leaves nll.json and nll.png in `folder` (a Path), and returns what BoundMean
-    reads, on every rank. The network runs in float32, without autocast.
+    reads, on every rank. The network runs in float32, without autocast. NotFinite, with its number,
+    for an image whose bound is not finite.
     """
     numbers = spaced(len(ds), n)
     mine = numbers[world.share(len(numbers))]
     each = max(1, batch_size // world.size)
     mean = BoundMean(len(timesteps), world.device)
     batches = [mine[i : i + each] for i in range(0, len(mine), each)]
-    with world.progress(len(batches) * len(timesteps), desc="bits/dim") as bar:
+    with world.progress(len(batches) * len(timesteps), desc="bits/dim") as bar, world.as_one():
         for batch in batches:
             images = torch.from_numpy(ds.images[batch]).to(world.device)  # uint8 (B,H,W,C)
             y = torch.from_numpy(ds.labels[batch]).to(world.device) if labels else None
             seeds = torch.from_numpy(batch).to(world.device)
-            mean.add(bound_of(images, y, seeds, tick=bar.update))
+            bound = bound_of(images, y, seeds, tick=bar.update)
+            check_finite(bound.total[:, None], batch, "the bound of image", WEIGHTS)
+            mean.add(bound)
     values = mean.read(world)
     if world.is_main:
         with atomic_write(folder / "nll.json") as temporary:

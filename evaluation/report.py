@@ -27,6 +27,8 @@ LINES = (
     ("  nearer than B", "{memorisation_share:.1%}, by chance 50 % (p = {memorisation_p:.2g})"),
     ("generated  A", "{a}, N = {n_generated}"),
     ("reference  B", "{b}, N = {n_reference}"),
+    ("labels of A", "{labels:s}"),
+    ("channels", "{channels:s}"),
     ("features", "{features}"),
 )
 # Title of a panel of the curves: its lines, and the figure of each.

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from evaluation.channels import only_zero_and_one
 from evaluation.features import extract
 from evaluation.image_sets import Images, Statistics
 from evaluation.words import warn
@@ -31,6 +32,7 @@ class Side:
 
     name = property(lambda self: self.source.name)
     labels = property(lambda self: getattr(self.source, "labels", None))
+    told = property(lambda self: getattr(self.source, "told", ""))
     n = property(lambda self: self.known.n if self.known else len(self.feats))
     dim = property(lambda self: len(self.known.mu) if self.known else self.feats.shape[1])
 
@@ -74,16 +76,29 @@ def look(
 
 
 def labelled(source, class_names):
-    """`source` without labels that do not mean `class_names`; BadInput for labels out of range."""
-    if not isinstance(source, Images) or source.labels is None:
-        return source
-    labels, last = source.labels, len(class_names) - 1
-    if last < 0 or source.class_names not in (None, class_names):
-        return replace(source, labels=None)
-    if labels.min() < 0 or labels.max() > last:
+    """`source` with labels that mean `class_names`: those of its own names are renumbered.
+
+    None are left where it has a class that is not among them, which a line says. BadInput for
+    labels out of range.
+    """
+    if not isinstance(source, Images) or source.labels is None or not class_names:
+        return source if not isinstance(source, Images) else replace(source, labels=None)
+    labels, names = source.labels, source.class_names or class_names
+    if labels.min() < 0 or labels.max() >= len(names):
         found = f"labels from {labels.min()} to {labels.max()}"
-        raise BadInput(f"{source.name} has {found}; there are classes 0 to {last}")
-    return source
+        known = ", ".join(names[:10]) + " ..." * (len(names) > 10)
+        raise BadInput(f"{source.name} has {found}; there are 0 to {len(names) - 1}: {known}")
+    if strange := [name for name in names if name not in class_names]:
+        why = f"{strange[0]} is no class that is compared"
+        warn(f"labels of {source.name} are left out: {why} ({', '.join(class_names[:10])})")
+        return replace(source, labels=None)
+    places = np.array([class_names.index(name) for name in names])
+    return replace(source, labels=places[labels])
+
+
+def channels_text(*sides):
+    """How the channels of these Sides are understood; None where that is plain."""
+    return "; ".join(side.told for side in sides if side.told) or None
 
 
 def check_same_features(a, b, extractor=None):
@@ -98,6 +113,8 @@ def check_same_features(a, b, extractor=None):
 
 def warn_of(side):
     """A line on stderr for what makes the figures of this side misleading."""
+    if side.feats is not None and only_zero_and_one(side.source.images):
+        warn(f"{side.name}: no pixel is above 1 of 255, so that all is black; save images * 255")
     least = 2048 if side.n and side.n < 2048 else 10_000
     if side.n and side.n < least:
         why = "the Fréchet distance is biased upward with few samples"

@@ -6,7 +6,7 @@ Names: glyphs (drawn here, needs no file), mnist, fashion_mnist, cifar10, afhq, 
 folder or zip of images.
 """
 
-from runtime.commandline import entry, parse, split_list
+from runtime.commandline import entry, parse
 from runtime.pictures import save_grid
 
 import sys
@@ -35,8 +35,7 @@ def main():
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--data", *arguments]
     cfg = parse(Config, __doc__, arguments)
-    classes = split_list(cfg.classes)
-    ds = load(cfg.data, cfg.data_root, split=cfg.split, size=cfg.size or None, classes=classes)
+    ds = load(cfg.data, cfg.data_root, split=cfg.split, size=cfg.size or None, classes=cfg.classes)
     shown = np.linspace(0, len(ds) - 1, min(100, len(ds))).astype(int)
     preview = Path(ds.manifest["folder"]) / "preview.png"
     save_grid(ds.images[shown], preview, columns=10)

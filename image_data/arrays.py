@@ -37,11 +37,11 @@ FASHION = (
 )
 
 
-def _idx_path(folder, stem):
-    for name in (stem + ".gz", stem, stem.replace("-idx", ".idx")):
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    return None
+def idx_path(folders, stem):
+    """The first file of that name in one of the folders, gzipped or not; None without one."""
+    names = (stem + ".gz", stem, stem.replace("-idx", ".idx"))
+    paths = (Path(folder) / name for folder in folders for name in names)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _read_idx(path, ndim):
@@ -56,12 +56,23 @@ def _read_idx(path, ndim):
         raise BadInput(f"{path} is not a whole idx file ({error}); replace it") from None
 
 
-def idx_source(folder, split, class_names=tuple("0123456789")):
-    """MNIST's four files, gzipped or not, or None if this split's are not in `folder`."""
+DIGITS = tuple("0123456789")
+
+
+def idx_source(folders, split, class_names=DIGITS, quiet=None):
+    """MNIST's four files, gzipped or not, or None if this split's are not in `folders`.
+
+    Each is looked for in one folder after the other, and a line says which files were taken,
+    unless all are in the folder `quiet`.
+    """
     part = "train" if split == "train" else "t10k"
-    paths = [_idx_path(folder, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+    kinds = ("images-idx3", "labels-idx1")
+    paths = [idx_path(folders, f"{part}-{kind}-ubyte") for kind in kinds]
     if None in paths:
         return None
+    told = ""
+    if {path.parent for path in paths} != {quiet}:
+        told = f"{split} images and labels are read from {' and '.join(map(str, paths))}"
 
     def contents():
         images, labels = _read_idx(paths[0], 3), _read_idx(paths[1], 1)
@@ -71,7 +82,7 @@ def idx_source(folder, split, class_names=tuple("0123456789")):
             raise BadInput(f"{paths[1]} has the label {labels.max()}, expected 0 to 9")
         return Contents(labels.astype(np.int64), class_names, arrays=images[..., None])
 
-    return Source(str(folder), stamp(*paths), contents)
+    return Source(str(paths[0].parent), stamp(*paths), contents, told)
 
 
 # What reading, unpacking and unpickling raise for files that are cut or overwritten.
@@ -112,8 +123,11 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def cifar_source(folder, split):
-    """CIFAR-10's python or binary files, unpacked or still in their .tar.gz; None without them."""
+def cifar_source(folder, split, told=False):
+    """CIFAR-10's python or binary files, unpacked or still in their .tar.gz; None without them.
+
+    told: whether a line says which were taken.
+    """
     folder = Path(folder)
     python = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     for kind, names in (("py", python), ("bin", [f"{n}.bin" for n in python])):
@@ -137,7 +151,11 @@ def cifar_source(folder, split):
             images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             return Contents(labels.astype(np.int64), CIFAR_NAMES, arrays=images)
 
-        return Source(str(folder), stamp(*paths), contents)
+        where = paths[0].parent if unpacked else paths[0]
+        told = (
+            f"{split} images and labels are read from CIFAR-10's files in {where}" if told else ""
+        )
+        return Source(str(folder), stamp(*paths), contents, told)
     return None
 
 

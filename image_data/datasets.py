@@ -9,7 +9,8 @@ Names: glyphs (drawn here, needs no file), mnist, fashion_mnist, cifar10, afhq, 
 folder or zip of images. Where raw files are looked for is told in image_data/sources.py.
 """
 
-from runtime.commandline import BadInput, split_list
+from runtime.commandline import BadInput, class_list, split_list
+from runtime.download import Unavailable
 from runtime.files import locked
 from runtime.processes import say_once
 
@@ -33,18 +34,22 @@ def load(name, root="data", *, split="train", size=0, classes=(), workers=None):
     classes  names or numbers of the classes to keep, renumbered from 0; empty keeps all
     workers  processes that prepare, by default one per core
 
-    Raises BadInput for an unknown name, class or split, missing or broken files, images of mixed
-    sizes without `size`, and a full disk; nothing half-prepared stays.
+    A line tells what was found in a folder or zip, another if its values use little of their range,
+    and one what earlier states of these files have left; each is printed once, by the first
+    process. Raises BadInput for an unknown name, class or split, missing or broken files, images of
+    mixed sizes without `size`, a full disk, and the path of a checkpoint (TrainedOn) where its
+    images are not; nothing half-prepared stays.
     """
     # What reads archives and image files is needed only where images are not prepared yet.
     from image_data import prepare, sources
 
     if split not in ("train", "test"):
         raise BadInput(f"split {split}: there are train and test")
+    check_trained_on(name, root)
     size = size or None
     if size is not None and size < 1:
         raise BadInput(f"--size {size} must be at least 1, or 0 for the images' own")
-    classes = split_list(classes) if isinstance(classes, str) else list(classes)
+    classes = class_list(classes) if isinstance(classes, str) else list(classes)
     source = sources.find(str(name), root, split)
     wanted = json.dumps([source.stamp, split, size, classes, prepare.PROTOCOL])
     digest = hashlib.sha256(wanted.encode()).hexdigest()[:10]
@@ -56,6 +61,9 @@ def load(name, root="data", *, split="train", size=0, classes=(), workers=None):
             if not (folder / "manifest.json").exists():  # another process may have been faster
                 prepare.prepare(source, folder, split, size, classes, workers or _cores(), name)
     manifest = json.loads((folder / "manifest.json").read_text())
+    for line in (source.told, *map(manifest.get, ("told", "range", "pages"))):
+        if line:
+            say_once(line)
     return Dataset(
         name,
         np.load(folder / "images.npy", mmap_mode="r"),
@@ -63,6 +71,24 @@ def load(name, root="data", *, split="train", size=0, classes=(), workers=None):
         tuple(manifest["class_names"]),
         manifest | {"folder": str(folder)},
     )
+
+
+def check_trained_on(name, root, otherwise=""):
+    """BadInput where `name` is the path TrainedOn, and other images lie there than it was.
+
+    A relative path may mean another folder, and what a folder holds changes. A typed path is a
+    plain str, and on purpose. otherwise: what to type to take those images.
+    """
+    key = getattr(name, "data_key", None)
+    if key is None or name in KNOWN or name == "glyphs":
+        return
+    found = load(str(name), root, size=name.size, classes=name.classes).key
+    if found != key:
+        raise BadInput(
+            f"{Path(name).resolve()} holds other images than the network was trained on, though it "
+            f"has the name {name} (data_key {key} there, {found} here): type the path of those, or "
+            f"{otherwise or f'--data {name}'} if these are meant"
+        )
 
 
 # Of training sets that are known: images, side, channels, classes.
@@ -77,9 +103,10 @@ def of(cfg):
     With --dry-run, where a known set is neither here nor to be had: gray images of its form.
     Raises BadInput as load does.
     """
+    _check_out(cfg)
     try:
         return load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
-    except BadInput as error:
+    except Unavailable as error:
         count, side, channels, classes = KNOWN.get(cfg.data, (0, 0, 0, 0))
         side = cfg.size or side
         if not cfg.dry_run or not side:
@@ -90,6 +117,17 @@ def of(cfg):
     names = tuple(str(label) for label in labels)
     images = np.broadcast_to(np.full(1, 127, np.uint8), shape)
     return Dataset(cfg.data, images, np.resize(labels, shape[0]), names, {"key": "gray"})
+
+
+def _check_out(cfg):
+    """BadInput where the folder --out holds images of --data: a run there would be left out."""
+    from image_data.listing import ours, walk
+
+    if cfg.out and Path(cfg.out).is_dir() and Path(cfg.data).is_dir() and cfg.data not in KNOWN:
+        out, data = Path(cfg.out).resolve(), Path(cfg.data).resolve()
+        inside = data in (out, *out.parents) and not ours({found.name for found in out.iterdir()})
+        if inside and any(name for name, *_ in walk(out)):
+            raise BadInput(f"--out {cfg.out} holds images of --data {cfg.data}; name a new folder")
 
 
 def _cores():
@@ -106,8 +144,9 @@ def held_out(name, root, shape, class_names, *, size=0, classes=""):
         raise BadInput("this network does not say what it was trained on; type --data NAME")
     ds = load(name, root, split="test", size=size, classes=classes)
     if ds.shape != tuple(shape):
+        asked = f"--data {ds.name}" + f", --size {size}" * bool(size)
         raise BadInput(
-            f"--data {ds.name}: images {ds.shape}, but the network takes {tuple(shape)}; "
+            f"{asked}: images {ds.shape}, but the network takes {tuple(shape)}; "
             "choose the data it was trained on"
         )
     return ds, list(ds.class_names) == list(class_names)

@@ -76,23 +76,45 @@ def _orientation(image):
         return 1
 
 
-def inspect(container, items, turned=True):
-    """[(width, height, is gray)] of image files, mostly from their headers.
+def _pages(image):
+    try:
+        return image.n_frames
+    except Exception:  # a damaged list of pages: the first one may be whole
+        return 1
 
-    turned: after EXIF rotation, for which a PNG and a TIFF have to be read to their end.
+
+def inspect(container, items, turned=True):
+    """[(width, height, is gray, largest value if it has 16 bits, pages of a TIFF)] of image files.
+
+    Mostly from their headers. turned: after EXIF rotation, for which a PNG and a TIFF have to be
+    read to their end. The value is None for 8 bits; of 16-bit colours Pillow keeps the high byte,
+    so that the largest value with this high byte is told. Pages are 1 for all other kinds: those of
+    a GIF are only known when it is read to its end.
     """
     found = []
     for item in items:
         try:
             with _file(container, item) as file, Image.open(file) as image:
+                stored_as = str(image.tile)  # Pillow's names of pixels, such as RGB;16B
+                pages = _pages(image) if image.format == "TIFF" else 1
                 if turned and image.format == "TIFF":
                     image.load()  # Pillow turns these itself while it reads them
                 sideways = turned and _orientation(image) in (5, 6, 7, 8)
                 w, h = image.size[::-1] if sideways else image.size
-                found.append((w, h, image.mode in GRAY_MODES))
+                deep = image.mode in DEEP_MODES or ";16" in stored_as
+                largest = _largest(image) if deep else None
+                found.append((w, h, image.mode in GRAY_MODES, largest, pages))
         except Exception as error:
             raise _broken(container, item, error) from None
     return found
+
+
+def _largest(image):
+    """The largest value of 16 bits in an image, without its alpha."""
+    if image.mode in DEEP_MODES:
+        return int(np.asarray(image).max())
+    colours = np.asarray(image)[..., : 1 if image.mode == "LA" else 3]
+    return int(colours.max()) << 8 | 255
 
 
 def resize(image, size):

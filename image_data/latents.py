@@ -203,7 +203,11 @@ def _encode_all(path, world, ds, encode, flip, batch):
                 bar.update(len(rows))
     moments.flush()
     count, total, square = world.sum(sums.to(world.device)).tolist()
-    scale = (square / count - (total / count) ** 2) ** -0.5
+    variance = square / count - (total / count) ** 2
+    if not 0 < variance < math.inf:
+        told = f"the latents of {ds.name} have a variance of {variance:g}"
+        raise BadInput(f"{told}: weights of the autoencoder are bad; name another with --ae")
+    scale = variance**-0.5
     world.barrier()
     if world.is_main:
         n, h, w, c = moments.shape

@@ -1,7 +1,7 @@
 """From raw images to the folder that data.load() maps: images.npy, labels.npy, manifest.json."""
 
 from runtime.commandline import BadInput, parse_classes
-from runtime.processes import progress
+from runtime.processes import progress, say_once
 
 import errno
 import hashlib
@@ -21,10 +21,12 @@ import numpy as np
 import PIL
 
 from image_data import decode, glyphs
+from image_data.listing import shortened
 
 PROTOCOL = "shorter side to size with Lanczos, centre crop; 16-bit high byte; alpha on white; v1"
 CHUNK = 128  # images a worker prepares at a time, fewer where they would exceed CHUNK_BYTES
 CHUNK_BYTES = 8 << 20
+DARK = 1 / 4  # of the range of values: a set that stays below is told of
 
 
 def prepare(source, folder, split, size, classes, workers, name):
@@ -44,6 +46,7 @@ def prepare(source, folder, split, size, classes, workers, name):
                 _fsync(path)
             shutil.rmtree(folder, ignore_errors=True)  # without a manifest: not ours to keep
             os.replace(temporary, folder)
+        _tell_older(folder, manifest)
     except BrokenProcessPool:
         raise BadInput(
             f"a process that prepared {name} was killed, perhaps for lack of memory: "
@@ -59,18 +62,36 @@ def prepare(source, folder, split, size, classes, workers, name):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _tell_older(folder, manifest):
+    """A line about the sets that were prepared from what the raw files of this one have been."""
+    older, size = [], 0
+    for path in sorted(folder.parent.glob("*/manifest.json")):
+        other = json.loads(path.read_text())
+        named = path.parent.name.rpartition("-")[0] == folder.name.rpartition("-")[0]
+        if named and other["source"] == manifest["source"] and other["stamp"] != manifest["stamp"]:
+            older.append(str(path.parent))
+            size += sum(file.stat().st_size for file in path.parent.iterdir())
+    if older:
+        told = "1 copy" if len(older) == 1 else f"{len(older)} copies"
+        told = f"note: {told} of earlier states of {manifest['source']} may be deleted"
+        say_once(f"{told} ({size / 1e6:,.1f} MB): {shortened(older)}")
+
+
 def _write_all(source, folder, split, size, classes, workers, name):
     """images.npy and labels.npy in `folder`; returns the manifest."""
     contents = source.contents()
+    if contents.told:
+        say_once(contents.told)  # before the work: it may not be what was meant
     keep, labels, class_names = _choose(contents, classes)
     if contents.arrays is not None and size is None:
         workers = 1  # there is nothing to compute
     with _pool(min(workers, -(-len(keep) // CHUNK))) as run:
-        shape = _shape(run, contents, keep, size)
+        shape, deep, pages = _shape(run, contents, keep, size)
         rows_a_job = max(1, min(CHUNK, CHUNK_BYTES // int(np.prod(shape[1:]))))
         parts = run(_jobs(contents, keep, rows_a_job, size, shape[3]))
         with progress(len(keep), f"preparing {name} {split}") as bar:
-            content = _write_images(folder / "images.npy", parts, shape, labels, bar)
+            written = _write_images(folder / "images.npy", parts, shape, labels, bar)
+            content, lowest, highest = written
     np.save(folder / "labels.npy", labels)
     manifest = {
         "name": name,
@@ -85,7 +106,38 @@ def _write_all(source, folder, split, size, classes, workers, name):
         "key": content[:12],
         "made_with": f"pillow {PIL.__version__}, numpy {np.__version__}",
     }
-    return manifest | ({"note": contents.note} if contents.note else {})
+    said = {"note": contents.note, "told": contents.told}
+    said["range"] = _range_told(source.origin, len(keep), deep, lowest, highest)
+    if pages:
+        files = "1 file has" if len(pages) == 1 else f"{len(pages)} files have"
+        told = f"note: {source.origin}: {files} several pages, up to {max(pages)}"
+        said["pages"] = f"{told}; the first is taken"
+    return manifest | {name: line for name, line in said.items() if line}
+
+
+def _range_told(origin, count, deep, lowest, highest):
+    """A line about values that use little of their range, '' where they use it.
+
+    deep: the largest values of the images of 16 bits; lowest, highest: of all, as prepared.
+    """
+    told = f"note: {origin}: "
+    if deep and max(deep) < DARK * 65536:
+        bits = max(1, int(max(deep)).bit_length())
+        return (
+            f"{told}no 16-bit value exceeds {max(deep):,} of 65,535, and the high byte was kept: "
+            f"{(max(deep) >> 8) + 1} of 256 levels; multiply the images by {1 << 16 - bits}, if "
+            f"they hold {bits} bits"
+        )
+    if lowest == highest:
+        return f"{told}every value of every image is {lowest}"
+    if highest < DARK * 256:
+        return (
+            f"{told}no value exceeds {highest} of 255, the images are nearly black; multiply them, "
+            "or are they labels or masks?"
+        )
+    if deep and len(deep) < count:
+        return f"{told}{len(deep)} of {count} images have 16 bits, of which the high byte was kept"
+    return ""
 
 
 def _choose(contents, classes):
@@ -103,12 +155,15 @@ def _choose(contents, classes):
 
 
 def _shape(run, contents, keep, size):
-    """(N,H,W,C) of what will be prepared; C is 1 if all images are gray. BadInput if sizes mix."""
+    """(N,H,W,C) of what will be prepared, largest values of the images of 16 bits, pages of TIFFs.
+
+    Pages are the numbers above 1. C is 1 if all images are gray. BadInput if sizes mix.
+    """
     if contents.drawn:
-        found = [(glyphs.SIZE, glyphs.SIZE, True)]
+        found = [(glyphs.SIZE, glyphs.SIZE, True, None, 1)]
     elif contents.arrays is not None:
         h, w, c = contents.arrays.shape[1:]
-        found = [(w, h, c == 1)]
+        found = [(w, h, c == 1, None, 1)]
     else:
         items = [contents.items[i] for i in keep]
         starts = range(0, len(items), CHUNK)
@@ -116,17 +171,19 @@ def _shape(run, contents, keep, size):
             (decode.inspect, contents.container, items[i : i + CHUNK], size is None) for i in starts
         )
         found = [row for part in run(jobs) for row in part]
-    channels = 1 if all(gray for _, _, gray in found) else 3
+    channels = 1 if all(gray for _, _, gray, *_ in found) else 3
+    deep = [largest for *_, largest, _ in found if largest is not None]
+    pages = [count for *_, count in found if count > 1]
     if size:
-        return len(keep), size, size, channels
-    for i, (w, h, _) in enumerate(found):
+        return (len(keep), size, size, channels), deep, pages
+    for i, (w, h, *_) in enumerate(found):
         if (w, h) != found[0][:2]:
             first = "x".join(map(str, found[0][:2]))
             raise BadInput(
                 f"{contents.container} mixes sizes: {contents.items[keep[0]]} is {first}, "
                 f"{contents.items[keep[i]]} is {w}x{h}; type --size to resize, such as --size 64"
             )
-    return len(keep), found[0][1], found[0][0], channels
+    return (len(keep), found[0][1], found[0][0], channels), deep, pages
 
 
 def _jobs(contents, keep, rows_a_job, size, channels):
@@ -147,18 +204,23 @@ def _draw(split, rows, size):
 
 
 def _write_images(path, parts, shape, labels, bar):
-    """Write uint8 parts (n,H,W,C) as one .npy of `shape`; returns labels' and pixels' SHA-256."""
+    """Write uint8 parts (n,H,W,C) as one .npy of `shape`.
+
+    Returns the SHA-256 of labels and pixels, and the lowest and the highest value of all.
+    """
     if shutil.disk_usage(path.parent).free < np.prod(shape, dtype=np.int64):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     content = hashlib.sha256(labels.tobytes())
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    lowest, highest = 255, 0
     with open(path, "wb") as f:
         np.lib.format.write_array_header_1_0(f, header)
         for part in parts:
             f.write(part.data)
             content.update(part.data)
+            lowest, highest = min(lowest, int(part.min())), max(highest, int(part.max()))
             bar.update(len(part))
-    return content.hexdigest()
+    return content.hexdigest(), lowest, highest
 
 
 def _fsync(path):

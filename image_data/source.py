@@ -13,11 +13,13 @@ class Source:
 
     stamp     what changes when the raw files change (sizes, times); decides whether to prepare anew
     contents  called only to prepare: returns Contents
+    told      a line that is printed at every load, '' for none
     """
 
     origin: str
     stamp: list
     contents: Callable[[], "Contents"]
+    told: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Contents:
     items: tuple[str, ...] = ()  # image files in it
     drawn: str = ""  # the split that glyphs.draw() draws
     note: str = ""
+    told: str = ""  # a line that says what was found
 
 
 def stamp(*paths):

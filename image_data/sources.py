@@ -1,14 +1,23 @@
 """Data sets by name or path: where raw files are looked for, and fetched from."""
 
 from runtime.commandline import BadInput
-from runtime.download import fetch, file_hash
+from runtime.download import Unavailable, fetch, file_hash
+from runtime.processes import say_once
 
 import difflib
 from dataclasses import replace
 from pathlib import Path
 
-from image_data.arrays import FASHION, cifar_source, glyph_source, idx_source
-from image_data.trees import kaggle_source, tree_source, walk
+from image_data.arrays import (
+    DIGITS,
+    FASHION,
+    cifar_source,
+    glyph_source,
+    idx_path,
+    idx_source,
+)
+from image_data.listing import is_image
+from image_data.trees import PACKED, kaggle_source, tree_source, walk_of
 
 MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist",
@@ -33,42 +42,51 @@ IDX_MD5 = {  # as published: train images and labels, test images and labels
     ),
 }
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"  # as published, of cifar-10-python.tar.gz
+IDX_SETS = {  # mirrors, class names, torchvision's folder, in which there is raw/
+    "mnist": (MNIST_MIRRORS, DIGITS, "MNIST"),
+    "fashion_mnist": (FASHION_MIRRORS, FASHION, "FashionMNIST"),
+}
 IDX_FILES = [f"{p}-{k}-ubyte.gz" for p in ("train", "t10k") for k in ("images-idx3", "labels-idx1")]
+CLASSES = {"cifar10": 10, "afhq": 3, "imagenet100": 100}  # of sets that may be image files
 NAMES = ("glyphs", "mnist", "fashion_mnist", "cifar10", "afhq", "imagenet100")
 
 
 def find(name, root, split):
-    """The Source of a data set's split, downloaded to root/name if it has a public address."""
+    """The Source of a data set's split, downloaded to root/name if it has a public address.
+
+    MNIST and Fashion-MNIST are also found in root/MNIST/raw, root/FashionMNIST/raw and the like,
+    CIFAR-10 in root/cifar-10-batches-py, where torchvision keeps them. Nothing that is there is
+    downloaded again. Raises BadInput for a name or path that is no data set, Unavailable for files
+    that are not to be had.
+    """
     if name == "glyphs":
         return glyph_source(split)
     folder = Path(root) / name
     if name in IDX_MD5:
-        names = FASHION if name == "fashion_mnist" else tuple("0123456789")
-        source = idx_source(folder, split, names)
+        mirrors, names, theirs = IDX_SETS[name]
+        folders = _with_raw(folder, folder / theirs, Path(root) / theirs)
+        source = idx_source(folders, split, names, quiet=folder)
         if source is None:
-            mirrors = MNIST_MIRRORS if name == "mnist" else FASHION_MIRRORS
             for file, md5 in zip(IDX_FILES, IDX_MD5[name], strict=True):
-                fetch(file, mirrors, folder, md5)
-        return source or idx_source(folder, split, names)
+                if idx_path(folders, file.removesuffix(".gz")) is None:
+                    fetch(file, mirrors, folder, md5)
+        return source or idx_source(folders, split, names, quiet=folder)
     if name == "cifar10":
-        source = cifar_source(folder, split) or (
-            tree_source(folder, split) if any_image(folder) else None
-        )
+        source = cifar_source(folder, split) or _known_tree(name, folder, split)
+        source = source or cifar_source(root, split, told=True)
         if source is None:
             mirrors = ["https://www.cs.toronto.edu/~kriz"]
             fetch("cifar-10-python.tar.gz", mirrors, folder, CIFAR_MD5)
         return source or cifar_source(folder, split)
     if name == "afhq":
-        if any_image(folder):
-            return tree_source(folder, split)
+        if source := _known_tree(name, folder, split):
+            return source
         path = fetch("afhq.zip", ["https://www.dropbox.com/s/t9l9o3vsx2jai3z/{}?dl=1"], folder)
         return _hashed(tree_source(path, split), path)
     if name == "imagenet100":
-        source = kaggle_source(folder, split)
-        if source is None and any_image(folder):
-            return tree_source(folder, split)
+        source = kaggle_source(folder, split) or _known_tree(name, folder, split)
         if source is None:
-            raise BadInput(
+            raise Unavailable(
                 f"imagenet100 cannot be downloaded without an account: get kaggle.com/datasets/"
                 f"ambityga/imagenet100 and put train.X1 train.X2 train.X3 train.X4 val.X and "
                 f"Labels.json into {folder}"
@@ -77,8 +95,8 @@ def find(name, root, split):
     path = Path(name)
     if name and path.is_dir():
         return (
-            idx_source(path, split)
-            or cifar_source(path, split)
+            _idx_below(path, split)
+            or cifar_source(path, split, told=True)
             or kaggle_source(path, split)
             or tree_source(path, split)
         )
@@ -87,8 +105,45 @@ def find(name, root, split):
     raise BadInput(unknown(name))
 
 
-def any_image(folder):
-    return Path(folder).is_dir() and next(walk(folder), None) is not None
+def _idx_below(path, split):
+    """MNIST's files in a folder, or below it as torchvision lays them out; None without."""
+    fashion = "fashion" in (path.parent if path.name == "raw" else path).name.lower()
+    found = []
+    for names, folders in (
+        (FASHION if fashion else DIGITS, _with_raw(path)),
+        (DIGITS, _with_raw(path / "MNIST")),
+        (FASHION, _with_raw(path / "FashionMNIST")),
+    ):
+        if source := idx_source(folders, split, names):
+            named = ["fashion"] if names is FASHION else []
+            found.append(replace(source, stamp=[*source.stamp, *named]))
+    if len(found) > 1:
+        origins = " and ".join(source.origin for source in found)
+        raise BadInput(f"{path} holds several data sets: {origins}; type one of these as --data")
+    return found[0] if found else None
+
+
+def _with_raw(*folders):
+    """Folders, each followed by the one in which torchvision keeps the files."""
+    return [path for folder in folders for path in (folder, folder / "raw")]
+
+
+def _known_tree(name, folder, split):
+    """The image files of a known set, if they lie in as many class folders as it has; else None.
+
+    A line says that those which do not, such as a picture left there, are not used.
+    """
+    walked = walk_of(folder) if folder.is_dir() else ([], [])
+    images = [path.split("/") for path, *_ in walked[0]]
+    classes = {parts[-2] for parts in images if len(parts) > 1}
+    if images and len(classes) == CLASSES[name]:
+        return tree_source(folder, split, walked)
+    if images:
+        first = folder.joinpath(*images[0])
+        more = f" and {len(images) - 1:,} more" * (len(images) > 1)
+        told = f"note: {first}{more} not used: {name} is class folders, {CLASSES[name]} of them"
+        say_once(told + f"; if they are what you want, type --data {folder}")
+    return None
 
 
 def _hashed(source, path):
@@ -103,7 +158,9 @@ def _hashed(source, path):
 
 def unknown(name):
     if name and Path(name).exists():
-        return f"data set {name} is neither a folder nor a .zip of images"
+        hint = "; unpack it and name the folder" if name.lower().endswith(PACKED) else ""
+        hint = f"; name the folder {Path(name).parent}" if is_image(name) else hint
+        return f"data set {name} is neither a folder nor a .zip of images{hint}"
     close = difflib.get_close_matches(name, NAMES, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
     return f"no data set, folder or zip is named {name}{hint} (data sets: {', '.join(NAMES)})"

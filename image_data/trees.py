@@ -1,138 +1,297 @@
-"""Data sets that come as image files: folders, zips, and ImageNet-100 as Kaggle lays it out."""
+"""Data sets that come as image files: folders, zips, and ImageNet-100 as Kaggle lays it out.
+
+Folders and zips are read by one rule, whatever system made them (image_data/listing.py), and one
+printed line tells what was understood:
+
+Around everything   Folders that hold all images say nothing: photos/photos/train/ is train/.
+Splits              Folders named train or training; test, testing, eval or evaluation; val, valid,
+                    validation or dev, in any case of letters. Other words and digits may stand
+                    around both names of a pair: seg_train and seg_test, train and test1. Of test
+                    and val, test is the test split, unless only val has class folders, as in
+                    ImageNet. Where one is missing, train and test are the same images.
+Classes             The first folders below a split, or of all where there are no splits. Numbers
+                    are sorted by value, other names by their letters. Both splits have the same
+                    classes, those of train and test together. Cat/ in train and cat/ in test are
+                    one class. Images without class folders have no classes.
+Both                A split's name among folders of images is a class: car, bus and train are three
+                    classes, for a train is a thing. Where there are train/cat and test/cat, other
+                    folders beside them, and loose images, are not used.
+
+Refused with a word of what to do: anything between those; train beside training; class folders
+Cat and cat in one split; splits inside of class folders (cat/train); loose images among class
+folders; val and test without train; a train folder without images.
+
+torchvision's ImageFolder differs on purpose: it knows no splits, so that it takes train and test
+for classes, or numbers the classes of each split by itself; it sorts 10 before 2; it refuses class
+folders without images, which a line tells of here. So does imagefolder of Hugging Face's datasets:
+it takes train among car and bus for a split and leaves the others out, knows no Train, takes a
+split's name in a file's name for a split, calls the last folder the class, knows no class where
+depths differ or there is but one, and reads labels from metadata.csv.
+"""
 
 from runtime.commandline import BadInput
 
 import hashlib
 import json
-import os
-import zipfile
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from image_data.decode import EXTENSIONS
+from image_data.listing import files, listing, ours, shortened, told_of
 from image_data.source import Contents, Source, stamp
 
-TEST_NAMES = ("test", "val", "valid", "validation")
+RULE = 2  # of what is said above: what an earlier one understood is prepared anew
+WORDS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "val": ("val", "valid", "validation", "dev"),
+}
+PICTURES = frozenset(["image", "images", "img", "imgs"])
+MASKS = frozenset(["label", "labels", "mask", "masks", "annotations", "gt", "segmentation"])
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+PACKED = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 
 
-def _is_image(name):
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+def tree_source(path, split, walked=None):
+    """A folder or zip of images: flat, in class folders, or in train/ and test|val/ of either.
 
-
-def _is_hidden(name):
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def walk(folder, prefix=""):
-    """(path below folder, size, mtime) of every image file, sorted, without hidden ones.
-
-    This runs at every load(): system calls are one scandir a folder and one stat an image.
+    walked: files() of a folder and what it left out, where that is known. BadInput for a folder
+    that this program wrote, which says what to type.
     """
-    with os.scandir(folder) as entries:
-        entries = sorted(entries, key=lambda entry: entry.name)
-    for entry in entries:
-        if _is_hidden(entry.name):
-            continue
-        if entry.is_dir():
-            if not (entry.is_symlink() and _leads_up(folder, entry.path)):
-                yield from walk(entry.path, f"{prefix}{entry.name}/")
-        elif _is_image(entry.name):
-            stat = entry.stat()
-            yield f"{prefix}{entry.name}", stat.st_size, stat.st_mtime_ns
-
-
-def _leads_up(folder, link):
-    """Whether a link points to the folder that it is in or to one around it: an endless walk."""
-    target = Path(link).resolve()
-    return target in (Path(folder).resolve(), *Path(folder).resolve().parents)
-
-
-def files(folder):
-    """walk() as a list; BadInput for what cannot be read, such as a link that leads nowhere."""
-    try:
-        return list(walk(folder))
-    except OSError as error:
-        raise BadInput(
-            f"{error.filename} cannot be read ({error.strerror}); repair or remove it"
-        ) from None
-
-
-def _zip_items(path):
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [i.filename for i in archive.infolist() if not i.is_dir()]
-    except (OSError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path} is not a readable zip ({error})") from None
-    names = [n for n in names if _is_image(n) and not any(map(_is_hidden, n.split("/")))]
-    return sorted(names, key=lambda name: name.split("/"))  # the order in which walk() goes
-
-
-def tree_source(path, split):
-    """A folder or zip of images: flat, in class folders, or in train/ and test|val/ of either."""
-    where = str(Path(path).resolve())
+    where, told = str(Path(path).resolve()), ""
     if Path(path).is_dir():
-        found = files(path)
-        names = [name for name, _, _ in found]
+        found, left_out = walked or walk_of(path)
         digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-        return Source(where, [where, digest, split], lambda: _tree(path, names, split))
-    return Source(where, [where, *stamp(path), split], lambda: _tree(path, _zip_items(path), split))
+        _refuse_ours(Path(path))
+        wanted = [where, digest, split, RULE]
+        told = f"{path}: {told_of(left_out)}" if left_out else ""
+    else:
+        wanted = [where, *stamp(path), split, RULE]
+    return Source(where, wanted, lambda: _tree(path, listing(path), split), told)
 
 
-def _tree(path, names, split):
-    """The Contents of a split, found from the names of all image files."""
-    if not names:
-        raise BadInput(_no_images(path))
-    prefix, names = _unwrap(names)
-    parts = {}  # split folder -> names below it
-    for name in names:
-        top, _, below = name.partition("/")
-        if below and top in ("train", *TEST_NAMES):
-            parts.setdefault(top, []).append(below)
-    if "train" not in parts and sum(map(len, parts.values())) < len(names):
-        parts = {}  # a class may be named test, too
-    test = next((name for name in TEST_NAMES if name in parts), None)
-    train = "train" if "train" in parts else None
-    notes = []
+def walk_of(folder):
+    """(files() of a folder, what it left out)."""
+    left_out = []
+    return files(folder, left_out=left_out), left_out
+
+
+def _refuse_ours(folder):
+    """BadInput for a folder that this program wrote; it says what to type."""
+    kind = ours({found.name for found in folder.iterdir()})
+    if kind == "a prepared set":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        hint = f"type what it was made from: {manifest.get('source')}"
+    else:
+        readable = (folder / name for name in ("samples.npz", "reconstructions.npz", "ckpt.pt"))
+        found = [str(path) for path in readable if path.is_file()]
+        hint = f"eval_fid.py takes {' or '.join(found)}; " * bool(found)
+        hint += "if there are images of yours in it, move them to a folder of their own"
+    if kind:
+        raise BadInput(f"{folder} is no data set, but {kind} of this program; {hint}")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The images of one split: `names` below `folder`, which ends with '/' or is ''."""
+
+    folder: str
+    names: list[str]
+
+    @cached_property
+    def counts(self):
+        """{class: number of its images}; {} where there are no class folders."""
+        found = Counter(map(_class_of, self.names))
+        return {} if "" in found else found
+
+    def told(self, class_names):
+        """What is printed of it."""
+        images = f"{self.folder} with " * bool(self.folder) + _images(len(self.names))
+        if not self.counts:
+            return f"{images} without classes"
+        counts = {_same(name): count for name, count in self.counts.items()}
+        listed = [f"{name} {counts[_same(name)]}" for name in class_names if _same(name) in counts]
+        classes = "1 class" if len(listed) == 1 else f"{len(listed)} classes"
+        return f"{images} of {classes} ({shortened(listed)})"
+
+
+def _tree(path, found, split):
+    """The Contents of a split, from the Listing of all files."""
+    if not found.images:
+        raise BadInput(_no_images(path, found))
+    prefix, names = _unwrap("", list(found.images), lambda top: not _exact(top))
+    folders, notes = _splits(path, prefix, names, found.folders)
+    train, test = (_part(path, folder, _below(folder, names)) for folder in folders)
+    if train.counts and len(test.counts) == 1 and not _same_names(train) & _same_names(test):
+        folder, below = _unwrap(test.folder, test.names, lambda top: True)  # val/images/1.png
+        notes.append(f"{folder} is no class of {train.folder}: its images have no classes")
+        test = _Part(folder, below)
+    class_names = _class_names(path, train, test, notes)
+    notes += _not_used(prefix, found, names, train, test)
+    if found.left_out and not Path(path).is_dir():  # of a folder a line tells at every load
+        notes.append(found.left_out)
+
     wanted = train if split == "train" else test
-    if wanted is None:
-        wanted = train or test or ""
-        parts.setdefault("", names)
-        notes.append(f"there is no {split} folder: train and test are the same images")
-    if wanted and (unused := len(names) - sum(len(parts[p]) for p in (train, test) if p)):
-        notes.append(f"{unused} images outside of {train or ''} {test or ''} are not used")
-
-    found = {p: {_class_of(n) for n in parts[p]} for p in {train, test, wanted} if p is not None}
-    mine = found[wanted]
-    if "" in mine and len(mine) > 1:
-        stray = next(n for n in parts[wanted] if _class_of(n) == "")
-        raise BadInput(f"{path} mixes class folders and loose images ({stray}); move one of them")
-    prefix += f"{wanted}/" if wanted else ""
-    items = tuple(prefix + n for n in parts[wanted])
-    labels, class_names = np.zeros(len(items), np.int64), ()
-    if "" not in mine:
-        class_names = _sorted_classes(set().union(*found.values()) - {""})  # the same in any split
-        number = {name: i for i, name in enumerate(class_names)}
-        labels = np.array([number[_class_of(n)] for n in parts[wanted]], np.int64)
-    return Contents(labels, class_names, container=str(path), items=items, note="; ".join(notes))
+    number = {_same(name): i for i, name in enumerate(class_names)} if wanted.counts else {}
+    labels = [number.get(_same(_class_of(name)), 0) for name in wanted.names]
+    told = [f"{path}: {train.told(class_names)}"]
+    told += [f"test split {test.told(class_names)}"] if test.folder != train.folder else []
+    return Contents(
+        np.array(labels, np.int64),
+        class_names if wanted.counts else (),
+        container=str(path),
+        items=tuple(found.images[prefix + wanted.folder + name] for name in wanted.names),
+        note="; ".join(notes),
+        told="; ".join(told + notes),
+    )
 
 
-def _no_images(path):
-    zips = sorted(p.name for p in Path(path).glob("*.zip")) if Path(path).is_dir() else []
-    hint = f"; did you mean {Path(path) / zips[0]}?" if zips else ""
-    return f"{path} holds no images, expected files such as cat/1.png or 1.jpg in it{hint}"
+def _no_images(path, found):
+    """What to say of a folder or zip without images."""
+    packed = [name for name in found.others if name.lower().endswith(PACKED) and "/" not in name]
+    if packed:
+        where = Path(path) / packed[0]
+        hint = f"did you mean {where}?" if packed[0].endswith(".zip") else f"unpack {where} first"
+    elif found.others:
+        hint = f"files such as {found.others[0]} are of other kinds"
+    else:
+        hint = found.left_out or "it is empty"
+    return f"{path} holds no images, expected files such as cat/1.png or 1.jpg in it; {hint}"
 
 
-def _unwrap(names):
-    """(prefix, names below it) without the folders around everything, which say nothing."""
-    prefix = ""
+def _images(count):
+    return f"{count:,} image" + "s" * (count != 1)
+
+
+def _unwrap(prefix, names, goes):
+    """(prefix, names below it) without the folders around everything, as long as goes(folder)."""
     while True:
-        top, _, below = names[0].partition("/")
-        if not below or top in ("train", *TEST_NAMES):
+        top, slash, _ = names[0].partition("/")
+        if not slash or not goes(top) or any(not name.startswith(f"{top}/") for name in names):
             return prefix, names
-        if any(not name.startswith(f"{top}/") for name in names):
-            return prefix, names
-        prefix, names = f"{prefix}{top}/", [name[len(top) + 1 :] for name in names]
+        prefix, names = f"{prefix}{top}/", _below(f"{top}/", names)
+
+
+def _below(folder, names):
+    return [name[len(folder) :] for name in names if name.startswith(folder)]
+
+
+# ----------------------------------------------------------------------------------- which splits
+
+
+def _exact(folder):
+    """The split that a folder's whole name tells, or None."""
+    return next((s for s, words in WORDS.items() if folder.casefold() in words), None)
+
+
+def _split_of(folder):
+    """(the split that a word in a folder's name tells, its other words), or None."""
+    words = re.findall(r"[^-_. 0-9]+", folder.casefold())
+    told = [(s, w) for s, known in WORDS.items() for w in words if w in known]
+    return (told[0][0], [w for w in words if w != told[0][1]]) if len(told) == 1 else None
+
+
+def _split_folders(tops):
+    """{folder: split} of the folders that are named so."""
+    found = {top: _exact(top) for top in tops if _exact(top)}
+    groups = {}
+    for top in tops:
+        if told := _split_of(top):
+            groups.setdefault(tuple(told[1]), {})[top] = told[0]
+    for group in groups.values():
+        if "train" in group.values() and len(set(group.values())) > 1:
+            found |= group
+    return found
+
+
+def _splits(path, prefix, names, folders):
+    """((folder of train, folder of test), notes); the folders are '' where there are no splits."""
+    tops = sorted({_class_of(name) for name in names} - {""})
+    found = _split_folders(tops)
+    others = [top for top in tops if top not in found]
+    inside = {}  # class folders
+    for top in found:
+        _, below = _inside(f"{top}/", _below(f"{top}/", names))
+        inside[top] = {_same(_class_of(name)) for name in below} - {""}
+    trains = [top for top in found if found[top] == "train"]
+    held_out = [top for top in found if found[top] != "train"]
+    paired = trains and held_out
+    if others and not paired and not any(inside.values()):
+        found = {}  # car, bus and train
+    if not trains and any("/" not in name for name in names):
+        found = {}
+    if not found:
+        return ("", ""), ["there is no train or test folder: train and test are the same images"]
+
+    if others and not any(inside[t] & inside[h] for t in trains for h in held_out):
+        raise BadInput(
+            f"{path} has {_folders(others)} beside {_folders(found)}, which by name "
+            f"{'are splits' if len(found) > 1 else 'is a split'}: move the one away, or rename the "
+            "other if it is a class"
+        )
+    of = {}
+    for top, split in found.items():
+        if split in of:
+            raise BadInput(
+                f"{path}: {of[split]}/ and {top}/ both name the {split} split; join them"
+            )
+        of[split] = top
+    bare = [f[len(prefix) : -1] for f in folders if f.startswith(prefix)]
+    bare = {split: top for top in bare if top not in tops and (split := _exact(top))}
+    if "train" not in of and ("train" in bare or len(of) > 1):
+        why = f"{bare['train']}/ holds no images" if "train" in bare else "there is no train/"
+        raise BadInput(
+            f"{path} has {_folders(found)}, but {why}: rename the folder to train on to train/, or "
+            f"type it as --data"
+        )
+    test = of.get("test", of.get("val"))
+    if {"train", "test", "val"} <= of.keys() and not inside[test]:
+        test = of["val"] if inside[of["train"]] and inside[of["val"]] else test
+    notes = []
+    if len(of) == 1:
+        lacks = "test" if "train" in of else "train"
+        empty = bare.get(lacks, bare.get("val"))
+        why = f"{empty}/ holds no images" if empty else f"there is no {lacks} folder"
+        notes.append(f"{why}: train and test are the same images")
+    return (f"{of.get('train', test)}/", f"{test or of['train']}/"), notes
+
+
+def _folders(names):
+    return shortened([f"{name}/" for name in names])
+
+
+# ------------------------------------------------------------------------------------ which classes
+
+
+def _inside(folder, names):
+    """_unwrap() of a split: training_set/training_set/ is training_set/."""
+    mine = _split_of(folder[:-1])
+    return _unwrap(folder, names, lambda top: _split_of(top) == mine)
+
+
+def _part(path, folder, names):
+    """The images of a split; BadInput for a layout that has no one meaning."""
+    if folder:
+        folder, names = _inside(folder, names)
+    tops = {_class_of(name) for name in names}
+    if "" in tops and len(tops) > 1:
+        stray = next(name for name in names if "/" not in name)
+        raise BadInput(f"{path} mixes class folders and loose images ({stray}); move one of them")
+    inner = {}  # class folder -> splits that folders in it name
+    for top, below in {tuple(name.split("/")[:2]) for name in names if name.count("/") > 1}:
+        inner.setdefault(top, set()).add(_exact(below))
+    for top, splits in sorted(inner.items()):
+        if "train" in splits and len(splits - {None}) > 1:
+            raise BadInput(
+                f"{path} has splits inside of {folder}{top}/, expected class folders inside of "
+                f"train/ and test/, such as train/{top}/1.png; or is {top}/ the data set to name?"
+            )
+    return _Part(folder, names)
 
 
 def _class_of(name):
@@ -140,11 +299,68 @@ def _class_of(name):
     return name.partition("/")[0] if "/" in name else ""
 
 
+def _same(name):
+    """What names have in common that differ only by case, or by spaces and dots at their end."""
+    return unicodedata.normalize("NFC", name.casefold()).rstrip(" .") or name
+
+
+def _same_names(part):
+    return set(map(_same, part.counts))
+
+
+def _class_names(path, train, test, notes):
+    """The names of both splits' classes, in their order; what is strange comes to the notes."""
+    spelled = {}
+    for part in {train.folder: train, test.folder: test}.values():
+        mine = {}
+        for name in part.counts:
+            other = mine.setdefault(_same(name), name)
+            if other != name:
+                raise BadInput(
+                    f"{path}: the class folders {other}/ and {name}/ differ only by case, or by a "
+                    "space or dot at the end; join them, or rename one"
+                )
+            if spelled.setdefault(_same(name), name) != name:
+                notes.append(f"{part.folder}{name}/ is the class {spelled[_same(name)]}")
+    if train.counts and (more := _same_names(test) - _same_names(train)):
+        names = sorted(spelled[name] for name in more)
+        notes.append(f"{train.folder} has no images of {shortened(names)}")
+    deep = next((n for part in (train, test) for n in part.names if n.count("/") > 1), "")
+    if deep and train.counts:
+        notes.append(f"classes are the first folders: {deep} is of class {_class_of(deep)}")
+    pair = {name.casefold() for name in train.counts}
+    if len(pair) == 2 and pair & PICTURES and pair & MASKS:
+        notes.append(f"{' and '.join(sorted(train.counts))} become two classes; is that meant?")
+    return _sorted_classes(spelled.values())
+
+
 def _sorted_classes(names):
     """By name, numbers by value."""
     numbers = all(name.isdecimal() for name in names)
     return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
+
+def _not_used(prefix, found, names, train, test):
+    """Notes on images, folders and files that have no part in either split."""
+    notes, parts = [], {train.folder: train, test.folder: test}
+    if unused := len(names) - sum(len(part.names) for part in parts.values()):
+        notes.append(f"{_images(unused)} outside of {' and '.join(parts)} not used")
+    for folder, part in parts.items():
+        depth = (prefix + folder).count("/") + 1
+        below = [
+            f for f in found.folders if f.startswith(prefix + folder) and f.count("/") == depth
+        ]
+        bare = {f[len(prefix + folder) :] for f in below} - {f"{name}/" for name in part.counts}
+        if part.counts and bare:
+            notes.append(f"without images: {shortened([folder + f for f in sorted(bare)])}")
+    if others := sorted(found.others, key=lambda n: (not n.lower().endswith(TABLES), n)):
+        more = f" and {len(others) - 1} more" * (len(others) > 1)
+        why = " (classes are the names of folders)" * others[0].lower().endswith(TABLES)
+        notes.append(f"not read: {others[0]}{more}{why}")
+    return notes
+
+
+# -------------------------------------------------------------------------------- ImageNet-100
 
 TRAIN_PARTS = ("train.X1", "train.X2", "train.X3", "train.X4")
 
@@ -186,4 +402,10 @@ def _kaggle(folder, parts, items):
     if unknown := sorted(set(folders) - set(wnids)):
         raise BadInput(f"{folder}: {unknown[0]} is not named in Labels.json")
     labels = np.array([number[wnid] for wnid in folders], np.int64)
-    return Contents(labels, names, aliases=number, container=str(folder), items=tuple(items))
+    told = (
+        f"{folder}: {', '.join(parts)} with {len(items)} images of {len(names)} classes, as Kaggle "
+    )
+    told += "has ImageNet-100"
+    return Contents(
+        labels, names, aliases=number, container=str(folder), items=tuple(items), told=told
+    )

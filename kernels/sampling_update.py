@@ -15,7 +15,8 @@ non-Markovian one of DDIM (Song et al. 2021 eq. 12 and 16), or one Euler step of
 p = c_skip, q = -c_out, B = σ_prev / σ, A = 1 - B (Karras et al. 2022). H weighs the x0_hat of the
 step before, for DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). A fixed variance is S² and leaves
 both log variances 0; a learned one has S = 1, and out carries v in its second C channels. S = 0 at
-the last step. z is `gaussian(x.shape, seeds, step)`.
+the last step. z is `gaussian(x.shape, seeds, step)`. What is not finite before the clamp is NaN
+after it: a clamp alone would make an image of infinity.
 
 Written line by line in PyTorch this reads and writes memory at every operator. The kernel reads
 each input once, makes z in registers, and writes each result once.
@@ -89,7 +90,8 @@ def _reference(x, out, row, step, out_uncond, guidance, history, seeds, clip):
     # In place where it may be: a batch of images is small, and every operator costs its call.
     x0_hat = (row.p * x_t).sub_(m, alpha=row.q)
     if clip:
-        x0_hat.clamp_(-1, 1)
+        zero = x0_hat - x0_hat  # NaN where x0_hat is not finite
+        x0_hat.clamp_(-1, 1).sub_(zero)
     x_prev = (row.A * x0_hat).add_(x_t, alpha=row.B)
     if row.H != 0:
         x_prev.add_(history.to(dtype), alpha=row.H)
@@ -147,7 +149,7 @@ def _update_kernel(
         m = w_cond * m - w_uncond * tl.load(out_uncond + out_at, mask).to(tl.float32)
     x0 = p * x_t - q * m
     if CLIP:
-        x0 = tl.clamp(x0, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        x0 = tl.clamp(x0, -1.0, 1.0) - (x0 - x0)  # NaN where x0 is not finite
     y = A * x0 + B * x_t
     if history is not None:
         y += H * tl.load(history + at, mask).to(tl.float32)

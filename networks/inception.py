@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from networks.published import files
+
 # Where others published their weights; behind the last dash stands what the SHA-256 begins with.
 PUBLISHED = {
     "fid": (
@@ -33,6 +35,8 @@ PUBLISHED = {
     ),
     "torchvision": ("https://download.pytorch.org/models", "inception_v3_google-0cc3c7bd.pth"),
 }
+
+MARKS = ("Conv2d_1a_3x3.conv.weight",)  # which each file of these weights has
 
 # ----------------------------------------------------------------------------------- the network
 #
@@ -290,12 +294,10 @@ def read_weights(path):
     """
     wanted = "expected the tensors of the FID Inception network or of torchvision's inception_v3"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error).strip() or "unreadable").splitlines()[0][:100]
-        raise BadInput(f"{path} is damaged or no file of weights ({reason}); {wanted}") from None
-    tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
-    if not tensors or "fc.weight" not in state:
+        state = files.read_weights(path, MARKS)
+    except BadInput as error:
+        raise BadInput(f"{error}; {wanted}") from None
+    if "fc.weight" not in state:
         raise BadInput(f"{path} holds no tensor fc.weight; {wanted}")
     outputs = {row[2]: variant for variant, row in VARIANTS.items()}
     variant = outputs.get(len(state["fc.weight"]) if state["fc.weight"].ndim else 0)
@@ -315,7 +317,9 @@ def read_weights(path):
     unknown = [name for name in state if name not in expected and not unused(name)]
     if unknown:
         raise BadInput(f"{path} holds {unknown[0]}, which this network does not have; {wanted}")
-    return variant, {name: state[name].float() for name in expected}
+    kept = {name: state[name] for name in expected}
+    files.check_floats(kept, path)
+    return variant, {name: value.to(torch.float32, copy=True) for name, value in kept.items()}
 
 
 def unused(name):

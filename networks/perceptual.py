@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import group_norm_silu
-from networks.published.files import read_weights
+from networks.published.files import check_floats, read_weights
 
 # -------------------------------------------------------------------------- perceptual distance
 
 # VGG16's convolutions, by their places in torchvision's `features`. A pooling stands before each
 # group but the first; the output of a group's last ReLU is what is compared.
 GROUPS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+MARKS = ("features.0.weight", "net.slice1.0.weight")  # each file of VGG16 has one
 MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet, for images in [-1,1]
 
 
@@ -99,8 +100,9 @@ def load_perceptual(path, shape):
         )
     if not Path(path).is_file():
         raise BadInput(f"--perceptual {path}: no such file; name the weights of VGG16")
-    found = {}
-    for name, value in read_weights(Path(path)).items():
+    state, found = read_weights(Path(path), MARKS), {}
+    check_floats(state, f"--perceptual {path}")
+    for name, value in state.items():
         place = re.fullmatch(r"(?:features|net\.slice\d)\.(\d+\.(?:weight|bias))", name)
         found[place[1] if place else name] = value
     layers, c_in = [], 3

@@ -1,14 +1,23 @@
 """Checkpoints: plain tensors and numbers, read without running any code."""
 
-from runtime.commandline import BadInput, not_given
+from runtime.commandline import BadInput, not_given, typed
+from runtime.typed_flags import check_idle
 
 import dataclasses
 import hashlib
 import re
+import sys
 import zipfile
 from pathlib import Path
 
 import torch
+
+# Settings that some published networks leave to the command line; the others, and checkpoints, have
+# their own and refuse them.
+ARCHITECTURE = ("size", "num_heads", "num_head_channels", "norm_groups", "new_order")
+NOISE = ("schedule", "timesteps", "alpha_min")
+FORWARD = (*NOISE, "trained_betas", "prediction")
+UNSAID = frozenset(ARCHITECTURE + FORWARD)
 
 
 class DamagedCheckpoint(BadInput):
@@ -41,10 +50,26 @@ def load_checkpoint(path, scripts=(), mapped=False):
     made_by = state.get("script") if isinstance(state, dict) else None
     if not isinstance(made_by, str) or not re.fullmatch(r"[a-z_]\w*", made_by):
         raise BadInput(f"checkpoint {path} was written by none of these scripts")
-    if scripts and made_by not in scripts:
+    # A copy of a chapter, under a name of its own, reads what it wrote.
+    if scripts and made_by not in (*scripts, Path(sys.argv[0]).stem):
         wanted = " or ".join(f"{name}.py" for name in scripts)
         raise BadInput(f"checkpoint {path} was written by {made_by}.py, expected one of {wanted}")
     return state
+
+
+class TrainedOn(str):
+    """The data that a checkpoint names, with what image_data.datasets needs to know it again.
+
+    data_key, size and classes are the run's: whatever is typed beside the name is of other images.
+    """
+
+    @classmethod
+    def of(cls, settings):
+        """Of the settings that a checkpoint keeps; data_key is None where they have none."""
+        made = cls(settings.get("data", ""))
+        made.data_key = settings.get("data_key")
+        made.size, made.classes = settings.get("size", 0), settings.get("classes", "")
+        return made
 
 
 def trained_config(config_class, state):
@@ -55,6 +80,7 @@ def trained_config(config_class, state):
         for name, value in state["config"].items()
         if name in known
     }
+    values |= {"data": TrainedOn.of(state["config"])} if "data" in values else {}
     return config_class(**values)
 
 
@@ -64,9 +90,34 @@ def overlaid(trained, cfg, names):
     Given is what was typed, and what is not as cfg's class has it, such as by --smoke.
     """
     defaults = type(cfg)()
-    typed = set(names).difference(not_given(cfg, names))
-    given = typed | {name for name in names if getattr(cfg, name) != getattr(defaults, name)}
-    return dataclasses.replace(trained, **{name: getattr(cfg, name) for name in given})
+    chosen = set(names).difference(not_given(cfg, names))
+    chosen |= {name for name in names if getattr(cfg, name) != getattr(defaults, name)}
+    made = dataclasses.replace(trained, **{name: getattr(cfg, name) for name in chosen})
+    check_idle(made, typed(names))
+    return made
+
+
+def asked(cfg, script="", names=UNSAID):
+    """What load_net of a chapter takes from the command line: the decay of --ema, which script
+    draws, "" for none, and those of the settings `names` that flags or --config give."""
+    names = sorted(name for name in names if hasattr(cfg, name))
+    left = not_given(cfg, names)
+    given = {name: getattr(cfg, name) for name in names if name not in left}
+    return {"ema": typed_ema(cfg), "script": script, "given": given}
+
+
+def restored(config_class, build, state, path, device, ema=None):
+    """(network, its Config, shape (C,H,W), class names) of the checkpoint `state`, EMA weights.
+
+    build(shape, number of classes, cfg) makes it. ema: which decay, of several. BadInput for
+    weights of other networks, and decays not there.
+    """
+    cfg, shape = trained_config(config_class, state), tuple(state["shape"])
+    names = state["class_names"] if cfg.class_cond else []
+    net = build(shape, len(names), cfg).to(device, memory_format=torch.channels_last)
+    load_weights(net, chosen_ema(state, path, ema))
+    net.null_label = state.get("null_label", True)  # whether it has learned to do without a label
+    return net.eval(), cfg, shape, names
 
 
 def as_trained(cfg, names, path, scripts=()):
@@ -74,7 +125,9 @@ def as_trained(cfg, names, path, scripts=()):
     trained = load_checkpoint(path, scripts, mapped=True)["config"]
     known = [(name, trained[name]) for name in not_given(cfg, names) if name in trained]
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in known}
-    return dataclasses.replace(cfg, **given)
+    made = dataclasses.replace(cfg, **given)
+    check_idle(made, typed(names))
+    return made
 
 
 def typed_ema(cfg):

@@ -18,13 +18,15 @@ from typing import ClassVar, Literal
 import torch
 from tqdm import tqdm
 
+TEXTS = frozenset({"negative", "classes", "seeds", "metrics", "sample_args"})  # are no paths
+
 
 class BadInput(Exception):
     """The user can mend this; one line: what was wrong, what was expected, what to type."""
 
 
 # What drawing samples takes in every chapter, beside what the chapter names.
-DRAWS = frozenset({"n", "seeds", "classes", "batch_size", "compile", "ema"})
+DRAWS = frozenset({"n", "seeds", "classes", "batch_size", "precision", "compile", "ema"})
 
 
 def default_gpus():
@@ -44,7 +46,7 @@ class Script:
 
     # A flag that is typed does something or is refused. A script says which settings have a part in
     # each of its tasks, which have none in training, and which do nothing unless another setting is
-    # on ("metric_every") or is one of some ("sampler=ddim,ddpm").
+    # on ("metric_every"), is off ("!timestep_respacing") or is one of some ("sampler=ddim,ddpm").
     USES: ClassVar[dict[str, frozenset]] = {}
     IDLE: ClassVar[frozenset] = frozenset()
     NEEDS: ClassVar[dict[str, str]] = {}
@@ -62,7 +64,9 @@ class Command(Script):
     data: str = "glyphs"
     """glyphs, mnist, fashion_mnist, cifar10, afhq, imagenet100, or a folder or zip of images"""
     data_root: str = "data"  # where data sets are looked for, downloaded to and prepared
-    classes: str = ""  # comma-separated names or numbers of classes; empty: all of them
+    classes: str = (
+        ""  # comma-separated classes, by name, or number where no name is one; empty: all
+    )
     batch_size: int = 64  # images at a time, over all processes
     seed: int = 0  # everything random in training is a function of this and the step
 
@@ -124,7 +128,13 @@ class RunConfig(NetworkCommand):
 
 
 def entry(main):
-    """Run main(); BadInput becomes one line and exit code 2, a bug keeps its traceback."""
+    """Run main(); BadInput becomes one line and exit code 2, a bug keeps its traceback.
+
+    A character that the terminal's encoding lacks is printed as its number: that ends no work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's is another
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except BadInput as error:
@@ -144,9 +154,10 @@ def parse(config_class, doc, args=None, preset=""):
     """The command line as an instance of `config_class`, a dataclass whose fields are documented.
 
     `--config F.yaml` names a file of the same fields; it lies under the flags, which override it.
-    Without it, `preset` (such as 'configs/{data}.yaml') is that file, if it exists for --data and a
-    training is asked for. A ~ at the beginning of a text, but for `negative`, is the home folder.
-    Raises BadInput for an unknown flag or key and for a value of the wrong type.
+    Without it, `preset` (such as 'configs/{data}.yaml', beside the script) is that file, if it
+    exists for --data and a training is asked for. A ~ at the beginning of a path is the home
+    folder. Raises BadInput for an unknown flag or key, for a value of the wrong type, for a flag
+    that does nothing (see Script), and for the ~ of nobody.
     """
     from runtime.typed_flags import check_finite, check_typed, one_line
     from runtime.yaml_settings import yaml_settings
@@ -163,15 +174,25 @@ def parse(config_class, doc, args=None, preset=""):
             raise
         raise BadInput(one_line(error_text.getvalue(), config_class)) from None
     if preset and "config" not in typed and not cfg.task():
-        path = Path(preset.format(data=cfg.data))
+        beside = Path(sys.modules[config_class.__module__].__file__).resolve().parent
+        path = beside / preset.format(data=cfg.data)
         cfg.config = str(path) if path.is_file() else ""
     lower = yaml_settings(getattr(cfg, "config", ""), config_class)
     cfg = dataclasses.replace(cfg, **{name: lower[name] for name in lower.keys() - typed})
+    check_finite(cfg)
     if isinstance(cfg, Script):
         check_typed(cfg, typed)
-    check_finite(cfg)
-    paths = {k: v for k, v in vars(cfg).items() if isinstance(v, str) and k != "negative"}
-    return dataclasses.replace(cfg, **{k: os.path.expanduser(v) for k, v in paths.items()})
+    paths = {k: v for k, v in vars(cfg).items() if isinstance(v, str) and k not in TEXTS}
+    return dataclasses.replace(cfg, **{k: at_home(v, flag(k)) for k, v in paths.items()})
+
+
+def at_home(path, name="path"):
+    """The path with the home folder for ~ or ~user in front; BadInput, with its name, for none."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        wrong = f"{name} {path}: no home folder is known of {path.split('/')[0]}"
+        raise BadInput(f"{wrong}; type ./{path} for a folder of that name")
+    return found
 
 
 def flag(name):
@@ -248,22 +269,24 @@ def parse_seeds(text, n, flag="--seeds"):
     return torch.tensor(seeds)
 
 
+def class_list(text):
+    """The parts of --classes, 'cat, 3' -> ['cat', '3']. BadInput for a text that has none."""
+    if not (parts := split_list(text)) and text:
+        raise BadInput(f"--classes {text!r} names no class; leave it out for all of them")
+    return parts
+
+
 def parse_classes(classes, names, aliases=()):
     """Indices into `names` from 'cat,3' or ['cat', '3']; all of them if empty.
 
-    aliases: other names -> index. Raises BadInput, with the choice, for what does not exist.
+    Each part is a name, exactly, or one of aliases (other names -> index), or else an index; but
+    where names are numbers, numbers are names and nothing else. Raises BadInput, with the choice,
+    for what does not exist.
     """
-    chosen = []
-    for part in split_list(classes) if isinstance(classes, str) else classes:
-        if part in names:
-            chosen.append(list(names).index(part))
-        elif part in aliases:
-            chosen.append(aliases[part])
-        elif part.isdecimal() and int(part) < len(names):
-            chosen.append(int(part))
-        else:
-            choice = ", ".join(f"{i} {name}" for i, name in enumerate(names[:20])) or "no class"
-            raise BadInput(f"--classes {part}: there is {choice}" + " ..." * (len(names) > 20))
+    from runtime.class_names import class_index
+
+    parts = class_list(classes) if isinstance(classes, str) else classes
+    chosen = [class_index(part, list(names), aliases) for part in parts]
     return chosen or list(range(len(names)))
 
 

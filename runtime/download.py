@@ -15,6 +15,10 @@ from pathlib import Path
 TIMEOUT = 30  # seconds without an answer before the next mirror is tried
 
 
+class Unavailable(BadInput):
+    """A file that is neither here nor to be had."""
+
+
 def file_hash(path, algorithm="sha256"):
     """Hex digest of a file, read in pieces."""
     digest = hashlib.new(algorithm)
@@ -30,8 +34,8 @@ def fetch(name, mirrors, folder, md5=None, sha256=None):
     A mirror is an address that the name is put behind, or in place of '{}'. What has arrived is
     kept in folder/name.part, and a later call asks for the rest only. With `md5` or `sha256`, hex
     digits with which the checksum begins, a file of another content is thrown away. The environment
-    variable DIFFUSION_MIRROR, an address, replaces all mirrors. Raises BadInput, telling what to
-    put where by hand.
+    variable DIFFUSION_MIRROR, an address, replaces all mirrors. Raises Unavailable, telling what
+    to put where by hand.
     """
     path = Path(folder) / name
     checksums = {"md5": md5, "sha256": sha256}
@@ -64,7 +68,7 @@ def _fetch(path, part, mirrors, checksums):
             return
         except (OSError, HTTPException, ValueError) as error:  # ValueError: not an address
             failures.append(f"{address}: {getattr(error, 'reason', None) or error}")
-    raise BadInput(
+    raise Unavailable(
         f"could not download {path.name} ({'; '.join(failures)}); get it by other means and put "
         f"it at {path}"
     )

@@ -6,6 +6,7 @@ from runtime.files import also_named, atomic_write, read_log
 
 import dataclasses
 import json
+import math
 import platform
 import shlex
 import shutil
@@ -63,8 +64,8 @@ class RunFolder:
         """The state to continue from, or None for a fresh start; cuts the log back to its step.
 
         'auto' takes ckpt.pt, or with a warning the one before it when that is damaged. Raises
-        BadInput for a checkpoint of another script or configuration, naming what differs, and
-        when there are checkpoints but none is whole.
+        BadInput for a checkpoint of another script or configuration, naming what differs, for one
+        beyond --steps, and when there are checkpoints but none is whole.
         """
         state = self._choose()
         if state is not None:
@@ -75,7 +76,10 @@ class RunFolder:
                     f"{where} holds a run of another configuration ({'; '.join(others)}); "
                     "type another --out, or --resume never to start over"
                 )
-        step = state["step"] if state else 0
+        step, most = state["step"] if state else 0, self.settings.get("steps", math.inf)
+        if step > most:
+            told = f"--steps {most}: the run in {self.path} is at step {step} already"
+            raise BadInput(f"{told}; type at least that, or --resume never to start over")
         if self.world.is_main:
             rows = [row for row in read_log(self.log_path) if row["step"] <= step] if state else []
             for left_over in self.path.glob(".*.tmp*"):

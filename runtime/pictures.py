@@ -1,7 +1,7 @@
 """Grids and GIFs of uint8 images."""
 
-from runtime.commandline import BadInput
 from runtime.files import atomic_write
+from runtime.finite import check_finite
 
 from pathlib import Path
 
@@ -10,19 +10,15 @@ import torch
 from PIL import Image, PngImagePlugin
 
 
-def to_uint8(x):
-    """(B, C, H, W) floats in [-1, 1] -> (B, H, W, C) uint8 on the CPU."""
-    x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def to_uint8(x, seeds=None):
+    """(B, C, H, W) floats in [-1, 1] -> (B, H, W, C) uint8 on the CPU.
+
+    NotFinite for NaN or infinity, of one of the seeds (B,), or else of an image by its number.
+    """
+    named = (range(len(x)), "image number") if seeds is None else (seeds,)
+    x = check_finite(x.float(), *named)
+    x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return x.permute(0, 2, 3, 1).contiguous().cpu()
-
-
-def check_finite(x, seeds, what):
-    """x (B,...) of seeds (B,); BadInput where it holds NaN or infinity: a black image otherwise."""
-    bad = ~x.flatten(1).isfinite().all(1)  # (B,)
-    if bad.any():
-        where = f"{what} of seed {seeds[bad][0].item()} is not finite"
-        raise BadInput(f"{where}: type --precision fp32 or less --guidance; or weights are bad")
-    return x
 
 
 def tile(images, columns=None, pad=2):
@@ -77,8 +73,9 @@ def save_drawn(folder, images, labels, walk, seeds, world):
     """
     folder = Path(folder)
     if world.is_main:
+        film = world.frames(walk, seeds[:8], labels)  # of what is not finite no file is written
         save_samples(folder, images, labels, 10)
-        save_film(world.frames(walk, seeds[:8], labels), folder / "reverse", len(seeds[:8]))
+        save_film(film, folder / "reverse", len(seeds[:8]))
         print(f"samples: {folder / 'samples.png'}, how they came: {folder / 'reverse.gif'}")
 
 

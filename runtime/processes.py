@@ -1,12 +1,14 @@
 """One process, --gpus N of them, or a place under torchrun: World, launch, progress bars."""
 
-from runtime.commandline import entry
+from runtime.commandline import BadInput, entry
+from runtime.finite import NotFinite, end_of, watched
 
 import contextlib
 import ctypes
 import dataclasses
 import functools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -93,14 +95,30 @@ class World:
         rows[self.share(n)] = part
         return self.sum(rows)
 
+    @contextlib.contextmanager
+    def as_one(self):
+        """NotFinite that any process raises inside is raised by all: none waits for it in vain."""
+        told = [""]
+        try:
+            yield
+        except NotFinite as error:
+            told = [str(error)]
+        if self.size > 1:
+            mine, told = told[0], [""] * self.size
+            dist.all_gather_object(told, mine)
+        if any(told):
+            raise NotFinite(next(filter(None, told)))
+
     def in_parts(self, make, n, batch_size, steps, desc):
         """The n rows that make(part, tick) gives, on every rank: each makes its share.
 
         A part is some of the numbers 0..n-1, int64 (b,), at most batch_size over all ranks; make
-        calls tick() for each of the `steps` of its progress.
+        calls tick() for each of the `steps` of its progress, a number or a list of them. NotFinite
+        is raised as in as_one().
         """
+        steps = steps if isinstance(steps, int) else len(steps)
         parts = torch.arange(n)[self.share(n)].split(max(1, -(-batch_size // self.size)))
-        with self.progress(len(parts) * steps, desc=desc) as bar:
+        with self.progress(len(parts) * steps, desc=desc) as bar, self.as_one():
             rows = [make(part, bar.update) for part in parts]
         return self.collect(torch.cat(rows).to(self.device), n).cpu()
 
@@ -108,14 +126,15 @@ class World:
         """uint8 images (N,H,W,C) of seeds and labels (N,) or None, the same on every rank.
 
         walk(seeds, labels) yields, at each of `steps`, a tuple that begins with images (b,C,H,W).
+        steps: a number, or the (t, t_prev) of each. NotFinite names the step where images are not
+        finite, and the seed.
         """
         from runtime.pictures import to_uint8
 
         def images(part, tick):
             y = None if labels is None else labels[part].to(self.device)
-            for x, *_ in walk(seeds[part].to(self.device), y):  # noqa: B007
-                tick()
-            return to_uint8(x)
+            way = walk(seeds[part].to(self.device), y)
+            return to_uint8(end_of(way, tick, seeds[part], steps, desc), seeds[part])
 
         with self.autocast():
             return self.in_parts(images, len(seeds), batch_size, steps, desc)
@@ -126,7 +145,8 @@ class World:
 
         y = None if labels is None else labels[: len(seeds)].to(self.device)
         with self.autocast():
-            return [to_uint8(torch.cat(pair)) for pair in walk(seeds.to(self.device), y)]
+            way = watched(walk(seeds.to(self.device), y), seeds)
+            return [to_uint8(torch.cat(pair)) for pair in way]
 
     def barrier(self):
         if self.size > 1:
@@ -173,7 +193,8 @@ def process_count(gpus):
 
 def say_once(line):
     """Print a line, unless this process has, and of several processes in the first one only."""
-    if line not in SAID and not (dist.is_initialized() and dist.get_rank()):
+    first = not dist.get_rank() if dist.is_initialized() else is_first_process()
+    if line not in SAID and first:
         print(line, flush=True)
     SAID.add(line)
 
@@ -186,6 +207,8 @@ def launch(fn, cfg):
     cfg.dry_run one process does a little of it.
     """
     keep_memory()
+    if getattr(cfg, "compile", False):
+        check_compiler(cfg.gpus)
     if getattr(cfg, "dry_run", False):
         from runtime.rehearsal import rehearse
 
@@ -199,13 +222,21 @@ def launch(fn, cfg):
             s.bind(("127.0.0.1", 0))
             os.environ.setdefault("MASTER_PORT", str(s.getsockname()[1]))
         try:
-            torch.multiprocessing.spawn(_run_rank, (fn, cfg, None, cfg.gpus), nprocs=cfg.gpus)
+            torch.multiprocessing.spawn(_run_rank, (fn, cfg, None, cfg.gpus, SAID), nprocs=cfg.gpus)
         except torch.multiprocessing.ProcessExitedException as error:
             if error.exit_code == 2:  # the rank has already said what was wrong
                 sys.exit(2)
             raise
     else:
         fn(cfg, _world(cfg, 0, 1, torch.device("cuda:0" if cfg.gpus else "cpu")))
+
+
+def check_compiler(gpus=0):
+    """Raise BadInput where torch.compile would find no compiler: of C++, or for a GPU of C."""
+    names = ("CC", "gcc", "clang", "cc") if gpus else ("CXX", "g++", "clang++", "c++")
+    if not any(shutil.which(name) for name in (os.environ.get(names[0], ""), *names[1:])):
+        told = f"--compile needs a compiler, and there is no {names[1]}"
+        raise BadInput(f"{told}: install it, or leave out --compile")
 
 
 def prefer_speed():
@@ -223,8 +254,9 @@ def _world(cfg, *place):
     return World(*place, *(getattr(cfg, name, getattr(World, name)) for name in SETTINGS))
 
 
-def _run_rank(local_rank, fn, cfg, rank, size):
+def _run_rank(local_rank, fn, cfg, rank, size, said=()):
     keep_memory()
+    SAID.update(said)
     rank = local_rank if rank is None else rank
     on_gpu = cfg.gpus > 0
     device = torch.device(f"cuda:{local_rank}" if on_gpu else "cpu")

@@ -15,6 +15,7 @@ process, several, and a run that goes on after a kill see the same images, t and
 """
 
 from runtime.commandline import BadInput
+from runtime.finite import drawn
 from runtime.folder import RunFolder
 
 import collections
@@ -119,19 +120,15 @@ class LossMeter:
         """
         first_bad = world.collect(self.first_bad.view(1), world.size).min()  # of all processes
         if first_bad.isfinite():
-            last = (
-                f"the last good checkpoint is {checkpoint}"
-                if checkpoint.exists()
-                else "no checkpoint exists yet"
-            )
+            last = f"the last good checkpoint is {checkpoint}"
+            last = last if checkpoint.exists() else "no checkpoint exists yet"
             at = f"at step {int(first_bad)}"
             raise BadInput(f"the loss is not finite {at}; {last}; try a smaller --lr")
         total, count = world.sum(self.sums.clone()).cpu()
         self.sums.zero_()
-        quarters = {}
-        if self.split:
-            named = ((f"loss_q{i + 1}", i) for i in range(4) if count[i] > 0)
-            quarters = {name: float(total[i] / count[i]) for name, i in named}
+        parts = range(4) if self.split else ()
+        named = ((f"loss_q{i + 1}", i) for i in parts if count[i] > 0)
+        quarters = {name: float(total[i] / count[i]) for name, i in named}
         return {"loss": float(total.sum() / count.sum()), **quarters}
 
 
@@ -403,8 +400,10 @@ class Run:
             count = sum(p.numel() for p in self.net.parameters()) / 1e6
             print(f"{what}; {count:.2f} M parameters", flush=True)
 
-    def log_metrics(self, values):
-        """Log scores of samples, and draw metric.png."""
+    def log_metrics(self, make):
+        """Log the scores that make() gives, if samples are finite, and draw metric.png."""
+        if not (values := drawn(make, self.step, self.world)):
+            return
         self.log(**values)
         if self.world.is_main:
             from runtime.plots import plot_metrics
@@ -429,9 +428,10 @@ class Run:
         about = {"shape": list(self.ds.shape), "class_names": list(self.ds.class_names)}
         self.disk.save(self.step, settings=settings, **state, **about, **self.facts)
 
-    def save_grid(self, images, columns=10):
-        """samples-STEP.png of at most 100 images uint8 (N,H,W,C), and the loss curve so far."""
-        if self.world.is_main:
+    def save_grid(self, make, columns=10):
+        """samples-STEP.png of 100 images uint8 (N,H,W,C) that make() gives, if finite; loss.png."""
+        images = drawn(make, self.step, self.world)
+        if self.world.is_main and images is not None:
             from runtime.pictures import save_grid
 
             save_grid(images[:100], self.folder / f"samples-{self.step:06d}.png", columns)
@@ -447,4 +447,4 @@ class Run:
 
 def script_of(cfg):
     """The stem of the root script whose Config `cfg` is."""
-    return Path(sys.modules[type(cfg).__module__].__file__).stem
+    return Path(sys.modules[type(cfg).__module__].__file__).resolve().stem

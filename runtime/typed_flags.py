@@ -8,7 +8,8 @@ import re
 import torch
 
 MOST = torch.finfo(torch.float32).max
-EVERYWHERE = frozenset({"config", "out", "smoke", "gpus", "precision"})  # they have a part in all
+MOST_GUIDANCE = 2.0**24  # above it float32 does not tell 1 + w from w
+EVERYWHERE = frozenset({"config", "out", "smoke", "gpus"})  # they have a part in all
 
 
 def check_typed(cfg, typed):
@@ -57,12 +58,17 @@ def idle(cfg, name):
 
 
 def check_finite(cfg):
-    """Raise BadInput for a number that float32 does not hold, unless that is its default."""
+    """Raise BadInput for a number that float32 does not hold, unless that is its default.
+
+    Also for guidance so large that a clamp would hide what becomes of it.
+    """
     for name, value in vars(cfg).items():
         numbers = value if isinstance(value, tuple) else (value,)
         bad = [v for v in numbers if isinstance(v, float) and not abs(v) <= MOST]
         if bad and value != getattr(type(cfg), name, None):
             raise BadInput(f"{flag(name)} {bad[0]:g}: expected a finite number, below {MOST:.1g}")
+    if abs(w := getattr(cfg, "guidance", 0.0)) > MOST_GUIDANCE:
+        raise BadInput(f"--guidance {w:g}: expected a number up to {MOST_GUIDANCE:.2g}, such as 3")
 
 
 def one_line(box, config_class):

@@ -4,12 +4,15 @@ from runtime.commandline import BadInput, closest, flag
 
 import dataclasses
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
 
 import yaml
 
 KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", ...: "..."}
+MERGE = "tag:yaml.org,2002:merge"  # of the key <<
 
 
 def yaml_settings(path, config_class):
@@ -17,20 +20,13 @@ def yaml_settings(path, config_class):
     if not path:
         return {}
     path = Path(os.path.expanduser(path))
-    if not path.is_file():
-        raise BadInput(f"--config {path}: no such file; configs/ holds examples")
-    try:
-        loader = yaml.SafeLoader(text := path.read_text("utf-8-sig"))
-        root = loader.get_single_node() or yaml.MappingNode("", [])
-        if not isinstance(root, yaml.MappingNode):
-            raise BadInput(f"--config {path}: expected lines of 'key: value'")
-        loader.flatten_mapping(root)  # << takes in another mapping
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    text = _text(path)
+    loader, pairs = _pairs(path, text)
     kinds = {f.name: f.type for f in dataclasses.fields(config_class) if f.name != "config"}
-    settings = {}
-    for key, node in [(str(key.value), node) for key, node in root.value]:
-        if key not in kinds or get_origin(kinds[key]) is Annotated:  # that one has no flag
+    kinds = {name: kind for name, kind in kinds.items() if get_origin(kind) is not Annotated}
+    settings = {}  # what is annotated has no flag
+    for key, node in pairs:
+        if key not in kinds:
             raise BadInput(f"--config {path}: unknown key {key!r}{closest(key, kinds)}")
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
         if any(part.tag == "tag:yaml.org,2002:null" for part in nodes):
@@ -39,10 +35,53 @@ def yaml_settings(path, config_class):
             settings[key] = _of_nodes(kinds[key], nodes, loader)
         except (ValueError, yaml.YAMLError):
             written = " ".join(text[node.start_mark.index : node.end_mark.index].split())
-            parts = [KINDS.get(part, part) for part in get_args(kinds[key]) or (kinds[key],)]
-            wrong = f"{key} is {written[:60]}; {flag(key)} takes {', '.join(parts)}"
-            raise BadInput(f"--config {path}: {wrong}") from None
+            wrong = f"{key} is {written[:60]}; {flag(key)} takes {_takes(kinds[key])}"
+            zeros = ", without a zero in front" * bool(re.match("[+-]?0[0-9_]", written))
+            raise BadInput(f"--config {path}: {wrong}{zeros}") from None
     return settings
+
+
+def _text(path):
+    """What the file says, decoded; BadInput where it cannot be read."""
+    if not path.is_file():
+        wrong = "is a folder" if path.is_dir() else "no such file"
+        raise BadInput(f"--config {path}: {wrong}; configs/ holds examples")
+    try:
+        return path.read_text("utf-8-sig")
+    except OSError as error:
+        raise BadInput(f"--config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        wrong = f"--config {path} is not UTF-8 text (at byte {error.start})"
+        raise BadInput(f"{wrong}: save it as UTF-8") from None
+
+
+def _pairs(path, text):
+    """(loader, [(key, node)]) of YAML; what << takes in stands first. BadInput for a key twice."""
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node() or yaml.MappingNode("", [])
+        if not isinstance(root, yaml.MappingNode):
+            raise BadInput(f"--config {path}: expected lines of 'key: value'")
+        own = sum(key.tag != MERGE for key, _ in root.value)
+        loader.flatten_mapping(root)
+    except yaml.YAMLError as error:
+        raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise BadInput(f"--config {path} holds too many lists in each other") from None
+    if not all(isinstance(key, yaml.ScalarNode) for key, _ in root.value):
+        raise BadInput(f"--config {path}: expected lines of 'key: value'")
+    pairs = [(key.value, node) for key, node in root.value]
+    taken_in = len(pairs) - own  # the file's own lines may set anew what they set
+    for part in (pairs[:taken_in], pairs[taken_in:]):
+        if twice := [key for key, times in Counter(key for key, _ in part).items() if times > 1]:
+            raise BadInput(f"--config {path}: {twice[0]} is set twice; keep one of the lines")
+    return loader, pairs
+
+
+def _takes(kind):
+    """What a setting of this type takes, in words; several in YAML's brackets."""
+    words = ", ".join(KINDS.get(part, part) for part in get_args(kind) or (kind,))
+    return f"[{words}]" if get_origin(kind) is tuple else words
 
 
 def _of_nodes(kind, nodes, loader):
@@ -60,6 +99,8 @@ def _of_nodes(kind, nodes, loader):
     if kind is str or written in parts:  # parts: of a choice
         return written
     [node] = nodes
+    if re.match("[+-]?0[0-9_]", written) or ":" in written:
+        raise ValueError  # 010 is 8 to YAML 1.1 and 10 to 1.2; 1:30 is 90 to 1.1, to 1.2 a text
     value = loader.construct_object(node)  # by the rules of YAML 1.1: 1_000, .inf, yes
     if parts or isinstance(value, bool) is not (kind is bool):
         raise ValueError

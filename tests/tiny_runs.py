@@ -49,16 +49,13 @@ SAMPLERS = [s for s in COMMANDS if s not in TRAININGS and {"sample", "seeds"} <=
 
 
 def flags(script, **settings):
-    """The settings as flags; those that the chapter does not have, or not so, are left out.
-
-    So are those that have no part in its training.
-    """
-    found, idle = [], importlib.import_module(script).Config.IDLE
+    """The settings as flags; those that the chapter does not have, or not so, are left out."""
+    found = []
     for name, value in settings.items():
         field, flag = fields(script).get(name), name.replace("_", "-")
         choices = typing.get_args(field.type) if field else ()
         literal = field and typing.get_origin(field.type) is typing.Literal
-        if field is None or name in idle or literal and value not in choices:
+        if field is None or literal and value not in choices:
             continue
         if isinstance(value, bool):
             found.append(f"--{flag}" if value else f"--no-{flag}")
@@ -69,4 +66,6 @@ def flags(script, **settings):
 
 def tiny(script):
     """Flags of a run in which a step takes milliseconds: --smoke's, but longer and going on."""
-    return ["--smoke", "--resume", "auto", *flags(script, **TINY)]
+    idle = importlib.import_module(script).Config.IDLE
+    used = {name: value for name, value in TINY.items() if name not in idle}
+    return ["--smoke", "--resume", "auto", *flags(script, **used)]

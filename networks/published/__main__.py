@@ -15,12 +15,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from networks.published.schedule import named_alpha_bar
+from networks.published.schedule import config_alpha_bar
 from networks.published.unet import read_network, save_diffusers, settings_of
 
 SCRIPTS = ("ddpm_pixel", "improved_ddpm")
-SAMPLING = ("variance", "clip_denoised", "dynamic_threshold")
-FORWARD = ("schedule", "timesteps", "alpha_min", "prediction")
+SAMPLING = ("variance", "clip_denoised", "dynamic_threshold", "spacing")
+NOTED = ("sample_steps", "guidance", "timestep_respacing")
 
 
 @dataclass
@@ -34,29 +34,36 @@ class Config:
     """that of the scheduler's steps; without it, the checkpoint's. A learned one is kept"""
     clip_denoised: bool = True  # whether the scheduler clamps; without it, as the checkpoint says
     dynamic_threshold: bool = False  # the scheduler's thresholding; the same
+    spacing: Literal["linear", "leading", "trailing"] = "linear"  # of its timesteps; the same
     schedule: Literal["linear", "cosine", "sigmoid"] = "linear"
     """noise schedule of a published network that comes without a scheduler"""
     timesteps: int = 1000  # its length
     alpha_min: float = 0.001  # its smallest alpha_t
+    trained_betas: tuple[float, ...] = ()  # beta_t of each step, instead of these three
     prediction: Literal["eps", "x0", "v"] = "eps"  # what such a network predicts
+    size: int = 0  # height and width of its images, where its files do not say them
+    num_heads: int = 1  # its attention heads, the same
+    num_head_channels: int = 0  # channels of a head, instead of --num-heads
+    norm_groups: int = 32  # groups of its norms, the same
+    new_order: bool = False  # OpenAI's use_new_attention_order, the same
 
 
-def facts_of(state, config):
+def facts_of(state, config, path):
     """What save_diffusers needs of the schedule, and how it should be sampled."""
-    alpha_bar = state.get("alpha_bar")
-    if alpha_bar is None or not state.get("named", True):
-        names = ("schedule", "timesteps", "alpha_min")
-        alpha_bar = named_alpha_bar(*(config.get(name, 0.001) for name in names))
-    if not (alpha_bar.diff() < 0).all() or not 0 < alpha_bar[-1] <= alpha_bar[0] < 1:
-        raise cli.BadInput("--alpha-min, --timesteps: alpha_bar must fall at every step")
-    threshold = "clamp" if config.get("clip_denoised", True) else "none"
+    clip = "clamp" if config.get("clip_denoised", True) else "none"
+    notes = {name: config[name] for name in NOTED if name in config}
+    if settings_of(state)["learn_sigma"] and config["variance"] in ("small", "large"):
+        notes["variance"] = config["variance"]  # which DDPMScheduler draws of no such network
     return {
-        "alpha_bar": alpha_bar,
-        "schedule": config["schedule"],
+        "alpha_bar": config_alpha_bar(config, path),
+        "betas": config.get("trained_betas"),
+        "schedule": "other" if config.get("trained_betas") else config["schedule"],
         "alpha_min": config.get("alpha_min", 0.001),
         "prediction": config["prediction"],
         "variance": "large" if config["variance"] == "large" else "small",
-        "threshold": "dynamic" if config.get("dynamic_threshold") else threshold,
+        "clip": "dynamic" if config.get("dynamic_threshold") else clip,
+        "spacing": config.get("spacing", "linear"),
+        "notes": notes,
     }
 
 
@@ -65,19 +72,20 @@ def main():
     if not cfg.checkpoint or not cfg.out:
         raise cli.BadInput("name a checkpoint and --out, the folder to write")
     cli.check_positive(cfg, "timesteps")
-    cli.check_fraction(cfg, "alpha_min")
-    state = read_network(cfg.checkpoint, SCRIPTS)
-    typed = set(SAMPLING + FORWARD).difference(cli.not_given(cfg, SAMPLING + FORWARD))
-    for name in FORWARD:
-        if name in typed and state.get("named", True):
-            flag = name.replace("_", "-")
-            raise cli.BadInput(
-                f"--{flag}: {cfg.checkpoint} has a schedule of its own; leave it out"
-            )
-    config = state["config"] | {name: getattr(cfg, name) for name in typed}
-    weights = checkpoints.chosen_ema(state, cfg.checkpoint, checkpoints.typed_ema(cfg))
+    cli.check_fraction(cfg, "alpha_min", "trained_betas")
+    if cfg.trained_betas and (other := cli.typed(checkpoints.NOISE)):
+        raise cli.BadInput(f"{cli.flag(other[0])} does nothing beside --trained-betas")
+    asked = checkpoints.asked(cfg, "publish")
+    ema = asked.pop("ema")
+    state = read_network(cfg.checkpoint, SCRIPTS, **asked)
+    typed = cli.typed(SAMPLING)
+    how = {name: getattr(cfg, name) for name in typed}
+    if "clip_denoised" in typed:
+        how.setdefault("dynamic_threshold", False)
+    config = state["config"] | how
+    weights = checkpoints.chosen_ema(state, cfg.checkpoint, ema)
     classes = len(state["class_names"]) if config["class_cond"] else 0
-    facts = facts_of(state, config)
+    facts = facts_of(state, config, cfg.checkpoint)
     save_diffusers(cfg.out, settings_of(state), weights, state["shape"], classes, facts)
     print(f"{cfg.out}: open it with diffusers.DDPMPipeline.from_pretrained")
 

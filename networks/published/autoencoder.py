@@ -19,12 +19,23 @@ from pathlib import Path
 
 import torch
 
-from networks.published.files import WEIGHTS, check_floats, read_json, read_weights
+from networks.published.files import (
+    WEIGHTS,
+    check_floats,
+    folder_of,
+    read_json,
+    read_weights,
+    weights_in,
+)
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 SCALING = 0.18215  # of Stable Diffusion's latents: LDM appendix G
 FIRST_STAGE = "first_stage_model."  # before an autoencoder's names in a whole checkpoint
 HALF = re.compile("(?<!auto)encoder|decoder")
+HALVES = ("0.weight", "1.weight")  # marks of the encoder and the decoder of TAESD's pair
+MARKS = ("conv_in.weight", *HALVES, "layers.0.weight")
+MARKS = tuple(f"{half}.{name}" for half in ("encoder", "decoder") for name in MARKS)
+MARKS += tuple(FIRST_STAGE + name for name in MARKS)
 
 # AutoencoderKL's names -> the LDM code's; both the present names of attention and those of 2022.
 RENAMED = (
@@ -75,7 +86,7 @@ def read_autoencoder(path):
     state = {}
     for file, half in files:
         with torch.device("cpu"):  # a plan on "meta" needs the number scale_factor, too
-            found = read_weights(file, inside=("state_dict",))
+            found = read_weights(file, HALVES if half else MARKS)
         state.update({half + name: value for name, value in found.items()})
     whole = any(name.startswith(FIRST_STAGE) for name in state)
     # What lies beside a whole checkpoint is of something else.
@@ -91,7 +102,7 @@ def read_autoencoder(path):
     state = {name: value.to(where, torch.float32, copy=True) for name, value in state.items()}
     try:
         settings = tiny_settings(state) if kind == "tiny" else kl_settings(state, config)
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise BadInput(
             f"{path} lacks tensors of an autoencoder, first {error.args[0]} (as the papers' code "
             "names it): expected the whole file of encoder and decoder"
@@ -111,12 +122,9 @@ def find_autoencoder(path):
         if not HALF.search(path.name):
             return [(path, "")], _config(path.parent)
         return _pair(path), None
-    if not path.is_dir():
-        raise BadInput(f"{path}: no such file or folder: name an autoencoder's")
-    folder = path / "vae" if (path / "vae").is_dir() else path
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return [(folder / name, "")], _config(folder)
+    folder = folder_of(path, "vae")
+    if whole := weights_in(folder, "diffusion_pytorch_model", index_first=True):
+        return [(whole, "")], _config(folder)
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
     encoders = [file for file in files if HALF.sub("decoder", file.name) != file.name]
     if len(encoders) == 1:
@@ -221,7 +229,7 @@ def ldm_names(state):
 
 def tiny_settings(state):
     """Keywords of TinyAutoencoder. A level ends at a convolution that is in no block."""
-    layers, first = {}, state["encoder.0.weight"]
+    layers, (width, channels) = {}, (_length(state, "encoder.0.weight", axis) for axis in (0, 1))
     for name in state:
         match = re.match(r"encoder\.(\d+)\.(conv\.)?", name)
         if match:
@@ -233,9 +241,9 @@ def tiny_settings(state):
         else:
             blocks.append(0)
     return dict(
-        z_channels=len(state[f"encoder.{max(layers)}.weight"]),
-        channels=first.shape[1],
-        model_channels=first.shape[0],
+        z_channels=_length(state, f"encoder.{max(layers)}.weight", 0),
+        channels=channels,
+        model_channels=width,
         num_blocks=tuple(blocks),
         pooled=any(".pool." in name for name in state),
     )
@@ -243,28 +251,36 @@ def tiny_settings(state):
 
 def kl_settings(state, config):
     """Keywords of KLVAE. The groups are not seen in a tensor: config.json's, or 32."""
-    first, conv = state["encoder.conv_in.weight"], "encoder.down.{}.block.{}.conv1.weight"
-    levels, blocks = [], 1
+    conv, levels, blocks = "encoder.down.{}.block.{}.conv1.weight", [], 1
+    channels, width = (_length(state, "encoder.conv_in.weight", axis) for axis in (1, 0))
     while conv.format(len(levels), 0) in state:
-        levels.append(len(state[conv.format(len(levels), 0)]))
+        levels.append(_length(state, conv.format(len(levels), 0), 0))
     while conv.format(0, blocks) in state:
         blocks += 1
     if not levels:
         raise KeyError(conv.format(0, 0))
     return dict(
-        channels=first.shape[1],
-        model_channels=first.shape[0],
+        channels=channels,
+        model_channels=width,
         num_res_blocks=blocks,
-        channel_mult=tuple(c / first.shape[0] for c in levels),
-        z_channels=state["decoder.conv_in.weight"].shape[1],
+        channel_mult=tuple(c / width for c in levels),
+        z_channels=_length(state, "decoder.conv_in.weight", 1),
         norm_groups=config.get("norm_num_groups", 32),
         quant="quant_conv.weight" in state,
     )
 
 
+def _length(state, name, axis):
+    """The length of a tensor along an axis, above 0; KeyError where there is none."""
+    if name not in state or state[name].ndim <= axis or not state[name].shape[axis]:
+        raise KeyError(name)
+    return state[name].shape[axis]
+
+
 def _check_groups(state, groups, path):
     """BadInput for norms whose channels these groups do not divide."""
-    wide = {len(v) for name, v in state.items() if re.search(r"norm\w*\.weight$", name)}
+    norms = (v for name, v in state.items() if re.search(r"norm\w*\.weight$", name))
+    wide = {len(value) for value in norms if value.ndim}
     if any(c % groups for c in wide):
         raise BadInput(
             f"{path}: {groups} norm groups do not divide the autoencoder's channels "

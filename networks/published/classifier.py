@@ -12,7 +12,7 @@ from runtime.commandline import BadInput
 import math
 from pathlib import Path
 
-from networks.published.files import is_published, read_weights
+from networks.published.files import U_NET, is_published, read_weights
 from networks.published.unet import CLASSIFIERS, SIZES, channel_mult
 from networks.published.unet_names import (
     ENDS,
@@ -60,7 +60,7 @@ def read_classifier(path):
                 f"{CLASSIFIERS}.py; a diffusion network is named with --sample"
             )
         return state
-    state = read_weights(path)
+    state = read_weights(path, U_NET)
     s, side = structure(state, path)
     ours = converted(state, "openai", list(rows(s, side)), path)
     blocks = {name: value for name, value in ours.items() if not name.startswith("pool.")}

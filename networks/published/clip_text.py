@@ -14,21 +14,21 @@ from runtime.commandline import BadInput
 
 from pathlib import Path
 
-from networks.published.files import read_json, read_weights
+from networks.published.files import folder_of, read_json, read_weights, weights_in
 from networks.published.unet_names import joined
 
-WEIGHTS = (
-    "model.safetensors",
-    "pytorch_model.bin",
-    "model.fp16.safetensors",
-    "pytorch_model.fp16.bin",
-)
 COMPVIS = "cond_stage_model.transformer."  # before the encoder's names in a whole checkpoint
+XL = "conditioner.embedders.0."
 LAYER = "encoder.layers."
 OUTER = (  # ours, theirs
     ("token", "embeddings.token_embedding"),
     ("position", "embeddings.position_embedding"),
     ("norm", "final_layer_norm"),
+)
+MARKS = tuple(  # of what is read, and of what is told from it
+    f"{start}embeddings.token_embedding.weight"
+    for known in ("", COMPVIS, XL, f"{XL}transformer.")
+    for start in (known, f"{known}text_model.")
 )
 INNER = (  # ours, theirs of a layer (several are joined along their first axis)
     ("norm1", ("layer_norm1",)),
@@ -67,7 +67,7 @@ def read_clip_text(path):
     BadInput for what is missing, damaged, another text encoder or no text encoder.
     """
     weights, config = find_text_encoder(Path(path))
-    state = read_weights(weights, inside=("state_dict",))
+    state = read_weights(weights, MARKS)
     for prefix, name in OTHERS:
         if any(key.startswith(prefix) for key in state):
             raise BadInput(f"{weights} holds the {name}: {EXPECTED}")
@@ -95,12 +95,12 @@ def find_text_encoder(path):
             raise BadInput(
                 f"{path} holds several text encoders, as Stable Diffusion XL: {EXPECTED}"
             )
-        inner = path / "text_encoder"
-        folder = inner if inner.is_dir() else path
-        weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+        folder = folder_of(path, "text_encoder")
+        # As transformers does, a whole file is taken before an index.
+        weights = weights_in(folder, "model|pytorch_model", index_first=False)
         if weights is None:
-            wanted = f"{' or '.join(WEIGHTS[:2])} in it"
-            wanted += "" if inner.is_dir() else " or in its text_encoder/"
+            wanted = "model.safetensors or pytorch_model.bin in it"
+            wanted += " or in its text_encoder/" if folder == path else ""
             raise BadInput(f"{folder} holds no text encoder: expected {wanted}")
     elif path.is_file():
         weights = path

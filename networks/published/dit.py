@@ -9,15 +9,21 @@ only: nothing in such a file is ever executed.
 
 from runtime.commandline import BadInput
 
-import argparse
 import re
 from collections import Counter
 from pathlib import Path
 
 import torch
 
-from networks.published.files import find_weights, read_json, read_weights
+from networks.published.files import (
+    check_floats,
+    find_weights,
+    folder_of,
+    read_json,
+    read_weights,
+)
 from networks.published.schedule import read_schedule
+from networks.published.unet_names import joined, size_of
 
 # diffusers' names of our parts: of a block, which keeps q, k and v apart,
 BLOCK = {
@@ -37,6 +43,8 @@ REST = {
     "final_layer.adaLN_modulation.1": ["proj_out_1"],
     "final_layer.linear": ["proj_out_2"],
 }
+# Tensors that each transformer has, in the published names and in diffusers'.
+MARKS = ("x_embedder.proj.weight", "pos_embed.proj.weight")
 # Settings of diffusers that must have these values; they also are what a config.json leaves out.
 FIXED = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True}
 PATCHES = (1, 2, 4, 8)  # sides of the published patches
@@ -66,13 +74,17 @@ def read_dit(path, sizes, positions, num_heads=None):
     """
     path, config = Path(path), {}
     if path.is_dir():
-        path = path / "transformer" if (path / "transformer").is_dir() else path
+        path = folder_of(path, "transformer_ema", "transformer")
         config = read_json(path / "config.json")
         path = find_weights(path)
-        state = _from_diffusers(read_weights(path), config, path)
-    else:
-        # The published training script keeps its flags beside the weights, as a Namespace.
-        state = read_weights(path, inside=("ema", "model"), allowed=[argparse.Namespace])
+    state = read_weights(path, MARKS)
+    if MARKS[1] in state:
+        beside = path.with_name("config.json")
+        config = read_json(beside) if beside.is_file() else {}
+        state = _from_diffusers(state, config, path)
+    else:  # copied: the file, which is mapped, may change while the network lives
+        check_floats(state, path)
+        state = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
 
     def size(key, axis):
         if key not in state or state[key].ndim <= axis:
@@ -101,8 +113,6 @@ def read_dit(path, sizes, positions, num_heads=None):
         mlp_ratio=size("blocks.0.mlp.fc1.weight", 0) / hidden_size,
         learn_sigma=outputs == 2 * channels * patch_size**2,
     )
-    # Copied: the file, which is mapped, may change while the network lives.
-    state = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
     return dict(
         shape=(channels, rows * patch_size, columns * patch_size),
         num_classes=size("y_embedder.embedding_table.weight", 0) - 1,
@@ -112,7 +122,7 @@ def read_dit(path, sizes, positions, num_heads=None):
 
 
 def _from_diffusers(state, config, path):
-    """The state_dict in the published names of one in diffusers'."""
+    """The float32 state_dict in the published names of one in diffusers'."""
     for name, value in FIXED.items():
         if config.get(name, value) != value:
             raise BadInput(f"{path}: {name} {config[name]!r} is not supported, only {value!r} is")
@@ -121,17 +131,50 @@ def _from_diffusers(state, config, path):
     for i in range(depth):
         for ours, theirs in BLOCK.items():
             sources[f"blocks.{i}.{ours}"] = [f"transformer_blocks.{i}.{name}" for name in theirs]
-    found, left = {}, dict(state)
-    for ours, theirs in sources.items():
-        for kind in ("weight", "bias"):
-            parts = [left.pop(f"{name}.{kind}", None) for name in theirs]
-            if all(part is not None for part in parts):
-                found[f"{ours}.{kind}"] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    for key, value in left.items():
+    shapes = _shapes(state, path)
+    table = [
+        (f"{ours}.{kind}", [f"{name}.{kind}" for name in theirs], shape if n else shape[:1])
+        for ours, theirs in sources.items()
+        for shape in [shapes[re.sub(r"^blocks\.\d+\.", "", ours)]]
+        for n, kind in enumerate(("bias", "weight"))
+        if n or ours != "y_embedder.embedding_table"
+    ]
+    known, kept = {name for _, theirs, _ in table for name in theirs}, dict(state)
+    for key in state.keys() - known:
+        value = kept.pop(key)
         first = re.sub(r"^transformer_blocks\.\d+\.norm1\.emb", EMBEDDERS, key)
-        if first == key or first not in state or not torch.equal(state[first], value):
+        twin = state.get(first) if first != key else None
+        same = twin is not None and (twin.shape, twin.dtype) == (value.shape, value.dtype)
+        if not same or not (value.is_meta or torch.equal(twin, value)):
             raise BadInput(f"{path}: there is no place in a DiT for its tensor {key}")
-    return found
+    return joined(kept, table, path)
+
+
+def _shapes(state, path):
+    """Shapes of our parts' weights that a state_dict in diffusers' names tells."""
+
+    def size(name, axis=0):
+        what = "DiT of diffusers"
+        return size_of(state, f"{name}.weight", axis, path, what)
+
+    width, hidden = size("pos_embed.proj"), size("transformer_blocks.0.ff.net.0.proj")
+    embedder = f"{EMBEDDERS}.timestep_embedder.linear_1"
+    return {
+        "adaLN_modulation.1": (6 * width, width),
+        "attn.proj": (width, width),
+        "attn.qkv": (3 * width, width),
+        "mlp.fc1": (hidden, width),
+        "mlp.fc2": (width, hidden),
+        "x_embedder.proj": (width, *(size("pos_embed.proj", axis) for axis in (1, 2, 3))),
+        "t_embedder.mlp.0": (width, size(embedder, 1)),
+        "t_embedder.mlp.2": (width, width),
+        "y_embedder.embedding_table": (
+            size(f"{EMBEDDERS}.class_embedder.embedding_table"),
+            width,
+        ),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+        "final_layer.linear": (size("proj_out_2"), width),
+    }
 
 
 def _grid(pos_embed, hidden_size, positions, path):
@@ -189,7 +232,8 @@ def as_checkpoint(path, net, sizes, ae, facts):
     words = [
         f"{path}: {model}, {count:.1f} M parameters, latents {channels}x{height}x{width}, "
         f"{net.null} labels, variance {'learned' if learned else 'fixed'}",
-        f"{of['schedule']} schedule, T = {of['timesteps']}, predicts {of['prediction']}",
+        f"{of['schedule']} schedule, T = {of['timesteps']}, predicts {of['prediction']}; steps "
+        "are those of --sampler, evenly spaced, whatever scheduler its files name",
         f"{source}: images {'x'.join(map(str, shape))}, scaling {scale:g}{why}",
     ]
     return state, values, words
@@ -215,13 +259,19 @@ def model_name(settings, sizes, path):
 def schedule_of(path):
     """dict(schedule, timesteps, prediction) that the network `path` was trained with.
 
-    Those of scheduler/ in a folder of diffusers; else the published ones. BadInput for other
-    schedules than DDPM's linear and IDDPM's cosine, and other predictions than eps and v.
+    Those of scheduler/ in a folder of diffusers; else the published ones. The steps of the class
+    named there are not taken: the sampler is dit.py's. BadInput for other schedules than DDPM's
+    linear and IDDPM's cosine, other predictions than eps and v, and for clipped latents.
     """
     file = Path(path) / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return dict(schedule="linear", timesteps=1000, prediction="eps")
-    facts = read_schedule(file)
+    facts, config = read_schedule(file, latents=True), read_json(file)
+    for name in ("thresholding", "clip_sample"):
+        if config.get(name):
+            raise BadInput(
+                f"{file}: {name} true is not supported: latents have no range; expected false"
+            )
     if facts["schedule"] not in ("linear", "cosine") or facts["prediction"] not in ("eps", "v"):
         raise BadInput(
             f"{file}: schedule {facts['schedule']} and prediction {facts['prediction']}: expected "

@@ -3,10 +3,13 @@
 from runtime.checkpoints import load_mapped
 from runtime.commandline import BadInput
 from runtime.files import atomic_write
+from runtime.processes import say_once
 
 import itertools
 import json
+import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +17,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-WEIGHTS = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.bin",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.fp16.bin",
-)
+from networks.published.contents import BESIDE, holds, listed, network
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# What a file of weights in a folder of diffusers or transformers is called, and the index of parts:
+# NAME[.VARIANT].safetensors, with an index NAME.safetensors.index[.VARIANT].json or older ones.
+KINDS = ("safetensors", "bin")
+VARIANT = r"(?:\.(?!safetensors|bin|index|json)(\w+(?:-[A-Za-z]\w*)?))?"
+WHOLE = rf"{VARIANT}\.(safetensors|bin)"
+INDEX = rf"{VARIANT}\.(safetensors|bin){VARIANT}\.index{VARIANT}\.json"
+PART_OF = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.")
+FILE = r"(?!\.*$)[^/\\\0]{1,200}"  # a name without folders
+# The best of several variants: others follow, and then what is no running mean.
+VARIANTS = ("", "fp32", "fp16", "bf16")
+U_NET = ("input_blocks.0.0.weight", "time_embedding.linear_1.weight")  # marks of a U-Net's tensors
 # In which weights are numbers themselves. Others are codes, of quantised networks, whose scales lie
 # elsewhere.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,43 +38,15 @@ FLOATS += (torch.float8_e4m3fn, torch.float8_e5m2)
 PART = 2**25  # bytes of a file of weights that are mapped together; each map is an open file
 
 
-class Inert:
-    """What stands for an object of another package in a file: it keeps nothing and does nothing."""
-
-    def __new__(cls, *args):
-        return super().__new__(cls)
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-# What PyTorch Lightning kept beside the weights in 2022: itself, as the key of its callback's
-# state, and numpy's numbers and arrays in it. None of these names is ever looked up.
-BESIDE = [
-    (Inert, name)
-    for name in (
-        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "numpy.core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",  # as numpy 2 writes it
-        "numpy._core.multiarray._reconstruct",
-    )
-]
-
-
 def find_files(path):
-    """(weights, config.json or None, scheduler_config.json or None) of what the user named."""
+    """(weights, config.json or None, scheduler_config.json or None) of what the user named.
+
+    The weights are a file, or the index of several.
+    """
     if path.is_file():
         config = path.with_name("config.json")
         return path, config if config.exists() else None, None
-    if not path.is_dir():
-        raise BadInput(f"{path}: no such file or folder")
-    net = path / "unet" if (path / "unet").is_dir() else path
+    net = folder_of(path, "unet_ema", "unet")
     weights = find_weights(net)
     # Pipelines saved before 2023 keep the scheduler's settings beside the network's.
     schedulers = [path / "scheduler" / "scheduler_config.json", path / "scheduler_config.json"]
@@ -71,29 +54,130 @@ def find_files(path):
     return weights, net / "config.json" if (net / "config.json").exists() else None, scheduler
 
 
+def folder_of(path, *names):
+    """The first of the folders `names` in a pipeline's folder, or the folder itself.
+
+    BadInput where there is none, and for the folder that a cache of the Hub keeps its copies in.
+    """
+    if not path.is_dir():
+        raise BadInput(f"{path}: no such file or folder")
+    copies = path / "snapshots"
+    if copies.is_dir():
+        found = " or ".join(str(copy) for copy in sorted(copies.iterdir())[:3])
+        raise BadInput(f"{path} is a cache of the Hub: name the copy in it, {found or copies}")
+    found = [path / name for name in names if (path / name).is_dir()]
+    if len(found) > 1:
+        say(f"{path}: takes {found[0].name}/, leaves out {found[1].name}/")
+    return found[0] if found else path
+
+
 def find_weights(folder):
-    """The file of weights in a folder of diffusers; BadInput where there is none."""
-    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    """The file of weights in a folder of diffusers, or their index; BadInput where there is none.
+
+    As diffusers does, an index is taken before a whole file, and .safetensors before .bin.
+    """
+    found = weights_in(folder, "diffusion_pytorch_model", index_first=True)
     if found is None:
-        raise BadInput(f"{folder} holds no weights: expected {' or '.join(WEIGHTS[:2])} in it")
+        raise BadInput(f"{folder} holds no weights: expected {' or '.join(WEIGHTS)} in it")
     return found
 
 
-def read_weights(path, inside=(), allowed=()):
-    """The state_dict in a file: {name: tensor}, on the CPU, as it is there.
+def weights_in(folder, names, index_first):
+    """The best file of weights in a folder, an index or a whole one; None where there is none.
 
-    path     .safetensors, also in another name, or what torch.save wrote, in any name but this
-    inside   names under which it may lie among other things, such as "state_dict"; the first of
-             them that holds a dictionary is taken, else the whole
-    allowed  classes that may lie beside tensors, such as argparse.Namespace
+    names: what it is called before its suffix, a regular expression. A printed line says which one
+    was taken where several lie there. BadInput for parts without an index.
+    """
+    files, found = sorted(file.name for file in folder.iterdir() if file.is_file()), []
+    for pattern, is_index in ((WHOLE, False), (INDEX, True)):
+        for match in filter(None, (re.fullmatch(f"(?:{names}){pattern}", name) for name in files)):
+            variant = next((part for part in match.groups() if part and part not in KINDS), "")
+            place = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
+            learns = variant.replace("-", "_") == "non_ema"
+            kind = KINDS.index(next(part for part in match.groups() if part in KINDS))
+            found.append((learns, place, kind, is_index != index_first, match[0]))
+    if not found:
+        if parts := [name for name in files if PART_OF.search(name)]:
+            raise BadInput(f"{folder} holds {parts[0]}, one of several parts, but no index of them")
+        return None
+    (learns, *_, best), *others = sorted(found)
+    said = [f"leaves out {listed([name for *_, name in others])}"] if others else []
+    said += ["these are no running means"] if learns else []
+    if said:
+        say(f"{folder}: takes {best!r}, {', '.join(said)}")
+    return folder / best
+
+
+def say(line):
+    """Print a line once, but not where only a plan is made."""
+    if torch.get_default_device().type != "meta":
+        say_once(line)
+
+
+def read_weights(path, marks=()):
+    """The state_dict in a file, or in the parts of an index: {name: tensor}, on the CPU.
+
+    path    .safetensors, also in another name; what torch.save wrote, in any name but this; or an
+            index of such parts, ... .index.json, which lie beside it
+    marks   what the reader looks for: names of tensors, each of its networks has one of them
+
+    Where the network's tensors lie within others or all their names have one beginning that it does
+    not have, as contents.network finds it, a printed line says what was taken and left.
 
     Tensors are mapped: of a checkpoint of gigabytes only what is used is read, and of none but
     names and shapes within `torch.device("meta")`, where a plan is made. Nothing in a file is
     ever executed: what BESIDE names becomes Inert. BadInput, naming the file, where it is missing,
     torn, or holds anything else.
     """
+    path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file or folder")
+    if path.name.endswith(".json"):
+        content = read_parts(path)
+    elif PART_OF.search(path.name):
+        raise BadInput(f"{path} is one part of several: name their folder, or their .index.json")
+    else:
+        content = read_content(path)
+    state, words = network(content, marks, path)
+    for name, value in state.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            kind = f"{value.dtype}, {value.layout}, {value.device}"
+            raise BadInput(f"{path}: {name} is no plain tensor of numbers: it is {kind}")
+    if words:
+        say(f"{path}: {words}")
+    where = torch.get_default_device()
+    return {name: value.detach().to(where) for name, value in state.items()}
+
+
+def read_parts(index):
+    """The tensors of all files that an index names, by name.
+
+    BadInput for an index that is none, and for parts that are missing, lie in other folders, or do
+    not hold what the index places in them.
+    """
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise BadInput(f"{index} has no weight_map: expected the file of each tensor by its name")
+    for file in places.values():
+        if not isinstance(file, str) or not re.fullmatch(FILE, file):
+            named = listed([str(file)])
+            raise BadInput(f"{index} names the file {named}: expected one in the same folder")
+    state, files = {}, sorted(set(places.values()))
+    missing = [file for file in files if not index.with_name(file).is_file()]
+    if missing:
+        raise BadInput(f"{index}: {listed(missing)} of its {len(files)} files is not beside it")
+    for file in files:
+        part = read_content(index.with_name(file))
+        if not isinstance(part, dict):
+            raise BadInput(f"{index.with_name(file)} is not a state_dict")
+        if lost := [name for name, place in places.items() if place == file and name not in part]:
+            raise BadInput(f"{index} places {listed(lost)} in {file}, which does not hold it")
+        state.update({k: v for k, v in part.items() if places.get(k, file) == file})
+    return state
+
+
+def read_content(path):
+    """What a file holds: tensors by name of .safetensors, anything of torch.save."""
     head = _head(path)
     if told := failed_download(head):
         raise BadInput(f"{path} {told}")
@@ -101,25 +185,36 @@ def read_weights(path, inside=(), allowed=()):
     if named and not tensors_only and head.startswith((b"PK\x03\x04", b"\x80\x02")):
         # torch.load goes by the name, too.
         raise BadInput(f"{path} is no safetensors file but one of torch.save: rename it to .ckpt")
+    if told := _kind_of_zip(path):
+        raise BadInput(f"{path} {told}")
     try:
         with torch.device("cpu"):
-            tensors_only = tensors_only or named
-            state = load_parts(path) if tensors_only else load_mapped(path, [*BESIDE, *allowed])
+            return load_parts(path) if tensors_only or named else load_mapped(path, BESIDE)
     except SafetensorError as error:
         raise BadInput(f"{path} is no safetensors file, or a torn one: {error}") from None
     except Exception as error:  # a torn pickle makes torch.load raise nearly anything
         raise BadInput(
             f"{path} is no file of plain tensors, or a torn one: {_reason(error)}; expected "
-            ".safetensors, or a file saved without Python objects"
+            ".safetensors, or a file saved without Python objects, as by "
+            "torch.save(net.state_dict(), 'weights.pt')"
         ) from None
-    if isinstance(state, dict):
-        state = next((state[key] for key in inside if isinstance(state.get(key), dict)), state)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise BadInput(f"{path} is not a state_dict: expected names and tensors and nothing else")
-    where = torch.get_default_device()
-    return state if where.type == "cpu" else {name: v.to(where) for name, v in state.items()}
+
+
+def _kind_of_zip(path):
+    """What a zip is that torch.save did not write, with what to do, or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.rpartition("/")[2] for name in archive.namelist()]
+    except Exception:  # no zip, or a torn one, which raises nearly anything: torch.load says so
+        return None
+    if "constants.pkl" in names:
+        return (
+            "is a TorchScript archive, which is a program: expected its weights alone; where it "
+            "can be opened, type torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
+        )
+    if "data.pkl" not in names:
+        return "is a zip of other files, not one of torch.save: unpack it, and name what is in it"
+    return None
 
 
 def load_parts(path):
@@ -152,8 +247,9 @@ def check_floats(state, path):
     """BadInput for a state_dict of quantised weights: as numbers they would draw something else."""
     for name, value in state.items():
         if value.dtype not in FLOATS:
+            what = "complex" if value.is_complex() else "quantised"
             raise BadInput(
-                f"{path} is quantised, {name} is {str(value.dtype).removeprefix('torch.')}: "
+                f"{path} is {what}, {name} is {str(value.dtype).removeprefix('torch.')}: "
                 "expected the weights in float16, bfloat16 or float32"
             )
 
@@ -203,14 +299,21 @@ def write_json(path, value):
 
 
 def is_published(path):
-    """Whether `path` is for load_published: a folder, .safetensors, or .pt in OpenAI's names."""
+    """Whether `path` is for load_published, which reads it or says what it is instead.
+
+    A folder, .safetensors, .bin, an index, and what torch.save wrote of a U-Net in the names of
+    OpenAI's or of diffusers, alone or in a checkpoint of others. Also programs, whole objects and
+    running means without names. Checkpoints of this project, other files, and damaged ones are not.
+    """
     path = Path(path)
-    if path.is_dir() or path.suffix in (".safetensors", ".bin"):
+    if path.is_dir() or path.name.endswith((".safetensors", ".bin", ".index.json")):
         return True
     try:
-        if _is_safetensors(_head(path)):
+        head = _head(path)
+        if _is_safetensors(head) or failed_download(head) or _kind_of_zip(path):
             return True
-        state = load_mapped(path)
+        return holds(load_mapped(path, BESIDE), U_NET)
+    except pickle.UnpicklingError as error:
+        return "was not an allowed global" in str(error)  # objects, which ours do not hold
     except Exception:  # missing or damaged: what reads our own checkpoints says so
         return False
-    return isinstance(state, dict) and "input_blocks.0.0.weight" in state

@@ -12,7 +12,7 @@ from runtime.commandline import BadInput
 
 from pathlib import Path
 
-from networks.published.files import find_files, read_json, read_weights
+from networks.published.files import U_NET, find_files, read_json, read_weights
 from networks.published.unet_names import BLOCK, ENDS, joined, modules, structure
 
 TRANSFORMER_ENDS = (("norm", "norm"), ("proj_in", "proj_in"), ("proj_out", "proj_out"))
@@ -30,6 +30,7 @@ TRANSFORMER_BLOCK = (  # ours, theirs (several are joined along their first axis
 )
 COMPVIS = "model.diffusion_model."  # before the names of the U-Net in a whole CompVis checkpoint
 SEES_MORE = {5: "an inpainting U-Net", 1: "a depth U-Net", 4: "a U-Net that edits an image"}
+MARKS = (*U_NET, COMPVIS + U_NET[0])
 CLASSES = "cond_stage_model.embedding.weight"  # LDM's class tokens, the last of them "no label"
 
 # Settings of UNet2DConditionModel that have no counterpart here, and the values that mean "not
@@ -88,7 +89,7 @@ def load_latent_unet(path, *, num_heads=None, num_head_channels=None, norm_group
     BadInput, with the first names, for tensors or settings that are not those of such a network.
     """
     weights, config, _ = find_files(Path(path))
-    state = read_weights(weights, inside=("state_dict",))
+    state = read_weights(weights, MARKS)
     labels = state.get(CLASSES)
     state, averaged = _unet_of(state, weights)
     layout, s = structure(state, weights)

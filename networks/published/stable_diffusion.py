@@ -31,9 +31,10 @@ from networks.clip_tokens import SPECIAL, Tokenizer
 from networks.kl_autoencoder import KLVAE
 from networks.published.autoencoder import FIRST_STAGE, SCALING, read_autoencoder
 from networks.published.clip_text import COMPVIS as TEXT
+from networks.published.clip_text import MARKS as TEXT_MARKS
 from networks.published.clip_text import read_clip_text
 from networks.published.clip_text import rows as text_rows
-from networks.published.files import find_files, read_json, read_weights
+from networks.published.files import U_NET, find_files, folder_of, read_json, read_weights
 from networks.published.schedule import read_schedule
 from networks.published.sd_unet import COMPVIS as UNET
 from networks.published.sd_unet import load_latent_unet, rows
@@ -42,6 +43,8 @@ from networks.sd_unet import LatentUNet
 
 FOLDERS = ("unet", "vae", "text_encoder", "tokenizer")
 PARTS = {UNET: "U-Net", TEXT: "text encoder", FIRST_STAGE: "autoencoder"}
+MARKS = (UNET + U_NET[0], *(mark for mark in TEXT_MARKS if mark.startswith(TEXT)))
+MARKS += tuple(f"{FIRST_STAGE}{half}.conv_in.weight" for half in ("encoder", "decoder"))
 EXPECTED = "expected all of Stable Diffusion 1.x: U-Net, text encoder and autoencoder"
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz, or a folder of vocab.json and merges.txt"
 OTHER_MODELS = {  # how tensors of other models begin
@@ -62,31 +65,6 @@ ALONE = {  # how the tensors of a file begin that holds something else
     "encoder.": "an autoencoder",
     "decoder.": "an autoencoder",
 }
-
-# Fields of a scheduler_config.json. These are obeyed,
-OBEYED = "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type "
-OBEYED += "timestep_spacing steps_offset set_alpha_to_one rescale_betas_zero_snr"
-# these are about the steps of the class named there, which others may replace,
-OF_CLASS = "skip_prk_steps algorithm_type solver_order solver_type lower_order_final variance_type "
-OF_CLASS += "euler_at_final lambda_min_clipped predict_x0 disable_corrector solver_p "
-OF_CLASS += "interpolation_type clip_sample_range dynamic_thresholding_ratio sample_max_value "
-OF_CLASS += "flow_shift time_shift_type clip_sample"  # diffusers' pipeline never clips latents
-# and these must have the value that means "not used".
-NOT_USED = {
-    "thresholding": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_flow_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_dynamic_shifting": False,
-    "sigma_min": None,
-    "sigma_max": None,
-    "shift_terminal": None,
-    "timestep_type": "discrete",
-    "final_sigmas_type": "zero",
-}
-SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "linear", None: ""}
 
 
 class Published(NamedTuple):
@@ -123,7 +101,7 @@ def read_pipeline(path, vocabulary=""):
     path, steps, scheduler = Path(path), ("leading", 1, False), None
     with torch.device("cpu"):  # a plan on "meta" has shapes for weights, but the schedule itself
         if path.is_dir():
-            _check_folder(path, vocabulary)
+            _check_folder(folder_of(path), vocabulary)
             scheduler = find_files(path)[2]
             alpha_bar = published_alpha_bar()
             if scheduler:
@@ -246,7 +224,7 @@ def _check_fit(path, unet, text, autoencoder, facts, tokenizer):
 
 def _alpha_bar_of(path):
     """alpha_bar float64 (T,) of one file, which is read for it and all its names, and let go."""
-    state = read_weights(path, inside=("state_dict",))
+    state = read_weights(path, MARKS)
     _check_names(state, path)
     ours, told = published_alpha_bar(), state.get("alphas_cumprod")
     if told is None:
@@ -268,36 +246,24 @@ def _falling(alpha_bar, where):
 
 def _steps_of(path):
     """(alpha_bar, spacing, steps_offset, set_alpha_to_one) of a scheduler_config.json."""
-    config = read_json(path)
-    for name, value in config.items():
-        known = name in (*OBEYED.split(), *OF_CLASS.split(), *NOT_USED) or name.startswith("_")
-        if not known and value is not None:  # null means "not used"
-            raise BadInput(f"{path}: there is no counterpart here for {name} {value!r}")
-        if name in NOT_USED and value not in (NOT_USED[name], None):
-            expected = NOT_USED[name]
-            raise BadInput(f"{path}: {name} {value!r} is not supported, expected {expected!r}")
-    facts = read_schedule(path)
+    config, facts = read_json(path), read_schedule(path, latents=True)
+    if config.get("thresholding"):  # of latents, which have no range
+        raise BadInput(f"{path}: thresholding True is not supported, expected False")
     alpha_bar = _falling(facts["alpha_bar"], path)
     if facts["prediction"] != "eps":
-        said = config["prediction_type"]
+        said = config.get("prediction_type")
         whose = ", as networks of Stable Diffusion 2 do" if said == "v_prediction" else ""
         raise BadInput(
             f"{path}: the network predicts {said!r}{whose}, expected 'epsilon', as Stable "
             "Diffusion 1.x does"
         )
-    spacing, offset = config.get("timestep_spacing"), config.get("steps_offset") or 1
+    spacing = facts["spacing"] if config.get("timestep_spacing") else ""
+    offset = config.get("steps_offset") or 1
+    if not 0 < offset < len(alpha_bar):
+        raise BadInput(f"{path}: steps_offset {offset!r} must be a small whole number, such as 1")
     # What DDIMScheduler and the others mean where they do not say it.
     to_one = config.get("set_alpha_to_one", config.get("_class_name") == "DDIMScheduler")
-    if not isinstance(spacing, str | None) or spacing not in SPACINGS:
-        raise BadInput(
-            f"{path}: timestep_spacing {spacing!r} is not supported: expected leading, trailing or "
-            "linspace"
-        )
-    if type(offset) is not int or not 0 < offset < len(alpha_bar):
-        raise BadInput(f"{path}: steps_offset {offset!r} must be a small whole number, such as 1")
-    if type(to_one) is not bool:
-        raise BadInput(f"{path}: set_alpha_to_one {to_one!r} must be true or false")
-    return alpha_bar, SPACINGS[spacing], offset, to_one
+    return alpha_bar, spacing, offset, bool(to_one)
 
 
 def _told(alpha_bar, spacing, offset, to_one, scheduler):

@@ -10,17 +10,18 @@
 Weights are read as plain tensors only: nothing in such a file is ever executed.
 """
 
-from runtime.checkpoints import load_checkpoint
-from runtime.commandline import BadInput
+from runtime.checkpoints import ARCHITECTURE, FORWARD, load_checkpoint
+from runtime.commandline import BadInput, typed
 from runtime.files import atomic_write
+from runtime.processes import say_once
 
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from networks.published.files import (
+    U_NET,
     WEIGHTS,
     find_files,
     is_published,
@@ -28,7 +29,9 @@ from networks.published.files import (
     read_weights,
     write_json,
 )
-from networks.published.schedule import named_alpha_bar, read_schedule, scheduler_config
+from networks.published.samplers import check_drawn, config_of, does_threshold, read_scheduler
+from networks.published.schedule import scheduler_config
+from networks.published.unet_config import STYLES, of_config
 from networks.published.unet_names import (
     Structure,
     from_published,
@@ -40,31 +43,8 @@ from networks.published.unet_names import (
 )
 from networks.sizes import groups_for
 
-# How UNet2DModel spells the two styles of networks/adm_unet.py.
-STYLES = {
-    "ddpm": dict(flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, downsample_padding=0),
-    "adm": dict(flip_sin_to_cos=True, freq_shift=0, norm_eps=1e-5, downsample_padding=1),
-}
-# What UNet2DModel takes for a setting that config.json leaves out.
-DEFAULTS = dict(STYLES["adm"], attention_head_dim=8, norm_num_groups=32, dropout=0.0)
-# Settings of UNet2DModel that have no counterpart here, and the values that mean "not used".
-FIXED = {
-    "center_input_sample": (False,),
-    "time_embedding_type": ("positional",),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "mid_block_scale_factor": (1,),
-    "act_fn": ("silu", "swish"),
-    "add_attention": (True,),
-    "class_embed_type": (None,),
-}
-BLOCK_TYPES = (
-    "DownBlock2D",
-    "AttnDownBlock2D",
-    "ResnetDownsampleBlock2D",
-    "UpBlock2D",
-    "AttnUpBlock2D",
-    "ResnetUpsampleBlock2D",
-)
+# What scripts that have flags of ARCHITECTURE have not.
+LACKS = {"publish": (), "ddpm_pixel": ("num_head_channels", "new_order"), "": ("new_order",)}
 
 CLASSIFIERS = "classifier_guidance"  # stem of the script that trains classifiers of noisy images
 
@@ -89,15 +69,15 @@ def load_published(
     dropout=None,
     new_order=None,
     null_label=None,
+    given=None,
 ):
-    """A published network: dict(settings, shape, num_classes, state, facts, null_label).
+    """A published network: dict(settings, shape, num_classes, state, facts, null_label, taken).
 
     path     a diffusers folder (of a UNet2DModel, or of a pipeline with unet/ and scheduler/), one
              .safetensors or .bin in its names (config.json beside it is read), or OpenAI's .pt
     settings keywords of adm_unet.UNet; shape (C,H,W); state its float32 state_dict
-    facts    what the folder's scheduler tells, {} if there is none: alpha_bar float64 (T,),
-             timesteps, schedule ("linear", "cosine" or "other"), prediction ("eps", "x0", "v"),
-             variance ("small", "large", "learned")
+    facts    what the folder's scheduler tells, as read_schedule has it; {} if there is none
+    taken    what nothing told of ARCHITECTURE, by name, and was taken as below
     null_label  False if the network never learned a "no label": that row of its embedding is zero,
              and guidance with it means nothing
 
@@ -111,22 +91,21 @@ def load_published(
     norm_groups   32.     dropout  0
     new_order   OpenAI's use_new_attention_order: true for resblock_updown at 64 pixels only
     null_label  true for folders of save_diffusers: that the last row of labels means "no label"
+    given    the same by name, of ARCHITECTURE, from a command line that has flags for it: a typed
+             one is refused where config.json tells it, too, and no zero is a size or a group
     improved-diffusion trained T = 4000 with rescale_timesteps: call net(x, t * 1000 / 4000).
 
     BadInput, with the first names, for tensors or settings that are not those of such a network.
     """
     path = Path(path)
     weights, config, scheduler = find_files(path)
-    state = with_present_names(read_weights(weights))
+    state = with_present_names(read_weights(weights, U_NET))
     if is_classifier(state):
         raise BadInput(told_classifier(path))
     layout, s = structure(state, weights)
-    told = published_defaults(layout, s)
-    if config and layout == "diffusers":
-        told.update(_of_config(read_json(config), s, config))
-    if num_heads and not num_head_channels:
-        told["num_head_channels"] = 0
-    given = dict(
+    of_file = of_config(read_json(config), s, config) if config and layout == "diffusers" else {}
+    told = published_defaults(layout, s) | of_file
+    keywords = dict(
         size=size,
         style=style,
         num_heads=num_heads,
@@ -136,8 +115,12 @@ def load_published(
         new_order=new_order,
         null_label=null_label,
     )
-    told.update({name: value for name, value in given.items() if value is not None})
-    height, width = _image_size(told["size"], s, weights)
+    keywords = {name: value for name, value in keywords.items() if value is not None}
+    keywords = _typed(given, of_file, layout, config or weights) | keywords
+    if keywords.get("num_heads") and not keywords.get("num_head_channels"):
+        keywords["num_head_channels"] = 0
+    told |= keywords
+    height, width = _image_size(told["size"], s, weights, given is not None)
     if s.out not in (s.channels, 2 * s.channels):
         raise BadInput(
             f"{weights} makes {s.out} channels of {s.channels}: "
@@ -166,26 +149,61 @@ def load_published(
         shape=(s.channels, height, width),
         num_classes=max(s.labels - bool(told["null_label"]), 0),
         state=ours,
-        facts=read_schedule(scheduler) if scheduler else {},
+        facts=read_scheduler(path, scheduler),
         null_label=bool(told["null_label"]),
+        taken={k: told[k] for k in _of_layout(layout) if k not in of_file and k not in keywords},
     )
 
 
-def read_network(path, scripts=()):
+def _of_layout(layout):
+    """Those of ARCHITECTURE that mean something for a layout of names."""
+    return ARCHITECTURE if layout == "openai" else ARCHITECTURE[:-1]
+
+
+def _typed(given, of_file, layout, path):
+    """Keywords from a command line; BadInput for a typed one that the file tells, or that is 0."""
+    found = {name: value for name, value in (given or {}).items() if name in ARCHITECTURE}
+    for name in typed(found):
+        flag = f"--{name.replace('_', '-')}"
+        own = of_file.get(name)
+        same = name == "size" and found[name] in (own, min(own) if isinstance(own, tuple) else own)
+        if name in of_file and not same or name not in _of_layout(layout):
+            raise BadInput(f"{flag}: {path} has its own; leave it out")
+        if not found[name] and name in ("size", "norm_groups", "num_heads"):
+            raise BadInput(f"{flag} {found[name]}: expected a number from 1 for {path}")
+    left = ("size", "norm_groups", "num_heads")  # where 0 of a YAML file means none
+    return {k: v for k, v in found.items() if k not in of_file and (v or k not in left)}
+
+
+def read_network(path, scripts=(), script="", given=None):
     """The state of a checkpoint, or of a published network in the form of one (see as_checkpoint).
 
-    scripts: stem of the script that samples it, or several; any without. BadInput, naming the file,
-    where another script does, where it is missing, and where it is no such file.
+    scripts: stem of the script that samples it, or several; any without. script: which one draws
+    now, "" where nothing is drawn; given: as as_checkpoint has them. BadInput, naming the file,
+    where another script does, where it is missing, where it is no such file, and for a typed
+    setting that the file itself tells.
     """
-    if not is_published(path):
-        if load_checkpoint(path, mapped=True)["script"] == CLASSIFIERS:
-            raise BadInput(told_classifier(path))
-        return load_checkpoint(path, scripts)
-    state, scripts = as_checkpoint(path), [scripts] if isinstance(scripts, str) else scripts
-    if scripts and state["script"] not in scripts:
-        command = f"python {state['script']}.py --sample {path}"
-        raise BadInput(f"{path} has more than the U-Net of DDPM's paper; type {command}")
+    if is_published(path):
+        state = as_checkpoint(path, script, given)
+        scripts = [scripts] if isinstance(scripts, str) else scripts
+        if scripts and state["script"] not in scripts:
+            command = f"python {state['script']}.py --sample {path}"
+            raise BadInput(f"{path} has more than the U-Net of DDPM's paper; type {command}")
+    elif load_checkpoint(path, mapped=True)["script"] == CLASSIFIERS:
+        raise BadInput(told_classifier(path))
+    else:
+        state = load_checkpoint(path, scripts)
+        # Where nothing is drawn, --size is about the data.
+        _refuse([name for name in given or () if script or name != "size"], path)
+    if state["config"].get("dynamic_threshold"):
+        state["config"]["dynamic_threshold"] = does_threshold(path, script)
     return state
+
+
+def _refuse(names, path):
+    """BadInput for those of the settings `names` that were typed."""
+    for name in typed(names):
+        raise BadInput(f"--{name.replace('_', '-')}: {path} has its own; leave it out")
 
 
 def told_classifier(path):
@@ -194,47 +212,54 @@ def told_classifier(path):
     return f"{path} is a classifier of noisy images, no diffusion network: type {command}"
 
 
-def as_checkpoint(path):
+def as_checkpoint(path, script="", given=None):
     """A published network in the form of a checkpoint of the chapter that has its U-Net.
 
-    A dictionary: script, config (the settings that the files say of the network and its schedule,
-    by the names of that chapter's Config; data is ""), shape, class_names, ema, settings, alpha_bar
-    float64 (T,), null_label, and named: whether the files say a schedule. Where there is no
-    scheduler, it is Ho et al.'s: linear, T = 1000, eps. BadInput for a schedule without a name.
+    script   stem of the one that draws, "" where nothing is drawn: see samplers.check_drawn
+    given    {name: value} of ARCHITECTURE and FORWARD that the command line gives by flags or
+             --config, for what the files do not say; None for scripts that have no such flags
+
+    A dictionary: script, config (the settings that the files say of the network, its schedule and
+    its sampling, by the names of that chapter's Config; data is ""), shape, class_names, ema,
+    settings, alpha_bar float64 (T,) and null_label. Where there is no scheduler, it is Ho et al.'s:
+    linear, T = 1000, eps. Printed lines say what was understood. BadInput for what cannot be drawn.
     """
-    found = load_published(path)
-    facts, settings = found["facts"], found["settings"]
-    named, learned = bool(facts), settings["learn_sigma"]
-    if facts.get("schedule") == "other":
-        raise BadInput(f"{path}: its noise schedule is neither linear, cosine nor sigmoid")
-    if not named:
-        facts = dict(timesteps=1000, schedule="linear", prediction="eps", variance="small")
-        print(
-            f"{path} has no scheduler: taken as linear, T = 1000, predicting eps. Where it has "
-            f"another, type python -m networks.published {path} --out FOLDER with --schedule, "
-            "--timesteps, --prediction, and use FOLDER",
-            file=sys.stderr,
-        )
-    if facts["variance"] == "learned" and not learned:
-        raise BadInput(f"{path}: its scheduler asks for a variance that its network does not give")
-    known = named_alpha_bar(facts["schedule"], facts["timesteps"], facts.get("alpha_min", 0.001))
-    alpha_bar = facts.get("alpha_bar", known)
-    if len(alpha_bar) != len(known) or not torch.allclose(alpha_bar, known, rtol=1e-3, atol=1e-9):
-        raise BadInput(f"{path}: its {facts['schedule']} schedule has other constants than ours")
-    facts = {name: value for name, value in facts.items() if name != "alpha_bar"}
-    facts |= {"variance": "auto"} if learned else {}
+    found = load_published(path, given=given)
+    facts, settings, flags = found["facts"], found["settings"], given or {}
+    forward = {name: value for name, value in flags.items() if name in FORWARD}
+    if facts:
+        _refuse(forward, path)
+        check_drawn(path, facts, script)
+    config, alpha_bar = config_of(path, facts, forward, settings["learn_sigma"])
+    if not facts:
+        said = f"{config['schedule']}, T = {len(alpha_bar)}, predicting {config['prediction']}"
+        said = said if not config["trained_betas"] else f"--trained-betas, {said}"
+        other = _hint(path, "--schedule, --timesteps, --prediction", given)
+        say_once(f"{path} has no scheduler: taken as {said}; where it has another, {other}")
+    if taken := found["taken"]:
+        size = "x".join(map(str, found["shape"][1:]))
+        said = ", ".join(f"{k} {size if k == 'size' else v}" for k, v in taken.items())
+        lacks = {} if given is None else LACKS.get(script, LACKS[""])
+        flags = ", ".join(f"--{k.replace('_', '-')}" for k in taken if k not in lacks)
+        other = _hint(path, flags, given)
+        say_once(f"{path} does not say all of its form: taken as {said}; for others {other}")
     about = {"data": "", "class_cond": found["num_classes"] > 0, "ema": [0.9999]}
     return dict(
         script="ddpm_pixel" if is_plain(settings) else "improved_ddpm",
-        config={**settings, **facts, **about},
+        config={**settings, **config, **about},
         shape=found["shape"],
         class_names=[str(i) for i in range(found["num_classes"])],
         ema=found["state"],
         settings=settings,
-        alpha_bar=known,
+        alpha_bar=alpha_bar,
         null_label=found["null_label"],
-        named=named,
     )
+
+
+def _hint(path, flags, given):
+    """What to type, where a script has these flags (given is not None), and where it has none."""
+    command = f"python -m networks.published {path} --out FOLDER with {flags}, and use FOLDER"
+    return f"type {command if given is None else flags}"
 
 
 def is_plain(settings):
@@ -349,10 +374,11 @@ def channel_mult(s):
     return tuple(c // s.width if c % s.width == 0 else c / s.width for c in s.levels)
 
 
-def _image_size(size, s, path):
+def _image_size(size, s, path, flags):
     """(height, width); BadInput if unknown, or if the levels cannot halve it."""
     if not size:
-        raise BadInput(f"{path} does not tell its image size: give size, such as size=32")
+        told = _hint(path, "--size 32 or another", {} if flags else None)
+        raise BadInput(f"{path} does not tell its image size: {told}")
     height, width = (size, size) if isinstance(size, int) else size
     factor = 2 ** (len(s.levels) - 1)
     if height % factor or width % factor:
@@ -371,39 +397,3 @@ def published_defaults(layout, s):
         elif s.resblock_updown or s.use_scale_shift_norm:
             told.update(num_heads=4)
     return told
-
-
-def _of_config(config, s, path):
-    """The same from a config.json; BadInput names a setting that has no counterpart here."""
-    allowed = dict(
-        FIXED,
-        time_embedding_dim=(None, 4 * s.width),
-        block_out_channels=(list(s.levels),),
-        attn_norm_num_groups=(None, config.get("norm_num_groups", 32)),
-    )
-    for name, values in allowed.items():
-        if name in config and config[name] not in values:
-            raise BadInput(
-                f"{path}: {name} {config[name]!r} is not supported, only {values[0]!r} is"
-            )
-    for kind in (*config.get("down_block_types", ()), *config.get("up_block_types", ())):
-        if kind.removeprefix("UNetRes") not in BLOCK_TYPES:
-            raise BadInput(f"{path}: blocks of type {kind} are not supported")
-    config = {**DEFAULTS, **config}
-    halves = len(s.levels) > 1 and not s.resblock_updown  # else no convolution to pad
-    marks = [name for name in DEFAULTS if name in STYLES["adm"]]
-    marks = [name for name in marks if halves or name != "downsample_padding"]
-    style = [k for k, v in STYLES.items() if all(config[name] == v[name] for name in marks)]
-    if not style:
-        found = ", ".join(f"{name} {config[name]}" for name in marks)
-        raise BadInput(f"{path}: {found}: neither style ddpm nor style adm has these together")
-    size = config.get("sample_size")
-    return dict(
-        style=style[0],
-        norm_groups=config["norm_num_groups"],
-        dropout=config["dropout"],
-        num_heads=1,
-        num_head_channels=config["attention_head_dim"] or 0,
-        null_label=config.get("_null_label", False),
-        **({"size": size if isinstance(size, int) else tuple(size)} if size else {}),
-    )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from networks.published.contents import listed
 from networks.published.files import check_floats
 
 BLOCK = (  # of a residual block: ours, UNet2DModel's, OpenAI's
@@ -165,7 +166,10 @@ def weight_and_bias(ours, diffusers, openai, shape):
 def size_of(state, key, axis, path, what):
     """The length of a tensor along an axis; BadInput where the state_dict from `path` has none."""
     if key not in state or state[key].ndim <= axis:
-        raise BadInput(f"{path} is no {what} of the published kinds: it has no {key}")
+        found = (
+            f"the first of its {len(state)} tensors is {listed([min(state)])}" if state else "empty"
+        )
+        raise BadInput(f"{path} is no {what} of the published kinds: it has no {key}; {found}")
     return state[key].shape[axis]
 
 
@@ -206,7 +210,7 @@ def structure(state, path):
         resblock_updown=updown,
         channels=size(f"{ends['conv_in']}.weight", 1),
         out=size(f"{ends['conv_out']}.weight", 0),
-        labels=len(state[label]) if label in state else 0,
+        labels=size(label, 0) if label in state else 0,
     )
 
 

@@ -169,16 +169,26 @@ def _remember(inspect):
     return remembered
 
 
+def _cubin(kernel, folder):
+    path = os.path.join(folder, "kernel.cubin")
+    with open(path, "wb") as file:
+        file.write(kernel.asm["cubin"])
+    return path
+
+
+def disassembled(kernel):
+    """The machine code of a CompiledKernel for an NVIDIA GPU, as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _output(triton.knobs.nvidia.cuobjdump.path, "-sass", _cubin(kernel, folder))
+
+
 @_remember
 def _inspect_nvidia(kernel):
     arch, ptx = kernel.metadata.target.arch, kernel.asm["ptx"]
+    code = disassembled(kernel)
     with tempfile.TemporaryDirectory() as folder:
-        cubin = os.path.join(folder, "kernel.cubin")
-        with open(cubin, "wb") as file:
-            file.write(kernel.asm["cubin"])
-        cuobjdump = triton.knobs.nvidia.cuobjdump.path
-        usage = _output(cuobjdump, "-res-usage", cubin)
-        code = _output(cuobjdump, "-sass", cubin)
+        cubin = _cubin(kernel, folder)
+        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         # Spilled registers lie on the stack; only ptxas tells them from arrays that lie there too.
         spilled = _spill_bytes(ptx, arch, folder) if stack else 0

@@ -105,7 +105,7 @@ def test_samples_of_some_classes_are_compared_with_those_classes(drawn, tmp_path
     cfg = settings(path, classes="2,a", compare_steps="2", compare_guidance="0")
     Evaluator.made.clear()
     compare_samplers.compare(cfg, World())
-    assert [classes for *_, classes, _ in Evaluator.made] == ["c,a"]
+    assert [classes for *_, classes, _ in Evaluator.made] == [["c", "a"]]
 
 
 def test_every_cell_is_what_its_sampler_draws(drawn, tmp_path):

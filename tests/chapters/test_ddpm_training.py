@@ -137,7 +137,7 @@ def test_a_published_network_of_classes_is_sampled_but_not_guided(tmp_path):
         done = run(script, *given, "--guidance", 1)
         assert done.code == 2 and "leave out --guidance" in done.err
         done = succeed(script, *given, "--classes", "2")
-        assert "no scheduler: taken as linear, T = 1000" in done.err
+        assert "no scheduler: taken as linear, T = 1000" in done.out
         assert np.load(tmp_path / "samples.npz")["arr_1"].tolist() == [2, 2]
 
 

@@ -107,7 +107,7 @@ def damaged(state, kind):
     elif kind == "another network":
         state = {"conv_in.weight": torch.ones(3, 3)}
     elif kind == "no tensors":
-        state["step"] = 5
+        state = {"step": 5}
     elif kind == "no dictionary":
         state = [1, 2]
     return state
@@ -172,7 +172,7 @@ def test_folders_of_diffusers_that_are_something_else_are_refused(tmp_path):
         dit.load_published(tmp_path)
     del state["transformer_blocks.1.attn1.to_k.weight"]
     save_file(state, weights)
-    with pytest.raises(BadInput, match=r"attn1\.to_q\.weight|attn\.qkv\.weight"):
+    with pytest.raises(BadInput, match=r"lacks .*attn1\.to_k\.weight"):
         dit.load_published(tmp_path)
     weights.unlink()
     with pytest.raises(BadInput, match="holds no weights"):

@@ -33,7 +33,7 @@ def flags(toy, tiny):
         (["--guidance-interval", "0.9", "0.1"], ["--guidance-interval", "rise"]),
         (["--guidance-rescale", "2"], ["--guidance-rescale", "0 to 1"]),
         (["--n", "1", "--n-eval", "1"], ["--n-eval", "at least 2"]),
-        (["--ae", "nowhere"], ["--ae nowhere", "published or trained here"]),
+        (["--ae", "some.pt"], ["--ae-steps does nothing without --ae kl"]),
         (["--keep-every", "2"], ["--keep-every 2", "--save-every 3"]),
         (["--eta", "0.5", "--sampler", "dpmpp"], ["--eta 0.5", "ddim, not dpmpp"]),
         (["--sample-steps", "2000"], ["--sample-steps 2000", "--timesteps 1000"]),
@@ -45,6 +45,11 @@ def flags(toy, tiny):
 def test_what_does_not_fit_is_one_line_before_anything_is_trained(wrong, words, flags, tmp_path):
     done = run("ldm_cfg", *flags, *wrong, "--out", tmp_path / "run")
     assert_refused(done, words, tmp_path / "run")
+
+
+def test_an_autoencoder_that_is_not_there(toy, tiny, tmp_path):
+    done = run("ldm_cfg", *tiny["ldm_cfg"], *toy, "--ae", "nowhere", "--out", tmp_path / "run")
+    assert_refused(done, ["--ae nowhere", "published or trained here"], tmp_path / "run")
 
 
 def assert_refused(done, words, folder):

@@ -144,7 +144,10 @@ def test_chains_and_outputs_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="needs 6 channels"):
         ch2.vlb_terms(x, x, x, t, chain, variance="learned")
     with pytest.raises(ValueError, match="needs 3 channels"):
-        ch2.vlb_terms(torch.cat([x, x], 1), x, x, t, chain)
+        ch2.vlb_terms(torch.cat([x, x, x], 1), x, x, t, chain)
+    v = torch.full_like(x, torch.nan)  # learned, but not asked for
+    fixed = ch2.vlb_terms(x, x, x, t, chain)
+    assert torch.equal(ch2.vlb_terms(torch.cat([x, v], 1), x, x, t, chain), fixed)
     with pytest.raises(ValueError, match="prediction must be"):
         ch2.vlb_terms(x, x, x, t, chain, prediction="score")
     with pytest.raises(ValueError, match="variance must be"):

@@ -117,7 +117,7 @@ def scheduler(**settings):
     from diffusers import DDIMScheduler
 
     default = dict(num_train_timesteps=500, beta_start=2e-4, beta_end=0.04, beta_schedule="linear")
-    return DDIMScheduler(**default | settings)
+    return DDIMScheduler(**default | {"clip_sample": False} | settings)
 
 
 LABELS = {"0": "tench, Tinca tinca", "1": "crane", "2": "7", "3": "crane, machine"}

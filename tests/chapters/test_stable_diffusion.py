@@ -6,6 +6,7 @@ and guidance by w gives the walk of N((1 + w) c - w c_0, s^2).
 """
 
 from runtime.commandline import BadInput
+from runtime.finite import watched
 
 import math
 from itertools import pairwise
@@ -366,7 +367,8 @@ def test_a_latent_that_is_not_finite_stops_the_walk_at_its_step(value):
     z, seeds = torch.ones(3, 4, 2, 2), torch.tensor([4, 9, 12])
     how = contexts(0.0, 1.0, 1.0), contexts(0.0), 0, "ddim"
     pairs = sd.timesteps("ddim", T, 3)
-    walk = sd.denoise(Breaking(value), ALPHA_BAR, pairs, z, seeds, *how)
+    walk = watched(sd.denoise(Breaking(value), ALPHA_BAR, pairs, z, seeds, *how), seeds, pairs)
     assert next(walk)[0].isfinite().all()
-    with pytest.raises(BadInput, match="the latent after step 2 of 3 of seed 9 is not finite"):
+    where = f"seed 9 leaves the finite numbers in step 2 of 3, at t = {pairs[1][0]}: "
+    with pytest.raises(BadInput, match=where):
         next(walk)

@@ -41,14 +41,14 @@ def drawn(folder, out, *more, **how):
 @pytest.mark.parametrize(
     "part, name, what",
     [
-        ("unet", "conv_out.bias", "the latent after step 1 of 4"),
-        ("vae", "decoder.conv_out.bias", "the image"),
+        ("unet", "conv_out.bias", "sampling: seed 17 leaves the finite numbers in step 1 of 4, at"),
+        ("vae", "decoder.conv_out.bias", "the image of seed 17 is not finite: "),
     ],
 )
 def test_weights_that_are_not_numbers_give_no_image(part, name, what, folder, tmp_path):
     bad = tiny.spoiled(folder, tmp_path / "bad", part, name)
     line = refusal(*asked(bad, "--seeds", 17, "--out", tmp_path / "out"))
-    assert f"{what} of seed 17 is not finite" in line and "--precision fp32" in line
+    assert what in line and "--precision fp32" in line
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -241,9 +241,10 @@ def test_a_class_may_be_named_test(tmp_path):
 
 
 def test_images_beside_the_split_folders_are_noted(tmp_path):
-    write_tree(tmp_path / "set", ["train/1.png", "test/1.png", "extra/1.png", "logo.png"])
+    names = [f"{top}/{name}" for top in ("train", "test") for name in ("a/1.png", "b/1.png")]
+    write_tree(tmp_path / "set", [*names, "extra/1.png", "logo.png"])
     ds = datasets.load(tmp_path / "set", tmp_path)
-    assert len(ds) == 1 and ds.manifest["note"].startswith("2 images outside")
+    assert len(ds) == 2 and ds.manifest["note"] == "2 images outside of train/ and test/ not used"
 
 
 def test_numbered_classes_are_in_numerical_order(tmp_path):
@@ -296,7 +297,7 @@ def test_names_that_are_no_data_set(tmp_path, monkeypatch, name, message):
 def test_classes_that_do_not_exist(tmp_path):
     write_mnist(tmp_path / "mnist")
     for wrong in ("10", "-1", "cat"):
-        with pytest.raises(BadInput, match=f"--classes {wrong}: there is 0 0, 1 1"):
+        with pytest.raises(BadInput, match=f"--classes {wrong}: there is 0, 1, 2"):
             datasets.load("mnist", tmp_path, classes=[wrong])
     write_tree(tmp_path / "flat", ["1.png"])
     with pytest.raises(BadInput, match="there is no class"):

@@ -85,7 +85,9 @@ def test_a_warm_load_of_many_files_opens_none_of_them(tmp_path, monkeypatch):
     for i in range(1, 20_000):
         os.link(tmp_path / "set" / "a" / "0.png", tmp_path / "set" / "a" / f"{i}.png")
     rows = np.zeros((20_000, 4, 4, 1), np.uint8)
-    monkeypatch.setattr(prepare.decode, "inspect", lambda c, items, t: [(4, 4, True)] * len(items))
+    monkeypatch.setattr(
+        prepare.decode, "inspect", lambda c, items, t: [(4, 4, True, None, 1)] * len(items)
+    )
     monkeypatch.setattr(prepare.decode, "decode", lambda c, items, *rest: rows[: len(items)])
     datasets.load(tmp_path / "set", tmp_path / "d", workers=1)
     monkeypatch.setattr(prepare, "prepare", None)

@@ -15,13 +15,14 @@ from kernels.dispatch import INTERPRET, use_kernels
 if INTERPRET or not torch.cuda.is_available() or not use_kernels(torch.empty(0, device="cuda")):
     pytest.skip("no GPU that takes the kernels", allow_module_level=True)
 
-from kernels import gaussian
+from kernels import Row, gaussian, sampling_update
 from tests.cases.kernel_cases import CASES
 from tests.cases.more_cases import MORE_CASES
 from tests.cases.verify import gradients, runs_kernel, verify
 
 CAPABILITY = torch.cuda.get_device_capability()
 ARCH = 10 * CAPABILITY[0] + CAPABILITY[1]
+ROW = Row(p=1.0, q=0.0, A=1.0, B=0.0)  # x0_hat is x
 ONE_OF_EACH = [
     dataclasses.replace(case, batch=4)
     for case in {case.operation: case for case in reversed(CASES)}.values()
@@ -48,6 +49,19 @@ def test_against_float64(case, backward):
     assert runs_kernel(case, inputs, dy) == case.has_kernel(backward, ARCH)
     wrong = [error for error in verify(case, inputs, dy) if not error.right]
     assert not wrong, wrong
+
+
+def test_a_clamp_hides_nothing():
+    """What is not finite is NaN after it, and all else has the bits that a CPU gives it."""
+    ends = [0.0, 1e-38, 0.25, 1.0, 1 + 2**-23, 1e19, 3.4e38, torch.inf, torch.nan]
+    x = torch.tensor([*ends, *(-end for end in ends)]).view(1, 1, 3, 6)
+    found, right = (
+        sampling_update(x.to(device), torch.zeros_like(x, device=device), ROW, step=0)[1]
+        for device in ("cuda", "cpu")
+    )
+    assert found.isnan().sum() == 4 and not found.isinf().any()
+    bits = [t.cpu().nan_to_num(nan=7.0).view(torch.int32) for t in (found, right)]
+    assert torch.equal(*bits)
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=named)

@@ -13,7 +13,7 @@ from kernels.sampling_update import _launch
 if INTERPRET or importlib.util.find_spec("triton") is None:
     pytest.skip("compiling needs triton, not interpreting", allow_module_level=True)
 
-from tests.cases.offline import compiled_for, inspect_kernel
+from tests.cases.offline import compiled_for, disassembled, inspect_kernel
 from tests.cases.rows import make_rows
 
 ALPHA_BAR = torch.linspace(0.99, 0.01, 9, dtype=torch.float64)
@@ -118,12 +118,19 @@ def test_what_a_call_does_not_use_is_not_compiled():
     }
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_the_clamp_lets_nan_through(target):
-    """A GPU's plain min and max drop NaN; only their .NaN forms keep it, as torch.clamp does."""
+@pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_90", "sm_100"])
+def test_no_compiler_takes_x0_minus_x0_for_zero(target):
+    """That difference makes NaN of what a clamp hides: one for each of a thread's four numbers."""
     kernel = compiled(target, "ddim, guided", SHAPES[0], "nchw", torch.float32).kernel
-    clamps = re.findall(r"\b(?:min|max)\.\S*f32\b", kernel.asm["ptx"])
-    assert clamps and all(".NaN" in name for name in clamps)
+    in_ptx = re.findall(r"\bsub\.rn\.f32\s+%\w+, (%\w+), \1;", kernel.asm["ptx"])
+    in_code = re.findall(r"\bFADD R\d+, (R\d+)(?:\.reuse)?, -\1\b", disassembled(kernel))
+    assert len(in_ptx) == len(in_code) == 4
+
+
+def test_nor_does_that_for_amd():
+    kernel = compiled("gfx942", "ddim, guided", SHAPES[0], "nchw", torch.float32).kernel
+    differences = r"\bv_pk_add_f32 v\S+, (v\S+), \1 neg_lo:\[0,1\] neg_hi:\[0,1\]"
+    assert 2 * len(re.findall(differences, kernel.asm["amdgcn"])) == 2  # of a thread's two numbers
 
 
 def test_every_step_of_a_sampler_is_the_same_code():

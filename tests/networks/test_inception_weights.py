@@ -37,10 +37,13 @@ LAST = "Mixed_7c.branch_pool.conv.weight"
         (hollow(**{"fc.weight": ()}), ["fc.weight is ()"]),
         (hollow(extra=(3,)), ["holds extra, which"]),
         ({"weight": torch.zeros(3)}, ["no tensor fc.weight", "inception_v3"]),
-        ([torch.zeros(3)], ["no tensor fc.weight"]),
-        (torch.nn.Linear(2, 2), ["no file of weights", "inception_v3"]),
-        (b"PK\3\4 torn", ["damaged"]),
-        (b"", ["damaged"]),
+        ([torch.zeros(3)], ["is not a state_dict", "inception_v3"]),
+        (
+            torch.nn.Linear(2, 2),
+            ["no file of plain tensors", "nn.modules.linear.Linear", "inception_v3"],
+        ),
+        (b"PK\3\4 torn", ["a torn one"]),
+        (b"", ["a torn one"]),
     ],
     ids=["lacking", "shape", "outputs", "scalar", "extra", "other", "list", "code", "torn", "none"],
 )

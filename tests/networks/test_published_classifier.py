@@ -203,7 +203,10 @@ REFUSED = {
         lambda s: weights(published(**{**SMALL, "out": 6})),
         "is a diffusion network, no classifier: name it with --sample",
     ),
-    "not tensors": (lambda s: s | {"step": 3}, "not a state_dict"),
+    "half": (
+        lambda s: {f"a.{k}": v for k, v in s.items()} | {"b": torch.ones(2)},
+        "beside it .*'b'",
+    ),
     "of another script": (lambda s: {"script": "ddpm_pixel"}, r"by ddpm_pixel\.py, .* --sample"),
     "of no script": (lambda s: {"step": 3}, "written by none of these scripts"),
 }

@@ -231,10 +231,10 @@ REFUSED = {
     "shape": (lambda s: s.update({"out.0.bias": torch.zeros(9)}), {}, "out.0.bias is"),
     "channels": (lambda s: s.update({"out.2.weight": torch.zeros(4, 64, 3, 3)}), {}, "4 channels"),
     "encoder": (lambda s: [s.pop(k) for k in list(s) if k.startswith("out")], {}, "no U-Net"),
-    "size": (lambda s: None, {"size": None}, "size=32"),
+    "size": (lambda s: None, {"size": None}, "--size 32"),
     "odd size": (lambda s: None, {"size": (8, 9)}, "8x9"),
     "heads": (lambda s: None, {"num_heads": 3}, "heads 3"),
-    "not tensors": (lambda s: s.update(step=3), {}, "not a state_dict"),
+    "no tensors": (lambda s: (s.clear(), s.update(step=3)), {}, "not a state_dict"),
 }
 
 

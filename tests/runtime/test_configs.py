@@ -87,7 +87,7 @@ def test_the_name_of_the_data_set_finds_its_file(path, data, monkeypatch):
     """Where the head of the file says to type that name, and not --config."""
     script = script_of(path)
     preset = preset_of(script, monkeypatch)
-    assert Path(preset.format(data=data)) == path
+    assert path.parent.parent / preset.format(data=data) == path
     named = parse(script, "--config", str(path))
     assert parse(script, "--data", data, preset=preset) == named
     over = parse(script, "--data", data, "--steps", "7", preset=preset)

@@ -95,7 +95,7 @@ DS = Dataset("noise", noise((6, 4, 4, 1)), np.zeros(6, np.int64), (), {"key": "k
 
 
 def test_images_are_decoded_exactly():
-    ae, cfg = Noting(), SimpleNamespace(batch_size=4, sample_steps=1)
+    ae, cfg = Noting(), SimpleNamespace(batch_size=4, sample_steps=1, timesteps=9)
 
     def walk(seeds, labels):
         assert now() == FAST

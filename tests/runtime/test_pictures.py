@@ -1,7 +1,8 @@
 """Pictures in files of their own, with words in them, and sheets of one picture in many lights."""
 
 from runtime.commandline import BadInput, read_lines
-from runtime.pictures import check_finite, save_told
+from runtime.finite import check_finite
+from runtime.pictures import save_told
 from runtime.plots import draw_shaded
 
 import numpy as np
@@ -74,10 +75,10 @@ def test_a_film_shows_every_image_in_order(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_refused_with_its_seed(value):
     x, seeds = torch.zeros(3, 4, 5, 6), torch.tensor([8, 17, 3])
-    assert check_finite(x, seeds, "the image") is x
+    assert check_finite(x, seeds) is x
     x[1, 3, 4, 5] = value
     with pytest.raises(BadInput, match="^the image of seed 17 is not finite: type --precision"):
-        check_finite(x, seeds, "the image")
+        check_finite(x, seeds)
 
 
 def test_a_map_lights_its_part_of_the_image(tmp_path):

@@ -365,7 +365,7 @@ def test_gray_images_have_the_chosen_classes(tmp_path):
     assert x.shape == (5, 3, 8, 8) and y.tolist() == [0, 1, 0, 1, 0]
 
 
-@pytest.mark.parametrize("price", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("price", [-1.0, math.nan])
 def test_a_price_that_is_none_is_refused(price):
     with pytest.raises(BadInput, match="--price-per-gpu-hour"):
         check_run(RunConfig(price_per_gpu_hour=price, gpus=0))

@@ -129,3 +129,14 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(tmp_path):
     back = make(first, resume=str(first / "ckpt-000003.pt"), keep_every=3)  # and in its own folder
     assert back.first == 3 and [row["step"] for row in rows(first)] == [1, 2, 3]
     assert sorted(p.name for p in first.glob("ckpt-[0-9]*")) == ["ckpt-000003.pt"]
+
+
+def test_a_run_does_not_go_back(tmp_path):
+    """Fewer --steps than it has done would leave samples and settings of a run that never was."""
+    train(make(tmp_path, steps=6))
+    config = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(BadInput, match=r"--steps 5: the run in .* is at step 6 already"):
+        make(tmp_path, steps=5)
+    assert (tmp_path / "config.yaml").read_text() == config
+    assert make(tmp_path, steps=6).first == 6
+    assert make(tmp_path, steps=5, resume="never").first == 0

@@ -5,7 +5,8 @@ this process; what would go on, in one of its own.
 """
 
 from runtime.checkpoints import load_checkpoint
-from runtime.commandline import BadInput, entry, flag
+from runtime.commandline import BadInput, RunConfig, entry, flag
+from runtime.processes import launch
 from runtime.typed_flags import check_finite
 
 import importlib
@@ -64,7 +65,7 @@ YAMLS = {
     "no value": ("data:\n", ["data has no value"]),
     "a list": ("- 1\n- 2\n", ["key: value"]),
     "not YAML": ("data: [1, 2\n", ["is not YAML"]),
-    "not text": (b"\xff\xfe\x00", ["is not YAML"]),
+    "not text": (b"\xff\xfe\x00", ["is not UTF-8"]),
     "config in config": ("config: other.yaml\n", ["config"]),
     "list for a number": ("seed: [1, 2]\n", ["2"]),
 }
@@ -95,6 +96,29 @@ def check_shell(command, named, repo):
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
     assert named in done.stderr
+
+
+def test_what_the_terminal_cannot_print_ends_no_work(repo, tmp_path):
+    """Fréchet and ² under an ASCII locale; a class whose name is not ASCII in an error."""
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "GOMP_SPINCOUNT": "1000"}
+    text = "import runtime.commandline as c, sys; c.entry(lambda: print('Fr\\u00e9chet'))"
+    done = subprocess.run([sys.executable, "-c", text], cwd=repo, capture_output=True, env=env)
+    assert (done.returncode, done.stdout) == (0, b"Fr\\xe9chet\n"), done.stderr
+    command = [sys.executable, "ddpm_pixel.py", "--data", "no/K\u00e4fer"]
+    done = subprocess.run(command, cwd=repo, capture_output=True, env=env)
+    assert done.returncode == 2 and b"no/K\\xe4fer" in done.stderr
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    for gpus, name in ((0, r"no g\+\+"), (1, "no gcc")):
+        with pytest.raises(BadInput, match=f"--compile needs a compiler, .*{name}"):
+            launch(None, RunConfig(compile=True, gpus=gpus))
+    monkeypatch.setenv("CXX", "own++")
+    monkeypatch.setattr("shutil.which", lambda name: name if name == "own++" else None)
+    seen = []
+    launch(lambda cfg, world: seen.append(cfg.compile), RunConfig(compile=True, gpus=0))
+    assert seen == [True]
 
 
 def test_a_bug_keeps_its_traceback(capsys):
@@ -193,13 +217,18 @@ def test_every_number_is_finite(script):
             with pytest.raises(BadInput, match=f"^{flag(name)} .* finite"):
                 check_finite(config(gpus=0, **{name: (bad,) * many if many else bad}))
     check_finite(config(gpus=0))
+    if "guidance" in found:  # where 1 + w is w, a clamp turns both into saturated pictures
+        with pytest.raises(
+            BadInput, match="^--guidance -1e\\+30: expected a number up to 1.7e\\+07"
+        ):
+            check_finite(config(gpus=0, guidance=-1e30))
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "-1e39"])
 def test_numbers_that_are_typed_are_finite(bad, refuses):
     for script in ("ddpm_pixel", "ddim", "compare_samplers", "edm", "stable_diffusion"):
-        assert refuses(script, "--guidance", bad).startswith("--guidance ")
-    assert refuses("edm", "--S-churn", "0", bad).startswith("--S-churn ")
+        assert refuses(script, "--guidance", bad).startswith("error: --guidance ")
+    assert refuses("edm", "--S-churn", "0", bad).startswith("error: --S-churn ")
 
 
 @pytest.mark.parametrize("script", TRAININGS)

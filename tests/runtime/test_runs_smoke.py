@@ -6,7 +6,9 @@ from runtime.files import read_log
 import importlib
 import importlib.util
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -193,3 +195,32 @@ def test_sampling_takes_what_it_is_not_given_from_the_checkpoint(script, tmp_pat
         drawn.append(np.load(tmp_path / "again" / "samples.npz")["arr_0"])
     assert np.array_equal(drawn[0], trained) and np.array_equal(drawn[3], trained)
     assert np.array_equal(drawn[1], drawn[2]) and not np.array_equal(drawn[1], trained)
+
+
+@pytest.mark.parametrize("kind", ["copied", "linked"])
+def test_a_chapter_under_another_name_samples_what_it_trained(kind, repo, tmp_path, monkeypatch):
+    """A copy to edit has a name of its own; a link is the chapter itself, with its configs/."""
+    path, chapter = tmp_path / "my_ddpm.py", repo / "ddpm_pixel.py"
+    (shutil.copyfile if kind == "copied" else os.symlink)(chapter, path)
+    spec = importlib.util.spec_from_file_location("my_ddpm", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "my_ddpm", module)
+    spec.loader.exec_module(module)
+    folder = write_images(tmp_path / "glyphs", 20)
+    given = ["--data", folder, "--data-root", tmp_path, "--out", tmp_path / "run", "--gpus", 0]
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        module.main()
+
+    call("--smoke", *given)
+    checkpoint = tmp_path / "run" / "ckpt.pt"
+    assert saved(checkpoint.parent)["script"] == {"copied": "my_ddpm", "linked": "ddpm_pixel"}[kind]
+    call("--sample", checkpoint, "--n", 2, "--sample-steps", 2, "--out", tmp_path / "again")
+    assert np.load(tmp_path / "again" / "samples.npz")["arr_0"].shape[0] == 2
+    if kind == "copied":  # others do not know what was edited in it
+        line = refused("ddim", "--sample", checkpoint)
+        assert "was written by my_ddpm.py, expected one of" in line
+    else:
+        preset = parse(module.Config, "", ["--data", "mnist"], preset="configs/{data}_pixel.yaml")
+        assert preset.config == str(repo / "configs" / "mnist_pixel.yaml")

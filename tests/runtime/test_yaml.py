@@ -21,6 +21,7 @@ class Config(commandline.Script):
 
     checkpoint: Annotated[str, tyro.conf.Positional] = ""  # no flag
     negative: str = ""  # text
+    batch_size: int = 1  # a whole number
     classes: str = ""  # text
     seeds: str = ""  # text
     prompt: tuple[str, ...] = ()  # texts
@@ -56,10 +57,7 @@ PLAIN = [w for w in WORDS if w not in ("a: b", "~", "null", "", " a ")]
 @pytest.mark.parametrize("word", WORDS)
 def test_text_in_quotes_is_the_text(word, parsed):
     texts = f'negative: "{word}"\nclasses: \'{word}\'\nprompt: ["{word}", a cat]\n'
-    expected = Config(negative=word, classes=word, prompt=(word, "a cat"))
-    if word == "~":
-        expected.classes = os.path.expanduser("~")
-    assert parsed(texts) == expected
+    assert parsed(texts) == Config(negative=word, classes=word, prompt=(word, "a cat"))
 
 
 @pytest.mark.parametrize("word", PLAIN)
@@ -70,11 +68,47 @@ def test_text_without_quotes_is_the_text(word, parsed):
     assert parsed(f"prompt:\n  - {word}\n  - a cat\n") == Config(prompt=(word, "a cat"))
 
 
+def test_a_list_of_one_is_its_value(parsed):
+    text = "steps: [3]\nlr: [2]\nflip: [yes]\ndecay: [none]\nout: [010]\nprompt: [a, b]\n"
+    expected = Config(steps=3, lr=2.0, flip=True, decay="none", out="010", prompt=("a", "b"))
+    assert parsed(text) == expected
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "some.yaml"
+
+    def told():
+        with pytest.raises(BadInput) as error:
+            commandline.parse(Config, "", ["--config", str(path)])
+        return str(error.value)
+
+    assert told() == f"--config {path}: no such file; configs/ holds examples"
+    path.mkdir()
+    assert told() == f"--config {path}: is a folder; configs/ holds examples"
+    path.rmdir()
+    path.write_text("steps: 3\n", "utf-16")  # as PowerShell's > writes it
+    assert told() == f"--config {path} is not UTF-8 text (at byte 0): save it as UTF-8"
+
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "read_text", forbidden)
+    assert told() == f"--config {path}: Permission denied"
+
+
+@pytest.mark.parametrize("number", ["1e400", "9" * 400, ".inf", "-.INF", ".nan", "nan", "1e39"])
+def test_numbers_that_float32_cannot_hold_are_refused(number, parsed):
+    for key in ("lr", "ema"):
+        with pytest.raises(BadInput, match=f"--{key} [a-z0-9+-]*: expected a finite number"):
+            parsed(f"{key}: {number}\n")
+
+
 def test_longer_texts(parsed):
     text = "negative: >\n  much\n  fog\nprompt:\n  - |\n    one\n    two\n  - three\n"
     assert parsed(text) == Config(negative="much fog\n", prompt=("one\ntwo\n", "three"))
     assert parsed("negative: !!str 010\n") == Config(negative="010")
-    assert parsed("\ufeffnegative: no\n") == Config(negative="no")  # as Windows saves it
+    windows = "\ufeffnegative: no\r\nclasses: 07\r\n"  # as its editors save it
+    assert parsed(windows) == Config(negative="no", classes="07")
 
 
 def test_a_list_is_one_text_with_commas(parsed):
@@ -86,7 +120,7 @@ def test_a_list_is_one_text_with_commas(parsed):
 
 @pytest.mark.parametrize("kind", [int, float])
 @pytest.mark.parametrize(
-    "written", ["7", "-3", "+5", "1_000", "010", "0x1f", "0b11", "1:30", '"12"', "'1_2'", "09"]
+    "written", ["7", "-3", "+5", "1_000", "0", "-0", "0x1f", "0b11", '"12"', "'1_2'"]
 )
 def test_whole_numbers_are_as_yaml_1_1_knows_them(kind, written, parsed):
     name, several = {int: ("steps", "mult"), float: ("lr", "ema")}[kind]
@@ -142,6 +176,23 @@ REFUSED = {
     "steps: [1, 2]": ["steps is [1, 2]"],
     "steps: []": ["steps is []"],
     "steps: --flip": ["steps is --flip"],
+    "steps: 010": ["steps is 010", "a whole number, without a zero in front"],
+    "steps: 09": ["steps is 09", "without a zero in front"],
+    "steps: 1:30": ["steps is 1:30", "a whole number"],
+    "steps: 1e3": ["steps is 1e3", "a whole number"],
+    "steps: 3.0": ["steps is 3.0"],
+    "steps: 1,000": ["steps is 1,000"],
+    "steps: 0o10": ["steps is 0o10"],
+    f"steps: {'9' * 5000}": ["steps is " + "9" * 60 + ";"],
+    "lr: 01.5": ["lr is 01.5", "without a zero in front"],
+    "lr: 1:30.5": ["lr is 1:30.5", "a number"],
+    "lr: 1,5": ["lr is 1,5"],
+    'mult: "1 2 4"': ['mult is "1 2 4"', "--mult takes [a whole number, ...]"],
+    "mult: 1,2,4": ["mult is 1,2,4", "[a whole number, ...]"],
+    "mult: (1, 2)": ["mult is (1, 2)", "[a whole number, ...]"],
+    "mult: [010, 2]": ["mult is [010, 2]"],
+    "interval: 0,1": ["interval is 0,1", "[a number, a number]"],
+    'decay: "cosine "': ['decay is "cosine "', "cosine, none, off"],
     "steps: 2024-13-45": ["steps is 2024-13-45"],
     "lr: no": ["lr is no", "a number"],
     "mult: [1, x]": ["mult is [1, x]", "a whole number, ..."],
@@ -152,6 +203,21 @@ REFUSED = {
     "decay: [cosine, none]": ["decay is [cosine, none]"],
     "prompt:\n  a: 1\n  b: 2": ["prompt is a: 1 b: 2"],
     "stepz: 3": ["unknown key 'stepz'", "did you mean steps?"],
+    "Steps: 3": ["unknown key 'Steps'", "did you mean steps?"],
+    "batch-size: 8": ["unknown key 'batch-size'", "did you mean batch_size?"],
+    "--batch-size: 8": ["unknown key '--batch-size'", "did you mean batch_size?"],
+    "? [a]\n: 3": ["key: value"],
+    "steps:3": ["key: value"],
+    "steps = 3": ["key: value"],
+    "steps:\t3": ["is not YAML", "'\\t'"],
+    "steps: 3\n\tlr: 2": ["is not YAML", "'\\t'"],
+    "steps: 3\x00": ["is not YAML", "#x0000"],
+    "steps: *x": ["is not YAML", "undefined alias 'x'"],
+    "steps: 1\nlr: 2\nsteps: 1": ["steps is set twice"],
+    "<<: {lr: 1}\nsteps: 1\n'steps': 2": ["steps is set twice"],
+    "<<: [{steps: 1}, {steps: 2}]": ["steps is set twice"],
+    "<<: {steps: 1, steps: 2}": ["steps is set twice"],
+    "prompt: " + "[" * 3000: ["too many lists in each other"],
     "no: 3": ["unknown key 'no'"],
     "config: x": ["unknown key 'config'"],
     "checkpoint: x": ["unknown key 'checkpoint'"],
@@ -193,7 +259,7 @@ def test_typed_settings_win_and_are_known_from_those_of_the_file(tmp_path, monke
         assert cfg == Config(config=str(path), classes="3", **given)
         names = [field.name for field in dataclasses.fields(Config)]
         left = commandline.not_given(cfg, names)
-        others = "out smoke gpus checkpoint seeds steps ema interval cond decay"
+        others = "out smoke gpus checkpoint batch_size seeds steps ema interval cond decay"
         assert left == others.split()
         small = commandline.smaller(cfg, prompt=("a",), mult=(1,), classes="", flip=True, lr=9.0)
         assert small == dataclasses.replace(cfg, mult=(1,), lr=9.0)
@@ -235,3 +301,38 @@ def test_home_is_not_in_what_is_no_path(tmp_path, monkeypatch):
     file = commandline.parse(config, "", ["--config", str(tmp_path / "f.yaml")])
     for cfg in (typed, file):
         assert (cfg.negative, cfg.prompt, cfg.out) == ("~/x", ("~/y",), "a~/b")
+
+
+def test_home_in_arguments_without_a_flag_and_in_texts_of_every_script(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for script, args, expected in (
+        ("compare_samplers", ["~/a.pt"], {"checkpoint": "a.pt"}),
+        (
+            "eval_fid",
+            ["~/a.npz", "~/b:test", "--json=~/c"],
+            {"a": "a.npz", "b": "b:test", "json": "c"},
+        ),
+        ("eval_fid", ["stats", "~", "--out", "~/s.npz"], {"a": None, "b": "", "out": "s.npz"}),
+        ("networks.published.__main__", ["~/a", "--out=~/b"], {"checkpoint": "a", "out": "b"}),
+        ("image_data.__main__", ["--data", "~/a"], {"data": "a"}),
+    ):
+        cfg = commandline.parse(importlib.import_module(script).Config, "", args)
+        for name, below in expected.items():
+            whole = "stats" if below is None else str(tmp_path / below)
+            assert getattr(cfg, name) == whole
+    words = ["--classes=~x", "--sample-args=~ --out ~/y", "--metrics=~"]
+    cfg = commandline.parse(importlib.import_module("eval_fid").Config, "", words)
+    assert (cfg.classes, cfg.sample_args, cfg.metrics) == ("~x", "~ --out ~/y", "~")
+
+
+def test_home_of_others_and_of_nobody(tmp_path, parsed):
+    pwd = pytest.importorskip("pwd")
+    mine = pwd.getpwuid(os.getuid())
+    assert parsed(f"out: ~{mine.pw_name}/x\n").out == f"{mine.pw_dir}/x"
+    for text in ("~nobody-of-this-name/x", "~nobody-of-this-name"):
+        for args in ((f"out: {text}\n",), ("", f"--out={text}"), ("", "--out", text)):
+            with pytest.raises(BadInput) as error:
+                parsed(*args)
+            told = f"--out {text}: no home folder is known of ~nobody-of-this-name; type ./{text}"
+            assert str(error.value).startswith(told)
+    assert parsed("out: ./~x\nnegative: ~x\n") == Config(out="./~x", negative="~x")

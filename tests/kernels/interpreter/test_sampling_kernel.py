@@ -8,7 +8,7 @@ import torch
 from noise_math import gaussian_float64
 from triton.runtime import interpreter
 
-from kernels import sampling_update
+from kernels import Row, sampling_update
 from kernels.sampling_update import _reference, _update_kernel
 from tests.cases.rows import make_rows, rounded
 from tests.cases.traffic import count_traffic
@@ -205,8 +205,25 @@ def test_nan_and_inf_propagate_as_in_pytorch(name, where, clip):
         reference = _reference(x, out, rows[step], step, uncond, 1.5, history, seeds, clip)
         for a, b in zip(got, reference, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
-        if where < 2 and not clip:
-            assert not got[1][0].isfinite().all() and got[1][1].isfinite().all()
+        if where < 2 and channel < x.shape[1]:  # not v; a clamp hides nothing
+            assert not any(t[0, channel, 1, :3].isfinite().any() for t in got)
+        assert all(t[1].isfinite().all() for t in got)
+
+
+def test_the_clamp_leaves_the_bits_of_finite_numbers():
+    """Of zeros their sign, too: what numpy's clip gives. Infinity and NaN become NaN."""
+    ends = [0.0, 1e-45, 1e-38, 0.25, 1 - 2**-24, 1.0, 1 + 2**-23, 2.0, 1e19, 3.4e38]
+    numbers = torch.tensor([*ends, torch.inf, torch.nan])
+    x = torch.cat([numbers, -numbers]).view(1, 1, 4, 6)
+    row = Row(p=1.0, q=0.0, A=1.0, B=0.0)
+    kernel = sampling_update(x, torch.zeros_like(x), row, step=0)[1]
+    reference = _reference(x, torch.zeros_like(x), row, 0, None, 0.0, None, None, True)[1]
+    right = np.clip(x.numpy(), -1, 1)
+    right[~x.isfinite().numpy()] = np.nan
+    for found in (kernel.numpy(), reference.numpy()):
+        known = ~np.isnan(right)
+        assert (np.isnan(found) == ~known).all() and known.sum() == 2 * len(ends)
+        assert (found.view(np.int32) == right.view(np.int32))[known].all()
 
 
 @pytest.mark.parametrize("name", ["ddpm-small", "ddpm-learned", "ddim-0.5"])
