@@ -117,6 +117,8 @@ def arguments(case, settings):
             places.append(str(value))
         elif isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif str(value).startswith("--"):
+            flags.append(f"{flag}={value}")
         else:
             flags += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return places + flags
@@ -250,7 +252,8 @@ def watched(module, seen, folder, argv, rows=()):
         patch.setattr(processes, "SAID", set())
         patch.setattr(torch, "load", remembered)
         patch.setattr(torch, "compile", lambda net: seen.update(["compiled"]) or net)
-        board = types.SimpleNamespace(SummaryWriter=counted(mock.MagicMock, seen, "tensorboard"))
+        board = counted(lambda path: mock.MagicMock(), seen, "tensorboard")
+        board = types.SimpleNamespace(SummaryWriter=board)
         patch.setitem(sys.modules, "torch.utils.tensorboard", board)
         everywhere(patch, torch_checkpoint, counted(torch_checkpoint, seen, "checkpoint"))
         for function in DRAWN:
@@ -307,10 +310,10 @@ def compared(rows):
     return called
 
 
-LOGGED = []
+LOGGED = []  # rows of the command that runs now
 
 
-KEPT, torch_load = {}, torch.load
+KEPT, torch_load = {}, torch.load  # {(path, when it was written): what torch.load gave}
 
 
 def remembered(path, *args, **how):

@@ -58,29 +58,23 @@ def openai(folder, seed=0):
 
 def published(script, name, source, *, folder, **base):
     """The task `name` over such a network; source: of exported(), or "openai"."""
-    path = openai(folder) if source == "openai" else exported(folder, source)
-    other = openai(folder, 1) if source == "openai" else exported(folder, "improved_ddpm")
-    typed = VALUES | {
-        "data": pictures(folder, SIDE, 3),
-        "config": yaml(folder, "clip_denoised: false"),
-    }
-    typed |= dict.fromkeys(("sample", "nll", "study", "encode", "interpolate", "checkpoint"), other)
-    typed |= {"resume": path, "batch_size": 2, "norm_groups": 16, "num_head_channels": 16}
-    base = {name: path, "gpus": 0, "out": "out"} | WALK | base
-    if source == "openai":
-        base["size"] = SIDE
+    path, other = exported(folder, "ddpm_pixel"), exported(folder, "improved_ddpm")
+    typed = VALUES | {"data": pictures(folder, SIDE, 3), "batch_size": 2, "norm_groups": 16}
+    typed |= {"num_head_channels": 16, "config": yaml(folder, "clip_denoised: false")}
     own = {"schedule": "linear", "variance": "small", "clip_denoised": True}
-    values = {"schedule": "cosine", "variance": "large"} if source == "openai" else {}
-    beside = {"smoke": {"sample_steps": None}, "alpha_min": {"schedule": "cosine"}}
-    beside |= {"trained_betas": {"timesteps": None}} if source == "openai" else {}
-    return Case(
-        script,
-        name,
-        base,
-        beside if source == "openai" else {"smoke": beside["smoke"]},
-        typed | values,
-        own,
-    )
+    beside = {
+        "smoke": {"sample_steps": None},
+        "timestep_respacing": {"sample_steps": None},
+    } | CHURNED
+    if source == "openai":
+        path, other, base = openai(folder), openai(folder, 1), base | {"size": SIDE}
+        typed |= {"schedule": "cosine", "variance": "large"}
+        beside |= {"alpha_min": {"schedule": "cosine"}, "trained_betas": {"timesteps": None}}
+    else:
+        typed["classes"] = "0,2"
+    typed |= dict.fromkeys(("sample", "nll", "encode", "interpolate", "resume"), other)
+    base = {name: path, "gpus": 0, "out": "out"} | WALK | base
+    return Case(script, name, base, beside, typed, own)
 
 
 def exports(source, folder):
@@ -243,7 +237,8 @@ CASES = cases()
 
 # Flags that do nothing in a task, and are let pass: {name of the case: {flag: why}}.
 LET_PASS = {
-    "dit published": {"smoke": "a conversion has no steps"},
+    "dit training": {"shard": "one process has nothing to share"},
+    "dit published": {"smoke": "a conversion has no steps", "gpus": "and needs no GPU"},
     "improved_ddpm plot_schedule": {"smoke": "curves have no steps"},
 }
 
@@ -254,7 +249,8 @@ SLOW = {
     "eval_fid run",
     "classifier_guidance study",
 }
-SLOW |= {"improved_ddpm sample of ddpm_pixel", "improved_ddpm nll of ddpm_pixel"}
+SLOW |= {"stable_diffusion interpolate", "improved_ddpm sample of ddpm_pixel"}
+SLOW |= {"improved_ddpm nll of ddpm_pixel"}
 SLOW |= {"edm sample of ddpm_pixel", "dpm_solver encode of ddpm_pixel"}
 SLOW |= {
     "improved_ddpm sample of ddpm_pixel published",
@@ -265,5 +261,5 @@ SHARED = {f.name for f in dataclasses.fields(cli.RunConfig)}
 
 def is_slow(name, field):
     """Whether a flag of a case waits for the slow tests: those of RunConfig in some trainings."""
-    elsewhere = name.endswith("training") and not name.startswith(("ddpm_pixel", "ldm_cfg"))
+    elsewhere = name.endswith("training") and not name.startswith("ddpm_pixel")
     return field == "smoke" or elsewhere and field in SHARED

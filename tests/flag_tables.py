@@ -23,11 +23,13 @@ CLASSES = ("bars", "dots", "more")
 
 
 @functools.cache
-def pictures(folder, side=SIDE, period=0):
-    """A folder of 18 and 12 gray pictures in three classes."""
-    found = folder / f"pictures{side}-{period}"
-    for split, count in (("train", 18), ("test", 12 + period)):
-        write_images(found / split, count, height=side, width=side, classes=CLASSES)
+def pictures(folder, side=SIDE, first=0):
+    """A folder of 18 and 12 gray pictures in three classes; first: how many others to leave out."""
+    found = folder / f"pictures{side}-{first}"
+    for split, count in (("train", 18), ("test", 12)):
+        write_images(found / split, count + first, height=side, width=side, classes=CLASSES)
+        for path in (p for i in range(first) for p in (found / split).rglob(f"{i:05d}.png")):
+            path.unlink()
     return str(found)
 
 
@@ -51,7 +53,7 @@ SMALL = {
     "classifier_guidance": UNET | {"timesteps": 50, "metric_every": 0},
     "autoencoder": {"patch": 2, "model_channels": 8, "num_res_blocks": 1, "n": 4},
     "ldm_cfg": FIRST | DRAWN | {"model_channels": 16, "timesteps": 50},
-    "dit": FIRST | DRAWN | {"model": "dit-xs/2", "timesteps": 50},
+    "dit": FIRST | DRAWN | {"model": "dit-xs/2", "timesteps": 50, "lr": 0.05},
 }
 
 
@@ -107,7 +109,7 @@ VALUES |= {
     "metric_every": 1,
     "metric_n": 6,
 }
-VALUES |= {"alpha_min": 0.5, "trained_betas": (0.05,) * 50, "timestep_respacing": "0-4,20,49"}
+VALUES |= {"alpha_min": 0.9, "trained_betas": (0.05,) * 50, "timestep_respacing": "0-4,20,49"}
 VALUES |= {"schedule_sampler": "loss-second-moment", "label_dropout": 0.95, "n_eval": 6}
 VALUES |= {"channel_mult": (1,), "attention_resolutions": (4,), "model_channels": 32}
 VALUES |= {"num_heads": 2, "num_head_channels": 8, "norm_groups": 2, "ae_mult": (1, 2)}
@@ -136,7 +138,7 @@ OWN_VALUES = {
 OWN_BESIDE = {
     "improved_ddpm": {
         "learn_sigma": {"objective": "vlb"},
-        "timestep_respacing": {"sample_steps": None},
+        "timestep_respacing": {"sample_steps": None, "timestep_respacing": "0-2"},
     },
     "autoencoder": {"codebook": {"ae": "vq"}, "commitment": {"ae": "vq"}},
     "edm": {"clip_denoised": {"sigma_data": 5.0}},
@@ -147,13 +149,16 @@ OWN_BESIDE = {
 def trains(script, folder):
     """The training of a script."""
     path, _ = checkpoint(folder, script)
-    typed = VALUES | {"data": pictures(folder, SIDE, 3), "config": yaml(folder, "lr: 0.01")}
+    typed = VALUES | {"data": pictures(folder, SIDE, 3), "config": yaml(folder, "seed: 1")}
     typed |= {"resume": trained(folder, script)}
     typed |= dict.fromkeys(("sample", "nll", "study"), path)
     beside = BESIDE | OWN_BESIDE.get(script, {})
     case = Case(script, "", training(folder, script), beside, typed | OWN_VALUES.get(script, {}))
     if "ae_mult" in case.fields:
         case.values["ae"] = checkpoint(folder, "autoencoder")[0]
+        other = {"ae": checkpoint(folder, "autoencoder", 1)[0]}
+        case.beside["ae"] = other | {k: None for k in FIRST if k != "n_eval"}
+        case.beside["prediction"] = {"schedule": "linear"}
     if script == "autoencoder":
         big = {"data": pictures(folder, 24)}
         case.values |= {"perceptual": vgg(folder)}
@@ -187,13 +192,16 @@ def task(script, name, source, line="guidance: 0.5", values=None, beside=None, *
     other, _ = checkpoint(folder, source, 1)
     typed = VALUES | {"data": pictures(folder, SIDE, 3), "config": yaml(folder, line)}
     typed |= dict.fromkeys(("sample", "nll", "study", "encode", "interpolate"), other)
-    typed |= {"resume": path, "batch_size": 2, "perceptual": vgg(folder), "ae": "vq.pt"}
+    typed |= {"resume": path, "batch_size": 2, "perceptual": vgg(folder)}
+    typed |= {"ae": "other.pt"} if script in ("ldm_cfg", "dit") else {}
     typed |= {"model": "dit-xs/1"} if script == "dit" else {}
     typed |= {"published": path} | (values or {})
     base = {name: path, "gpus": 0, "out": "out"} | base
     steps = {"sample_steps": None, "encode_steps": None} | ({"n": None} if name == "sample" else {})
     beside = {"smoke": {k: None for k in steps if k in base}} | (beside or {})
-    beside |= {"data_root": {"data": pictures(folder)}} if name == "interpolate" else {}
+    between = {"data_root": {"data": pictures(folder)}, "guidance": {"classes": "dots"}}
+    beside |= between if name == "interpolate" else {}
+    beside |= {"timestep_respacing": {"sample_steps": None}} if "sample_steps" in base else {}
     return Case(script, name, base, beside, typed, own)
 
 

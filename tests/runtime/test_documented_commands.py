@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-LAUNCH = r"(?:python|torchrun --nproc-per-node \d+) (\w+)\.py([^`\n]*)"
+LAUNCH = r"(?:python|torchrun --nproc-per-node \d+(?: --)?) (\w+)\.py([^`\n]*)"
 
 
 def documented():
