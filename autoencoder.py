@@ -438,7 +438,8 @@ def sample_checkpoint(cfg, world):
     It goes beside a checkpoint of ours, else into the folder runs/ae-NAME-DATA.
     """
     state, path = own_checkpoint(cfg.sample), Path(cfg.sample)
-    ema = checkpoints.typed_ema(cfg)
+    # A --config may be of a run; what is published keeps no means.
+    ema = checkpoints.typed_ema(cfg) if state or cli.typed(("ema",)) else None
     ae = load_autoencoder(path, world.device, ema, flag="--sample")
     if state:
         names = cli.not_given(cfg, ("data", "data_root", "size", "classes"))

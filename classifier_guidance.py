@@ -28,6 +28,7 @@ with classifier-free guidance, which needs no second network but asks the first 
 
 from runtime import checkpoints
 from runtime import commandline as cli
+from runtime.finite import drawn
 from runtime.pictures import save_drawn, save_grid, to_uint8
 from runtime.processes import exact, launch, say_once
 from runtime.run import Run
@@ -46,7 +47,7 @@ import torch.nn.functional as F
 import improved_ddpm
 from compare_samplers import Store, cell, device_name
 from ddim import at, ddim_row, guided, noise, numbers_of
-from ddpm_pixel import alpha_bar_of, ancestral_row, q_sample, timestep_pairs
+from ddpm_pixel import alpha_bar_of, ancestral_row, q_sample
 from eval_fid import scored
 from evaluation import guidance_report
 from evaluation.against import class_accuracy
@@ -212,8 +213,7 @@ def sample(
 
 def trajectory(net, classifier, cfg, trained, shape, seeds, y):
     """sample() as the settings say; `trained` are those of the network."""
-    alpha_bar = alpha_bar_of(trained)
-    pairs = timestep_pairs(trained.timesteps, trained.sample_steps, trained.spacing)
+    alpha_bar, pairs = alpha_bar_of(trained), improved_ddpm.pairs_of(trained)
     if cfg.sampler == "ddim":
         how = {"algorithm": 2}
         how["make_row"] = partial(ddim_row, eta=cfg.eta, prediction=trained.prediction)
@@ -263,8 +263,9 @@ def train(cfg, world):
             right = (logits.argmax(1) == y).float()
             run.backward(losses, t / cfg.timesteps, accuracy=right)
         run.descend()  # clip the gradient, AdamW, running means, log
-        if cfg.metric_every and (run.due(cfg.metric_every) or run.done):
-            run.log(**by_quarter(read(held_out), "test_accuracy"))
+        due = cfg.metric_every and (run.due(cfg.metric_every) or run.done)
+        if due and (shares := drawn(partial(read, held_out), run.step, world)):
+            run.log(**by_quarter(shares, "test_accuracy"))
         if run.due(cfg.sample_every):
             run.save_grid(partial(gradients, run.ema, held_out, alpha_bar), len(SHOWN))
     curves = {"training images": read(ds), "held-out images": read(held_out)}
@@ -331,14 +332,15 @@ def load_pair(cfg, path, world):
     """(network, its settings, classifier, shape, class names); BadInput where they do not fit."""
     asked = checkpoints.asked(cfg, "classifier_guidance", checkpoints.NOISE)
     net, trained, shape, net_names, _ = improved_ddpm.load_net(path, world.device, **asked)
+    if not cli.not_given(cfg, ("sample_steps",)):
+        trained = replace(trained, timestep_respacing="")
     trained = checkpoints.overlaid(trained, cfg, NETWORK.split())
     trained = replace(trained, variance=improved_ddpm.variance_of(trained))
     if cfg.sampler == "ddim" and alpha_bar_of(trained)[-1] < 1e-12:
         told = "divides by sqrt(alpha_bar), which is 0 at T: type --sampler ddpm"
         raise cli.BadInput(f"--sampler ddim {told} for {path}")
-    classifier, its_cfg, its_shape, names, its_alpha_bar = load_classifier(
-        cfg.classifier, world.device
-    )
+    found = load_classifier(cfg.classifier, world.device)
+    classifier, its_cfg, its_shape, names, its_alpha_bar = found
     classifier.use_checkpoint = cfg.use_checkpoint
     pair, named = f"{cfg.classifier} and {path}", its_alpha_bar is not None
     if its_shape != shape:
@@ -347,9 +349,8 @@ def load_pair(cfg, path, world):
     differ = [two for two in zip(names, net_names, strict=False) if len({*two}) > 1]
     differ = differ if named and trained.data else []  # the published know numbers only
     if net_names and (differ or len(names) != len(net_names)):
-        told = f"{len(names)} and {len(net_names)}" + "".join(
-            f", {a} is {b}" for a, b in differ[:1]
-        )
+        first = "".join(f", {a} is {b}" for a, b in differ[:1])
+        told = f"{len(names)} and {len(net_names)}{first}"
         raise cli.BadInput(f"{pair} have other classes: {told}; train both on the same --classes")
     if named and its_cfg.timesteps != trained.timesteps:
         chains = f"chains of T = {its_cfg.timesteps} and {trained.timesteps} timesteps"
@@ -373,8 +374,7 @@ def sample_checkpoint(cfg, world):
     net, trained, classifier, shape, names = load_pair(cfg, cfg.sample, world)
     seeds, labels = seeds_and_labels(cfg, net, names, trained.guidance)
     walk = partial(trajectory, world.for_sampling(net), classifier, cfg, trained, shape)
-    pairs = timestep_pairs(trained.timesteps, trained.sample_steps, trained.spacing)
-    images = world.draw(walk, seeds, labels, trained.batch_size, pairs)
+    images = world.draw(walk, seeds, labels, trained.batch_size, improved_ddpm.pairs_of(trained))
     walk = partial(trajectory, net, classifier, cfg, trained, shape)
     save_drawn(cli.folder_of(cfg, cfg.sample), images, labels, walk, seeds, world)
 
@@ -412,35 +412,37 @@ def study(cfg, world):
     """Each way of guidance over its scale, of the same seeds: tables, curves, grids."""
     net, trained, classifier, shape, names = load_pair(cfg, cfg.study, world)
     seeds, labels = seeds_and_labels(cfg, net, names, 0)
-    total = len(timestep_pairs(trained.timesteps, trained.sample_steps, trained.spacing))
     judge, facts = judge_of(cfg, trained, shape, names, world)
     folder, quick = cli.folder_of(cfg, cfg.study), world.for_sampling(net)
     store = Store(folder / "classifier-guidance.jsonl", folder / "classifier-guidance-cells")
     world.barrier()  # every rank has read the store before one adds to it
-    walked = "timesteps schedule alpha_min prediction variance clip_denoised batch_size"
+    walked = "timesteps schedule alpha_min prediction variance clip_denoised batch_size "
+    walked += "timestep_respacing"
     facts |= {name: getattr(trained, name) for name in walked.split()}
     facts |= {name: getattr(cfg, name) for name in ("sampler", "eta", "seeds", "classes")}
-    facts |= {"n": len(seeds), "steps": total, "dtype": str(world.dtype)}
-    facts["device"] = f"{world.size} x {device_name(world.device)}"
+    facts |= {"n": len(seeds), "steps": len(improved_ddpm.pairs_of(trained))}
+    facts |= {"dtype": str(world.dtype), "device": f"{world.size} x {device_name(world.device)}"}
     facts["weights"] = [checkpoints.weights_hash(v) for v in (net, classifier)]
 
-    def draw(s, w, n, steps, desc):
-        how = replace(cfg, classifier_scale=s), replace(trained, guidance=w, sample_steps=steps)
+    def draw(s, w, n, settings, desc):
+        how = replace(cfg, classifier_scale=s), replace(settings, guidance=w)
         walk = partial(trajectory, quick, classifier, *how, shape)
-        return world.draw(walk, seeds[:n], labels[:n], trained.batch_size, steps, desc)
+        pairs = improved_ddpm.pairs_of(settings)
+        return world.draw(walk, seeds[:n], labels[:n], settings.batch_size, pairs, desc)
 
     def row(s, w):
         made_by = facts | {"scale": s, "guidance": w}
         if found := store.find(made_by):
             return found
         start = time.perf_counter()
-        images = draw(s, w, len(seeds), total, f"s = {s:g}, w = {w:g}").numpy()
+        images = draw(s, w, len(seeds), trained, f"s = {s:g}, w = {w:g}").numpy()
         seconds = (time.perf_counter() - start) / len(seeds)
         figures = judge(images, labels.numpy()) | {"seconds_per_image": seconds}
         return store.add(made_by, figures, images[:16], write=world.is_main)
 
     # One step first, not timed: a GPU compiles kernels when they are first used.
-    draw(1.0, 0.0, min(len(seeds), trained.batch_size), 1, "warm-up")
+    once = replace(trained, sample_steps=1, timestep_respacing="")
+    draw(1.0, 0.0, min(len(seeds), trained.batch_size), once, "warm-up")
     scales = sorted({*numbers_of(cfg.study_scales, "--study-scales", float)})
     values = sorted({*numbers_of(cfg.study_guidance, "--study-guidance", float)})
     ways = {}

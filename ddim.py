@@ -91,7 +91,8 @@ class Config(cli.NetworkCommand):
     WALK = cli.names("n seeds batch_size spacing guidance clip_denoised")
     USES = {
         "sample": WALK | cli.names("classes sample_steps eta gif precision"),
-        "encode": WALK | cli.names("data data_root encode_steps classes eta"),  # both are refused
+        # check() refuses classes and eta where they have no part, in words of its own.
+        "encode": WALK | cli.names("data data_root encode_steps classes eta"),
         "interpolate": WALK | cli.names("classes sample_steps data data_root eta"),
     }
 
@@ -248,15 +249,24 @@ def opened(cfg, path, world, script="ddim"):
 
     Its settings stand in the second place, with the spacing and clip_denoised that are drawn.
     """
-    net, trained, *rest = load_net(path, world.device, script=script)
+    walk = checkpoints.given(cfg, checkpoints.WALK)
+    net, trained, *rest = load_net(path, world.device, script=script, walk=walk)
     return net, checkpoints.overlaid(trained, cfg, ("spacing", "clip_denoised")), *rest
+
+
+def steps_of(cfg, T):
+    """How many timesteps to visit: of a short chain all, where nobody gave a number."""
+    return (
+        cfg.sample_steps if checkpoints.given(cfg, ("sample_steps",)) else min(cfg.sample_steps, T)
+    )
 
 
 def sample_checkpoint(cfg, world):
     """--sample: images of the seeds, and with --gif the way of the first eight."""
     net, trained, shape, names, alpha_bar = opened(cfg, cfg.sample, world)
     seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
-    pairs = subsequence(trained.timesteps, cfg.sample_steps, trained.spacing)
+    T = trained.timesteps
+    pairs = subsequence(T, steps_of(cfg, T), trained.spacing)
     how = {"w": cfg.guidance, "eta": cfg.eta, "prediction": trained.prediction}
     how["clip"] = trained.clip_denoised
     trajectory = partial(sample, world.for_sampling(net), alpha_bar, pairs, shape, **how)
@@ -353,7 +363,8 @@ def interpolate(cfg, world, solve=decode, script="ddim"):
         labels = None
     net = world.for_sampling(net)
     ends = held_out(cfg, trained, shape, names, seeds)[0] if cfg.data else None
-    pairs = subsequence(trained.timesteps, cfg.sample_steps, trained.spacing)
+    T = trained.timesteps
+    pairs = subsequence(T, steps_of(cfg, T), trained.spacing)
     how = {"w": cfg.guidance, "prediction": trained.prediction, "clip": trained.clip_denoised}
 
     def between(part, tick):

@@ -350,18 +350,20 @@ def guided_pass(net, x, t, y, w):
 
 
 def timestep_pairs(T, steps, spacing="linear"):
-    """A walk down the chain, [(t, t_prev), ...], the last t_prev is -1: `steps` of its timesteps,
-    evenly spaced; Algorithm 2 takes all T. linear: both ends included; leading: multiples of T //
-    steps from 0 up; trailing: from T-1 down, T / steps apart, the last lies above 0 (Lin et al.
-    2023, arXiv:2305.08891, table 2, with timesteps from 0). BadInput where steps exceed T.
+    """[(t, t_prev), ...] down the chain, the last t_prev is -1: `steps` of its T timesteps.
+
+    linear    both ends included; one step is T-1 alone
+    leading   multiples of T // steps, from 0 up
+    trailing  T / steps apart, from T-1 down (Lin et al. 2023, arXiv:2305.08891, table 2)
+    BadInput where steps exceed T.
     """
     if steps > T:
         raise cli.BadInput(f"--sample-steps {steps} exceeds the chain's --timesteps {T}")
-    ts = torch.linspace(T - 1, 0, steps).round().long().tolist()
-    if spacing == "leading":
-        ts = [i * (T // steps) for i in reversed(range(steps))]
-    elif spacing == "trailing":
-        ts = [round(T - i * (T / steps)) - 1 for i in range(steps)]
+    linear = np.linspace(0, T - 1, steps)[::-1] if steps > 1 else np.array([T - 1])
+    leading = np.arange(steps)[::-1] * (T // steps)
+    trailing = np.arange(T, 0, -T / steps)[:steps].round() - 1
+    ts = dict(linear=linear, leading=leading, trailing=trailing)[spacing]
+    ts = ts.round().astype(int).tolist()
     return list(zip(ts, [*ts[1:], -1], strict=True))
 
 

@@ -177,7 +177,8 @@ def sample_checkpoint(cfg, world):
     """--sample: images of the seeds, and with --gif the way of the first eight."""
     net, trained, shape, names, alpha_bar = ddim.opened(cfg, cfg.sample, world, "dpm_solver")
     seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
-    pairs = subsequence(trained.timesteps, cfg.sample_steps, trained.spacing)
+    T = trained.timesteps
+    pairs = subsequence(T, ddim.steps_of(cfg, T), trained.spacing)
     how = {"w": cfg.guidance, "prediction": trained.prediction, "clip": trained.clip_denoised}
     net = world.for_sampling(net)
     trajectory = partial(sample, cfg.sampler, net, alpha_bar, pairs, shape, **how)

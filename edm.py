@@ -36,6 +36,7 @@ from runtime.plots import plot_lines
 from runtime.posthoc_ema import PowerEMA, gamma_of, reconstruct
 from runtime.processes import launch
 from runtime.run import Run
+from runtime.typed_flags import check_within
 
 import itertools
 import math
@@ -288,12 +289,12 @@ def sample(net, column, sigmas, shape, seeds, y=None, w=0.0, *, order=2, churn=N
 
 def steps_of(cfg, column):
     """The sigmas of the settings, within the network's, rounded to what it knows; else BadInput."""
+    knows = column.sigma_min, column.sigma_max, "the network knows sigmas from"
+    check_within(cfg, cli.typed(("sigma_min", "sigma_max")), *knows)
     low, high = max(cfg.sigma_min, column.sigma_min), min(cfg.sigma_max, column.sigma_max)
-    typed = cli.typed(("sigma_min", "sigma_max"))
-    clamped = [name for name in typed if getattr(cfg, name) not in (low, high)]
-    if low >= high or clamped:
-        knows = f"{column.sigma_min:.3g} to {column.sigma_max:.3g}"
-        raise cli.BadInput(f"--sigma-min, --sigma-max: the network knows sigmas from {knows}")
+    if low >= high:
+        told = f"the network knows no sigmas from {cfg.sigma_min:g} to {cfg.sigma_max:g}"
+        raise cli.BadInput(f"--sigma-min, --sigma-max: {told}")
     return [*map(column.round, sigma_steps(cfg.sample_steps, low, high, cfg.rho)[:-1]), 0.0]
 
 
@@ -405,17 +406,18 @@ def save_ema_curve(net, column, cfg, world, shape, mean_of, lengths, folder):
 # ------------------------------------------------------------------------------------- commands
 
 
-def load_net(path, device, ema=None, column="vp"):
+def load_net(path, device, ema=None, column="vp", walk=None):
     """(network, its Config, shape (C,H,W), class names, its column) of a checkpoint, EMA weights.
 
     Also of other chapters, and published ones; column is theirs in table 1. ema: which decay, of
-    several. BadInput for other files, and decays not there.
+    several; walk: of read_network. BadInput for other files, and decays not there.
     """
     from networks.published import edm, unet
 
-    how = {} if str(path).endswith(".pkl") else {"script": "edm"}
-    read = unet.read_network if how else edm.as_checkpoint
-    state = read(path, ("edm", "improved_ddpm", "ddpm_pixel"), **how)
+    scripts = ("edm", "improved_ddpm", "ddpm_pixel")
+    how = {"script": "edm", "walk": walk}
+    pickled = str(path).endswith(".pkl")
+    state = edm.as_checkpoint(path) if pickled else unet.read_network(path, scripts, **how)
     if state["script"] != "edm":
         net, theirs, shape, names, alpha_bar = improved_ddpm.load_net(path, device, ema, **how)
         shared = ("data", "data_root", "size", "classes", "batch_size", "clip_denoised")
@@ -430,13 +432,11 @@ def load_net(path, device, ema=None, column="vp"):
 
 
 def sample_checkpoint(cfg, world):
-    ema = checkpoints.typed_ema(cfg)
-    net, trained, shape, names, column = load_net(cfg.sample, world.device, ema, cfg.column)
-    how = (*SAMPLING.split(), "batch_size", "data", "data_root", "n")
-    trained = checkpoints.overlaid(trained, cfg, how)
-    fixed = ("sigma_data", "column") if isinstance(column, Edm) else ("sigma_data",)
-    if typed := sorted(set(fixed).difference(cli.not_given(cfg, fixed))):
-        raise cli.BadInput(f"--{typed[0].replace('_', '-')}: {cfg.sample} has its own")
+    how = checkpoints.typed_ema(cfg), cfg.column, checkpoints.given(cfg, checkpoints.WALK)
+    net, trained, shape, names, column = load_net(cfg.sample, world.device, *how)
+    trained = checkpoints.overlaid(trained, cfg, f"{SAMPLING} batch_size data data_root n".split())
+    if isinstance(column, Edm) and cli.typed(("column",)):
+        raise cli.BadInput(f"--column: {cfg.sample} has its own; leave it out")
     seeds, labels = cli.seeds_and_labels(cfg, net, names, trained.guidance)
     folder = cli.folder_of(cfg, cfg.sample)
     if cfg.ema_length and not isinstance(column, Edm):

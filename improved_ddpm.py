@@ -22,9 +22,9 @@ L_vlb teaches the network the variance of p, too, by a second half v of its chan
 
 from runtime import checkpoints
 from runtime import commandline as cli
+from runtime.finite import clamped
 from runtime.normal import discretized_gaussian_log_likelihood, normal_kl
 from runtime.pictures import save_drawn
-from runtime.plots import plot_lines
 from runtime.processes import launch
 from runtime.run import Run
 
@@ -39,6 +39,7 @@ import torch.nn.functional as F
 
 import ddpm_pixel
 from ddpm_pixel import alpha_bar_of, ancestral_row, guided_pass, q_sample, target_of, timestep_pairs
+from evaluation.over_time import save_schedules
 from image_data import datasets
 from kernels import gaussian, sampling_update
 from networks.adm_unet import UNet
@@ -74,7 +75,7 @@ class Config(ddpm_pixel.Config):
     ASKED = CHAIN | checkpoints.UNSAID
     USES = {
         "sample": cli.DRAWS | ASKED | cli.names("clip_denoised dynamic_threshold guidance"),
-        "nll": ASKED | cli.names("data data_root"),
+        "nll": ASKED | cli.names("data data_root clip_denoised"),
         "plot_schedule": cli.names("timesteps alpha_min"),
     }
     NEEDS = ddpm_pixel.Config.NEEDS | {"num_heads": "!num_head_channels"}
@@ -139,7 +140,7 @@ def reverse_step(out, x_t, t, chain, *, prediction="eps", variance="small", clip
     large = (row.B > 0).double()  # beta_0 would blur the decoder's pixels
     f = {"small": torch.zeros_like(large), "large": large, "learned": (v + 1) / 2}[variance]
     log_var = f * row.log_beta + (1 - f) * row.log_beta_tilde  # eq. 15
-    return x0_hat.clamp(-1, 1) - (x0_hat - x0_hat) if clip else x0_hat, log_var  # inf - inf: NaN
+    return clamped(x0_hat, -1, 1) if clip else x0_hat, log_var
 
 
 def vlb_terms(out, x0, x_t, t, chain, *, discrete=True, **how):
@@ -296,7 +297,7 @@ def dynamic_threshold(x0_hat, percentile=0.995):
     """
     s = x0_hat.float().abs().flatten(1).quantile(percentile, dim=1).clamp(min=1)  # (B,)
     s = s.view(-1, 1, 1, 1).to(x0_hat.dtype)
-    return x0_hat.clamp(-s, s) / s - (x0_hat - x0_hat)  # NaN where x0_hat is not finite
+    return clamped(x0_hat, -s, s) / s
 
 
 def pairs_of(cfg):
@@ -417,10 +418,11 @@ def save_images(net, cfg, world, shape, seeds, labels, folder):
 def load_net(path, device, ema=None, **how):
     """As ddpm_pixel.load_net, whose checkpoints it takes, too, and any published U-Net."""
     state = read_network(path, ("improved_ddpm", "ddpm_pixel"), **how)
-    ours = state["script"] == "improved_ddpm"
-    plain = {"objective": "simple", "style": "ddpm", "use_scale_shift_norm": False}
-    state["config"] |= {} if ours else plain | {"learn_sigma": False}
-    build = (lambda shape, n, cfg: make_net(cfg, shape, n)) if ours else ddpm_pixel.UNet
+    plain = state["script"] == "ddpm_pixel"
+    if plain:
+        state["config"] |= {"objective": "simple", "learn_sigma": False}
+        state["config"] |= {"style": "ddpm", "use_scale_shift_norm": False}
+    build = ddpm_pixel.UNet if plain else lambda shape, n, cfg: make_net(cfg, shape, n)
     net, cfg, *rest = checkpoints.restored(Config, build, state, path, device, ema)
     return net, cfg, *rest, alpha_bar_of(cfg)
 
@@ -433,7 +435,12 @@ def open_checkpoint(cfg, path, world):
     if fewer and "timestep_respacing" not in fewer:
         trained = replace(trained, timestep_respacing="")
     how = cfg.SAMPLING | cfg.CHAIN | cli.names("dynamic_threshold data data_root size")
-    trained = checkpoints.overlaid(trained, cfg, how)
+    if cfg.nll and trained.dynamic_threshold:
+        if not cli.typed(("clip_denoised",)):
+            told = "type --clip-denoised for a clamp, --no-clip-denoised for none"
+            raise cli.BadInput(f"{path} has --dynamic-threshold, but the bound has none: {told}")
+        trained = replace(trained, dynamic_threshold=False)
+    trained = checkpoints.overlaid(trained, cfg, how - {"dynamic_threshold"} if cfg.nll else how)
     if cfg.nll and not fewer and not cfg.smoke:  # the whole bound
         trained = replace(trained, sample_steps=trained.timesteps, timestep_respacing="")
     return net, trained, shape, names
@@ -451,20 +458,11 @@ def nll(cfg, world):
 
     net, trained, shape, names = open_checkpoint(cfg, cfg.nll, world)
     chain = make_chain(alpha_bar_of(trained).to(world.device), [t for t, _ in pairs_of(trained)])
-    variance, folder = variance_of(trained), cli.folder_of(cfg, cfg.nll)
-    how = {"chain": chain, "prediction": trained.prediction, "variance": variance}
-    bound, about = partial(bits_per_dim, net, **how), f"variance {variance}"
+    variance, clip = variance_of(trained), trained.clip_denoised
+    how = {"prediction": trained.prediction, "variance": variance, "clip": clip}
+    bound, folder = partial(bits_per_dim, net, chain=chain, **how), cli.folder_of(cfg, cfg.nll)
+    about = f"variance {variance}, x0_hat {'clipped' if clip else 'not clipped'}"
     evaluate_held_out(bound, chain, trained, shape, names, world, folder, n=cfg.n, about=about)
-
-
-def plot_schedules(path, T, alpha_min):
-    """Draw alpha_bar (figure 5) and log SNR of every schedule of T steps into the PNG `path`."""
-    left, ratio, part = {}, {}, torch.arange(1, T + 1) / T
-    for name in ("linear", "cosine", "sigmoid"):
-        a = ddpm_pixel.make_alpha_bar(name, T, alpha_min)
-        left[name], ratio[name] = (part, a), (part, a.log() - torch.log1p(-a))
-    plot_lines(path, {"alpha_bar": left, "log SNR": ratio}, xlabel=f"t / T, T = {T}")
-    print(f"schedules: {path}")
 
 
 def check(cfg):
@@ -488,7 +486,9 @@ def main():
     cfg = cli.smoke(cfg, **small)
     check(cfg)
     if cfg.plot_schedule:
-        plot_schedules(Path(cfg.out or "runs") / "schedules.png", cfg.timesteps, cfg.alpha_min)
+        make = partial(ddpm_pixel.make_alpha_bar, T=cfg.timesteps, alpha_min=cfg.alpha_min)
+        tables = {name: make(name) for name in ("linear", "cosine", "sigmoid")}
+        save_schedules(Path(cfg.out or "runs") / "schedules.png", tables)  # figure 5
     elif cfg.sample or cfg.nll:
         launch(sample_checkpoint if cfg.sample else nll, cfg)
     else:

@@ -186,7 +186,7 @@ def timesteps(sampler, T, steps, spacing="", offset=1, set_alpha_to_one=False):
         lowest = min(offset, T - 1 - (points - 1) * stride)
         ts = [lowest + i * stride for i in reversed(range(points))]
     elif spacing == "trailing":
-        ts = [round(T - i * (T / steps)) - 1 for i in range(steps)]
+        ts = (np.arange(T, 0, -T / steps)[:steps].round().astype(int) - 1).tolist()
     else:
         ts = np.linspace(0, T - 1, points).round().astype(int).tolist()[::-1]
     last = 0 if sampler == "ddim" and not set_alpha_to_one else -1

@@ -60,14 +60,15 @@ def in_channels(side, channels):
         return side
     if {have, channels} != {1, 3}:
         raise BadInput(f"{side.name} has {have} channels, expected {channels}")
-    told = f"{side.name} is gray, repeated in three channels"
+    told = "" if side.told else f"{side.name} is gray, "
+    told += "repeated in three channels"
     if channels == 1:
         colours, n = coloured(side.images), len(side.images)
         if len(colours):
             found = f"{len(colours)} of its {n} images have colours, number {colours[0]} first"
             raise BadInput(f"{side.name}: {found}; expected gray ones, or --features inception")
         told = f"{side.name} is gray in three equal channels, taken as one"
-    told = "; ".join(filter(None, [side.told, told]))
+    told = ", ".join(filter(None, [side.told, told]))
     return replace(side, images=InChannels(side.images, channels), told=told)
 
 

@@ -76,6 +76,7 @@ def as_trained(cfg, checkpoint):
         raise BadInput(f"--size {cfg.size}: {checkpoint} draws images of {drawn}; leave it out")
     if not cfg.b:
         data = checkpoints.TrainedOn.of(trained)
+        data.checkpoint = checkpoint
         datasets.check_trained_on(data, cfg.data_root, f"{data}:test as B")
     return replace(cfg, b=cfg.b or f"{trained['data']}:test")
 

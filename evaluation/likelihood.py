@@ -107,7 +107,7 @@ def evaluate(bound_of, ds, timesteps, world, folder, *, n, batch_size, labels, a
     bound_of(images, y, seeds, tick=...) gives the Bound of uint8 images (B,H,W,C), labels (B,) or
     None, and seeds (B,), and calls tick() after each of the chain's timesteps. An image's seed is
     its number in the data set. labels: whether the network sees the class. batch_size: over all
-    processes. about: a word on how, for the printed line.
+    processes. about: a word on how, for nll.json and the printed line.
 
     Prints the mean, leaves nll.json and nll.png in `folder` (a Path), and returns what BoundMean
     reads, on every rank. The network runs in float32, without autocast. NotFinite, with its number,
@@ -129,7 +129,7 @@ def evaluate(bound_of, ds, timesteps, world, folder, *, n, batch_size, labels, a
     values = mean.read(world)
     if world.is_main:
         with atomic_write(folder / "nll.json") as temporary:
-            temporary.write_text(json.dumps({**values, "timesteps": timesteps}))
+            temporary.write_text(json.dumps({**values, "timesteps": timesteps, "about": about}))
         plot_terms(folder / "nll.png", values["terms"], timesteps)
         print(
             f"{ds.name}: {values['bits_per_dim']:.4f} bits/dim, standard error "

@@ -1,6 +1,9 @@
-"""How well a classifier reads noisy images at each timestep: its accuracy as a curve over t."""
+"""Curves over t: how well a classifier reads noisy images, and what schedules leave of an image."""
 
+from runtime.finite import WEIGHTS, NotFinite
 from runtime.plots import plot_lines
+
+import math
 
 import numpy as np
 import torch
@@ -27,7 +30,7 @@ def accuracy(classifier, noisy, ds, T, n, batch_size, world):
 
     classifier(x, t) gives logits (B,K), noisy(x0, t, eps) gives x_t (B,C,H,W); t (B,). Each rank
     computes its share of the timesteps, batch_size images at a time, and all return the whole: a
-    list of floats.
+    list of floats. NotFinite, on all, where logits are not finite.
     """
     x0, y = (v.to(world.device) for v in evenly(ds, n))
     eps = gaussian(x0.shape, torch.arange(len(x0)), 0, x0.device)
@@ -35,8 +38,9 @@ def accuracy(classifier, noisy, ds, T, n, batch_size, world):
     def right(t):
         t = torch.full((len(x0),), t, device=x0.device)
         parts = zip(noisy(x0, t, eps).split(batch_size), t.split(batch_size), strict=True)
-        found = torch.cat([classifier(*part).argmax(1) for part in parts]) == y
-        return found.double().mean().item()
+        logits = torch.cat([classifier(*part) for part in parts])  # (n,K)
+        share = (logits.argmax(1) == y).double().mean().item()
+        return share if logits.isfinite().all() else math.nan
 
     def of(part, tick):  # one timestep, or none where ranks are many
         found = torch.tensor([right(timesteps(T)[i]) for i in part], dtype=torch.float64)
@@ -44,7 +48,11 @@ def accuracy(classifier, noisy, ds, T, n, batch_size, world):
         return found
 
     with world.autocast():
-        return world.in_parts(of, TIMES, world.size, 1, f"accuracy on {ds.name}").tolist()
+        curve = world.in_parts(of, TIMES, world.size, 1, f"accuracy on {ds.name}").tolist()
+    for t, share in zip(timesteps(T), curve, strict=True):
+        if math.isnan(share):
+            raise NotFinite(f"the logits of {ds.name} at t = {t} are not finite: {WEIGHTS}")
+    return curve
 
 
 def by_quarter(curve, name):
@@ -59,3 +67,13 @@ def save_curves(path, curves, T, chance):
     lines = {name: (timesteps(T), curve) for name, curve in curves.items()}
     lines["chance"] = ([0, T - 1], [chance, chance])
     plot_lines(path, {"accuracy": lines}, xlabel=f"t, of T = {T}")
+
+
+def save_schedules(path, tables):
+    """Draw {name: alpha_bar (T,)} and their log SNR over t / T into the PNG `path`."""
+    left, ratio = {}, {}
+    for name, a in tables.items():
+        part = torch.arange(1, len(a) + 1) / len(a)
+        left[name], ratio[name] = (part, a), (part, a.log() - torch.log1p(-a))
+    plot_lines(path, {"alpha_bar": left, "log SNR": ratio}, xlabel=f"t / T, T = {len(a)}")
+    print(f"schedules: {path}")

@@ -98,7 +98,7 @@ def labelled(source, class_names):
 
 def channels_text(*sides):
     """How the channels of these Sides are understood; None where that is plain."""
-    return "; ".join(side.told for side in sides if side.told) or None
+    return "; ".join(dict.fromkeys(side.told for side in sides if side.told)) or None
 
 
 def check_same_features(a, b, extractor=None):

@@ -41,27 +41,26 @@ def load(name, root="data", *, split="train", size=0, classes=(), workers=None):
     images are not; nothing half-prepared stays.
     """
     # What reads archives and image files is needed only where images are not prepared yet.
-    from image_data import prepare, sources
+    from image_data import prepare
 
     if split not in ("train", "test"):
         raise BadInput(f"split {split}: there are train and test")
-    check_trained_on(name, root)
-    size = size or None
+    classes = class_list(classes) if isinstance(classes, str) else list(classes)
+    like_training = split == "train" and _settings_of(name) == (size, classes)
+    check_trained_on(name, root, quiet=like_training)
+    trained_on, size = name, size or None
     if size is not None and size < 1:
         raise BadInput(f"--size {size} must be at least 1, or 0 for the images' own")
-    classes = class_list(classes) if isinstance(classes, str) else list(classes)
-    source = sources.find(str(name), root, split)
-    wanted = json.dumps([source.stamp, split, size, classes, prepare.PROTOCOL])
-    digest = hashlib.sha256(wanted.encode()).hexdigest()[:10]
-    path = Path(name).resolve()
-    name = path.stem if path.is_file() else path.name
-    folder = Path(root) / f"{name}-{split}-{size or 'native'}-{digest}"
+    source, name, folder = _place(str(name), root, split, size, classes)
     if not (folder / "manifest.json").exists():
         with locked(folder.with_name(f".{folder.name}.lock")):
             if not (folder / "manifest.json").exists():  # another process may have been faster
                 prepare.prepare(source, folder, split, size, classes, workers or _cores(), name)
     manifest = json.loads((folder / "manifest.json").read_text())
-    for line in (source.told, *map(manifest.get, ("told", "range", "pages"))):
+    if like_training:
+        _compare(trained_on, manifest["key"], f"--data {trained_on}")
+    told = prepare.told_of(source, manifest.get("told"))
+    for line in (told, *map(manifest.get, ("range", "pages"))):
         if line:
             say_once(line)
     return Dataset(
@@ -73,21 +72,62 @@ def load(name, root="data", *, split="train", size=0, classes=(), workers=None):
     )
 
 
-def check_trained_on(name, root, otherwise=""):
+def _place(name, root, split, size, classes):
+    """(Source, short name, folder of the prepared set) of a data set; the folder may not exist."""
+    from image_data import prepare, sources
+
+    source = sources.find(name, root, split)
+    wanted = json.dumps([source.stamp, split, size, classes, prepare.PROTOCOL])
+    digest = hashlib.sha256(wanted.encode()).hexdigest()[:10]
+    path = Path(name).resolve()
+    name = path.stem if path.is_file() else path.name
+    return source, name, Path(root) / f"{name}-{split}-{size or 'native'}-{digest}"
+
+
+def _settings_of(name):
+    """(size, classes) that the network was trained on, of a TrainedOn that has a key; or None."""
+    if getattr(name, "data_key", None) is None or name in KNOWN or name == "glyphs":
+        return None
+    return name.size, class_list(name.classes)
+
+
+def check_trained_on(name, root, otherwise="", quiet=False):
     """BadInput where `name` is the path TrainedOn, and other images lie there than it was.
 
     A relative path may mean another folder, and what a folder holds changes. A typed path is a
-    plain str, and on purpose. otherwise: what to type to take those images.
+    plain str, and on purpose. Training images that are not prepared at root are not compared, which
+    a line says unless `quiet`. otherwise: what to type to take those images.
     """
-    key = getattr(name, "data_key", None)
-    if key is None or name in KNOWN or name == "glyphs":
+    from image_data import sources
+
+    if hasattr(name, "data_key") and name and name not in sources.NAMES and not Path(name).exists():
+        by = getattr(name, "checkpoint", "") or "the checkpoint"
+        raise BadInput(
+            f"{sources.unknown(name)}; {by} was trained on it, and names it so: type --data PATH, "
+            "where it is now"
+        )
+    if (settings := _settings_of(name)) is None:
         return
-    found = load(str(name), root, size=name.size, classes=name.classes).key
-    if found != key:
+    size, classes = settings
+    *_, folder = _place(str(name), root, "train", size or None, classes)
+    if (folder / "manifest.json").exists():
+        found = json.loads((folder / "manifest.json").read_text())["key"]
+        _compare(name, found, otherwise or f"--data {name}")
+    elif not quiet:
+        say_once(
+            f"note: whether {Path(name).resolve()} still holds what the network was trained on is "
+            f"not known: those images are not prepared in {root}"
+        )
+
+
+def _compare(name, found, otherwise):
+    """BadInput where the images of key `found` are not those of TrainedOn."""
+    if found != name.data_key:
         raise BadInput(
             f"{Path(name).resolve()} holds other images than the network was trained on, though it "
-            f"has the name {name} (data_key {key} there, {found} here): type the path of those, or "
-            f"{otherwise or f'--data {name}'} if these are meant"
+            f"has the name {name} (data_key {name.data_key} there, {found} here), or they were "
+            f"read otherwise by an earlier version: type the path of those, or {otherwise} if "
+            "these are meant"
         )
 
 

@@ -7,7 +7,7 @@ a zip that does not say so is read as UTF-8.
 
 Not listed: names that begin with a dot; what systems and tools leave behind (LEFT_BEHIND); folders
 that this program writes (OURS), so that no run, and no set it has prepared, becomes a class. What
-is left out so, but for the dots, is told.
+is left out so is told, but for the dots and what is in every second folder (QUIET).
 """
 
 from runtime.commandline import BadInput
@@ -47,6 +47,7 @@ OURS = (  # what a folder is that this program writes, and files that all are in
     ("a comparison", {"classifier-guidance.jsonl", "classifier-guidance-cells"}),
 )
 MARKS = frozenset().union(*(files for _, files in OURS))
+QUIET = frozenset(["__macosx", "thumbs.db", "desktop.ini"])  # in every second folder: not told
 SHOWN = 5  # names of a list that is printed
 ENCRYPTED, UTF8 = 0x1, 0x800  # bits of a zip entry's flags
 
@@ -86,6 +87,7 @@ def told_of(left_out):
     """What is said of names [(path, what of OURS it is, or '')] that are not listed."""
     mine = [f"{path}/ ({kind})" for path, kind in left_out if kind]
     counts = Counter(path.rpartition("/")[2] for path, kind in left_out if not kind)
+    counts = {name: count for name, count in counts.items() if name.lower() not in QUIET}
     said = []
     if mine:
         folders = "1 folder" if len(mine) == 1 else f"{len(mine)} folders"
@@ -206,8 +208,10 @@ def _left_out(parts, kinds):
 
 def _plain(path, text):
     """A name with '/' between its folders, and none at its end; BadInput if it leads out."""
-    text = unicodedata.normalize("NFC", text.replace("\\", "/"))
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = text.replace("\\", "/")
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     parts = []
     for part in text.split("/"):
         if part == ".." and parts:

@@ -77,11 +77,16 @@ def _tell_older(folder, manifest):
         say_once(f"{told} ({size / 1e6:,.1f} MB): {shortened(older)}")
 
 
+def told_of(source, told):
+    """The one line that says what was found, and what of it is left out; '' for none."""
+    return "; ".join(filter(None, [told, source.told]))
+
+
 def _write_all(source, folder, split, size, classes, workers, name):
     """images.npy and labels.npy in `folder`; returns the manifest."""
     contents = source.contents()
-    if contents.told:
-        say_once(contents.told)  # before the work: it may not be what was meant
+    if told := told_of(source, contents.told):
+        say_once(told)  # before the work: it may not be what was meant
     keep, labels, class_names = _choose(contents, classes)
     if contents.arrays is not None and size is None:
         workers = 1  # there is nothing to compute

@@ -17,7 +17,7 @@ from image_data.arrays import (
     idx_source,
 )
 from image_data.listing import is_image
-from image_data.trees import PACKED, kaggle_source, tree_source, walk_of
+from image_data.trees import PACKED, is_split, kaggle_source, tree_source, walk_of
 
 MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist",
@@ -129,14 +129,19 @@ def _with_raw(*folders):
 
 
 def _known_tree(name, folder, split):
-    """The image files of a known set, if they lie in as many class folders as it has; else None.
+    """The image files of a known set, if there are class folders, however many; else None.
 
-    A line says that those which do not, such as a picture left there, are not used.
+    A line says how many of its classes are there, or that loose images are not used.
     """
     walked = walk_of(folder) if folder.is_dir() else ([], [])
     images = [path.split("/") for path, *_ in walked[0]]
     classes = {parts[-2] for parts in images if len(parts) > 1}
-    if images and len(classes) == CLASSES[name]:
+    classes = {found.casefold() for found in classes if not is_split(found)}
+    if classes:
+        if len(classes) != CLASSES[name]:
+            there = "is" if len(classes) == 1 else "are"
+            known = f"{name}'s {CLASSES[name]} classes {there} there"
+            say_once(f"note: {len(classes)} of {known}: class folders in {folder}")
         return tree_source(folder, split, walked)
     if images:
         first = folder.joinpath(*images[0])

@@ -3,18 +3,20 @@
 Folders and zips are read by one rule, whatever system made them (image_data/listing.py), and one
 printed line tells what was understood:
 
-Around everything   Folders that hold all images say nothing: photos/photos/train/ is train/.
+Around everything   Folders that hold all images say nothing: photos/photos/train/ is train/; but
+                    cat/1.png beside an empty dog/ is of class cat.
 Splits              Folders named train or training; test, testing, eval or evaluation; val, valid,
                     validation or dev, in any case of letters. Other words and digits may stand
-                    around both names of a pair: seg_train and seg_test, train and test1. Of test
+                    around both names of a pair: seg_train and seg_test, train and test1, and words
+                    for images around either: trainset, test_images. Of test
                     and val, test is the test split, unless only val has class folders, as in
                     ImageNet. Where one is missing, train and test are the same images.
 Classes             The first folders below a split, or of all where there are no splits. Numbers
                     are sorted by value, other names by their letters. Both splits have the same
                     classes, those of train and test together. Cat/ in train and cat/ in test are
                     one class. Images without class folders have no classes.
-Both                A split's name among folders of images is a class: car, bus and train are three
-                    classes, for a train is a thing. Where there are train/cat and test/cat, other
+Both                A split's name among two or more other folders of images is a class: car, bus
+                    and train are three classes, for a train is a thing. Where there are train/cat and test/cat, other
                     folders beside them, and loose images, are not used.
 
 Refused with a word of what to do: anything between those; train beside training; class folders
@@ -45,12 +47,15 @@ import numpy as np
 from image_data.listing import files, listing, ours, shortened, told_of
 from image_data.source import Contents, Source, stamp
 
-RULE = 2  # of what is said above: what an earlier one understood is prepared anew
+RULE = 3  # of what is said above: what an earlier one understood is prepared anew
 WORDS = {
     "train": ("train", "training"),
     "test": ("test", "testing", "eval", "evaluation"),
     "val": ("val", "valid", "validation", "dev"),
 }
+FILLERS = ("set", "dataset", "data", "images", "image", "imgs", "img", "pictures", "photos")
+JOINED = re.compile(f"({'|'.join(sum(WORDS.values(), ()))})(?:{'|'.join(FILLERS)})")
+MORE = frozenset(["extra", "unlabeled", "unlabelled", "unsup", "pred", "other", "others", "rest"])
 PICTURES = frozenset(["image", "images", "img", "imgs"])
 MASKS = frozenset(["label", "labels", "mask", "masks", "annotations", "gt", "segmentation"])
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -69,7 +74,7 @@ def tree_source(path, split, walked=None):
         digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
         _refuse_ours(Path(path))
         wanted = [where, digest, split, RULE]
-        told = f"{path}: {told_of(left_out)}" if left_out else ""
+        told = told_of(left_out)
     else:
         wanted = [where, *stamp(path), split, RULE]
     return Source(where, wanted, lambda: _tree(path, listing(path), split), told)
@@ -124,11 +129,11 @@ def _tree(path, found, split):
     """The Contents of a split, from the Listing of all files."""
     if not found.images:
         raise BadInput(_no_images(path, found))
-    prefix, names = _unwrap("", list(found.images), lambda top: not _exact(top))
+    prefix, names = _unwrap("", list(found.images), lambda at: _is_around(at, found))
     folders, notes = _splits(path, prefix, names, found.folders)
     train, test = (_part(path, folder, _below(folder, names)) for folder in folders)
     if train.counts and len(test.counts) == 1 and not _same_names(train) & _same_names(test):
-        folder, below = _unwrap(test.folder, test.names, lambda top: True)  # val/images/1.png
+        folder, below = _unwrap(test.folder, test.names, lambda at: True)  # val/images/1.png
         notes.append(f"{folder} is no class of {train.folder}: its images have no classes")
         test = _Part(folder, below)
     class_names = _class_names(path, train, test, notes)
@@ -156,7 +161,9 @@ def _no_images(path, found):
     packed = [name for name in found.others if name.lower().endswith(PACKED) and "/" not in name]
     if packed:
         where = Path(path) / packed[0]
-        hint = f"did you mean {where}?" if packed[0].endswith(".zip") else f"unpack {where} first"
+        hint = f"unpack {where} first"
+        if Path(path).is_dir() and where.suffix == ".zip":
+            hint = f"did you mean {where}?"
     elif found.others:
         hint = f"files such as {found.others[0]} are of other kinds"
     else:
@@ -169,12 +176,28 @@ def _images(count):
 
 
 def _unwrap(prefix, names, goes):
-    """(prefix, names below it) without the folders around everything, as long as goes(folder)."""
+    """(prefix, names below it) without the folders around everything, as long as goes(path)."""
     while True:
         top, slash, _ = names[0].partition("/")
-        if not slash or not goes(top) or any(not name.startswith(f"{top}/") for name in names):
+        if (
+            not slash
+            or not goes(prefix + top)
+            or any(not name.startswith(f"{top}/") for name in names)
+        ):
             return prefix, names
         prefix, names = f"{prefix}{top}/", _below(f"{top}/", names)
+
+
+def _is_around(folder, found):
+    """Whether the one folder that holds all images is no split, nor the only class with images."""
+    parent, slash, name = folder.rpartition("/")
+    if _exact(name):
+        return False
+    loose = any("/" not in image for image in _below(f"{folder}/", found.images))
+    if not loose or name.casefold() in PICTURES:
+        return True
+    beside = {f[:-1] for f in found.folders if f[:-1].rpartition("/")[0] == parent} - {folder}
+    return all(f.rpartition("/")[2].casefold() in MASKS for f in beside)
 
 
 def _below(folder, names):
@@ -189,9 +212,20 @@ def _exact(folder):
     return next((s for s, words in WORDS.items() if folder.casefold() in words), None)
 
 
+def is_split(folder):
+    """Whether a word in a folder's name tells a split, and no other word is in it."""
+    return bool(told := _split_of(folder)) and not told[1]
+
+
 def _split_of(folder):
-    """(the split that a word in a folder's name tells, its other words), or None."""
-    words = re.findall(r"[^-_. 0-9]+", folder.casefold())
+    """(the split that a word in a folder's name tells, its other words), or None.
+
+    Words that say that it holds images say nothing: trainset and train_images are train.
+    """
+    apart = re.sub("(?<=[a-z])(?=[A-Z])", " ", folder).casefold()  # trainA is train a
+    words = re.findall(r"[^-_. 0-9]+", apart)
+    words = [JOINED.fullmatch(word)[1] if JOINED.fullmatch(word) else word for word in words]
+    words = [word for word in words if word not in FILLERS]
     told = [(s, w) for s, known in WORDS.items() for w in words if w in known]
     return (told[0][0], [w for w in words if w != told[0][1]]) if len(told) == 1 else None
 
@@ -220,8 +254,9 @@ def _splits(path, prefix, names, folders):
         inside[top] = {_same(_class_of(name)) for name in below} - {""}
     trains = [top for top in found if found[top] == "train"]
     held_out = [top for top in found if found[top] != "train"]
-    paired = trains and held_out
-    if others and not paired and not any(inside.values()):
+    flat = {_class_of(name) for name in names if name.count("/") == 1} == {*tops}
+    alike = flat and len(others) > 1 and not MORE & set(map(str.casefold, others))
+    if len(found) == 1 and alike and not any(inside.values()):
         found = {}  # car, bus and train
     if not trains and any("/" not in name for name in names):
         found = {}
@@ -237,9 +272,9 @@ def _splits(path, prefix, names, folders):
     of = {}
     for top, split in found.items():
         if split in of:
-            raise BadInput(
-                f"{path}: {of[split]}/ and {top}/ both name the {split} split; join them"
-            )
+            one = f"{path}: {of[split]}/ and {top}/ both name the {split} split; join them"
+            this = f", or type --data {Path(path) / prefix / of[split]}" if split == "train" else ""
+            raise BadInput(one + this * Path(path).is_dir())
         of[split] = top
     bare = [f[len(prefix) : -1] for f in folders if f.startswith(prefix)]
     bare = {split: top for top in bare if top not in tops and (split := _exact(top))}
@@ -271,7 +306,7 @@ def _folders(names):
 def _inside(folder, names):
     """_unwrap() of a split: training_set/training_set/ is training_set/."""
     mine = _split_of(folder[:-1])
-    return _unwrap(folder, names, lambda top: _split_of(top) == mine)
+    return _unwrap(folder, names, lambda at: _split_of(at.rpartition("/")[2]) == mine)
 
 
 def _part(path, folder, names):
@@ -284,9 +319,10 @@ def _part(path, folder, names):
         raise BadInput(f"{path} mixes class folders and loose images ({stray}); move one of them")
     inner = {}  # class folder -> splits that folders in it name
     for top, below in {tuple(name.split("/")[:2]) for name in names if name.count("/") > 1}:
-        inner.setdefault(top, set()).add(_exact(below))
-    for top, splits in sorted(inner.items()):
-        if "train" in splits and len(splits - {None}) > 1:
+        inner.setdefault(top, set()).add(below)
+    for top, below in sorted(inner.items()):
+        splits = set(_split_folders(below).values())
+        if "train" in splits and len(splits) > 1:
             raise BadInput(
                 f"{path} has splits inside of {folder}{top}/, expected class folders inside of "
                 f"train/ and test/, such as train/{top}/1.png; or is {top}/ the data set to name?"

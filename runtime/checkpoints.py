@@ -1,10 +1,11 @@
 """Checkpoints: plain tensors and numbers, read without running any code."""
 
 from runtime.commandline import BadInput, not_given, typed
-from runtime.typed_flags import check_idle
+from runtime.typed_flags import check_idle, needed
 
 import dataclasses
 import hashlib
+import json
 import re
 import sys
 import zipfile
@@ -18,6 +19,9 @@ ARCHITECTURE = ("size", "num_heads", "num_head_channels", "norm_groups", "new_or
 NOISE = ("schedule", "timesteps", "alpha_min")
 FORWARD = (*NOISE, "trained_betas", "prediction")
 UNSAID = frozenset(ARCHITECTURE + FORWARD)
+# Settings of a walk, which decide where a published network's files say something else.
+WALK = ("variance", "clip_denoised", "dynamic_threshold", "spacing", "sample_steps", "eta")
+WALK += ("timestep_respacing", "sampler")
 
 
 class DamagedCheckpoint(BadInput):
@@ -87,23 +91,30 @@ def trained_config(config_class, state):
 def overlaid(trained, cfg, names):
     """The settings `trained` of a checkpoint, with those of `names` that cfg was given.
 
-    Given is what was typed, and what is not as cfg's class has it, such as by --smoke.
+    Given is what was typed, and what is not as cfg's class has it, such as by --smoke. BadInput for
+    a typed one that does nothing, unless that is by a setting which cfg's script does not read.
     """
     defaults = type(cfg)()
     chosen = set(names).difference(not_given(cfg, names))
     chosen |= {name for name in names if getattr(cfg, name) != getattr(defaults, name)}
     made = dataclasses.replace(trained, **{name: getattr(cfg, name) for name in chosen})
-    check_idle(made, typed(names))
+    check_idle(made, [name for name in typed(names) if hasattr(cfg, needed(made, name)[0])])
     return made
 
 
 def asked(cfg, script="", names=UNSAID):
     """What load_net of a chapter takes from the command line: the decay of --ema, which script
-    draws, "" for none, and those of the settings `names` that flags or --config give."""
-    names = sorted(name for name in names if hasattr(cfg, name))
+    draws, "" for none, and what read_network takes of settings that flags or --config give."""
+    flags = sorted(name for name in names if hasattr(cfg, name))
+    how = {"given": given(cfg, flags), "flags": flags, "walk": given(cfg, WALK)}
+    return {"ema": typed_ema(cfg), "script": script, **how}
+
+
+def given(cfg, names):
+    """{name: value} of those of the settings `names` that cfg has and flags or --config give."""
+    names = [name for name in names if hasattr(cfg, name)]
     left = not_given(cfg, names)
-    given = {name: getattr(cfg, name) for name in names if name not in left}
-    return {"ema": typed_ema(cfg), "script": script, "given": given}
+    return {name: getattr(cfg, name) for name in names if name not in left}
 
 
 def restored(config_class, build, state, path, device, ema=None):
@@ -113,6 +124,8 @@ def restored(config_class, build, state, path, device, ema=None):
     weights of other networks, and decays not there.
     """
     cfg, shape = trained_config(config_class, state), tuple(state["shape"])
+    if isinstance(data := getattr(cfg, "data", ""), TrainedOn):
+        data.checkpoint = path
     names = state["class_names"] if cfg.class_cond else []
     net = build(shape, len(names), cfg).to(device, memory_format=torch.channels_last)
     load_weights(net, chosen_ema(state, path, ema))
@@ -131,18 +144,19 @@ def as_trained(cfg, names, path, scripts=()):
 
 
 def typed_ema(cfg):
-    """The decay that --ema names, or None where it was not typed."""
+    """The decay that --ema names, or None where neither it nor --config gives one."""
     return None if not_given(cfg, ("ema",)) else cfg.ema[0]
 
 
 def chosen_ema(state, path, decay=None):
     """The weights of the running mean with this decay in a checkpoint; of the first without one.
 
-    Those of the network itself, which then stand there, where the run kept no mean. Raises BadInput
-    where there is no such mean.
+    Those of the network itself, which then stand there, where the run kept no mean. A published
+    network has one, whatever a --config says. Raises BadInput where there is no such mean.
     """
     decays, kept = state["config"]["ema"], [state["ema"], *state.get("more_emas", ())]
-    if decay is None:
+    published = "step" not in state
+    if decay is None or published and not typed(("ema",)):
         return kept[0]
     averages = dict(zip(decays, kept, strict=bool(decays)))
     if decay not in averages:
@@ -166,8 +180,18 @@ def load_weights(net, state):
         raise BadInput(f"these weights are of another network: {told}") from None
 
 
-def differing(theirs, ours, free):
-    """A line "key A there, B here" for each setting that differs; those of `free` may."""
+def plain(settings):
+    """The settings of a dataclass, or a dictionary of them, as YAML and checkpoints give them."""
+    known = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings
+    return json.loads(json.dumps(known))
+
+
+def differing(theirs, ours, free, kind=None):
+    """A line "key A there, B here" for each setting that differs; those of `free` may.
+
+    kind: the class of our settings. Where theirs are from before there was one, its default counts.
+    """
+    theirs = (plain(kind()) if dataclasses.is_dataclass(kind) else {}) | theirs
     return [
         f"{key} {theirs.get(key)} there, {ours.get(key)} here"
         for key in sorted({*theirs, *ours} - free)

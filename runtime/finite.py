@@ -22,6 +22,11 @@ def lengths(x):
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), dtype=dtype)
 
 
+def clamped(x, low, high):
+    """x.clamp(low, high), in which infinity, too, becomes NaN, as NaN stays NaN."""
+    return x.clamp(low, high) - (x - x)
+
+
 def check_finite(x, names, what="the image of seed", mend=MEND):
     """x (B,...), each of one of `names`; NotFinite where it holds NaN or infinity."""
     finite = lengths(x).isfinite()  # (B,)

@@ -1,10 +1,9 @@
 """A run directory: config.yaml, log.jsonl, ckpt.pt and the one before it, whole at any time."""
 
-from runtime.checkpoints import DamagedCheckpoint, differing, load_checkpoint
+from runtime.checkpoints import DamagedCheckpoint, differing, load_checkpoint, plain
 from runtime.commandline import BadInput
 from runtime.files import also_named, atomic_write, read_log
 
-import dataclasses
 import json
 import math
 import platform
@@ -45,8 +44,7 @@ class RunFolder:
         tensorboard=False,
     ):
         self.path, self.script, self.world = Path(folder), script, world
-        config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
-        self.settings = json.loads(json.dumps(config))  # lists and numbers, as YAML gives back
+        self.kind, self.settings = type(config), plain(config)
         self.config = self.settings | (made_of or {})
         self.free, self.resume, self.keep_every = frozenset(free), resume, keep_every
         self.log_path = self.path / "log.jsonl"
@@ -69,7 +67,7 @@ class RunFolder:
         """
         state = self._choose()
         if state is not None:
-            others = differing(state["config"], self.config, self.free)
+            others = differing(state["config"], self.config, self.free, self.kind)
             if others:
                 where = self.path if self.resume == "auto" else self.resume
                 raise BadInput(

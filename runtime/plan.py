@@ -3,11 +3,10 @@
 Nothing here computes with numbers: a network is counted on tensors that have only shapes.
 """
 
-from runtime.checkpoints import differing, load_mapped
+from runtime.checkpoints import differing, load_mapped, plain
 
 import copy
 import dataclasses
-import json
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -231,9 +230,9 @@ def state(path, cfg):
         step, config = found["step"], found["config"]
     except Exception:  # whatever torch.load makes of a file that is cut
         return f"{path} is damaged, the checkpoint before it may be whole", 0
-    ours = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    ours = plain(cfg)
     theirs = {key: value for key, value in config.items() if key in ours}
-    if others := differing(theirs, ours, cfg.FREE):
+    if others := differing(theirs, ours, cfg.FREE, type(cfg)):
         return f"REFUSED, {path}: {'; '.join(others)}: name another --out", 0
     return f"at step {step}", step
 

@@ -1,8 +1,9 @@
 """What parse() says of flags that were typed: unknown ones, and those that would do nothing."""
 
-from runtime.commandline import BadInput, closest, flag
+from runtime.commandline import BadInput, closest, flag, typed
 
 import dataclasses
+import math
 import re
 
 import torch
@@ -12,8 +13,8 @@ MOST_GUIDANCE = 2.0**24  # above it float32 does not tell 1 + w from w
 EVERYWHERE = frozenset({"config", "out", "smoke", "gpus"})  # they have a part in all
 
 
-def check_typed(cfg, typed):
-    """Raise BadInput for a typed flag that would do nothing: see runtime.commandline.Script.
+def check_typed(cfg, given):
+    """Raise BadInput for one of the settings `given` by flags that would do nothing: see Script.
 
     Also for two tasks at once.
     """
@@ -23,19 +24,33 @@ def check_typed(cfg, typed):
     task = cfg.task()
     known = {field.name for field in dataclasses.fields(cfg)}
     used = known - cfg.IDLE if not task else cfg.USES[task] | set(cfg.USES) | EVERYWHERE
-    for name in sorted(typed & known - used):
+    for name in sorted(given & known - used):
         others = " or ".join(flag(other) for other, part in cfg.USES.items() if name in part)
-        told = f"is for {others}" if others and not task else f"has no part in {flag(task)}"
+        told = f"is for {others}" if others else "does nothing here"
+        told = f"has no part in {flag(task)}" if task else told
         raise BadInput(f"{flag(name)} {told}: leave it out")
     # What a task reads from a checkpoint may yet give a setting that another one needs.
-    check_idle(cfg, [name for name in typed if not task or needed(cfg, name)[0] in typed])
+    check_idle(cfg, [n for n in given if not task or needed(cfg, n)[0] in given], given)
 
 
-def check_idle(cfg, names):
-    """Raise BadInput for one of these settings, which were typed, that does nothing in cfg."""
+def check_idle(cfg, names, also=()):
+    """Raise BadInput for one of these settings, which were typed, that does nothing in cfg.
+
+    But for what is 0 itself, or needs a number that was typed as 0: so a sweep goes through. also:
+    further settings that were typed.
+    """
     for name in sorted(names):
-        if why := idle(cfg, name):
+        other = needed(cfg, name)[0]
+        swept = _is_zero(getattr(cfg, name, None))
+        swept |= _is_zero(getattr(cfg, other, None)) and bool(other in also or typed((other,)))
+        if (why := idle(cfg, name)) and not swept:
             raise BadInput(f"{flag(name)} does nothing {why}: leave it out, or change that")
+
+
+def _is_zero(value):
+    """Whether it is the number 0, or several."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return all(number == 0 and not isinstance(number, bool) for number in numbers)
 
 
 def needed(cfg, name):
@@ -55,6 +70,26 @@ def idle(cfg, name):
         return f"beside {flag(other)}" if on else ""
     on = str(value) in values.split(",") if values else on
     return "" if on else f"without {flag(other)} {values.replace(',', ' or ')}".strip()
+
+
+def check_within(cfg, names, low, high, what):
+    """Raise BadInput for one of these settings, which were typed, that lies outside low .. high.
+
+    The line says `what` low to high is. It rounds them so that what it names is within.
+    """
+    for name in names:
+        if not low <= getattr(cfg, name) <= high:
+            within = f"{inwards(low, math.ceil):.3g} to {inwards(high, math.floor):.3g}"
+            told = f"{what} {within}; type a number of these, or leave it out"
+            raise BadInput(f"{flag(name)} {getattr(cfg, name):g}: {told}")
+
+
+def inwards(x, way):
+    """x >= 0 with three digits, by math.floor or math.ceil; 0 and infinity are themselves."""
+    if not 0 < x < math.inf:
+        return x
+    unit = 10.0 ** (math.floor(math.log10(x)) - 2)
+    return way(x / unit) * unit
 
 
 def check_finite(cfg):

@@ -1,6 +1,7 @@
 """Settings in a YAML file, as the fields of a dataclass; a text stays as it is written."""
 
 from runtime.commandline import BadInput, closest, flag
+from runtime.typed_flags import MOST
 
 import dataclasses
 import os
@@ -12,6 +13,9 @@ from typing import Annotated, get_args, get_origin
 import yaml
 
 KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", ...: "..."}
+LISTS = frozenset(
+    {"classes", "seeds", "interpolate", "timestep_respacing"}
+)  # texts that commas part
 MERGE = "tag:yaml.org,2002:merge"  # of the key <<
 
 
@@ -24,20 +28,32 @@ def yaml_settings(path, config_class):
     loader, pairs = _pairs(path, text)
     kinds = {f.name: f.type for f in dataclasses.fields(config_class) if f.name != "config"}
     kinds = {name: kind for name, kind in kinds.items() if get_origin(kind) is not Annotated}
+    defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
     settings = {}  # what is annotated has no flag
     for key, node in pairs:
         if key not in kinds:
             raise BadInput(f"--config {path}: unknown key {key!r}{closest(key, kinds)}")
-        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        listed = isinstance(node, yaml.SequenceNode)
+        nodes = node.value if listed else [node]
+        several = key in LISTS or "," in str(defaults[key])
+        why = ""
         if any(part.tag == "tag:yaml.org,2002:null" for part in nodes):
             raise BadInput(f"--config {path}: {key} has no value; type '' for an empty one")
         try:
-            settings[key] = _of_nodes(kinds[key], nodes, loader)
+            settings[key] = value = _of_nodes(kinds[key], nodes, loader)
+            if kinds[key] is str and listed and len(nodes) != 1 and not several:
+                why = ", not a list"
+            elif kinds[key] is str and listed and several and any("," in n.value for n in nodes):
+                why = ", parted at every comma: type numbers for names that hold one"
+            elif value != defaults[key] and not _is_finite(value):
+                why = f", finite and below {MOST:.1g}"
+            if why:
+                raise ValueError
         except (ValueError, yaml.YAMLError):
             written = " ".join(text[node.start_mark.index : node.end_mark.index].split())
             wrong = f"{key} is {written[:60]}; {flag(key)} takes {_takes(kinds[key])}"
-            zeros = ", without a zero in front" * bool(re.match("[+-]?0[0-9_]", written))
-            raise BadInput(f"--config {path}: {wrong}{zeros}") from None
+            why = why or ", without a zero in front" * bool(re.match("[+-]?0[0-9_]", written))
+            raise BadInput(f"--config {path}: {wrong}{why}") from None
     return settings
 
 
@@ -76,6 +92,12 @@ def _pairs(path, text):
         if twice := [key for key, times in Counter(key for key, _ in part).items() if times > 1]:
             raise BadInput(f"--config {path}: {twice[0]} is set twice; keep one of the lines")
     return loader, pairs
+
+
+def _is_finite(value):
+    """Whether float32 holds this number, or all of several; True of anything else."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return all(abs(x) <= MOST for x in numbers if isinstance(x, float))
 
 
 def _takes(kind):

@@ -20,6 +20,10 @@ import torch
 # Parts of names that say: a running mean, and what runs beside one.
 MEAN = re.compile(r"(?<![A-Za-z])(?:ema|swa|averaged?|shadow)(?![a-z])|(?<!SCH)E(?:MA|ma)(?![a-z])")
 LEARNS = re.compile(r"online|student")
+# That it is none, whatever else the name says: non_ema, no-EMA, WithoutEma, raw.
+NO_MEAN = re.compile(
+    r"(?<![a-z])(?:non?|not|without|pre)[-_ ]?ema(?![a-z])|(?<![a-z])raw(?![a-z])", re.IGNORECASE
+)
 # What wrappers around a part of a network add in the middle of its names.
 AROUND = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Numbers that lie among the tensors of a running mean.
@@ -106,9 +110,15 @@ class Found(NamedTuple):
         return ".".join(map(str, self.entry))
 
     @property
-    def is_mean(self):
-        names = f"{self.label}.{self.prefix}"
-        return bool(MEAN.search(names)) and not LEARNS.search(names)
+    def rank(self):
+        return rank_of(f"{self.label}.{self.prefix}")
+
+
+def rank_of(name):
+    """Of several weights the least is taken: 0 of a running mean, 2 of what is said to be none."""
+    if NO_MEAN.search(name):
+        return 2
+    return 0 if MEAN.search(name) and not LEARNS.search(name) else 1
 
 
 def network(content, marks, path):
@@ -118,9 +128,10 @@ def network(content, marks, path):
             or no tensor has such a name, the largest dictionary of tensors is taken as it is
     words   what was taken and left, "" where the file holds nothing else
 
-    Of several, a running mean is taken, then the last of a list, then the largest. BadInput, naming
-    the path, for a checkpoint of this project, for running means whose names are not known, for a
-    network that lies among other tensors, and where there are none.
+    Of several, a running mean is taken, and only after all others what is said to be none; of these
+    the last of a list, then the largest. BadInput, naming the path, for a checkpoint of this
+    project, for running means whose names are not known, for a network that lies among other
+    tensors, and where there are none.
     """
     if script := own_script(content):
         raise BadInput(
@@ -146,7 +157,7 @@ def network(content, marks, path):
                 "torch.save(net.state_dict(), 'mean.pt')"
             )
         raise BadInput(f"{path} is not a state_dict: expected names and tensors")
-    best = min(found, key=lambda part: (not part.is_mean, -part.place, -len(part.tensors)))
+    best = min(found, key=lambda part: (part.rank, -part.place, -len(part.tensors)))
     return best.tensors, words_of(best, content, found)
 
 
@@ -197,7 +208,7 @@ def nameless(content):
     for entry, inner in walk(content):
         for key, value in inner.items():
             whole = (*entry, key)
-            if is_list_of_tensors(value) and MEAN.search(".".join(map(str, whole))):
+            if is_list_of_tensors(value) and rank_of(".".join(map(str, whole))) == 0:
                 yield whole, value
 
 
@@ -290,7 +301,11 @@ def words_of(best, content, found):
     left += [part.prefix for part in found if part.entry == best.entry and part is not best]
     if left:
         said.append(f"leaves out {listed(left)}")
-    return ", ".join(said)
+    if best.rank == 2:
+        said.append("these are no running means")
+    several = sum(part.rank == 0 for part in found) > 1
+    hint = "; of several running means save the one you want in a file of its own"
+    return ", ".join(said) + hint * several
 
 
 def before(names, found):

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from networks.published.contents import BESIDE, holds, listed, network
+from networks.published.contents import BESIDE, holds, listed, network, rank_of
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # What a file of weights in a folder of diffusers or transformers is called, and the index of parts:
@@ -28,7 +28,7 @@ WHOLE = rf"{VARIANT}\.(safetensors|bin)"
 INDEX = rf"{VARIANT}\.(safetensors|bin){VARIANT}\.index{VARIANT}\.json"
 PART_OF = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.")
 FILE = r"(?!\.*$)[^/\\\0]{1,200}"  # a name without folders
-# The best of several variants: others follow, and then what is no running mean.
+# The best of several variants, others follow; a running mean is before all, what is none after.
 VARIANTS = ("", "fp32", "fp16", "bf16")
 U_NET = ("input_blocks.0.0.weight", "time_embedding.linear_1.weight")  # marks of a U-Net's tensors
 # In which weights are numbers themselves. Others are codes, of quantised networks, whose scales lie
@@ -93,16 +93,16 @@ def weights_in(folder, names, index_first):
         for match in filter(None, (re.fullmatch(f"(?:{names}){pattern}", name) for name in files)):
             variant = next((part for part in match.groups() if part and part not in KINDS), "")
             place = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
-            learns = variant.replace("-", "_") == "non_ema"
+            rank = rank_of(variant)
             kind = KINDS.index(next(part for part in match.groups() if part in KINDS))
-            found.append((learns, place, kind, is_index != index_first, match[0]))
+            found.append((rank, place, kind, is_index != index_first, match[0]))
     if not found:
         if parts := [name for name in files if PART_OF.search(name)]:
             raise BadInput(f"{folder} holds {parts[0]}, one of several parts, but no index of them")
         return None
-    (learns, *_, best), *others = sorted(found)
+    (rank, *_, best), *others = sorted(found)
     said = [f"leaves out {listed([name for *_, name in others])}"] if others else []
-    said += ["these are no running means"] if learns else []
+    said += ["these are no running means"] if rank == 2 else []
     if said:
         say(f"{folder}: takes {best!r}, {', '.join(said)}")
     return folder / best

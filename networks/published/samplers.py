@@ -3,20 +3,18 @@
     check_drawn(path, facts, "ddim")    facts: what schedule.read_schedule says of its scheduler
 
 A file names a class of diffusers' schedulers; a script here is one sampler, or a few. Where the
-two are not the same, a line says what is drawn, or BadInput what to type. Differences that are
-meant, and are said in the line:
+two are not the same, a line says what is drawn, or BadInput what to type. What differs in the steps
+of a class stands in schedule.CLASSES; besides, and said in the line,
 
-- DDIMScheduler steps from t to t - T // n, wherever its next timestep lies; ours to that one. The
-  two are the same under "leading", and under "trailing" where n divides T.
-- Where x0_hat is clipped, our DDIM takes the eps_hat of the clipped one, as OpenAI's code does;
-  diffusers' where use_clipped_model_output is typed.
-- The solvers of diffusers leave out timestep 0 under "linspace" and "leading" and divide the rest
-  by n + 1; the Euler schedulers do not round under "linspace", and start at noise of variance
-  1 - alpha_bar_T. Ours visit timestep 0, round, and start at variance 1.
-- The last ancestral step adds no noise, also under "trailing" with fixed_large.
+- where x0_hat is clipped, our DDIM takes the eps_hat of the clipped one, as OpenAI's code does, and
+  diffusers' where use_clipped_model_output is typed;
+- the last ancestral step adds no noise, also under "trailing" with a variance that is not 0 there.
+
+Under "trailing" diffusers visits one timestep more for some n, 61 of 1000 for one, because its
+numbers are rounded; ours are always n.
 """
 
-from runtime.commandline import BadInput, typed
+from runtime.commandline import BadInput
 from runtime.processes import say_once
 
 from pathlib import Path
@@ -28,13 +26,14 @@ from networks.published.schedule import CLASSES, config_alpha_bar, read_schedule
 DRAWS = {
     "ddpm_pixel": "ancestral steps",
     "improved_ddpm": "ancestral steps",
-    "ddim": "DDIM, --eta of fresh noise",
-    "dpm_solver": "DPM-Solver++(2M), or --sampler heun",
+    "ddim": "DDIM",
+    "dpm_solver": "DPM-Solver++(2M)",
     "compare_samplers": "all its samplers",
     "classifier_guidance": "guided steps of DDPM, or --sampler ddim",
     "edm": "Heun's method of EDM",
     "publish": "",
 }
+MOST_VISITED = 100  # the --sample-steps of the chapters, where nothing says another number
 ANCESTRAL = ("ddpm_pixel", "improved_ddpm")
 # Settings of DPM-Solver's steps, and those of dpm_solver.py: the first is what diffusers writes,
 # others are what it takes for the same.
@@ -44,8 +43,12 @@ SOLVER = {
     "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
     "lambda_min_clipped": (float("-inf"),),
 }
-# What is typed beside a flag that decides what a file asks for in vain.
-AND = {"clip_denoised": " or --no-clip-denoised", "spacing": " leading to leave it out"}
+# What is typed where a flag decides what a file asks for in vain.
+INSTEAD = {
+    "clip_denoised": "--clip-denoised or --no-clip-denoised",
+    "spacing": "--spacing leading to leave it out",
+}
+NO_VARIANCE = ("ddim", "dpm_solver", "edm")  # in whose steps it has no part
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 CLIPS = {
     "clamp": "x0_hat clamped to [-1, 1]",
@@ -94,11 +97,12 @@ def read_scheduler(path, file):
     return read_schedule(file, sampler=sampler)
 
 
-def config_of(path, facts, given, learned):
+def config_of(path, facts, given, learned, script="", walk=None):
     """The settings of a schedule and its sampling by the names of improved_ddpm.Config, alpha_bar.
 
     facts    of read_schedule, {} where no file says them: then Ho et al.'s, but for those given
     learned  whether the network gives variances
+    walk     as check_drawn has it: a variance there decides where the file's cannot be drawn
     """
     config = dict(schedule="linear", timesteps=1000, alpha_min=0.001, prediction="eps")
     config |= {"trained_betas": (), **given}
@@ -111,59 +115,70 @@ def config_of(path, facts, given, learned):
         config |= {"dynamic_threshold": facts["clip"] == "dynamic"}
     said = facts.get("variance", "")
     if said == "learned" and not learned:
-        raise BadInput(f"{path}: its scheduler asks for a variance that its network does not give")
+        if script not in NO_VARIANCE and (walk or {}).get("variance") not in ("small", "large"):
+            raise BadInput(
+                f"{path}: variance_type 'learned_range' is not supported, its network gives no "
+                "variance: expected fixed_small or fixed_large; or type --variance small"
+            )
+        said = "small"
     config["variance"] = ("auto" if learned else "small") if said in ("", "learned") else said
     config |= facts.get("notes", {})
     if config["trained_betas"]:
         config["timesteps"] = len(config["trained_betas"])
+    if config["timesteps"] < MOST_VISITED:
+        config.setdefault("sample_steps", config["timesteps"])
     return config, config_alpha_bar(config, path)
 
 
-def check_drawn(path, facts, script):
-    """BadInput where this script does not draw what the scheduler says, unless a flag decides it.
+def check_drawn(path, facts, script, walk=None):
+    """BadInput where this script does not draw what the scheduler says, unless `walk` decides it.
 
     script: stem of the script, "publish" for `python -m networks.published`, or "", where nothing
-    is drawn. Else one line says what the files are understood as.
+    is drawn; walk: {name: value} of checkpoints.WALK that flags or --config give. Else one line
+    says what is drawn.
     """
-    name, clip, cannot = facts["sampler"], facts["clip"], facts["cannot"]
+    name, clip, walk = facts["sampler"], facts["clip"], walk or {}
     kind = CLASSES.get(name or "DDPMScheduler")
     if kind is None:
         known = ", ".join(known.removesuffix("Scheduler") for known in CLASSES)
         raise BadInput(f"{path}: scheduler {name} is not supported, expected one of {known}")
-    if script:
-        for flag, why in cannot.items():
-            if not typed((flag,)):
-                raise BadInput(f"{why}; or type --{flag.replace('_', '-')}{AND[flag]}")
-    if script in ANCESTRAL and not kind.command.startswith("improved") and not typed(("variance",)):
+    for setting, why in facts["cannot"].items() if script else ():
+        if setting not in walk and (setting, script) != ("spacing", "edm"):
+            instead = f"type {INSTEAD[setting]}"
+            if (setting, script) == ("spacing", "classifier_guidance"):
+                instead = publishing(path, "--spacing leading")
+            raise BadInput(f"{why}; or {instead}")
+    if script in ANCESTRAL and not kind.command.startswith("improved") and "variance" not in walk:
         raise BadInput(
             f"{path} asks for {name}: type python {_with(kind.command, path)}; or add --variance "
             "small for ancestral steps"
         )
     if clip == "dynamic":
-        does_threshold(path, script)
-    if kind.set_alpha_to_one and facts["fields"]["set_alpha_to_one"] is not True and script:
+        does_threshold(path, script, walk)
+    ddim = script in ("ddim", "compare_samplers") or walk.get("sampler") == "ddim"
+    if kind.set_alpha_to_one and facts["fields"]["set_alpha_to_one"] is not True and ddim:
         raise BadInput(
             f"{path}: set_alpha_to_one false is not supported: the last step ends at alpha_bar 1; "
             "expected true"
         )
-    if script == "dpm_solver" and name.startswith("DPMSolver") and not typed(("sampler",)):
+    if script == "dpm_solver" and name.startswith("DPMSolver") and "sampler" not in walk:
         for field, values in SOLVER.items():
             if facts["fields"][field] not in (*values, None):
                 raise BadInput(
                     f"{path}: {field} {facts['fields'][field]!r} is not supported, expected "
                     f"{values[0]!r}; or type --sampler dpmpp to draw by that"
                 )
-    say_once(f"{path}: {_told(facts, kind, script)}")
+    say_once(f"{path}: {_told(facts, kind, script, walk)}")
 
 
-def does_threshold(path, script):
+def does_threshold(path, script, walk=None):
     """Whether a script divides x0_hat by a percentile, which `path` asks for.
 
-    BadInput for one that does not, where no typed flag says whether it clamps instead.
+    BadInput for one that does not, where `walk`, of check_drawn, does not say if it clamps instead.
     """
     if script in ("", "improved_ddpm", "publish"):
         return True
-    if not typed(("clip_denoised",)):
+    if "clip_denoised" not in (walk or {}):
         raise BadInput(
             f"{path} asks for a dynamic threshold (thresholding), which improved_ddpm.py does: "
             f"type python improved_ddpm.py --sample {path}; or add --clip-denoised for a clamp, "
@@ -172,33 +187,76 @@ def does_threshold(path, script):
     return False
 
 
+def publishing(path, flags):
+    """What to type where a script has not these flags."""
+    return f"type python -m networks.published {path} --out FOLDER with {flags}, and use FOLDER"
+
+
 def _with(command, path):
     """'ddim.py --eta 1' -> 'ddim.py --sample PATH --eta 1'."""
     script, *flags = command.split(" ", 1)
     return " ".join([script, f"--sample {path}", *flags])
 
 
-def _told(facts, kind, script):
-    """What is understood, in one line."""
-    name, T, clip = facts["sampler"], facts["timesteps"], facts["clip"]
+def _told(facts, kind, script, walk):
+    """What is understood and drawn, in one line: what `walk` says goes before the file's facts."""
+    name, T = facts["sampler"] or "DDPMScheduler", facts["timesteps"]
+    clip, spacing, drawn_by = _clip_of(facts, script, walk), facts["spacing"], DRAWS.get(script)
     table = "its own table of betas" if facts["schedule"] == "other" else facts["schedule"]
     words = [f"{table}, T = {T}, predicts {facts['prediction']}", CLIPS[clip]]
-    words += [f"{facts['spacing']} timesteps", name or "of no named class, taken as DDPMScheduler"]
+    spacing = walk.get("spacing", spacing)
+    respacing = facts["notes"].get("timestep_respacing", "")
+    respacing = "" if {"spacing", "sample_steps"} & walk.keys() else respacing
+    respaces = script in ("improved_ddpm", "classifier_guidance")
+    respacing = walk.get("timestep_respacing", respacing) if respaces else ""
+    if script != "edm":
+        words += [f"timesteps {respacing}" if respacing else f"{spacing} timesteps"]
+    words += [facts["sampler"] or "of no named class, taken as DDPMScheduler"]
     if script == "publish":
-        words += [] if name in ("", "DDPMScheduler") else ["which becomes DDPMScheduler"]
+        words += [] if name == "DDPMScheduler" else ["which becomes DDPMScheduler"]
+    if script in ("", "publish"):
         return "; ".join(words)
-    if script:
-        words.append(f"drawn by {DRAWS[script]}")
-    own = kind.command.split(".")[0]
-    if script and (script != own or not kind.same) and not {script, own} <= {*ANCESTRAL}:
-        words[-1] += f", not as {name or 'DDPMScheduler'} does"
-    elif "--" in kind.command and script:
-        words[-1] += f"; {name} is {kind.command.split(' ', 1)[1]}"
-    if script == "ddim" and name.startswith("DDIM"):
-        if clip != "none":
-            words.append("eps_hat is that of the clipped x0_hat (use_clipped_model_output)")
-        if facts["spacing"] != "leading":
-            words.append("t_prev is the next timestep, not t - T // n")
-    if script and kind.spacing == "linspace" and facts["spacing"] != "trailing":
-        words.append("timesteps are whole and include 0")
+    if script == "ddim":
+        drawn_by += f", eta {walk.get('eta', 0.0):g}"
+    if script == "dpm_solver" and walk.get("sampler") == "heun":
+        drawn_by = "Heun's method"
+    differs = list(_differences(facts, kind, script, walk, clip, "" if respacing else spacing))
+    words.append(f"drawn by {drawn_by}")
+    if differs:
+        words.append(f"differs from diffusers' {name}: {'; '.join(differs)}")
     return "; ".join(words)
+
+
+def _clip_of(facts, script, walk):
+    """The name in CLIPS of what is drawn."""
+    clip = facts["clip"]
+    if "clip_denoised" in walk and (clip != "dynamic" or script not in ("", "improved_ddpm")):
+        clip = "clamp" if walk["clip_denoised"] else "none"
+    if "dynamic_threshold" in walk:
+        plain = "clamp" if walk.get("clip_denoised", facts["clip"] != "none") else "none"
+        clip = "dynamic" if walk["dynamic_threshold"] else plain
+    return clip
+
+
+def _differences(facts, kind, script, walk, clip, spacing):
+    """What differs in the images from those of the class; spacing "" of steps by their numbers."""
+    own, *flags = kind.command.split(".py")
+    steps = ANCESTRAL if own in ANCESTRAL else (own,)
+    eta = walk.get("eta", 0.0) if script == "ddim" else 0.0
+    asked = eta if facts["sampler"].startswith("DDIM") else 1.0 if "--eta" in flags[0] else 0.0
+    heun = script == "dpm_solver" and walk.get("sampler") == "heun"
+    if script not in steps or not kind.same or eta != asked or heun:
+        yield "it takes other steps"
+        return
+    if spacing in kind.unlike:
+        yield kind.unlike[spacing]
+    elif spacing == "quadratic":
+        yield "it has no quadratic timesteps"
+    if own == "ddim" and kind.clip_sample is not None and clip != "none":
+        yield (
+            "images differ from DDIMPipeline's, which keeps eps_hat of the unclipped x0_hat; with "
+            "--no-clip-denoised both are the same"
+        )
+    variance = walk.get("variance", facts["variance"])
+    if own in ANCESTRAL and spacing == "trailing" and variance in ("large", "learned"):
+        yield "its last step adds noise"

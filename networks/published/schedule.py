@@ -48,8 +48,9 @@ OBEYED = {
     "steps_offset": object,
     "set_alpha_to_one": bool,
 }
-# these are about the steps of a class: obeyed or refused by the script that takes such steps
-# (samplers.SOLVER), and where another draws, its line says so,
+# these are about the steps of a class. dpm_solver.py takes or refuses those in samplers.SOLVER; of
+# the others only the type is looked at: steps of these classes are not taken here, or nothing of
+# them hangs on the value, and the line of what is drawn says so,
 OF_CLASS = {
     "skip_prk_steps": bool,
     "algorithm_type": str,
@@ -89,7 +90,8 @@ class Kind(NamedTuple):
     """A class of schedulers: what draws like it, and what it means where a file says nothing."""
 
     command: str  # script and flags whose steps are its, or the nearest to them
-    same: bool = True  # whether these are its steps
+    same: bool = True  # whether these are its steps, but for
+    unlike: dict[str, str] = {}  # {spacing of ours: what differs there}
     spacing: str = "linspace"
     clip_sample: bool | None = None  # None: it has no such field, and never clips
     thresholding: bool | None = None  # the same
@@ -97,8 +99,12 @@ class Kind(NamedTuple):
     betas: tuple[float, float] = (1e-4, 0.02)
 
 
-_DDPM = Kind("improved_ddpm.py", True, "leading", True, False)
-_DDIM = Kind("ddim.py", True, "leading", True, False, True)
+_ZERO = "it leaves out timestep 0 and divides the rest by n + 1"
+_NEXT = "it steps to t - T // n, not to the next timestep"
+_START = "it starts at noise of variance 1 - alpha_bar, not 1"
+_EULER = {"linear": f"{_START}, and does not round timesteps", "trailing": _START}
+_DDPM = Kind("improved_ddpm.py", True, {}, "leading", True, False)
+_DDIM = Kind("ddim.py", True, {"linear": _NEXT, "trailing": _NEXT}, "leading", True, False, True)
 _SOLVER = Kind("dpm_solver.py", False, thresholding=False)
 _OTHER = Kind("dpm_solver.py", False, betas=(0.00085, 0.012))
 CLASSES = {
@@ -107,13 +113,15 @@ CLASSES = {
     "DDIMScheduler": _DDIM,
     "DDIMParallelScheduler": _DDIM,
     "DDIMInverseScheduler": _DDIM._replace(same=False, thresholding=None),
-    "PNDMScheduler": Kind("ddim.py", False, "leading", set_alpha_to_one=False),
-    "DPMSolverMultistepScheduler": _SOLVER._replace(same=True),
+    "PNDMScheduler": Kind("ddim.py", False, spacing="leading", set_alpha_to_one=False),
+    "DPMSolverMultistepScheduler": _SOLVER._replace(
+        same=True, unlike={"linear": _ZERO, "leading": _ZERO}
+    ),
     "DPMSolverSinglestepScheduler": _SOLVER,
     "UniPCMultistepScheduler": _SOLVER,
     "DEISMultistepScheduler": _SOLVER,
-    "EulerDiscreteScheduler": Kind("ddim.py"),
-    "EulerAncestralDiscreteScheduler": Kind("ddim.py --eta 1"),
+    "EulerDiscreteScheduler": Kind("ddim.py", True, _EULER),
+    "EulerAncestralDiscreteScheduler": Kind("ddim.py --eta 1", True, _EULER),
     "LMSDiscreteScheduler": Kind("dpm_solver.py", False),
     "HeunDiscreteScheduler": _OTHER._replace(clip_sample=False),
     "KDPM2DiscreteScheduler": _OTHER,

@@ -29,7 +29,13 @@ from networks.published.files import (
     read_weights,
     write_json,
 )
-from networks.published.samplers import check_drawn, config_of, does_threshold, read_scheduler
+from networks.published.samplers import (
+    check_drawn,
+    config_of,
+    does_threshold,
+    publishing,
+    read_scheduler,
+)
 from networks.published.schedule import scheduler_config
 from networks.published.unet_config import STYLES, of_config
 from networks.published.unet_names import (
@@ -42,9 +48,6 @@ from networks.published.unet_names import (
     with_present_names,
 )
 from networks.sizes import groups_for
-
-# What scripts that have flags of ARCHITECTURE have not.
-LACKS = {"publish": (), "ddpm_pixel": ("num_head_channels", "new_order"), "": ("new_order",)}
 
 CLASSIFIERS = "classifier_guidance"  # stem of the script that trains classifiers of noisy images
 
@@ -70,6 +73,7 @@ def load_published(
     new_order=None,
     null_label=None,
     given=None,
+    flags=(),
 ):
     """A published network: dict(settings, shape, num_classes, state, facts, null_label, taken).
 
@@ -93,6 +97,7 @@ def load_published(
     null_label  true for folders of save_diffusers: that the last row of labels means "no label"
     given    the same by name, of ARCHITECTURE, from a command line that has flags for it: a typed
              one is refused where config.json tells it, too, and no zero is a size or a group
+    flags    names of the settings that this command line has, for hints
     improved-diffusion trained T = 4000 with rescale_timesteps: call net(x, t * 1000 / 4000).
 
     BadInput, with the first names, for tensors or settings that are not those of such a network.
@@ -120,7 +125,8 @@ def load_published(
     if keywords.get("num_heads") and not keywords.get("num_head_channels"):
         keywords["num_head_channels"] = 0
     told |= keywords
-    height, width = _image_size(told["size"], s, weights, given is not None)
+    height, width = _image_size(told["size"], s, path, flags)
+    _check_groups(told["norm_groups"], s, of_file and config, path, flags)
     if s.out not in (s.channels, 2 * s.channels):
         raise BadInput(
             f"{weights} makes {s.out} channels of {s.channels}: "
@@ -175,16 +181,16 @@ def _typed(given, of_file, layout, path):
     return {k: v for k, v in found.items() if k not in of_file and (v or k not in left)}
 
 
-def read_network(path, scripts=(), script="", given=None):
+def read_network(path, scripts=(), script="", given=None, flags=(), walk=None):
     """The state of a checkpoint, or of a published network in the form of one (see as_checkpoint).
 
     scripts: stem of the script that samples it, or several; any without. script: which one draws
-    now, "" where nothing is drawn; given: as as_checkpoint has them. BadInput, naming the file,
-    where another script does, where it is missing, where it is no such file, and for a typed
-    setting that the file itself tells.
+    now, "" where nothing is drawn; given, flags, walk: as as_checkpoint has them. BadInput, naming
+    the file, where another script does, where it is missing, where it is no such file, and for a
+    typed setting that the file itself tells.
     """
     if is_published(path):
-        state = as_checkpoint(path, script, given)
+        state = as_checkpoint(path, script, given, flags, walk)
         scripts = [scripts] if isinstance(scripts, str) else scripts
         if scripts and state["script"] not in scripts:
             command = f"python {state['script']}.py --sample {path}"
@@ -196,7 +202,7 @@ def read_network(path, scripts=(), script="", given=None):
         # Where nothing is drawn, --size is about the data.
         _refuse([name for name in given or () if script or name != "size"], path)
     if state["config"].get("dynamic_threshold"):
-        state["config"]["dynamic_threshold"] = does_threshold(path, script)
+        state["config"]["dynamic_threshold"] = does_threshold(path, script, walk)
     return state
 
 
@@ -212,36 +218,37 @@ def told_classifier(path):
     return f"{path} is a classifier of noisy images, no diffusion network: type {command}"
 
 
-def as_checkpoint(path, script="", given=None):
+def as_checkpoint(path, script="", given=None, flags=(), walk=None):
     """A published network in the form of a checkpoint of the chapter that has its U-Net.
 
     script   stem of the one that draws, "" where nothing is drawn: see samplers.check_drawn
     given    {name: value} of ARCHITECTURE and FORWARD that the command line gives by flags or
-             --config, for what the files do not say; None for scripts that have no such flags
+             --config, for what the files do not say
+    flags    all of these settings that this command line has, by name
+    walk     what it gives of checkpoints.WALK: see samplers.check_drawn
 
     A dictionary: script, config (the settings that the files say of the network, its schedule and
     its sampling, by the names of that chapter's Config; data is ""), shape, class_names, ema,
     settings, alpha_bar float64 (T,) and null_label. Where there is no scheduler, it is Ho et al.'s:
     linear, T = 1000, eps. Printed lines say what was understood. BadInput for what cannot be drawn.
     """
-    found = load_published(path, given=given)
-    facts, settings, flags = found["facts"], found["settings"], given or {}
-    forward = {name: value for name, value in flags.items() if name in FORWARD}
+    found = load_published(path, given=given, flags=flags)
+    facts, settings = found["facts"], found["settings"]
+    forward = {name: value for name, value in (given or {}).items() if name in FORWARD}
     if facts:
         _refuse(forward, path)
-        check_drawn(path, facts, script)
-    config, alpha_bar = config_of(path, facts, forward, settings["learn_sigma"])
+        check_drawn(path, facts, script, walk)
+    learned = settings["learn_sigma"]
+    config, alpha_bar = config_of(path, facts, forward, learned, script, walk)
     if not facts:
         said = f"{config['schedule']}, T = {len(alpha_bar)}, predicting {config['prediction']}"
         said = said if not config["trained_betas"] else f"--trained-betas, {said}"
-        other = _hint(path, "--schedule, --timesteps, --prediction", given)
+        other = _hint(path, ("schedule", "timesteps", "prediction"), flags)
         say_once(f"{path} has no scheduler: taken as {said}; where it has another, {other}")
     if taken := found["taken"]:
         size = "x".join(map(str, found["shape"][1:]))
         said = ", ".join(f"{k} {size if k == 'size' else v}" for k, v in taken.items())
-        lacks = {} if given is None else LACKS.get(script, LACKS[""])
-        flags = ", ".join(f"--{k.replace('_', '-')}" for k in taken if k not in lacks)
-        other = _hint(path, flags, given)
+        other = _hint(path, taken, flags)
         say_once(f"{path} does not say all of its form: taken as {said}; for others {other}")
     about = {"data": "", "class_cond": found["num_classes"] > 0, "ema": [0.9999]}
     return dict(
@@ -256,10 +263,11 @@ def as_checkpoint(path, script="", given=None):
     )
 
 
-def _hint(path, flags, given):
-    """What to type, where a script has these flags (given is not None), and where it has none."""
-    command = f"python -m networks.published {path} --out FOLDER with {flags}, and use FOLDER"
-    return f"type {command if given is None else flags}"
+def _hint(path, names, flags, value=""):
+    """What to type for the settings `names`: those among the flags that a script has, if any."""
+    own = [name for name in names if name in flags]
+    typed_as = ", ".join(f"--{name.replace('_', '-')}{value}" for name in own or names)
+    return f"type {typed_as}" if own else publishing(path, typed_as)
 
 
 def is_plain(settings):
@@ -377,13 +385,25 @@ def channel_mult(s):
 def _image_size(size, s, path, flags):
     """(height, width); BadInput if unknown, or if the levels cannot halve it."""
     if not size:
-        told = _hint(path, "--size 32 or another", {} if flags else None)
+        told = _hint(path, ("size",), flags, " 32 or another")
         raise BadInput(f"{path} does not tell its image size: {told}")
     height, width = (size, size) if isinstance(size, int) else size
     factor = 2 ** (len(s.levels) - 1)
     if height % factor or width % factor:
         raise BadInput(f"{path}: images of {height}x{width} cannot be halved to {factor} parts")
     return height, width
+
+
+def _check_groups(groups, s, config, path, flags):
+    """BadInput for groups of norms that no network here has; config: the file that says them."""
+    if all(c % groups == 0 and c > groups for c in s.levels):
+        return
+    channels = f"the channels {list(s.levels)} into two or more each"
+    if config:
+        told = "one channel a group is not supported: expected a number that divides"
+        raise BadInput(f"{config}: norm_num_groups {groups}: {told} {channels}")
+    told = _hint(path, ("norm_groups",), flags, " of another number")
+    raise BadInput(f"{path}: --norm-groups {groups} must divide {channels}: {told}")
 
 
 def published_defaults(layout, s):

@@ -2,6 +2,7 @@
 
 from runtime.commandline import BadInput
 from runtime.files import read_log
+from runtime.finite import NotFinite
 from runtime.processes import World
 
 from dataclasses import replace
@@ -134,3 +135,16 @@ def test_the_gradient_is_drawn_towards_the_next_class(monkeypatch, toy):
     assert {y for _, y in seen[: len(guide.SHOWN)]} == {1 - labels[0].item()}
     assert [t for t, _ in seen[: len(guide.SHOWN)]] == [int(1000 * part) for part in guide.SHOWN]
     assert sheet[len(guide.SHOWN)].max() in (0, 255) or sheet[len(guide.SHOWN)].min() in (0, 255)
+
+
+def test_logits_that_are_not_finite_are_no_accuracy():
+    ds = Five(torch.zeros(5, 1, 2, 2), torch.zeros(5).long())
+
+    def broken(x, t):
+        return torch.full((len(x), 2), torch.nan if t[0] > 500 else 1.0)
+
+    def noisy(x0, t, eps):
+        return x0
+
+    with pytest.raises(NotFinite, match="at t = 525 are not finite"):  # the first above 500
+        over_time.accuracy(broken, noisy, ds, 1000, 5, 2, World())

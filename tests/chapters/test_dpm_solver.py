@@ -250,7 +250,7 @@ def test_interpolation_ends_in_the_samples_of_its_seeds(path, tmp_path, monkeypa
         (["--sample", "a", "--sampler", "euler"], "euler"),
         (["--sample", "CKPT", "--sample-steps", "51"], "type a number from 1 to 50"),
         (["--sample", "CKPT", "--classes", "d"], "--classes d"),
-        (["--encode", "a", "--classes", "a"], "choose them by --seeds"),
+        (["--encode", "a", "--classes", "a"], "choose by --seeds"),
         (["--sample", "a"], "checkpoint a"),
     ],
 )

@@ -1,7 +1,10 @@
 """edm.py's commands: DDPM++ with augmentation, averages afterwards, churn, published weights."""
 
 from runtime.checkpoints import load_checkpoint, trained_config
+from runtime.commandline import BadInput
 from runtime.posthoc_ema import reconstruct
+
+import re
 
 import edm_pickles as files
 import numpy as np
@@ -13,6 +16,7 @@ from reference_edm import published, spread
 from tiny_runs import flags
 
 import edm
+from ddpm_pixel import make_alpha_bar
 from networks.edm_unet import DDPMpp
 from networks.published.edm import read_edm
 
@@ -94,7 +98,7 @@ def test_a_run_without_averages_has_no_other_length(toy, tiny, tmp_path):
     succeed("edm", *tiny["edm"], *toy, *flags("edm", ema_lengths=()), "--steps", 3, "--out", out)
     assert not (out / "power").exists()
     line = refused("edm", "--sample", out / "ckpt.pt", "--gpus", 0, "--ema-length", 0.1)
-    assert "--ema-lengths" in line
+    assert "--ema-length 0.1: " in line and "train it with --ema-lengths" in line
 
 
 def test_a_published_pickle_is_sampled(tmp_path):
@@ -123,3 +127,32 @@ def test_other_vectors_of_augmentation_are_refused(tmp_path):
     files.written(path, lambda: {"ema": files.precond(files.tree(tensors), 8, 3)})
     line = refused("edm", "--sample", path, "--gpus", 0)
     assert "edm.pkl" in line and "4 numbers" in line and "expected 9" in line
+
+
+def test_a_run_s_own_config_may_stand_beside_it(run, tmp_path):
+    asked = ["--sample", run / "ckpt.pt", "--gpus", 0, "--n", 1, "--sample-steps", 3]
+    succeed("edm", *asked, "--config", run / "config.yaml", "--out", tmp_path)
+    assert "--column: " in refused("edm", *asked, "--column", "iddpm")
+
+
+def test_sigmas_that_a_network_does_not_know_are_refused_by_their_flag(monkeypatch):
+    column = edm.Chain(make_alpha_bar("linear", 1000))  # from 0.0100005 to 157.407
+    assert column.sigma_min > 0.01 and column.sigma_max > 157
+
+    def steps(*typed, **more):
+        monkeypatch.setattr("sys.argv", ["edm.py", "--sample", "x", *typed])
+        values = dict(zip(typed[::2], map(float, typed[1::2]), strict=True))
+        named = {name[2:].replace("-", "_"): value for name, value in values.items()}
+        return edm.steps_of(edm.Config(**named, **more), column)
+
+    with pytest.raises(BadInput) as error:
+        steps("--sigma-min", "0.002")
+    assert str(error.value).startswith("--sigma-min 0.002: ") and "sigma-max" not in str(error)
+    low, high = re.search(r"from (\S+) to ([\d.]+);", str(error.value)).groups()
+    found = steps("--sigma-min", low, "--sigma-max", high)  # what the line says can be typed
+    assert [found[0], found[-2]] == pytest.approx([float(high), float(low)])
+    with pytest.raises(BadInput, match="--sigma-max 500: .* to 157; type"):
+        steps("--sigma-min", "1", "--sigma-max", "500")
+    assert steps()[-2] == pytest.approx(column.sigma_min)  # a default is moved to its end
+    with pytest.raises(BadInput, match="no sigmas from 200 to 300"):
+        steps(sigma_min=200.0, sigma_max=300.0)

@@ -1,9 +1,12 @@
 """What a published network's files leave to the command line, and what they do not."""
 
+import json
+
 import numpy as np
 import openai_unet
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from launching import refused, succeed
 from test_published_sampling import BETAS, PUBLISH, drawn, trained
 
@@ -67,9 +70,103 @@ def test_forms_that_cannot_be_are_refused(openai, flags, told):
     assert told in refused("improved_ddpm", "--sample", openai, "--gpus", 0, *flags)
 
 
-def test_scripts_without_these_flags_say_how_to_write_them_down(openai, tmp_path):
-    told = refused("ddim", "--sample", openai, "--gpus", 0)
-    assert f"python -m networks.published {openai} --out FOLDER with --size 32" in told
+@pytest.mark.parametrize("script", ["ddim", "classifier_guidance"])
+def test_scripts_without_these_flags_say_how_to_write_them_down(script, openai, tmp_path):
+    more = ["--classifier", openai] if script == "classifier_guidance" else []
+    told = refused(script, "--sample", openai, "--gpus", 0, *more)
+    hint = f"python -m networks.published {openai} --out FOLDER with --size 32 or another, and use"
+    assert hint in told
+    told = succeed(PUBLISH, openai, "--out", tmp_path / "a", "--size", 8).out  # as it says
+    *_, hint = told.partition("where it has another, type ")
+    assert hint.startswith("--schedule, --timesteps, --prediction\n")
+    *_, hint = told.partition("for others type ")
+    assert hint.startswith("--num-heads, --num-head-channels, --norm-groups, --new-order\n")
+    typed = ["--schedule", "cosine", "--timesteps", 8, "--prediction", "v", "--new-order"]
+    typed += ["--num-heads", 2, "--norm-groups", 16]
+    succeed(PUBLISH, openai, "--out", tmp_path / "b", "--size", 8, *typed)
+    if not more:
+        drawn("ddim", tmp_path / "b", tmp_path / "c")  # of 8 timesteps, all
+
+
+def test_hints_name_flags_that_the_script_takes(openai, tmp_path):
+    lines = drawn("improved_ddpm", openai, tmp_path / "a", "--size", 8, "--sample-steps", 2)[1]
+    *_, hint = lines.partition("where it has another, type ")
+    *_, form = lines.partition("for others type ")
+    flags = [flag for line in (hint, form) for flag in line.split("\n")[0].split(", ")]
+    values = {"--schedule": "cosine", "--timesteps": 20, "--prediction": "v", "--num-heads": 2}
+    values |= {"--num-head-channels": 32, "--norm-groups": 16}
+    assert flags == list(values)
+    for flag in flags:
+        typed = ["--size", 8, "--sample-steps", 2, flag, values[flag]]
+        drawn("improved_ddpm", openai, tmp_path / "b", *typed)
+
+
+def altered(tmp_path, unet=None, **scheduler):
+    """A folder of diffusers' UNet2DModel of 20 timesteps with these settings."""
+    how = {"block_out_channels": (16, 32), "norm_num_groups": 4} | (unet or {})
+    net = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        **how,
+    )
+    DDPMPipeline(net, DDPMScheduler(20, 0.01, 0.3)).save_pretrained(tmp_path / "folder")
+    file = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | scheduler))
+    return tmp_path / "folder"
+
+
+def test_a_short_chain_is_visited_whole_where_nobody_typed_a_number(tmp_path):
+    path = altered(tmp_path)
+    few = ["--sample-steps", 20]
+    for script in ("improved_ddpm", "ddim", "dpm_solver"):
+        typed = ["--variance", "small"] if script == "improved_ddpm" else []
+        images, _ = drawn(script, path, tmp_path / "a", *typed)
+        assert np.array_equal(images, drawn(script, path, tmp_path / "b", *typed, *few)[0])
+        told = refused(script, "--sample", path, "--sample-steps", 21, "--gpus", 0)
+        assert "--sample-steps 21" in told
+
+
+def test_a_variance_that_the_network_does_not_give(tmp_path):
+    path = altered(tmp_path, variance_type="learned_range")
+    told = refused("improved_ddpm", "--sample", path, "--gpus", 0)
+    assert "variance_type 'learned_range' is not supported" in told
+    assert "; or type --variance small" in told
+    drawn("improved_ddpm", path, tmp_path / "a", "--variance", "small")
+    succeed(PUBLISH, path, "--out", tmp_path / "b", "--variance", "small")
+    drawn("improved_ddpm", tmp_path / "b", tmp_path / "c")
+    drawn("ddim", path, tmp_path / "d")  # where it has no part
+
+
+def test_norms_of_one_channel_a_group_are_named_as_the_file_has_them(tmp_path):
+    path = altered(tmp_path, {"block_out_channels": (32, 64), "norm_num_groups": 32})
+    for script in ("improved_ddpm", "ddim"):
+        told = refused(script, "--sample", path, "--gpus", 0)
+        assert f"{path / 'unet' / 'config.json'}: norm_num_groups 32: one channel a group" in told
+        assert "--norm-groups" not in told
+
+
+def test_settings_of_a_file_count_as_typed(tmp_path):
+    path, file = altered(tmp_path, _class_name="DDIMScheduler"), tmp_path / "how.yaml"
+    (path / "model_index.json").unlink()
+    file.write_text("variance: small\nclip_denoised: false\nspacing: trailing\n")
+    assert "add --variance small" in refused("improved_ddpm", "--sample", path, "--gpus", 0)
+    told = drawn("improved_ddpm", path, tmp_path / "a", "--config", file)[1]
+    assert "x0_hat not clipped; trailing timesteps; DDIMScheduler; drawn by ancestral" in told
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    more = dict(thresholding=True, sample_max_value=1e4)
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | more))
+    file.write_text("clip_denoised: true\nspacing: trailing\n")
+    assert "add --clip-denoised" in refused("ddim", "--sample", path, "--gpus", 0)
+    told = drawn("ddim", path, tmp_path / "b", "--config", file)[1]
+    assert "x0_hat clamped to [-1, 1]; trailing timesteps; DDIMScheduler; drawn by DDIM" in told
+    typed = drawn("ddim", path, tmp_path / "c", "--config", file, "--no-clip-denoised")[1]
+    assert "x0_hat not clipped; trailing timesteps" in typed
+    told = drawn("dpm_solver", path, tmp_path / "d", "--no-clip-denoised", "--sampler", "heun")[1]
+    assert "drawn by Heun's method" in told and "x0_hat not clipped" in told
 
 
 @pytest.mark.parametrize(

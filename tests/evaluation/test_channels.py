@@ -12,6 +12,7 @@ from evaluation import channels, image_sets
 from evaluation.channels import in_channels
 from evaluation.classifier import Classifier, ClassifierFeatures
 from evaluation.image_sets import Chosen, Images, Statistics
+from evaluation.sides import Side, channels_text
 from evaluation.inception_features import PROTOCOLS, Extractor
 
 ALL = ("frechet", "is", "kid", "prdc", "memorisation")
@@ -137,7 +138,8 @@ def test_images_without_an_axis_of_channels_are_gray_and_a_line_says_so(tmp_path
         assert isinstance(found.images, np.memmap)
         assert found.told == f"{path} holds (30, 8, 8), taken as gray images"
     both = in_channels(found, 3)
-    assert "taken as gray images; " in both.told and "repeated in three" in both.told
+    assert both.told == f"{found.told}, repeated in three channels"
+    assert channels_text(Side(both), Side(both)) == both.told  # A and B are one file
 
 
 UNIT = np.linspace(0, 1, 30 * 8 * 8 * 3).reshape(30, 8, 8, 3)

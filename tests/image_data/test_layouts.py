@@ -78,9 +78,6 @@ CASES = {
     "a_train_is_a_thing": Case(
         "car/1 bus/2 train/3 train/4", "bus:2 car:1 train:3,4", "bus:2 car:1 train:3,4", ":3,4"
     ),
-    "a_test_beside_a_control": Case(
-        "test/1 control/2", "control:2 test:1", "control:2 test:1", "- | :1"
-    ),
     "things_named_like_splits": Case(
         "bus/1 test_tube/2 train_station/3",
         *["bus:1 test_tube:2 train_station:3"] * 2,
@@ -342,7 +339,6 @@ DIFFERS = {  # from imagefolder, and why; all else is read alike
     "capitals": "it knows no Train",
     "all_capitals": "it knows no Train",
     "a_train_is_a_thing": "it takes the class for a split",
-    "a_test_beside_a_control": "it takes the class for a split",
     "things_named_like_splits": "it takes the classes for splits",
     "numbers": "it sorts 10 before 2",
     "inner_folders": "it calls the last folder the class",

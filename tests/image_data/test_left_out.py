@@ -70,7 +70,7 @@ def test_folders_of_this_program_are_no_classes(tmp_path, told, marks, kind, pac
     assert (np.asarray(told.found.images) == list(pixels.values())).all()
     said = f"left out: 1 folder of this program: runs/a/ ({kind})"
     assert after.count(said) == 1 and "without images" not in after
-    assert packed or after == f"set: {said}\n{before}" == told(path)  # prepared once
+    assert packed or after == f"{before[:-1]}; {said}\n" == told(path)  # prepared once
 
 
 def test_a_folder_of_that_kind_of_names_alone_is_a_class(tmp_path, told):
@@ -86,14 +86,17 @@ def test_what_systems_leave_behind_is_left_out_and_said(tmp_path, told, packed):
     names = [f"{name}/1.png" for name in ("#recycle", "$RECYCLE.BIN", "cat/@eaDir", "dog/@eaDir")]
     names += ["lost+found/1.png", "System Volume Information/1.png", "__pycache__/1.png"]
     write_tree(tmp_path / "set", [*NAMES, *names, "cat/.ipynb_checkpoints/1.png"])
-    (tmp_path / "set" / "cat" / "Thumbs.db").write_text("")
+    for name in ("cat/Thumbs.db", "dog/desktop.ini"):  # which deserve no word
+        (tmp_path / "set" / name).write_text("")
+    write_tree(tmp_path / "set", ["__MACOSX/cat/1.png"])
     path = tmp_path / "set"
     if packed:
         path = shutil.make_archive(str(path), "zip", path)
     said = "left out: 1 named #recycle, 1 named $RECYCLE.BIN, 2 named @eaDir, 1 named System Volume"
-    said += " Information, 1 named Thumbs.db, 1 named __pycache__, 1 named lost+found\n"
+    said += " Information, 1 named __pycache__, 1 named lost+found\n"
     line = told(path)
-    assert said in line.replace("; left", "\nset: left") and "without" not in line
+    assert line.endswith(f"; {said}") and line.count("\n") == 1 and "without" not in line
+    assert told(path) == line
     assert told.found.class_names == ("cat", "dog") and len(told.found) == 8
 
 
@@ -155,22 +158,48 @@ def test_out_among_the_images_is_refused(tmp_path):
 @pytest.mark.parametrize("name, count", sources.CLASSES.items())
 def test_a_stray_picture_is_no_known_data_set(tmp_path, told, monkeypatch, name, count):
     monkeypatch.setenv("DIFFUSION_MIRROR", "http://127.0.0.1:9")
-    write_tree(tmp_path / name, ["sheet.png", "old/1.png"], side=2)
+    write_tree(tmp_path / name, ["sheet.png", "train/1.png"], side=2)
     with pytest.raises(BadInput, match="could not download|cannot be downloaded"):
         told(name, ".")
     processes.SAID.clear()
     names = [f"{split}/{i}/1.png" for split in ("train", "test") for i in range(count)]
     shutil.rmtree(tmp_path / name)
     write_tree(tmp_path / name, names, side=2)
-    told(name, ".")
+    assert "classes are there" not in told(name, ".")
     assert told.found.num_classes == count == len(told.found)
 
 
+@pytest.mark.parametrize(
+    "name, folders, line",
+    [
+        ("afhq", ["train/cat"], "1 of afhq's 3 classes is there: class folders in afhq"),
+        ("afhq", ["train/cat", "train/dog", "val/cat", "val/dog"], "2 of afhq's 3 classes are"),
+        ("imagenet100", ["n01", "n02"], "2 of imagenet100's 100 classes are there"),
+        ("cifar10", ["test/frog", "train/frog", "train/ship"], "2 of cifar10's 10 classes are"),
+    ],
+)
+def test_some_classes_of_a_known_set_are_used_and_said(
+    tmp_path, told, monkeypatch, name, folders, line
+):
+    """As configs/imagenet100.yaml promises; nothing is downloaded in their place."""
+    monkeypatch.setenv("DIFFUSION_MIRROR", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    write_tree(tmp_path / name, [f"{folder}/1.png" for folder in folders])
+    assert f"note: {line}" in told(name, ".")
+    assert told.found.class_names == tuple(sorted({f.split("/")[-1] for f in folders}))
+    write_tree(tmp_path / name, ["sheet.png"])
+    if name == "imagenet100":
+        with pytest.raises(BadInput, match=r"mixes class folders and loose images .sheet.png"):
+            told(name, ".")
+    else:
+        assert "1 image outside of train/" in told(name, ".")
+
+
 def test_the_stray_picture_is_named(tmp_path, capsys):
-    write_tree(tmp_path / "imagenet100", ["sheet.png", "a/1.png"])
+    write_tree(tmp_path / "imagenet100", ["b.png", "a.png"])
     with pytest.raises(BadInput, match="imagenet100 cannot be downloaded without an account"):
         datasets.load("imagenet100", tmp_path)
-    line = f"note: {tmp_path}/imagenet100/a/1.png and 1 more not used: imagenet100 is class folders"
+    line = f"note: {tmp_path}/imagenet100/a.png and 1 more not used: imagenet100 is class folders"
     assert capsys.readouterr().out.startswith(f"{line}, 100 of them; if they")
 
 
@@ -217,7 +246,8 @@ class Settings:
     size: int = 0
 
 
-def test_the_path_of_a_checkpoint_is_of_the_images_it_has_seen(tmp_path, monkeypatch):
+def test_the_path_of_a_checkpoint_is_of_the_images_it_has_seen(tmp_path, monkeypatch, capsys):
+    """They are compared where they are prepared; nothing is prepared for that alone."""
     write_tree(tmp_path / "a" / "set", NAMES)
     write_tree(tmp_path / "b" / "set", [*NAMES, "dog/9.png"])
     monkeypatch.chdir(tmp_path / "a")
@@ -225,16 +255,43 @@ def test_the_path_of_a_checkpoint_is_of_the_images_it_has_seen(tmp_path, monkeyp
     kept = {"data": "set", "size": 4, "classes": "dog", "data_key": key}
     name = trained_config(Settings, {"config": kept}).data
     assert name == "set" and isinstance(name, TrainedOn)
-    for load in (datasets.load, lambda *how: datasets.held_out(*how, (3, 8, 8), ())[0]):
+    note = "still holds what the network was trained on is not known: those images are not prepared"
+    other = rf"b/set holds other images .* \(data_key {key} there, .* or they were read otherwise"
+    for i, split in enumerate(("train", "test")):
+
+        def load(name, split=split):
+            processes.SAID.clear()
+            return datasets.load(name, "d", split=split)
+
         monkeypatch.chdir(tmp_path / "a")
-        assert len(load(name, "d")) == 8  # whatever size and classes are asked for now
+        assert len(load(name)) == 8  # whatever size and classes are asked for now
+        assert note not in capsys.readouterr().out
         monkeypatch.chdir(tmp_path / "b")
-        assert len(load("set", "d")) == 9  # typed: on purpose
-        with pytest.raises(BadInput, match=rf"b/set holds other images .* \(data_key {key} there"):
-            load(name, "d")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInput, match="no data set, folder or zip is named set"):
-        datasets.load(name, "d")
+        assert len(load("set")) == 9  # typed: on purpose
+        if i == 0:
+            before = sorted(os.listdir("d"))
+            assert len(load(name)) == 9 and note in capsys.readouterr().out
+            assert sorted(os.listdir("d")) == before
+            with pytest.raises(BadInput, match=other):  # prepared on purpose, and then compared
+                datasets.load(name, "d", size=4, classes="dog")
+            assert note not in capsys.readouterr().out
+        with pytest.raises(BadInput, match=other):
+            load(name)
+        with pytest.raises(BadInput, match=other):
+            datasets.held_out(name, "d", (3, 8, 8), ())
+
+
+def test_a_path_of_a_checkpoint_that_leads_nowhere_is_said_to_be_the_checkpoints(tmp_path):
+    for kept in ({"data": "photos"}, {"data": "photos", "data_key": "x"}):
+        name = TrainedOn.of(kept)
+        told = "no data set, folder or zip is named photos .*; the checkpoint was trained on it"
+        with pytest.raises(BadInput, match=f"{told}, and names it so: type --data PATH"):
+            datasets.load(name, tmp_path / "d")
+        name.checkpoint = "runs/a/ckpt.pt"
+        with pytest.raises(BadInput, match="; runs/a/ckpt.pt was trained on it, .*--data PATH"):
+            datasets.load(name, tmp_path / "d", split="test")
+    with pytest.raises(BadInput, match=r"named photos \(data sets: [a-z0-9_, ]*\)$"):
+        datasets.load("photos", tmp_path / "d")  # typed
 
 
 def test_known_names_and_checkpoints_without_a_key_are_not_compared(tmp_path):

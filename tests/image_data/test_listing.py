@@ -182,6 +182,19 @@ def test_a_folder_without_images_says_what_is_in_it(tmp_path):
             datasets.load(tmp_path / name.split("/")[0], tmp_path / "d")
 
 
+def test_a_zip_in_a_zip_is_to_be_unpacked_first(tmp_path):
+    for path in (tmp_path / "set", tmp_path / "a.zip"):
+        if path.suffix:
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("data.zip", b"")
+        else:
+            path.mkdir()
+            (path / "data.zip").write_bytes(b"")
+        said = "unpack .*a.zip/data.zip first" if path.suffix else r"did you mean .*data.zip\?"
+        with pytest.raises(BadInput, match=f"holds no images, .*; {said}"):
+            tree_source(path, "train").contents()
+
+
 def test_links_in_a_circle_end(tmp_path):
     write_tree(tmp_path / "set", ["a/1.png", "b/2.png"])
     (tmp_path / "set" / "a" / "x").symlink_to(tmp_path / "set" / "b")

@@ -92,7 +92,7 @@ def test_what_has_more_is_of_the_next_chapter(name, tmp_path):
             "alpha_bar must fall at every step",
         ),
         (dict(trained_betas=[0.1, 1.0], num_train_timesteps=2), "leaves no image at T"),
-        (dict(variance_type="learned_range"), "a variance that its network does not give"),
+        (dict(variance_type="learned_range"), "variance_type 'learned_range' is not supp"),
     ],
 )
 def test_a_scheduler_that_is_not_ours_is_refused(changes, told, tmp_path):

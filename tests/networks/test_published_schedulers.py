@@ -21,6 +21,7 @@ import ddpm_pixel
 import dpm_solver
 import improved_ddpm
 from kernels import gaussian
+from networks.published.schedule import SPACINGS
 
 SEEDS = torch.tensor([3, 9])
 SHAPE = (1, 8, 8)
@@ -87,7 +88,8 @@ def theirs(path, monkeypatch, steps, timesteps=None, **how):
 def same(x, ours, scale=None):
     """Whether two x_0 are the same: within 1e-4 of their size, and one level of 255."""
     assert x.std() > 0.05
-    assert (x - ours).abs().max() < 1e-4 * max(1, x.abs().max().item())
+    if (x - ours).abs().max() >= 1e-4 * max(1, x.abs().max().item()):
+        return False
     return (to_uint8(x).int() - to_uint8(ours).int()).abs().max() <= 1
 
 
@@ -107,6 +109,23 @@ def walked(path, steps, script, sample, **how):
     pairs = ddim.subsequence(cfg.timesteps, steps, cfg.spacing)
     how |= {"prediction": cfg.prediction, "clip": cfg.clip_denoised}
     return end(sample(net, alpha_bar, pairs, shape, SEEDS, **how))
+
+
+@pytest.mark.parametrize("T", [1000, 50])
+@pytest.mark.parametrize("kind", [diffusers.DDPMScheduler, diffusers.DDIMScheduler])
+def test_timesteps_are_those_of_diffusers_for_every_number_of_steps(kind, T):
+    for theirs, ours in SPACINGS.items():
+        scheduler, more = kind(num_train_timesteps=T, timestep_spacing=theirs), 0
+        for n in range(1, T + 1):
+            scheduler.set_timesteps(n)
+            expected = scheduler.timesteps.tolist()
+            if (theirs, n) == ("linspace", 1):
+                expected = [T - 1]  # where linspace has its start alone
+            more += len(expected) > n  # rounded numbers of numpy.arange
+            pairs = ddpm_pixel.timestep_pairs(T, n, ours)
+            assert [t for t, _ in pairs] == expected[:n] and len(pairs) == n, (theirs, n)
+            assert [t for _, t in pairs] == [*expected[1:n], -1]
+        assert not more or ours == "trailing" and more < T / 10
 
 
 DDPM = [
@@ -178,6 +197,20 @@ def test_ddim(unets, config, eta, tmp_path, monkeypatch):
     assert same(expected, walked(path, 10, "ddim", ddim.sample, eta=eta))
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_line_of_ddim_says_what_its_pipeline_draws(unets, clip, tmp_path, monkeypatch, capsys):
+    path = folder(unets, tmp_path, "DDIMScheduler", clip_sample=clip)
+    ours = walked(path, 10, "ddim", ddim.sample)
+    said = capsys.readouterr().out
+    with_clipped = theirs(path, monkeypatch, 10, use_clipped_model_output=True)
+    default = theirs(path, monkeypatch, 10)
+    assert same(with_clipped, ours)
+    assert same(default, ours) == (not clip)
+    told = "images differ from DDIMPipeline's, which keeps eps_hat of the unclipped x0_hat; with "
+    assert (told + "--no-clip-denoised both are the same" in said) == clip
+    assert ("differs from diffusers' DDIMScheduler" in said) == clip
+
+
 def test_ddim_of_timesteps_that_do_not_divide(unets, tmp_path, monkeypatch):
     path = folder(unets, tmp_path, "DDIMScheduler", clip_sample=False)
     assert same(theirs(path, monkeypatch, 7), walked(path, 7, "ddim", ddim.sample))
@@ -209,7 +242,9 @@ def test_dpm_solver_visits_timestep_0_where_diffusers_leaves_it_out(
     sample = lambda *a, **k: dpm_solver.sample("dpmpp", *a, **k)  # noqa: E731
     expected = theirs(path, monkeypatch, 7, timesteps=ours)
     assert same(expected, walked(path, 7, "dpm_solver", sample))
-    assert "timesteps are whole and include 0" in capsys.readouterr().out
+    told = "differs from diffusers' DPMSolverMultistepScheduler: it leaves out timestep 0"
+    assert told in capsys.readouterr().out
+    assert not same(theirs(path, monkeypatch, 7), walked(path, 7, "dpm_solver", sample))
 
 
 @pytest.mark.parametrize(
@@ -228,6 +263,35 @@ def test_euler(unets, config, ancestral, tmp_path, monkeypatch):
     path = folder(unets, tmp_path, name, **config)
     expected = theirs(path, monkeypatch, 7)
     assert same(expected, walked(path, 7, "ddim", ddim.sample, eta=float(ancestral)))
+
+
+@pytest.mark.parametrize("ancestral", [False, True])
+def test_euler_under_its_own_linspace_is_said_to_differ(
+    unets, ancestral, tmp_path, monkeypatch, capsys
+):
+    name, eta = f"Euler{'Ancestral' * ancestral}DiscreteScheduler", float(ancestral)
+    path = folder(unets, tmp_path, name)
+    walk = {"eta": eta}
+    net, cfg, *_, alpha_bar = improved_ddpm.load_net(path, "cpu", script="ddim", walk=walk)
+    pairs = ddim.subsequence(50, 7, cfg.spacing)
+    assert [t for t, _ in pairs] == [49, 41, 33, 24, 16, 8, 0]
+    how = dict(eta=eta, clip=cfg.clip_denoised)
+    ours = end(ddim.sample(net, alpha_bar, pairs, SHAPE, SEEDS, **how))
+    said = capsys.readouterr().out
+    told = "it starts at noise of variance 1 - alpha_bar, not 1, and does not round timesteps"
+    assert f"differs from diffusers' {name}: {told}" in said
+    assert not same(theirs(path, monkeypatch, 7), ours)
+    # What is drawn are the steps that ddim.py documents, here in float64.
+    x, unet = z(-1).double(), UNet2DModel.from_pretrained(path / "unet").eval().double()
+    for i, (t, t_prev) in enumerate(pairs):
+        a, b = alpha_bar[t], alpha_bar[t_prev] if t_prev >= 0 else torch.tensor(1.0)
+        with torch.no_grad():
+            eps = unet(x, t).sample
+        sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
+        x0_hat = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        x = b.sqrt() * x0_hat + (1 - b - sigma**2).clamp(min=0).sqrt() * eps
+        x += sigma * z(i).double()
+    assert same(x.float(), ours)
 
 
 CASES = [

@@ -47,8 +47,9 @@ def test_the_table_names_all_fields_of_the_schedulers_and_their_defaults(name):
         assert fields.get(field) == getattr(kind, field), field
     for field in fields.keys() & NOT_USED.keys():
         assert fields[field] == NOT_USED[field]
-    for field in fields.keys() & SOLVER.keys() & {"lambda_min_clipped"}:
-        assert fields[field] in SOLVER[field]
+    for field in fields.keys() & SOLVER.keys():
+        # Of a class whose steps no script takes, the line says that they are others.
+        assert fields[field] in SOLVER[field] or not kind.same, field
 
 
 def write(tmp_path, **config):
@@ -120,15 +121,19 @@ def test_what_keeps_x0_in_its_range(config, expected, tmp_path):
         (dict(steps_offset=1), "spacing"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_unless_a_flag_decides(config, flag, tmp_path, monkeypatch):
+def test_what_cannot_be_drawn_is_refused_unless_a_flag_decides(config, flag, tmp_path):
     found = read_schedule(write(tmp_path, **config))
     field = next(iter({**config, "sample_max_value": 0})) if "max" in flag else [*config][-1]
     check_drawn("F", found, "")  # nothing is drawn
     with pytest.raises(BadInput, match=rf"{field}.* is not supported.*; or type --{flag[:4]}"):
         check_drawn("F", found, "improved_ddpm")
-    typed = "--no-clip-denoised" if flag.startswith("clip") else "--spacing=leading"
-    monkeypatch.setattr("sys.argv", ["improved_ddpm.py", typed])
-    check_drawn("F", found, "improved_ddpm")
+    clip = flag.startswith("clip")
+    walk = {"clip_denoised": False} if clip else {"spacing": "leading"}
+    check_drawn("F", found, "improved_ddpm", walk)
+    if not clip:  # which one script does not have, and one has no such timesteps
+        check_drawn("F", found, "edm")
+        with pytest.raises(BadInput, match="networks.published F --out FOLDER with --spacing"):
+            check_drawn("F", found, "classifier_guidance")
 
 
 # ------------------------------------------------------------------------------ class and script
@@ -146,30 +151,71 @@ def test_what_cannot_be_drawn_is_refused_unless_a_flag_decides(config, flag, tmp
     ],
 )
 def test_a_class_of_other_steps_is_refused_with_the_script_that_takes_them(
-    name, script, told, tmp_path, monkeypatch
+    name, script, told, tmp_path
 ):
     facts = read_schedule(write(tmp_path, _class_name=name))
     with pytest.raises(BadInput, match=told):
         check_drawn("F", facts, script)
     if name in CLASSES:
-        monkeypatch.setattr("sys.argv", ["x.py", "--variance", "small"])
-        check_drawn("F", facts, script)
+        check_drawn("F", facts, script, {"variance": "small"})
+
+
+def line_of(facts, script, monkeypatch, capsys, **walk):
+    monkeypatch.setattr(processes, "SAID", set())
+    check_drawn("F", facts, script, walk)
+    said = capsys.readouterr().out
+    assert said.startswith("F: ") and said.count("\n") == 1
+    return said
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_class_is_drawn_by_the_scripts_that_say_so(name, tmp_path, monkeypatch, capsys):
-    config = {"_class_name": name}
-    facts = read_schedule(write(tmp_path, **config))
+    facts, kind = read_schedule(write(tmp_path, _class_name=name)), CLASSES[name]
+    table = "linear" if kind.betas == (1e-4, 0.02) else "its own table of betas"
     for script in DRAWS.keys() - {"ddpm_pixel", "improved_ddpm", "publish"}:
-        monkeypatch.setattr(processes, "SAID", set())
-        check_drawn("F", facts, script)
-        said = capsys.readouterr().out
-        assert (
-            said.startswith("F: linear, T = 1000, predicts eps; ") or facts["schedule"] == "other"
-        )
-        assert name in said and f"drawn by {DRAWS[script]}" in said and said.count("\n") == 1
-        same = CLASSES[name].same and CLASSES[name].command.startswith(script)
-        assert (f"not as {name} does" in said) == (not same)
+        said = line_of(facts, script, monkeypatch, capsys)
+        assert said.startswith(f"F: {table}, T = 1000, predicts eps; ")
+        assert name in said and f"drawn by {DRAWS[script]}" in said
+        eta = "--eta 1" in kind.command
+        same = kind.same and kind.command.startswith(script) and not eta
+        assert (f"differs from diffusers' {name}: it takes other steps" in said) == (not same)
+        if eta and script == "ddim":
+            said = line_of(facts, script, monkeypatch, capsys, eta=1.0)
+            assert "drawn by DDIM, eta 1" in said and "other steps" not in said
+
+
+@pytest.mark.parametrize(
+    "script, walk, said, unsaid",
+    [
+        ("ddim", dict(clip_denoised=False), "x0_hat not clipped", "clamped"),
+        ("ddim", dict(spacing="trailing"), "trailing timesteps", "leading"),
+        ("ddim", dict(spacing="quadratic"), "it has no quadratic timesteps", "leading"),
+        ("ddim", dict(eta=0.5), "drawn by DDIM, eta 0.5", "eta 0;"),
+        ("dpm_solver", dict(sampler="heun"), "drawn by Heun's method", "DPM-Solver"),
+        ("dpm_solver", dict(clip_denoised=True), "clamped to [-1, 1]", "not clipped"),
+        ("improved_ddpm", dict(variance="small", dynamic_threshold=True), "percentile", "clamped"),
+        (
+            "improved_ddpm",
+            dict(variance="small", timestep_respacing="0-2,9"),
+            "timesteps 0-2,9;",
+            "leading",
+        ),
+        ("edm", dict(), "Heun's method of EDM", "leading timesteps"),
+    ],
+)
+def test_the_line_says_what_is_drawn(script, walk, said, unsaid, tmp_path, monkeypatch, capsys):
+    facts = read_schedule(write(tmp_path, _class_name="DDIMScheduler"))
+    told = line_of(facts, script, monkeypatch, capsys, **walk)
+    assert said in told and unsaid not in told
+
+
+def test_the_last_step_of_a_large_variance_is_said_to_differ(tmp_path, monkeypatch, capsys):
+    how = dict(variance_type="fixed_large", timestep_spacing="trailing")
+    facts = read_schedule(write(tmp_path, **how))
+    said = line_of(facts, "improved_ddpm", monkeypatch, capsys)
+    assert "differs from diffusers' DDPMScheduler: its last step adds noise" in said
+    for walk in (dict(variance="small"), dict(spacing="leading")):
+        assert "differs" not in line_of(facts, "improved_ddpm", monkeypatch, capsys, **walk)
 
 
 @pytest.mark.parametrize(
@@ -181,28 +227,31 @@ def test_every_class_is_drawn_by_the_scripts_that_say_so(name, tmp_path, monkeyp
         ("lambda_min_clipped", -5.1),
     ],
 )
-def test_steps_of_dpm_solver_that_are_not_ours_are_refused(field, value, tmp_path, monkeypatch):
+def test_steps_of_dpm_solver_that_are_not_ours_are_refused(field, value, tmp_path):
     config = {"_class_name": "DPMSolverMultistepScheduler", field: value}
     facts = read_schedule(write(tmp_path, **config))
     check_drawn("F", facts, "ddim")  # whose line says that it draws something else
     told = re.escape(f"{field} {value!r} is not supported, expected ") + ".*; or type --sampler"
     with pytest.raises(BadInput, match=told):
         check_drawn("F", facts, "dpm_solver")
-    monkeypatch.setattr("sys.argv", ["dpm_solver.py", "--sampler", "dpmpp"])
-    check_drawn("F", facts, "dpm_solver")
+    check_drawn("F", facts, "dpm_solver", {"sampler": "dpmpp"})
 
 
-def test_what_ends_elsewhere_or_needs_a_percentile_is_refused(tmp_path, monkeypatch):
+def test_what_ends_elsewhere_or_needs_a_percentile_is_refused(tmp_path):
     facts = read_schedule(write(tmp_path, _class_name="DDIMScheduler", set_alpha_to_one=False))
-    with pytest.raises(BadInput, match="F: set_alpha_to_one false is not supported"):
-        check_drawn("F", facts, "ddim")
+    last = ("ddim", {}), ("compare_samplers", {}), ("classifier_guidance", {"sampler": "ddim"})
+    for script, walk in last:
+        with pytest.raises(BadInput, match="F: set_alpha_to_one false is not supported"):
+            check_drawn("F", facts, script, walk)
+    for script in ("dpm_solver", "edm", "publish", "", "classifier_guidance"):
+        check_drawn("F", facts, script)  # no last step of DDIM
+    check_drawn("F", facts, "improved_ddpm", {"variance": "small"})
     facts = read_schedule(write(tmp_path, thresholding=True, sample_max_value=1e4))
     check_drawn("F", facts, "improved_ddpm")
     for script in ("ddpm_pixel", "ddim", "dpm_solver", "compare_samplers", "edm"):
         with pytest.raises(BadInput, match=r"\(thresholding\), .*improved_ddpm.py --sample F; or"):
             check_drawn("F", facts, script)
-    monkeypatch.setattr("sys.argv", ["ddim.py", "--clip-denoised"])
-    check_drawn("F", facts, "ddim")
+    check_drawn("F", facts, "ddim", {"clip_denoised": True})
 
 
 @pytest.mark.parametrize("name, prediction", [("v_prediction", "v"), ("sample", "x0")])

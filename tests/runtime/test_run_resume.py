@@ -140,3 +140,21 @@ def test_a_run_does_not_go_back(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == config
     assert make(tmp_path, steps=6).first == 6
     assert make(tmp_path, steps=5, resume="never").first == 0
+
+
+def test_a_run_from_before_there_was_a_setting_goes_on(tmp_path):
+    """What its checkpoint does not name was as the setting's default is."""
+
+    @dataclasses.dataclass
+    class Config(RunConfig):
+        newer: tuple[float, ...] = ()
+
+    def start(config, **settings):
+        cfg = config(out=str(tmp_path), **{**SETTINGS, **settings})
+        how = {"net": Net(), "optimizer": torch.optim.Adam, "script": "toy"}
+        return Run(cfg, World(), IMAGES, **how)
+
+    train(start(RunConfig, steps=3))
+    assert start(Config, steps=4).first == 3
+    with pytest.raises(BadInput, match=r"\(newer \[\] there, \[0.5\] here\)"):
+        start(Config, newer=(0.5,))

@@ -99,8 +99,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", ["1e400", "9" * 400, ".inf", "-.INF", ".nan", "nan", "1e39"])
 def test_numbers_that_float32_cannot_hold_are_refused(number, parsed):
     for key in ("lr", "ema"):
-        with pytest.raises(BadInput, match=f"--{key} [a-z0-9+-]*: expected a finite number"):
-            parsed(f"{key}: {number}\n")
+        for text in (f"{key}: {number}\n", f"{key}: [{number}]\n"):
+            with pytest.raises(BadInput, match=f"--config .*some.yaml: {key} is .*, finite and"):
+                parsed(text)
+    with pytest.raises(BadInput, match=r"some.yaml: ema is \[0.5, .*, finite and below 3e\+38"):
+        parsed(f"ema: [0.5, {number}]\n")
 
 
 def test_longer_texts(parsed):
@@ -116,6 +119,9 @@ def test_a_list_is_one_text_with_commas(parsed):
         classes="3,07,cat", seeds="0-3,1_7"
     )
     assert parsed("classes: []\nprompt: []\nmult: []\n") == Config(mult=())
+    assert parsed('negative: ["fog, mist"]\nclasses: "a, b"\n') == Config(
+        negative="fog, mist", classes="a, b"
+    )
 
 
 @pytest.mark.parametrize("kind", [int, float])
@@ -170,6 +176,10 @@ REFUSED = {
     "negative: !ugly blurry": ["negative is !ugly blurry", "takes text"],
     "negative: {a: 1}": ["negative is {a: 1}"],
     "classes: [[3], 7]": ["classes is [[3], 7]"],
+    "negative: [fog, mist]": ["negative is [fog, mist]", "takes text, not a list"],
+    "out: []": ["out is []", "not a list"],
+    'classes: [cat, "dog, big"]': ['classes is [cat, "dog, big"]', "parted at every comma"],
+    'seeds: ["0,5"]': ['seeds is ["0,5"]', "parted at every comma"],
     "steps: many": ["steps is many", "--steps takes a whole number"],
     "steps: 1.5": ["steps is 1.5"],
     "steps: yes": ["steps is yes"],
