@@ -40,9 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 from image_data import datasets
 from kernels import Row, attention, gaussian, group_norm_silu, sampling_update
-from networks.published.schedule import check_alpha_bar
-from networks.published.unet import read_network
-from networks.sizes import check_unet, groups_for
+from networks.sizes import check_alpha_bar, check_unet, groups_for
 
 
 @dataclass
@@ -460,6 +458,8 @@ def save_images(net, cfg, world, shape, seeds, labels, folder):
 def load_net(path, device, ema=None, **how):
     """(network, its Config, shape (C,H,W), class names, alpha_bar) of a checkpoint, EMA weights.
     ema: which decay, of several; how: of read_network. BadInput for files of other networks."""
+    from networks.published.unet import read_network
+
     state = read_network(path, "ddpm_pixel", **how)
     net, cfg, *rest = checkpoints.restored(Config, UNet, state, path, device, ema)
     return net, cfg, *rest, alpha_bar_of(cfg)

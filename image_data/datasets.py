@@ -10,7 +10,6 @@ folder or zip of images. Where raw files are looked for is told in image_data/so
 """
 
 from runtime.commandline import BadInput, class_list, split_list
-from runtime.download import Unavailable
 from runtime.files import locked
 from runtime.processes import say_once
 
@@ -95,8 +94,9 @@ def check_trained_on(name, root, otherwise="", quiet=False):
     """BadInput where `name` is the path TrainedOn, and other images lie there than it was.
 
     A relative path may mean another folder, and what a folder holds changes. A typed path is a
-    plain str, and on purpose. Training images that are not prepared at root are not compared, which
-    a line says unless `quiet`. otherwise: what to type to take those images.
+    plain str, and on purpose. Nothing is prepared for this: where root holds neither these images
+    nor those of the training, a line says, unless `quiet`, that they are not compared.
+    otherwise: what to type to take those images.
     """
     from image_data import sources
 
@@ -109,15 +109,34 @@ def check_trained_on(name, root, otherwise="", quiet=False):
     if (settings := _settings_of(name)) is None:
         return
     size, classes = settings
-    *_, folder = _place(str(name), root, "train", size or None, classes)
+    source, _, folder = _place(str(name), root, "train", size or None, classes)
+    otherwise = otherwise or f"--data {name}"
     if (folder / "manifest.json").exists():
         found = json.loads((folder / "manifest.json").read_text())["key"]
-        _compare(name, found, otherwise or f"--data {name}")
-    elif not quiet:
+        _compare(name, found, otherwise)
+    elif (changed := _has_changed(name, root, source)) and not quiet:
+        _compare(name, "unknown", otherwise)
+    elif changed is None and not quiet:
         say_once(
             f"note: whether {Path(name).resolve()} still holds what the network was trained on is "
             f"not known: those images are not prepared in {root}"
         )
+
+
+def _has_changed(name, root, source):
+    """Whether files changed since TrainedOn was prepared; None where no such set is in root."""
+
+    def files_of(stamp):  # without the version of the rule by which they are read
+        return [part for part in json.loads(json.dumps(stamp)) if not isinstance(part, int)]
+
+    changed = None
+    for path in sorted(Path(root).glob("*-train-*/manifest.json")):
+        known = json.loads(path.read_text())
+        if (known.get("key"), known.get("source")) == (name.data_key, source.origin):
+            if files_of(known["stamp"]) == files_of(source.stamp):
+                return False
+            changed = True
+    return changed
 
 
 def _compare(name, found, otherwise):
@@ -143,6 +162,8 @@ def of(cfg):
     With --dry-run, where a known set is neither here nor to be had: gray images of its form.
     Raises BadInput as load does.
     """
+    from runtime.download import Unavailable
+
     _check_out(cfg)
     try:
         return load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)

@@ -49,6 +49,7 @@ OURS = (  # what a folder is that this program writes, and files that all are in
 MARKS = frozenset().union(*(files for _, files in OURS))
 QUIET = frozenset(["__macosx", "thumbs.db", "desktop.ini"])  # in every second folder: not told
 SHOWN = 5  # names of a list that is printed
+ODD = re.compile(r"\\|//|\./|:/|^[./]|[./]$|^$")  # in names that are yet to be resolved
 ENCRYPTED, UTF8 = 0x1, 0x800  # bits of a zip entry's flags
 
 
@@ -156,14 +157,26 @@ def listing(path):
     named = [(_plain(path, text), text[-1:] in ("/", "\\"), stored) for text, stored in names]
     kinds = _kinds(name for name, *_ in named)
     images, others, folders = {}, [], set()
+    fates, entered = {}, set()  # of folders, each looked at once
     for name, is_folder, stored in named:
-        parts = name.split("/")
-        if not name or any(part.startswith(".") for part in parts):
+        parent, _, last = name.rpartition("/")
+        if parent not in fates:
+            parts = parent.split("/")
+            is_hidden = any(part.startswith(".") for part in parts)
+            fates[parent] = is_hidden, _left_out(parts, kinds)
+        is_hidden, skipped = fates[parent]
+        if not name or is_hidden or last.startswith("."):
             continue
-        if skipped := _left_out(parts, kinds):
+        if not skipped and (_is_left_behind(last) or name in kinds):
+            skipped = name, kinds.get(name, "")
+        if skipped:
             left_out.append(skipped)
             continue
-        folders.update("/".join(parts[:i]) + "/" for i in range(1, len(parts) + is_folder))
+        for folder in (parent, name) if is_folder else (parent,):
+            if folder and folder not in entered:
+                entered.add(folder)
+                parts = folder.split("/")
+                folders.update("/".join(parts[:i]) + "/" for i in range(1, len(parts) + 1))
         if is_folder:
             continue
         if not is_image(name):
@@ -188,9 +201,14 @@ def _around(names):
 
 def _kinds(names):
     """{folder: what of OURS it is} of the folders of a zip; walk() has none left."""
-    inside = {}
+    inside, folders = {}, set()
     for name in names:
-        parts = name.split("/")
+        parent, _, last = name.rpartition("/")
+        folders.add(parent)
+        if parent and last in MARKS:
+            inside.setdefault(parent, set()).add(last)
+    for folder in folders:
+        parts = folder.split("/")
         for i in range(1, len(parts)):
             if parts[i] in MARKS:
                 inside.setdefault("/".join(parts[:i]), set()).add(parts[i])
@@ -208,6 +226,8 @@ def _left_out(parts, kinds):
 
 def _plain(path, text):
     """A name with '/' between its folders, and none at its end; BadInput if it leads out."""
+    if text.isascii() and not ODD.search(text):
+        return text
     text = text.replace("\\", "/")
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
@@ -242,7 +262,7 @@ def _zip_names(path):
 
 def _as_utf8(entry):
     """The name of a zip's entry; macOS writes UTF-8 without the bit that says so."""
-    if entry.flag_bits & UTF8:
+    if entry.flag_bits & UTF8 or entry.filename.isascii():
         return entry.filename
     try:
         return entry.filename.encode("cp437").decode()

@@ -16,8 +16,8 @@ Classes             The first folders below a split, or of all where there are n
                     classes, those of train and test together. Cat/ in train and cat/ in test are
                     one class. Images without class folders have no classes.
 Both                A split's name among two or more other folders of images is a class: car, bus
-                    and train are three classes, for a train is a thing. Where there are train/cat and test/cat, other
-                    folders beside them, and loose images, are not used.
+                    and train are three classes, for a train is a thing. Where there are train/cat
+                    and test/cat, other folders beside them, and loose images, are not used.
 
 Refused with a word of what to do: anything between those; train beside training; class folders
 Cat and cat in one split; splits inside of class folders (cat/train); loose images among class

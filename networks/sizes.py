@@ -1,4 +1,4 @@
-"""Which settings make a U-Net: widths, heads, norm groups, and images that can be halved."""
+"""Which settings make a U-Net, of images that are halved, and which make a schedule that falls."""
 
 from runtime.commandline import BadInput
 
@@ -43,3 +43,17 @@ def check_halving(shape, times):
             f"images of {shape[1]}x{shape[2]} cannot be halved {times} times; "
             f"sizes must be multiples of {factor}: type --size {near}"
         )
+
+
+def check_alpha_bar(alpha_bar, config, whose=""):
+    """BadInput for a table (T,), of a chapter's settings by name, that is no schedule.
+
+    Also for one that leaves nothing of the image at T, where eps would tell nothing of it. The
+    message begins with `whose` it is, by default with the flags.
+    """
+    flags = "--trained-betas" if config.get("trained_betas") else "--alpha-min, --timesteps"
+    if not (alpha_bar.diff() < 0).all() or not 0 <= alpha_bar[-1] <= alpha_bar[0] < 1:
+        raise BadInput(f"{whose or flags}: alpha_bar must fall at every step, from below 1")
+    if config["prediction"] == "eps" and alpha_bar[-1] < 1e-12:
+        told = "leaves no image at T; type --prediction v or x0"
+        raise BadInput(f"{whose or flags.split(',')[0]} {told}")

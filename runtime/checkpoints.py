@@ -1,7 +1,6 @@
 """Checkpoints: plain tensors and numbers, read without running any code."""
 
 from runtime.commandline import BadInput, not_given, typed
-from runtime.typed_flags import check_idle, needed
 
 import dataclasses
 import hashlib
@@ -94,6 +93,8 @@ def overlaid(trained, cfg, names):
     Given is what was typed, and what is not as cfg's class has it, such as by --smoke. BadInput for
     a typed one that does nothing, unless that is by a setting which cfg's script does not read.
     """
+    from runtime.typed_flags import check_idle, needed
+
     defaults = type(cfg)()
     chosen = set(names).difference(not_given(cfg, names))
     chosen |= {name for name in names if getattr(cfg, name) != getattr(defaults, name)}
@@ -135,6 +136,8 @@ def restored(config_class, build, state, path, device, ema=None):
 
 def as_trained(cfg, names, path, scripts=()):
     """cfg, but settings `names` that were not typed are those of the run of the checkpoint."""
+    from runtime.typed_flags import check_idle
+
     trained = load_checkpoint(path, scripts, mapped=True)["config"]
     known = [(name, trained[name]) for name in not_given(cfg, names) if name in trained]
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in known}

@@ -1,7 +1,6 @@
 """Grids and GIFs of uint8 images."""
 
 from runtime.files import atomic_write
-from runtime.finite import check_finite
 
 from pathlib import Path
 
@@ -15,6 +14,8 @@ def to_uint8(x, seeds=None):
 
     NotFinite for NaN or infinity, of one of the seeds (B,), or else of an image by its number.
     """
+    from runtime.finite import check_finite
+
     named = (range(len(x)), "image number") if seeds is None else (seeds,)
     x = check_finite(x.float(), *named)
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,7 +1,6 @@
 """One process, --gpus N of them, or a place under torchrun: World, launch, progress bars."""
 
 from runtime.commandline import BadInput, entry
-from runtime.finite import NotFinite, end_of, watched
 
 import contextlib
 import ctypes
@@ -98,6 +97,8 @@ class World:
     @contextlib.contextmanager
     def as_one(self):
         """NotFinite that any process raises inside is raised by all: none waits for it in vain."""
+        from runtime.finite import NotFinite
+
         told = [""]
         try:
             yield
@@ -129,6 +130,7 @@ class World:
         steps: a number, or the (t, t_prev) of each. NotFinite names the step where images are not
         finite, and the seed.
         """
+        from runtime.finite import end_of
         from runtime.pictures import to_uint8
 
         def images(part, tick):
@@ -141,12 +143,19 @@ class World:
 
     def frames(self, walk, seeds, labels):
         """The way of the images of seeds (n,): uint8 (2n,H,W,C) each, all x and then all x0_hat."""
+        from runtime.finite import watched
         from runtime.pictures import to_uint8
 
         y = None if labels is None else labels[: len(seeds)].to(self.device)
         with self.autocast():
             way = watched(walk(seeds.to(self.device), y), seeds)
             return [to_uint8(torch.cat(pair)) for pair in way]
+
+    def drawn(self, make, step):
+        """What make() draws or scores after so many steps; None where that is not finite."""
+        from runtime.finite import drawn
+
+        return drawn(make, step, self)
 
     def barrier(self):
         if self.size > 1:

@@ -15,7 +15,6 @@ process, several, and a run that goes on after a kill see the same images, t and
 """
 
 from runtime.commandline import BadInput
-from runtime.finite import drawn
 from runtime.folder import RunFolder
 
 import collections
@@ -402,7 +401,7 @@ class Run:
 
     def log_metrics(self, make):
         """Log the scores that make() gives, if samples are finite, and draw metric.png."""
-        if not (values := drawn(make, self.step, self.world)):
+        if not (values := self.world.drawn(make, self.step)):
             return
         self.log(**values)
         if self.world.is_main:
@@ -430,7 +429,7 @@ class Run:
 
     def save_grid(self, make, columns=10):
         """samples-STEP.png of 100 images uint8 (N,H,W,C) that make() gives, if finite; loss.png."""
-        images = drawn(make, self.step, self.world)
+        images = self.world.drawn(make, self.step)
         if self.world.is_main and images is not None:
             from runtime.pictures import save_grid
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from networks.published.files import read_json
+from networks.sizes import check_alpha_bar
 
 MOST_STEPS = 100_000
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -159,20 +160,6 @@ def config_alpha_bar(config, whose):
         alpha_bar = named_alpha_bar(config["schedule"], *numbers)
     check_alpha_bar(alpha_bar, config, whose)
     return alpha_bar
-
-
-def check_alpha_bar(alpha_bar, config, whose=""):
-    """BadInput for a table (T,), of a chapter's settings by name, that is no schedule.
-
-    Also for one that leaves nothing of the image at T, where eps would tell nothing of it. The
-    message begins with `whose` it is, by default with the flags.
-    """
-    flags = "--trained-betas" if config.get("trained_betas") else "--alpha-min, --timesteps"
-    if not (alpha_bar.diff() < 0).all() or not 0 <= alpha_bar[-1] <= alpha_bar[0] < 1:
-        raise BadInput(f"{whose or flags}: alpha_bar must fall at every step, from below 1")
-    if config["prediction"] == "eps" and alpha_bar[-1] < 1e-12:
-        told = "leaves no image at T; type --prediction v or x0"
-        raise BadInput(f"{whose or flags.split(',')[0]} {told}")
 
 
 def betas_of(alpha_bar):

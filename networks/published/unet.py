@@ -126,7 +126,6 @@ def load_published(
         keywords["num_head_channels"] = 0
     told |= keywords
     height, width = _image_size(told["size"], s, path, flags)
-    _check_groups(told["norm_groups"], s, of_file and config, path, flags)
     if s.out not in (s.channels, 2 * s.channels):
         raise BadInput(
             f"{weights} makes {s.out} channels of {s.channels}: "
@@ -234,6 +233,7 @@ def as_checkpoint(path, script="", given=None, flags=(), walk=None):
     """
     found = load_published(path, given=given, flags=flags)
     facts, settings = found["facts"], found["settings"]
+    _check_groups(settings, path, "norm_groups" not in found["taken"], flags)
     forward = {name: value for name, value in (given or {}).items() if name in FORWARD}
     if facts:
         _refuse(forward, path)
@@ -394,12 +394,14 @@ def _image_size(size, s, path, flags):
     return height, width
 
 
-def _check_groups(groups, s, config, path, flags):
-    """BadInput for groups of norms that no network here has; config: the file that says them."""
-    if all(c % groups == 0 and c > groups for c in s.levels):
+def _check_groups(settings, path, told_by_file, flags):
+    """BadInput for groups of norms that no network here has."""
+    groups, width = settings["norm_groups"], settings["model_channels"]
+    levels = [round(width * m) for m in settings["channel_mult"]]
+    if all(c % groups == 0 and c > groups for c in levels):
         return
-    channels = f"the channels {list(s.levels)} into two or more each"
-    if config:
+    channels, config = f"the channels {levels} into two or more each", find_files(Path(path))[1]
+    if told_by_file and config:
         told = "one channel a group is not supported: expected a number that divides"
         raise BadInput(f"{config}: norm_num_groups {groups}: {told} {channels}")
     told = _hint(path, ("norm_groups",), flags, " of another number")

@@ -12,8 +12,8 @@ from evaluation import channels, image_sets
 from evaluation.channels import in_channels
 from evaluation.classifier import Classifier, ClassifierFeatures
 from evaluation.image_sets import Chosen, Images, Statistics
-from evaluation.sides import Side, channels_text
 from evaluation.inception_features import PROTOCOLS, Extractor
+from evaluation.sides import Side, channels_text
 
 ALL = ("frechet", "is", "kid", "prdc", "memorisation")
 

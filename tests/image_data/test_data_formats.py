@@ -236,8 +236,9 @@ def test_only_a_test_folder_serves_both_splits(tmp_path):
 
 
 def test_a_class_may_be_named_test(tmp_path):
-    write_tree(tmp_path / "set", ["test/1.png", "control/2.png"])
-    assert datasets.load(tmp_path / "set", tmp_path).class_names == ("control", "test")
+    """Among three; of two, one may as well be left over beside a split."""
+    write_tree(tmp_path / "set", ["test/1.png", "control/2.png", "placebo/3.png"])
+    assert datasets.load(tmp_path / "set", tmp_path).class_names == ("control", "placebo", "test")
 
 
 def test_images_beside_the_split_folders_are_noted(tmp_path):

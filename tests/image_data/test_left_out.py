@@ -281,6 +281,19 @@ def test_the_path_of_a_checkpoint_is_of_the_images_it_has_seen(tmp_path, monkeyp
             datasets.held_out(name, "d", (3, 8, 8), ())
 
 
+def test_files_that_changed_since_the_training_are_known_without_preparing(tmp_path, told):
+    write_tree(tmp_path / "set", NAMES)
+    told(tmp_path / "set", size=4)
+    kept = {"data": str(tmp_path / "set"), "size": 4, "data_key": told.found.key}
+    name = TrainedOn.of(kept)
+    assert "not known" not in told(name, split="test") and len(told.found) == 8
+    write_tree(tmp_path / "set", ["dog/9.png"])
+    before = sorted(os.listdir(tmp_path / "prepared"))
+    with pytest.raises(BadInput, match="set holds other images than the network was trained on"):
+        told(name, split="test")
+    assert sorted(os.listdir(tmp_path / "prepared")) == before
+
+
 def test_a_path_of_a_checkpoint_that_leads_nowhere_is_said_to_be_the_checkpoints(tmp_path):
     for kept in ({"data": "photos"}, {"data": "photos", "data_key": "x"}):
         name = TrainedOn.of(kept)
