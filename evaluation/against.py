@@ -59,9 +59,11 @@ def class_accuracy(side, extractor, names):
 def labels_text(side, names, most=10):
     """'0 is cat, 1 is dog', of the labels of A; None where its file names them, or there are none.
 
-    Its numbers are taken for places among the classes that are compared.
+    Also where each number is its own name, as of digits. Its numbers are taken for places among the
+    classes that are compared.
     """
-    if side.labels is None or side.source.class_names or not names:
+    plain = [str(i) for i in range(len(names))]
+    if side.labels is None or side.source.class_names or list(names) == plain or not names:
         return None
     found = [f"{i} is {names[i]}" for i in np.unique(side.labels)]
     return ", ".join(found[:most]) + ", ..." * (len(found) > most)

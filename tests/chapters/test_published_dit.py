@@ -277,7 +277,7 @@ def test_what_is_in_the_way_is_one_line_before_anything_is_read(tmp_path):
         ([tmp_path / "net.pt", "--ae", "ae", "--out", tmp_path / "trained"], "a run trained here"),
         ([tmp_path / "net.pt", "--ae", tmp_path / "ae"], "ae: no such file or folder"),
         ([tmp_path / "net.pt", "--scale", 1], "unknown flag --scale"),
-        ([tmp_path / "net.pt", "--sample", "ckpt.pt"], "--published and --sample: one at a time"),
+        ([tmp_path / "net.pt", "--sample", "ckpt.pt"], "--sample and --published: one at a time"),
     ):
         done = run("dit", "--published", *flags)
         assert done.code == 2 and done.err.count("\n") == 1, done.err
