@@ -3,7 +3,10 @@
 Nothing here reads the lists by which scripts refuse flags: what a flag does is seen from outside.
 """
 
+from runtime.commandline import parse
 from runtime.processes import World
+
+import importlib
 
 import openai_unet
 import pytest
@@ -92,7 +95,6 @@ NEEDY = {
         "augment": (0.1, {}),
     },
     "classifier_guidance": {
-        "metric_n": (6, {"metric_every": 0}),
         "num_heads": (2, {"num_head_channels": 8}),
         "classifier": ("ckpt.pt", {}),
     },
@@ -112,14 +114,11 @@ NEEDY = {
         "ae_lr": (0.1, FOLDED),
         "context_dim": (16, {}),
         "eta": (0.5, {"sampler": "ddpm"}),
-        "guidance_rescale": (0.5, {"guidance": 0.0}),
-        "guidance_interval": ((0.2, 0.8), {"guidance": 0.0}),
     },
     "dit": {
         "ae_steps": (5, FOLDED),
         "patch": (2, FOLDED),
         "eta": (0.5, {"sampler": "dpmpp"}),
-        "guidance_rescale": (0.5, {"guidance": 0.0}),
     },
     "ddim": {
         "classes": ("bars", {"encode": "CKPT"}),
@@ -151,6 +150,22 @@ def test_a_flag_is_refused_without_the_setting_that_it_needs(script, name, folde
     beside = {k: words[v]() if v in words else v for k, v in beside.items()}
     found = run(Case(script, "", {}), beside | {"gpus": 0, name: value}, tmp_path / "run")
     assert names(found.refused, name) and not found.files, found.refused
+
+
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("ldm_cfg", "--guidance 0 --guidance-interval 0.2 0.8 --guidance-rescale 0.7"),
+        ("dit", "--sample some.pt --guidance 0 --guidance-rescale 0.7"),
+        ("classifier_guidance", "--metric-every 0 --metric-n 6"),
+        ("edm", "--S-churn 0 --S-noise 1.003"),
+        ("ddpm_pixel", "--no-class-cond --label-dropout 0"),
+    ],
+)
+def test_a_sweep_goes_through_zero(script, words):
+    """A number that is typed as 0 turns off what needs it, and so on purpose."""
+    config = importlib.import_module(script).Config
+    assert isinstance(parse(config, "", words.split()), config)
 
 
 # ------------------------------------------------------------------------- the cases of the report
