@@ -127,7 +127,8 @@ def test_smoke_from_a_shell(script, repo, toy, tmp_path):
 def test_smoke_keeps_what_is_typed_but_not_what_a_file_says(script, toy, tmp_path):
     settings = tmp_path / "big.yaml"
     settings.write_text("steps: 1000000\nbatch_size: 4\n")
-    given = ["--config", settings, *toy, "--gpus", 0, "--n", 3, "--steps=5"]
+    given = ["--config", settings, *toy, "--gpus", 0, "--steps=5"]
+    given += [] if "classifier" in fields(script) else ["--n", 3]
     succeed(script, "--smoke", *given, "--out", tmp_path / "run")
     log = read_log(tmp_path / "run" / "log.jsonl")
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5]
