@@ -163,7 +163,7 @@ def test_a_chapter_refuses_what_another_configuration_or_script_wrote(trained, t
     assert f"lr {rate} there, 0.5 here" in other and str(whole) in other
     foreign = tmp_path / "foreign.pt"
     torch.save({"script": "another", "config": {}, "step": 1, "model": {}}, foreign)
-    assert "foreign.pt" in refused(script, *given, "--sample", foreign)
+    assert "foreign.pt" in refused(script, "--gpus", 0, "--sample", foreign)
     told = refused(script, *given, "--resume", foreign, "--out", tmp_path / "new")
     assert f"foreign.pt was written by another.py, expected one of {script}.py" in told
     assert not (tmp_path / "new" / "ckpt.pt").exists()
