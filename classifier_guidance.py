@@ -28,7 +28,6 @@ with classifier-free guidance, which needs no second network but asks the first 
 
 from runtime import checkpoints
 from runtime import commandline as cli
-from runtime.finite import drawn
 from runtime.pictures import save_drawn, save_grid, to_uint8
 from runtime.processes import exact, launch, say_once
 from runtime.run import Run
@@ -264,7 +263,7 @@ def train(cfg, world):
             run.backward(losses, t / cfg.timesteps, accuracy=right)
         run.descend()  # clip the gradient, AdamW, running means, log
         due = cfg.metric_every and (run.due(cfg.metric_every) or run.done)
-        if due and (shares := drawn(partial(read, held_out), run.step, world)):
+        if due and (shares := world.drawn(partial(read, held_out), run.step)):
             run.log(**by_quarter(shares, "test_accuracy"))
         if run.due(cfg.sample_every):
             run.save_grid(partial(gradients, run.ema, held_out, alpha_bar), len(SHOWN))

@@ -82,12 +82,7 @@ class Config(cli.NetworkCommand):
     data_root: str = ""  # where data sets are looked for (default: where the training found them)
     encode_steps: str = "10,20,50,100,200"  # numbers of steps to encode in; T at most
 
-    WALK = cli.names("sampler n seeds batch_size spacing guidance clip_denoised")
-    USES = {
-        "sample": WALK | cli.names("classes sample_steps gif precision"),
-        "encode": WALK | cli.names("data data_root encode_steps classes"),
-        "interpolate": WALK | cli.names("classes sample_steps data data_root"),
-    }
+    USES = {task: used - {"eta"} | {"sampler"} for task, used in ddim.Config.USES.items()}
 
 
 # ------------------------------------------------------------------------------ DPM-Solver++(2M)

@@ -46,7 +46,10 @@ def load(name, root="data", *, split="train", size=0, classes=(), workers=None):
         raise BadInput(f"split {split}: there are train and test")
     classes = class_list(classes) if isinstance(classes, str) else list(classes)
     like_training = split == "train" and _settings_of(name) == (size, classes)
-    check_trained_on(name, root, quiet=like_training)
+    if like_training:
+        _check_there(name)  # these images are compared below
+    else:
+        check_trained_on(name, root)
     trained_on, size = name, size or None
     if size is not None and size < 1:
         raise BadInput(f"--size {size} must be at least 1, or 0 for the images' own")
@@ -90,14 +93,8 @@ def _settings_of(name):
     return name.size, class_list(name.classes)
 
 
-def check_trained_on(name, root, otherwise="", quiet=False):
-    """BadInput where `name` is the path TrainedOn, and other images lie there than it was.
-
-    A relative path may mean another folder, and what a folder holds changes. A typed path is a
-    plain str, and on purpose. Nothing is prepared for this: where root holds neither these images
-    nor those of the training, a line says, unless `quiet`, that they are not compared.
-    otherwise: what to type to take those images.
-    """
+def _check_there(name):
+    """BadInput where `name` is the path of TrainedOn, and nothing is there."""
     from image_data import sources
 
     if hasattr(name, "data_key") and name and name not in sources.NAMES and not Path(name).exists():
@@ -106,6 +103,17 @@ def check_trained_on(name, root, otherwise="", quiet=False):
             f"{sources.unknown(name)}; {by} was trained on it, and names it so: type --data PATH, "
             "where it is now"
         )
+
+
+def check_trained_on(name, root, otherwise=""):
+    """BadInput where `name` is the path TrainedOn, and other images lie there than it was.
+
+    A relative path may mean another folder, and what a folder holds changes. A typed path is a
+    plain str, and on purpose. Nothing is prepared for this: where root holds neither these images
+    nor those of the training, a line says that they are not compared. otherwise: what to type to
+    take those images.
+    """
+    _check_there(name)
     if (settings := _settings_of(name)) is None:
         return
     size, classes = settings
@@ -114,9 +122,9 @@ def check_trained_on(name, root, otherwise="", quiet=False):
     if (folder / "manifest.json").exists():
         found = json.loads((folder / "manifest.json").read_text())["key"]
         _compare(name, found, otherwise)
-    elif (changed := _has_changed(name, root, source)) and not quiet:
+    elif changed := _has_changed(name, root, source):
         _compare(name, "unknown", otherwise)
-    elif changed is None and not quiet:
+    elif changed is None:
         say_once(
             f"note: whether {Path(name).resolve()} still holds what the network was trained on is "
             f"not known: those images are not prepared in {root}"

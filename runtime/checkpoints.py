@@ -95,17 +95,19 @@ def overlaid(trained, cfg, names):
     """
     from runtime.typed_flags import check_idle, needed
 
-    defaults = type(cfg)()
-    chosen = set(names).difference(not_given(cfg, names))
-    chosen |= {name for name in names if getattr(cfg, name) != getattr(defaults, name)}
-    made = dataclasses.replace(trained, **{name: getattr(cfg, name) for name in chosen})
+    defaults, own = type(cfg)(), {name: getattr(cfg, name) for name in names}
+    changed = {name: v for name, v in own.items() if v != getattr(defaults, name)}
+    made = dataclasses.replace(trained, **(changed | given(cfg, names)))
     check_idle(made, [name for name in typed(names) if hasattr(cfg, needed(made, name)[0])])
     return made
 
 
 def asked(cfg, script="", names=UNSAID):
-    """What load_net of a chapter takes from the command line: the decay of --ema, which script
-    draws, "" for none, and what read_network takes of settings that flags or --config give."""
+    """What load_net of a chapter takes from the command line.
+
+    The decay of --ema, which script draws, "" for none, and what read_network takes of the settings
+    `names` that flags or --config give.
+    """
     flags = sorted(name for name in names if hasattr(cfg, name))
     how = {"given": given(cfg, flags), "flags": flags, "walk": given(cfg, WALK)}
     return {"ema": typed_ema(cfg), "script": script, **how}
@@ -139,9 +141,9 @@ def as_trained(cfg, names, path, scripts=()):
     from runtime.typed_flags import check_idle
 
     trained = load_checkpoint(path, scripts, mapped=True)["config"]
-    known = [(name, trained[name]) for name in not_given(cfg, names) if name in trained]
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in known}
-    made = dataclasses.replace(cfg, **given)
+    theirs = [(name, trained[name]) for name in not_given(cfg, names) if name in trained]
+    theirs = {name: tuple(v) if isinstance(v, list) else v for name, v in theirs}
+    made = dataclasses.replace(cfg, **theirs)
     check_idle(made, typed(names))
     return made
 

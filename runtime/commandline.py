@@ -64,9 +64,7 @@ class Command(Script):
     data: str = "glyphs"
     """glyphs, mnist, fashion_mnist, cifar10, afhq, imagenet100, or a folder or zip of images"""
     data_root: str = "data"  # where data sets are looked for, downloaded to and prepared
-    classes: str = (
-        ""  # comma-separated classes, by name, or number where no name is one; empty: all
-    )
+    classes: str = ""  # comma-separated names, or numbers where no name is one; empty: all of them
     batch_size: int = 64  # images at a time, over all processes
     seed: int = 0  # everything random in training is a function of this and the step
 
@@ -218,8 +216,7 @@ def typed(names):
 
 def smaller(cfg, **values):
     """cfg with these values for --smoke, but for the settings that were typed."""
-    typed = _names(sys.argv[1:])
-    return dataclasses.replace(cfg, **{k: v for k, v in values.items() if k not in typed})
+    return dataclasses.replace(cfg, **{k: values[k] for k in values.keys() - typed(values)})
 
 
 def _names(args):
@@ -234,16 +231,21 @@ def closest(word, words):
     return f"; did you mean {close[0]}?" if close else "; see --help"
 
 
-def read_lines(path, flag):
-    """The lines of a UTF-8 text file, but for empty ones. BadInput, naming the flag, for others."""
+def read_text(path, flag):
+    """What a UTF-8 text file says. BadInput, naming the flag, for others."""
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        return Path(path).read_text("utf-8-sig")
     except OSError as error:
         raise BadInput(f"{flag} {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         wrong = f"{flag} {path} is not UTF-8 text (at byte {error.start})"
         raise BadInput(f"{wrong}: save it as UTF-8") from None
-    return [line.strip() for line in lines if line.strip()]
+
+
+def read_lines(path, flag):
+    """The lines of such a file, but for empty ones."""
+    lines = map(str.strip, read_text(path, flag).splitlines())
+    return [line for line in lines if line]
 
 
 def split_list(text):

@@ -72,13 +72,3 @@ def check_steps(seen, first, names, steps, what, of):
     if not isinstance(steps, int) and step <= many:
         where += f", at t = {steps[step - 1][0]}"
     raise NotFinite(f"{what}: {of} {names[which]} leaves the finite numbers in {where}: {MEND}")
-
-
-def drawn(make, step, world):
-    """make(), in a training after `step` steps; None, and a line, where that is not finite."""
-    try:
-        return make()
-    except NotFinite as error:
-        if world.is_main:
-            print(f"note: no picture or score at step {step}: {error}", flush=True)
-        return None

@@ -92,15 +92,19 @@ def inwards(x, way):
     return way(x / unit) * unit
 
 
+def beyond(value):
+    """Those numbers of a setting, which may hold several, that float32 does not hold."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return [v for v in numbers if isinstance(v, float) and not abs(v) <= MOST]
+
+
 def check_finite(cfg):
     """Raise BadInput for a number that float32 does not hold, unless that is its default.
 
     Also for guidance so large that a clamp would hide what becomes of it.
     """
     for name, value in vars(cfg).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        bad = [v for v in numbers if isinstance(v, float) and not abs(v) <= MOST]
-        if bad and value != getattr(type(cfg), name, None):
+        if (bad := beyond(value)) and value != getattr(type(cfg), name, None):
             raise BadInput(f"{flag(name)} {bad[0]:g}: expected a finite number, below {MOST:.1g}")
     if abs(w := getattr(cfg, "guidance", 0.0)) > MOST_GUIDANCE:
         raise BadInput(f"--guidance {w:g}: expected a number up to {MOST_GUIDANCE:.2g}, such as 3")

@@ -1,7 +1,7 @@
 """Settings in a YAML file, as the fields of a dataclass; a text stays as it is written."""
 
-from runtime.commandline import BadInput, closest, flag
-from runtime.typed_flags import MOST
+from runtime.commandline import BadInput, closest, flag, read_text
+from runtime.typed_flags import MOST, beyond
 
 import dataclasses
 import os
@@ -27,34 +27,38 @@ def yaml_settings(path, config_class):
     text = _text(path)
     loader, pairs = _pairs(path, text)
     kinds = {f.name: f.type for f in dataclasses.fields(config_class) if f.name != "config"}
+    # What is annotated is no flag but the name of a file.
     kinds = {name: kind for name, kind in kinds.items() if get_origin(kind) is not Annotated}
     defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
-    settings = {}  # what is annotated has no flag
+    settings = {}
     for key, node in pairs:
         if key not in kinds:
             raise BadInput(f"--config {path}: unknown key {key!r}{closest(key, kinds)}")
-        listed = isinstance(node, yaml.SequenceNode)
-        nodes = node.value if listed else [node]
-        several = key in LISTS or "," in str(defaults[key])
-        why = ""
+        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
         if any(part.tag == "tag:yaml.org,2002:null" for part in nodes):
             raise BadInput(f"--config {path}: {key} has no value; type '' for an empty one")
+        written = " ".join(text[node.start_mark.index : node.end_mark.index].split())
         try:
-            settings[key] = value = _of_nodes(kinds[key], nodes, loader)
-            if kinds[key] is str and listed and len(nodes) != 1 and not several:
-                why = ", not a list"
-            elif kinds[key] is str and listed and several and any("," in n.value for n in nodes):
-                why = ", parted at every comma: type numbers for names that hold one"
-            elif value != defaults[key] and not _is_finite(value):
-                why = f", finite and below {MOST:.1g}"
-            if why:
-                raise ValueError
+            settings[key] = _of_nodes(kinds[key], nodes, loader)
+            more = _unfit(settings[key], node, defaults[key], key)
         except (ValueError, yaml.YAMLError):
-            written = " ".join(text[node.start_mark.index : node.end_mark.index].split())
-            wrong = f"{key} is {written[:60]}; {flag(key)} takes {_takes(kinds[key])}"
-            why = why or ", without a zero in front" * bool(re.match("[+-]?0[0-9_]", written))
-            raise BadInput(f"--config {path}: {wrong}{why}") from None
+            more = ", without a zero in front" * bool(re.match("[+-]?0[0-9_]", written))
+        if more is not None:
+            wrong = f"{key} is {written[:60]}; {flag(key)} takes {_takes(kinds[key])}{more}"
+            raise BadInput(f"--config {path}: {wrong}")
     return settings
+
+
+def _unfit(value, node, default, key):
+    """What a setting takes besides its type, where this value of a node is another; else None."""
+    if value != default and beyond(value):
+        return f", finite and below {MOST:.1g}"
+    if not (isinstance(value, str) and isinstance(node, yaml.SequenceNode)):
+        return None
+    if key in LISTS or "," in str(default):
+        parted = any("," in part.value for part in node.value)
+        return ", parted at every comma: type numbers for names that hold one" if parted else None
+    return ", not a list" if len(node.value) != 1 else None
 
 
 def _text(path):
@@ -62,13 +66,7 @@ def _text(path):
     if not path.is_file():
         wrong = "is a folder" if path.is_dir() else "no such file"
         raise BadInput(f"--config {path}: {wrong}; configs/ holds examples")
-    try:
-        return path.read_text("utf-8-sig")
-    except OSError as error:
-        raise BadInput(f"--config {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        wrong = f"--config {path} is not UTF-8 text (at byte {error.start})"
-        raise BadInput(f"{wrong}: save it as UTF-8") from None
+    return read_text(path, "--config")
 
 
 def _pairs(path, text):
@@ -92,12 +90,6 @@ def _pairs(path, text):
         if twice := [key for key, times in Counter(key for key, _ in part).items() if times > 1]:
             raise BadInput(f"--config {path}: {twice[0]} is set twice; keep one of the lines")
     return loader, pairs
-
-
-def _is_finite(value):
-    """Whether float32 holds this number, or all of several; True of anything else."""
-    numbers = value if isinstance(value, tuple) else (value,)
-    return all(abs(x) <= MOST for x in numbers if isinstance(x, float))
 
 
 def _takes(kind):

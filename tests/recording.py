@@ -1,9 +1,22 @@
-"""What ran: PyTorch's operators inside a block, or kernels launched in Triton's interpreter."""
+"""What ran: PyTorch's operators inside a block, kernels launched in Triton's interpreter; reads."""
 
 import contextlib
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from evaluation.image_sets import Chosen
+
+
+class Watched(Chosen):
+    """Images of which `most` were read at a time."""
+
+    most = 0
+
+    def __getitem__(self, which):
+        part = super().__getitem__(which)
+        self.most = max(self.most, len(part))
+        return part
 
 
 class Operators(TorchDispatchMode):

@@ -11,7 +11,7 @@ Weights are read as plain tensors only: nothing in such a file is ever executed.
 """
 
 from runtime.checkpoints import ARCHITECTURE, FORWARD, load_checkpoint
-from runtime.commandline import BadInput, typed
+from runtime.commandline import BadInput, flag, typed
 from runtime.files import atomic_write
 from runtime.processes import say_once
 
@@ -169,13 +169,12 @@ def _typed(given, of_file, layout, path):
     """Keywords from a command line; BadInput for a typed one that the file tells, or that is 0."""
     found = {name: value for name, value in (given or {}).items() if name in ARCHITECTURE}
     for name in typed(found):
-        flag = f"--{name.replace('_', '-')}"
         own = of_file.get(name)
         same = name == "size" and found[name] in (own, min(own) if isinstance(own, tuple) else own)
         if name in of_file and not same or name not in _of_layout(layout):
-            raise BadInput(f"{flag}: {path} has its own; leave it out")
+            raise BadInput(f"{flag(name)}: {path} has its own; leave it out")
         if not found[name] and name in ("size", "norm_groups", "num_heads"):
-            raise BadInput(f"{flag} {found[name]}: expected a number from 1 for {path}")
+            raise BadInput(f"{flag(name)} {found[name]}: expected a number from 1 for {path}")
     left = ("size", "norm_groups", "num_heads")  # where 0 of a YAML file means none
     return {k: v for k, v in found.items() if k not in of_file and (v or k not in left)}
 
@@ -208,7 +207,7 @@ def read_network(path, scripts=(), script="", given=None, flags=(), walk=None):
 def _refuse(names, path):
     """BadInput for those of the settings `names` that were typed."""
     for name in typed(names):
-        raise BadInput(f"--{name.replace('_', '-')}: {path} has its own; leave it out")
+        raise BadInput(f"{flag(name)}: {path} has its own; leave it out")
 
 
 def told_classifier(path):
@@ -266,7 +265,7 @@ def as_checkpoint(path, script="", given=None, flags=(), walk=None):
 def _hint(path, names, flags, value=""):
     """What to type for the settings `names`: those among the flags that a script has, if any."""
     own = [name for name in names if name in flags]
-    typed_as = ", ".join(f"--{name.replace('_', '-')}{value}" for name in own or names)
+    typed_as = ", ".join(flag(name) + value for name in own or names)
     return f"type {typed_as}" if own else publishing(path, typed_as)
 
 

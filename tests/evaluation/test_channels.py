@@ -5,6 +5,7 @@ from runtime.commandline import BadInput
 import numpy as np
 import pytest
 import torch
+from recording import Watched
 from reference_metrics import random_weights
 
 import eval_fid
@@ -53,14 +54,6 @@ def test_views_in_other_channels_are_the_images():
 
 
 def test_every_pixel_of_every_image_is_looked_at_and_few_at_a_time(monkeypatch):
-    class Watched(Chosen):
-        most = 0
-
-        def __getitem__(self, which):
-            part = super().__getitem__(which)
-            self.most = max(self.most, len(part))
-            return part
-
     monkeypatch.setattr(channels, "AT_ONCE", 5 * 8 * 8 * 3)
     images = noise(52, 0).repeat(3, 3)
     images[51, 7, 7, 2] ^= 1  # the last channel of the last pixel

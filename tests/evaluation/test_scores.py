@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from launching import succeed
+from recording import Watched
 
 from eval_fid import FIGURES, evaluate, frechet_distance, statistics
 from evaluation import features
-from evaluation.image_sets import Chosen, Images, Statistics
+from evaluation.image_sets import Images, Statistics
 from evaluation.kid import kernel_distance
 from evaluation.manifold import manifold
 from evaluation.sides import look, scratch
@@ -102,15 +103,6 @@ def test_features_of_several_processes_are_those_of_one(size):
 
 def test_memory_does_not_grow_with_the_number_of_images():
     """No more than a round of images is read at a time, and the rows go where they are told."""
-
-    class Watched(Chosen):
-        most = 0
-
-        def __getitem__(self, which):
-            part = super().__getitem__(which)
-            self.most = max(self.most, len(part))
-            return part
-
     images, shapes = Watched(drawn(500, 6), np.arange(500)), []
 
     def store(shape, dtype):

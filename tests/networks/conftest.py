@@ -1,4 +1,6 @@
-"""Stable Diffusion's tiny files: diffusers' folder, and the one file that is written here."""
+"""Stable Diffusion's tiny files, of diffusers and of one file; and no line said before."""
+
+from runtime import processes
 
 import shutil
 
@@ -7,6 +9,12 @@ import tiny_stable_diffusion as tiny
 from safetensors.torch import load_file
 
 from networks.published.stable_diffusion import write_tiny
+
+
+@pytest.fixture(autouse=True)
+def nothing_said():
+    """Each test hears its lines, whatever was printed before it."""
+    processes.SAID.clear()
 
 
 @pytest.fixture(scope="module")

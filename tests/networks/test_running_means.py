@@ -1,7 +1,5 @@
 """Which of several weights in a file or a folder of others are taken for the running mean."""
 
-from runtime import processes
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,11 +10,6 @@ from networks.published.contents import rank_of
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(2)}
 MEAN = {name: value + 1 for name, value in STATE.items()}
 HINT = "; of several running means save the one you want in a file of its own\n"
-
-
-@pytest.fixture(autouse=True)
-def nothing_said():
-    processes.SAID.clear()
 
 
 def read(content, path):

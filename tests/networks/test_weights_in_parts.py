@@ -1,6 +1,5 @@
 """Folders of diffusers and transformers: weights in parts, variants, and which file is taken."""
 
-from runtime import processes
 from runtime.commandline import BadInput
 
 import json
@@ -12,6 +11,7 @@ import torch
 from reference_dit import opened
 from reference_metrics import import_references
 from safetensors.torch import load_file, save_file
+from state_dicts import same
 from vae_math import randomise
 
 import dit
@@ -27,17 +27,6 @@ from tests.cases.dit_of_diffusers import twin
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 MAPS = Path("/proc/self/maps")
 WHOLE = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def nothing_said():
-    processes.SAID.clear()
-
-
-def same(found, expected):
-    return found.keys() == expected.keys() and all(
-        torch.equal(found[name], value) for name, value in expected.items()
-    )
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import torch
 from openai_unet import published, weights
 from reference_dit import opened
 from safetensors.torch import save_file
+from state_dicts import same
 from torch import nn
 
 import dit
@@ -37,18 +38,6 @@ SMALL = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention
 MARKS = ["a.weight"]
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(2)}
 MEAN = {name: value + 1 for name, value in STATE.items()}
-
-
-@pytest.fixture(autouse=True)
-def nothing_said():
-    """Each test hears its lines, whatever was printed before it."""
-    processes.SAID.clear()
-
-
-def same(found, expected):
-    return found.keys() == expected.keys() and all(
-        torch.equal(found[name], value) for name, value in expected.items()
-    )
 
 
 def longer(state, prefix):
