@@ -482,6 +482,8 @@ def main():
         launch(sample_checkpoint, cfg)
         return
     ds = datasets.of(cfg)
+    cfg = datasets.in_steps(cfg, ds)
+    check(cfg)  # again, for --epochs
     make_autoencoder(cfg, ds.shape)  # what does not fit says so before there are processes
     launch(train, replace(cfg, out=cfg.out or f"runs/ae-{cfg.ae}-{Path(cfg.data).stem}"))
 

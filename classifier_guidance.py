@@ -492,6 +492,7 @@ def main():
         launch(sample_checkpoint if cfg.sample else study, cfg)
     else:
         held_out_of(cfg, datasets.of(cfg))  # by one process
+        cfg = datasets.prepared(cfg)
         launch(train, replace(cfg, out=cfg.out or f"runs/classifier-{Path(cfg.data).stem}"))
 
 

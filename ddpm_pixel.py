@@ -44,7 +44,7 @@ from networks.sizes import check_alpha_bar, check_unet, groups_for
 
 
 @dataclass
-class Config(cli.RunConfig):
+class Config(cli.ScoredConfig):
     timesteps: int = 1000  # T, the length of the chain
     schedule: Literal["linear", "cosine", "sigmoid"] = "linear"  # how alpha_bar falls; DDPM: linear
     alpha_min: float = 0.001  # smallest alpha_t: no step erases all that is left of the image
@@ -63,8 +63,6 @@ class Config(cli.RunConfig):
     class_cond: bool = True  # give the network the class label, where the data has classes
     label_dropout: float = 0.1  # how often training replaces it by "no label", for guidance
 
-    metric_every: int = 0  # steps between two scores of --metric-n samples by eval_fid.py; 0: never
-    metric_n: int = 500  # samples that are scored
     sample: str = ""
     """do not train: sample this checkpoint by its settings, or a published UNet2DModel like it"""
     n: int = 100  # how many samples
@@ -78,8 +76,8 @@ class Config(cli.RunConfig):
 
     SAMPLING = cli.names("variance clip_denoised sample_steps spacing guidance n seeds")
     USES = {"sample": cli.DRAWS | SAMPLING | checkpoints.UNSAID}
-    FREE = cli.RunConfig.FREE | SAMPLING | cli.names("use_checkpoint metric_every metric_n sample")
-    NEEDS = cli.RunConfig.NEEDS | dict.fromkeys(checkpoints.NOISE, "!trained_betas")
+    FREE = cli.ScoredConfig.FREE | SAMPLING | cli.names("use_checkpoint sample")
+    NEEDS = cli.ScoredConfig.NEEDS | dict.fromkeys(checkpoints.NOISE, "!trained_betas")
 
     def __post_init__(self):
         if (T := len(self.trained_betas)) and self.timesteps not in (1000, T):
@@ -477,9 +475,8 @@ def check(cfg):
     """Raise BadInput for a setting out of its range."""
     cli.check_run(cfg)
     positive = "timesteps model_channels channel_mult num_res_blocks num_heads sample_steps n"
-    not_negative = "norm_groups metric_every metric_n"
     parts = "dropout label_dropout alpha_min trained_betas"
-    cli.check_ranges(cfg, positive, not_negative, parts)
+    cli.check_ranges(cfg, positive, "norm_groups", parts)
     cli.check_sampling(cfg)
     check_alpha_bar(alpha_bar_of(cfg), vars(cfg))
 
@@ -492,7 +489,7 @@ def main():
     if cfg.sample:
         launch(sample_checkpoint, cfg)
     else:
-        datasets.of(cfg)  # by one process
+        cfg = datasets.prepared(cfg)  # by one process
         launch(train, replace(cfg, out=cfg.out or f"runs/pixel-{Path(cfg.data).stem}"))
 
 

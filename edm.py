@@ -66,7 +66,7 @@ SAMPLING += "clip_denoised guidance"
 
 
 @dataclass
-class Config(cli.RunConfig):
+class Config(cli.ScoredConfig):
     P_mean: float = -1.2  # training draws ln sigma from N(P_mean, P_std^2)
     P_std: float = 1.2  # standard deviation of ln sigma
     sigma_data: float = 0.0  # standard deviation of the pixels in [-1, 1]; 0 measures it
@@ -87,8 +87,6 @@ class Config(cli.RunConfig):
     ema_lengths: tuple[float, ...] = ()
     """relative lengths, such as 0.05 0.1, of power-function averages to keep for --ema-length"""
     snapshot_every: int = 500  # steps between two snapshots of them
-    metric_every: int = 0  # steps between two scores of --metric-n samples by eval_fid.py; 0: never
-    metric_n: int = 500  # samples that are scored
 
     sample: str = ""
     """do not train: sample this checkpoint, of this script, ddpm_pixel.py or improved_ddpm.py, or
@@ -117,10 +115,9 @@ class Config(cli.RunConfig):
     USES = {"sample": cli.DRAWS | cli.names("column ema_length data data_root " + SAMPLING)}
     IDLE = cli.names("column ema_length")
     CHURN = dict.fromkeys(("S_tmin", "S_tmax", "S_noise"), "S_churn")
-    NEEDS = cli.RunConfig.NEEDS | CHURN | {"snapshot_every": "ema_lengths"}
-    FREE = cli.RunConfig.FREE | cli.names(
-        "use_checkpoint snapshot_every metric_every metric_n sample n seeds column ema_length "
-        + SAMPLING
+    NEEDS = cli.ScoredConfig.NEEDS | CHURN | {"snapshot_every": "ema_lengths"}
+    FREE = cli.ScoredConfig.FREE | cli.names(
+        "use_checkpoint snapshot_every sample n seeds column ema_length " + SAMPLING
     )
 
 
@@ -457,7 +454,7 @@ def check(cfg):
     cli.check_run(cfg)
     positive = "P_std sample_steps sigma_min rho n snapshot_every "
     positive += "model_channels channel_mult num_res_blocks"
-    not_negative = "sigma_data metric_every metric_n S_tmin S_tmax S_noise"
+    not_negative = "sigma_data S_tmin S_tmax S_noise"
     cli.check_ranges(cfg, positive, not_negative, "dropout label_dropout augment")
     cli.check_sampling(cfg)
     for low, high in (("sigma-min", "sigma-max"), ("S-tmin", "S-tmax")):
@@ -492,7 +489,7 @@ def main():
     if cfg.sample:
         launch(sample_checkpoint, cfg)
     else:
-        datasets.of(cfg)  # by one process
+        cfg = datasets.prepared(cfg)  # by one process
         launch(train, replace(cfg, out=cfg.out or f"runs/edm-{Path(cfg.data).stem}"))
 
 

@@ -492,7 +492,7 @@ def main():
     elif cfg.sample or cfg.nll:
         launch(sample_checkpoint if cfg.sample else nll, cfg)
     else:
-        datasets.of(cfg)  # by one process
+        cfg = datasets.prepared(cfg)  # by one process
         launch(train, replace(cfg, out=cfg.out or f"runs/iddpm-{Path(cfg.data).stem}"))
 
 

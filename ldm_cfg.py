@@ -471,6 +471,7 @@ def check(cfg, sizes="model_channels channel_mult num_res_blocks num_heads conte
 def run_stages(cfg, train, make_net):
     """What main() does with settings that were checked: plan, train, score."""
     ds = datasets.of(cfg)
+    cfg = datasets.in_steps(cfg, ds)
     ae = make_autoencoder(cfg, ds.shape)  # what does not fit says so now, not after an hour
     z_shape = latent_shape(ae, ds.shape)
     with torch.device("meta"):

@@ -34,7 +34,7 @@ is needed, and stops. An image is a function of its prompt and seed alone.
 """
 
 from runtime import commandline as cli
-from runtime.files import check_folder
+from runtime.files import check_folder, read_lines
 from runtime.finite import WEIGHTS, check_finite, end_of
 from runtime.pictures import save_told, to_uint8
 from runtime.plan import Method, memory_lines, peak_bytes
@@ -373,7 +373,7 @@ def plan(cfg, size, n):
 
 def prompts_of(cfg):
     """The sentences of --prompt and --prompt-file; BadInput where there are none, or in vain."""
-    lines = cli.read_lines(cfg.prompt_file, "--prompt-file") if cfg.prompt_file else []
+    lines = read_lines(cfg.prompt_file, "--prompt-file") if cfg.prompt_file else []
     if not (prompts := [*cfg.prompt, *lines]):
         raise cli.BadInput('no prompt: type --prompt "a red fox in the snow", or --prompt-file F')
     if cfg.guidance == -1 and len(prompts) > 1:

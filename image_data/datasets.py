@@ -16,6 +16,7 @@ from runtime.processes import say_once
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,17 @@ def of(cfg):
     names = tuple(str(label) for label in labels)
     images = np.broadcast_to(np.full(1, 127, np.uint8), shape)
     return Dataset(cfg.data, images, np.resize(labels, shape[0]), names, {"key": "gray"})
+
+
+def in_steps(cfg, ds):
+    """cfg for training on the Dataset ds: --epochs become --steps, of whole batches."""
+    steps = max(1, round(cfg.epochs * len(ds) / cfg.batch_size)) if cfg.epochs else cfg.steps
+    return replace(cfg, steps=steps, epochs=0.0)
+
+
+def prepared(cfg):
+    """in_steps(cfg), once the data of `of` are prepared: by one process, before there are more."""
+    return in_steps(cfg, of(cfg))
 
 
 def _check_out(cfg):

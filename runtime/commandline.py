@@ -5,7 +5,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 import math
@@ -18,6 +17,9 @@ from typing import ClassVar, Literal
 import torch
 from tqdm import tqdm
 
+# Settings that name a checkpoint: the folder of a run means its ckpt.pt.
+CHECKPOINTS = ("sample", "nll", "encode", "interpolate", "study", "classifier", "checkpoint")
+CHECKPOINTS += ("resume", "ae")
 TEXTS = frozenset({"negative", "classes", "seeds", "metrics", "sample_args"})  # are no paths
 
 
@@ -85,6 +87,7 @@ class RunConfig(NetworkCommand):
     size: int = 0  # resize the shorter side to this and crop the centre; 0 keeps the images' size
     flip: bool = False  # flip half of the training images left to right
     steps: int = 3000  # optimizer steps
+    epochs: float = 0.0  # passes over the training images, in place of --steps
     lr: float = 1e-3  # peak learning rate
     warmup: int = 200  # steps over which the learning rate rises from zero
     lr_decay: Literal["cosine", "none"] = "cosine"
@@ -110,6 +113,7 @@ class RunConfig(NetworkCommand):
     price_per_gpu_hour: float = 0.0  # --dry-run: dollars, to say what the run costs; 0: not said
 
     NEEDS: ClassVar[dict[str, str]] = {
+        "steps": "!epochs",
         "metric_n": "metric_every",
         "label_dropout": "class_cond",
         "price_per_gpu_hour": "dry_run",
@@ -123,6 +127,25 @@ class RunConfig(NetworkCommand):
         | {"graph", "precision", "tensorboard", "log_every", "save_every", "keep_every"}
         | {"sample_every", "dry_run", "price_per_gpu_hour"}
     )
+
+
+@dataclasses.dataclass
+class ScoredConfig(RunConfig):
+    """The settings of a training that eval_fid.py's Evaluator scores on the way."""
+
+    metric_every: int = 0  # steps between two scores of --metric-n samples by eval_fid.py; 0: never
+    metric_n: int = 500  # samples that are scored
+    metric_features: Literal["auto", "classifier", "inception"] = "auto"
+    """whose, as for eval_fid.py; auto: a classifier's, or for data without classes Inception's"""
+    metric_resize: Literal["pytorch-fid", "tf1", "clean"] = "pytorch-fid"
+    """how images become Inception's 299x299"""
+    metric_data: str = ""  # labelled data set that the classifier learns; empty: --data
+    metric_split: Literal["test", "train"] = "test"  # of --data, what samples are compared with
+
+    METRICS: ClassVar = ("metric_n", "metric_features", "metric_resize", "metric_data")
+    METRICS += ("metric_split",)
+    NEEDS = RunConfig.NEEDS | dict.fromkeys(METRICS, "metric_every")
+    FREE = RunConfig.FREE | {"metric_every", *METRICS}
 
 
 def entry(main):
@@ -155,7 +178,8 @@ def parse(config_class, doc, args=None, preset=""):
     Without it, `preset` (such as 'configs/{data}.yaml', beside the script) is that file, if it
     exists for --data and a training is asked for. A ~ at the beginning of a path is the home
     folder. Raises BadInput for an unknown flag or key, for a value of the wrong type, for a flag
-    that does nothing (see Script), and for the ~ of nobody.
+    that does nothing (see Script), and for the ~ of nobody. A run's folder becomes its ckpt.pt
+    where a checkpoint is named.
     """
     from runtime.typed_flags import check_finite, check_typed, one_line
     from runtime.yaml_settings import yaml_settings
@@ -181,7 +205,11 @@ def parse(config_class, doc, args=None, preset=""):
     if isinstance(cfg, Script):
         check_typed(cfg, typed)
     paths = {k: v for k, v in vars(cfg).items() if isinstance(v, str) and k not in TEXTS}
-    return dataclasses.replace(cfg, **{k: at_home(v, flag(k)) for k, v in paths.items()})
+    paths = {k: at_home(v, flag(k)) for k, v in paths.items()}
+    for name in CHECKPOINTS:
+        if (run := paths.get(name)) and Path(run, "ckpt.pt").is_file():
+            paths[name] = str(Path(run, "ckpt.pt"))
+    return dataclasses.replace(cfg, **paths)
 
 
 def at_home(path, name="path"):
@@ -223,29 +251,6 @@ def _names(args):
     """The settings that these arguments give; --no-flip gives flip."""
     given = {arg.split("=")[0][2:].replace("-", "_") for arg in args if arg.startswith("--")}
     return {name.removeprefix("no_") for name in given}
-
-
-def closest(word, words):
-    """A hint at that of `words` which is like `word`, or at --help."""
-    close = difflib.get_close_matches(word, words, 1)
-    return f"; did you mean {close[0]}?" if close else "; see --help"
-
-
-def read_text(path, flag):
-    """What a UTF-8 text file says. BadInput, naming the flag, for others."""
-    try:
-        return Path(path).read_text("utf-8-sig")
-    except OSError as error:
-        raise BadInput(f"{flag} {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        wrong = f"{flag} {path} is not UTF-8 text (at byte {error.start})"
-        raise BadInput(f"{wrong}: save it as UTF-8") from None
-
-
-def read_lines(path, flag):
-    """The lines of such a file, but for empty ones."""
-    lines = map(str.strip, read_text(path, flag).splitlines())
-    return [line for line in lines if line]
 
 
 def split_list(text):
@@ -329,7 +334,7 @@ def smoke(cfg, **own):
     if not cfg.smoke:
         return cfg
     few = {"log_every": 1, "save_every": 2, "sample_every": 2, "keep_every": 0}
-    few |= {"steps": 4, "batch_size": 8, "warmup": 1, "resume": "never"}
+    few |= {"steps": 4, "epochs": 0.0, "batch_size": 8, "warmup": 1, "resume": "never"}
     few = {name: value for name, value in few.items() if hasattr(cfg, name)}
     return smaller(cfg, **(few | own))
 
@@ -417,6 +422,7 @@ def check_run(cfg):
     check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "accumulate", "ema")
     check_positive(cfg, "log_every", "save_every")
     check_not_negative(cfg, "seed", "warmup", "sample_every", "keep_every", "price_per_gpu_hour")
+    check_not_negative(cfg, "epochs", *{"metric_every", "metric_n"}.intersection(vars(cfg)))
     if cfg.dry_run and cfg.task():
         raise BadInput(f"--dry-run is for training: leave it out, or {flag(cfg.task())}")
     check_fraction(cfg, "ema")

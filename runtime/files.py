@@ -41,6 +41,23 @@ def check_folder(folder, flag="--out"):
         raise BadInput(f"{flag} {folder} cannot be written to ({error.strerror})") from None
 
 
+def read_text(path, flag):
+    """What a UTF-8 text file says. BadInput, naming the flag, for others."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except OSError as error:
+        raise BadInput(f"{flag} {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        wrong = f"{flag} {path} is not UTF-8 text (at byte {error.start})"
+        raise BadInput(f"{wrong}: save it as UTF-8") from None
+
+
+def read_lines(path, flag):
+    """The lines of such a file, but for empty ones."""
+    lines = map(str.strip, read_text(path, flag).splitlines())
+    return [line for line in lines if line]
+
+
 def also_named(path, name):
     """Give the file `path` a second name in its folder, at once, whatever had that name before."""
     link = name.with_suffix(".link")

@@ -1,8 +1,9 @@
 """What parse() says of flags that were typed: unknown ones, and those that would do nothing."""
 
-from runtime.commandline import BadInput, closest, flag, typed
+from runtime.commandline import BadInput, flag, typed
 
 import dataclasses
+import difflib
 import math
 import re
 
@@ -121,3 +122,9 @@ def one_line(box, config_class):
         flags = [flag(f.name) for f in dataclasses.fields(config_class)]
         return f"unknown flag {unknown[1]}{closest(unknown[1], flags)}"
     return f"{text}; see --help"
+
+
+def closest(word, words):
+    """A hint at that of `words` which is like `word`, or at --help."""
+    close = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {close[0]}?" if close else "; see --help"

@@ -1,7 +1,8 @@
 """Settings in a YAML file, as the fields of a dataclass; a text stays as it is written."""
 
-from runtime.commandline import BadInput, closest, flag, read_text
-from runtime.typed_flags import MOST, beyond
+from runtime.commandline import BadInput, flag
+from runtime.files import read_text
+from runtime.typed_flags import MOST, beyond, closest
 
 import dataclasses
 import os

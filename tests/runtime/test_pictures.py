@@ -1,6 +1,7 @@
 """Pictures in files of their own, with words in them, and sheets of one picture in many lights."""
 
-from runtime.commandline import BadInput, read_lines
+from runtime.commandline import BadInput
+from runtime.files import read_lines
 from runtime.finite import check_finite
 from runtime.pictures import save_told
 from runtime.plots import draw_shaded
