@@ -132,12 +132,12 @@ def update_codebook(book, z, codes, world, rng, decay=0.99, dead=0.1):
     """One step of the codebook's running means, over all processes: VQ-VAE appendix A.1.
 
         N_k = decay N_k + (1 - decay) n_k                                  VQ-VAE eq. 6
-        m_k = decay m_k + (1 - decay) sum of the n_k vectors that chose k  eq. 7
-        e_k = m_k / N_k                                                    eq. 8
+        m_k = decay m_k + (1 - decay) sum of the n_k vectors that chose k  VQ-VAE eq. 7
+        e_k = m_k / N_k                                                    VQ-VAE eq. 8
 
     It is k-means, batch by batch. Nothing moves a code that none chooses: chosen less often than
-    `dead` times the average code, it starts anew as a vector of this batch (Dhariwal et al.,
-    "Jukebox", 2020, arXiv:2005.00341, section 3.2), and counts as chosen as often as the average.
+    `dead` times the average code, it starts anew as a vector of this batch, chosen
+    as often as the average (the restarts of Dhariwal et al., "Jukebox", 2020, arXiv:2005.00341).
     That gives it log(dead) / log(decay) steps, here 229, to attract something. The first update
     makes every code such a vector.
 
@@ -165,7 +165,7 @@ def update_codebook(book, z, codes, world, rng, decay=0.99, dead=0.1):
     anew = first | (book.counts < dead * average)  # (K,)
     book.counts.masked_fill_(anew, average)
     book.sums.copy_(torch.where(anew[:, None], average * fresh, book.sums))
-    # Laplace smoothing: as if each code had been chosen a little more often (VQ-VAE-2, 2019).
+    # Laplace smoothing: as if each code had been chosen a little more often (DeepMind's Sonnet).
     total, eps = book.counts.sum(), 1e-5
     smoothed = (book.counts + eps) / (total + book.size * eps) * total  # (K,)
     book.vectors.copy_(book.sums / smoothed[:, None])
@@ -435,7 +435,7 @@ def report(ae, cfg, world, folder, batch=64):
 def sample_checkpoint(cfg, world):
     """report() of any autoencoder: of ours on its own data unless --data is typed.
 
-    It goes beside a checkpoint of ours, else into the folder runs/ae-NAME-DATA.
+    It goes below the folder of a checkpoint of ours, else below runs/ae-NAME-DATA.
     """
     state, path = own_checkpoint(cfg.sample), Path(cfg.sample)
     # A --config may be of a run; what is published keeps no means.
@@ -445,12 +445,12 @@ def sample_checkpoint(cfg, world):
         names = cli.not_given(cfg, ("data", "data_root", "size", "classes"))
         trained = checkpoints.trained_config(Config, state)
         cfg = replace(cfg, **{name: getattr(trained, name) for name in names})
-    beside = path.parent if state else f"runs/ae-{path.stem}-{Path(cfg.data).stem}"
+    beside = path if state else Path(f"runs/ae-{path.stem}-{Path(cfg.data).stem}", "ckpt.pt")
     if world.is_main:
         kind, count = ae.settings["kind"], sum(p.numel() for p in ae.parameters()) / 1e6
         small = f"{ae.z_channels} channels, {ae.factor} times smaller"
         print(f"autoencoder {kind} of {count:.2f} M parameters, latents of {small}")
-    report(ae, cfg, world, Path(cfg.out or beside), max(1, cfg.batch_size // world.size))
+    report(ae, cfg, world, cli.folder_of(cfg, beside), max(1, cfg.batch_size // world.size))
 
 
 def check(cfg):
@@ -472,11 +472,7 @@ def check(cfg):
 
 def main():
     cfg = cli.parse(Config, __doc__)
-    if cfg.smoke:
-        tiny = {"steps": 4, "batch_size": 8, "model_channels": 32, "disc_start": 1, "warmup": 1}
-        tiny |= {"log_every": 1, "save_every": 2, "sample_every": 2, "keep_every": 0, "n": 8}
-        tiny |= {"resume": "never", "out": "runs/smoke-autoencoder"}
-        cfg = cli.smaller(cfg, **tiny)
+    cfg = cli.smoke(cfg, model_channels=32, disc_start=1, n=8, out="runs/smoke-autoencoder")
     check(cfg)
     if cfg.sample:
         launch(sample_checkpoint, cfg)

@@ -66,9 +66,11 @@ SHOWN = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # t / T in a pictur
 
 @dataclass
 class Config(cli.RunConfig):
-    timesteps: int = 1000  # T of the chain; it, schedule, alpha_min are the guided network's
-    schedule: Literal["linear", "cosine", "sigmoid"] = "cosine"  # how alpha_bar falls
+    timesteps: int = 1000  # T of the chain; it and the next four are the guided network's
+    schedule: Literal["linear", "cosine", "sigmoid", "sigmoid-beta"] = "cosine"  # of its noise
     alpha_min: float = 0.001  # smallest alpha_t
+    beta_start: float = 0.0  # first beta_t of linear and sigmoid-beta; 0: 1e-4 times 1000/T
+    beta_end: float = 0.0  # their last; 0: 0.02 times 1000/T
     weight_decay: float = 0.05  # of AdamW
     shift: int = 2  # moves training images by up to so many pixels (paper: random crops)
 
@@ -110,7 +112,7 @@ class Config(cli.RunConfig):
     study_guidance: str = "-1,0,0.5,1,2,4"  # values of w, where the network knows labels
 
     GUIDED = cli.names("classifier_batch sampler eta variance clip_denoised sample_steps")
-    ASKED = cli.names("classifier use_checkpoint timesteps schedule alpha_min")
+    ASKED = cli.names("classifier use_checkpoint") | {*checkpoints.NOISE}
     STUDY = cli.names("study_scales study_guidance")
     USES = {
         "sample": cli.DRAWS | GUIDED | ASKED | cli.names("classifier_scale guidance"),
@@ -118,12 +120,10 @@ class Config(cli.RunConfig):
     }
     NEEDS = cli.RunConfig.NEEDS | {"num_heads": "!num_head_channels"}
     NEEDS |= {"eta": "sampler=ddim", "variance": "sampler=ddpm"}
+    NEEDS |= dict.fromkeys(("beta_start", "beta_end"), "schedule=linear,sigmoid-beta")
     IDLE = GUIDED | STUDY | cli.names("classifier_scale guidance n seeds")
-    FREE = (
-        cli.RunConfig.FREE
-        | IDLE
-        | cli.names("use_checkpoint metric_every metric_n sample study classifier")
-    )
+    FREE = cli.names("use_checkpoint metric_every metric_n sample study classifier")
+    FREE |= cli.RunConfig.FREE | IDLE
 
 
 # -------------------------------------------------------------------- the gradient: section 4
@@ -330,12 +330,12 @@ def load_classifier(path, device):
 def load_pair(cfg, path, world):
     """(network, its settings, classifier, shape, class names); BadInput where they do not fit."""
     asked = checkpoints.asked(cfg, "classifier_guidance", checkpoints.NOISE)
-    net, trained, shape, net_names, _ = improved_ddpm.load_net(path, world.device, **asked)
+    net, trained, shape, net_names, alpha_bar = improved_ddpm.load_net(path, world.device, **asked)
     if not cli.not_given(cfg, ("sample_steps",)):
         trained = replace(trained, timestep_respacing="")
     trained = checkpoints.overlaid(trained, cfg, NETWORK.split())
     trained = replace(trained, variance=improved_ddpm.variance_of(trained))
-    if cfg.sampler == "ddim" and alpha_bar_of(trained)[-1] < 1e-12:
+    if cfg.sampler == "ddim" and alpha_bar[-1] < 1e-12:
         told = "divides by sqrt(alpha_bar), which is 0 at T: type --sampler ddpm"
         raise cli.BadInput(f"--sampler ddim {told} for {path}")
     found = load_classifier(cfg.classifier, world.device)
@@ -351,14 +351,13 @@ def load_pair(cfg, path, world):
         first = "".join(f", {a} is {b}" for a, b in differ[:1])
         told = f"{len(names)} and {len(net_names)}{first}"
         raise cli.BadInput(f"{pair} have other classes: {told}; train both on the same --classes")
-    if named and its_cfg.timesteps != trained.timesteps:
-        chains = f"chains of T = {its_cfg.timesteps} and {trained.timesteps} timesteps"
-        told = f"type --timesteps {trained.timesteps} to train a classifier for it"
+    same = named and its_alpha_bar.shape == alpha_bar.shape
+    if named and not (same and torch.allclose(its_alpha_bar, alpha_bar, rtol=1e-6)):
+        noise = " ".join(f"{cli.flag(k)} {getattr(trained, k)}" for k in checkpoints.NOISE)
+        told = "none is trained on its betas" if trained.trained_betas else f"type {noise} for one"
+        chains = f"schedules {its_cfg.schedule} and {trained.schedule}"
+        chains += f", T = {its_cfg.timesteps} and {trained.timesteps}"
         raise cli.BadInput(f"{pair}: {chains}; {told}")
-    if named and not torch.allclose(its_alpha_bar, alpha_bar_of(trained), rtol=1e-6):
-        told = f"type --schedule {trained.schedule} --alpha-min {trained.alpha_min:g} to train one"
-        told = "none is trained on a network's own betas" if trained.trained_betas else told
-        raise cli.BadInput(f"{pair}: schedules {its_cfg.schedule} and {trained.schedule}; {told}")
     return net, trained, classifier, shape, names
 
 
@@ -373,9 +372,10 @@ def sample_checkpoint(cfg, world):
     net, trained, classifier, shape, names = load_pair(cfg, cfg.sample, world)
     seeds, labels = seeds_and_labels(cfg, net, names, trained.guidance)
     walk = partial(trajectory, world.for_sampling(net), classifier, cfg, trained, shape)
-    images = world.draw(walk, seeds, labels, trained.batch_size, improved_ddpm.pairs_of(trained))
+    pairs, folder = improved_ddpm.pairs_of(trained), cli.folder_of(cfg, cfg.sample)
+    images = world.draw(walk, seeds, labels, trained.batch_size, pairs)
     walk = partial(trajectory, net, classifier, cfg, trained, shape)
-    save_drawn(cli.folder_of(cfg, cfg.sample), images, labels, walk, seeds, world)
+    save_drawn(folder, images, labels, walk, seeds, world, pairs, names)
 
 
 # ------------------------------------------------------------------- the study: s beside w
@@ -415,9 +415,8 @@ def study(cfg, world):
     folder, quick = cli.folder_of(cfg, cfg.study), world.for_sampling(net)
     store = Store(folder / "classifier-guidance.jsonl", folder / "classifier-guidance-cells")
     world.barrier()  # every rank has read the store before one adds to it
-    walked = "timesteps schedule alpha_min prediction variance clip_denoised batch_size "
-    walked += "timestep_respacing"
-    facts |= {name: getattr(trained, name) for name in walked.split()}
+    walked = ("prediction", "variance", "clip_denoised", "batch_size", "timestep_respacing")
+    facts |= {name: getattr(trained, name) for name in (*checkpoints.NOISE, *walked)}
     facts |= {name: getattr(cfg, name) for name in ("sampler", "eta", "seeds", "classes")}
     facts |= {"n": len(seeds), "steps": len(improved_ddpm.pairs_of(trained))}
     facts |= {"dtype": str(world.dtype), "device": f"{world.size} x {device_name(world.device)}"}
@@ -463,7 +462,8 @@ def check(cfg):
     cli.check_run(cfg)
     positive = "timesteps sample_steps n metric_n model_channels channel_mult num_res_blocks "
     not_negative = "shift metric_every weight_decay num_head_channels norm_groups classifier_batch"
-    cli.check_ranges(cfg, f"{positive} num_heads", not_negative, "alpha_min dropout eta")
+    parts = "alpha_min beta_start beta_end dropout eta"
+    cli.check_ranges(cfg, f"{positive} num_heads", not_negative, parts)
     # Whether the network that is sampled has so many timesteps, and labels, is its own affair.
     cli.check_sampling(replace(cfg, sample="another's", metric_every=0))
     if cfg.sample or cfg.study:
@@ -486,7 +486,7 @@ def main():
     small = {"model_channels": 16, "num_heads": 1, "num_head_channels": 0, "norm_groups": 0}
     small |= {"channel_mult": (1, 2), "metric_every": 0, "metric_n": 8}
     small |= {"n": 8, "sample_steps": 4, "study_scales": "0,1", "study_guidance": "-1,1"}
-    cfg = cli.smoke(cfg, **small, out="" if cfg.sample or cfg.study else "runs/smoke-classifier")
+    cfg = cli.smoke(cfg, **small, out="runs/smoke-classifier")
     check(cfg)
     if cfg.sample or cfg.study:
         launch(sample_checkpoint if cfg.sample else study, cfg)

@@ -1,37 +1,48 @@
 """Which sampler, how many steps, how much guidance? The study of one checkpoint.
 
 A sampler is worth what its images are worth, so each is scored by eval_fid.py: how far N samples
-lie from held-out images (the Fréchet distance of a classifier's features, lower is better), and how
-many of them the classifier reads as the class that was asked for. What it costs is counted in
-evaluations of the network, which depend on no machine, and in seconds, which do. All draw the same
-seeds, and so start at the same x_T.
+lie from held-out images (the Fréchet distance of a classifier's features, lower is better), how
+sure and varied that classifier reads them (the inception score), precision and recall, and how many
+of them it reads as the class that was asked for. What it costs is counted in evaluations of the
+network, which depend on no machine, and in seconds, which do. All draw the same seeds, and so start
+at the same x_T.
 
     ddim           ddim.py, with --eta
     dpmpp, heun    dpm_solver.py
-    ddpm           the ancestral step of ddpm_pixel.py; of improved_ddpm.py for learned variances
+    ddpm           the ancestral step of ddpm_pixel.py with both of its variances, beta_tilde and
+                   beta; where the network has learned one (improved_ddpm.py), with that, too
 
     python compare_samplers.py runs/pixel-mnist/ckpt.pt --n 1000 --compare-steps 5,10,20,50
     python compare_samplers.py runs/pixel-mnist/ckpt.pt --sampler dpmpp --sample-steps 10
+    python compare_samplers.py runs/pixel-mnist/ckpt.pt --along 10,50,250 --sampler ddpm
     python compare_samplers.py runs/pixel-mnist/ckpt.pt --smoke
 
-The first draws 16,000 images for a table of samplers and 6,000 for one of guidance, with the
-network of configs/mnist_pixel.yaml in about an hour on one CPU core. All leave beside the
+The first draws 20,000 images for a table of samplers and 6,000 for one of guidance, with the
+network of configs/mnist_pixel.yaml in about an hour on one CPU core. One result beforehand: in few
+steps beta is far too large a variance (Fréchet distance 6.8, 5.8, 5.1 with beta_tilde in 5, 10, 20
+steps of one network, 190.8, 42.7, 11.2 with beta); compare.md says why. All leave beside the
 checkpoint, or in --out,
 
     compare.md, compare.json    two tables: sampler x steps, and guidance; with all that made them
     compare.png                 the first as curves over network evaluations
     compare-grids.png           the same few seeds in each of its cells
     guidance.png                the second: curves, and the same few seeds
+    guidance-film.gif, .png     its values of w side by side, a sample of each class on its way
     compare.jsonl               a line for each finished row, so that a later call goes on there;
                                 its images are in compare-cells/
+
+--along looks into the walks of one sampler: how good are x_t, and the x0_hat that the network makes
+of it, after each tenth of the way, in few steps and in many? along.md, .json, .png (curves) and
+along-strip.png. Settings other than the default ones are in the names of the files.
 """
 
 from runtime import checkpoints
 from runtime import commandline as cli
-from runtime.files import atomic_write, read_log
-from runtime.pictures import save_grid
-from runtime.plots import draw_cells, plot_lines
+from runtime.files import read_log
+from runtime.finite import watched
+from runtime.pictures import save_grid, to_uint8
 from runtime.processes import launch
+from runtime.typed_flags import check_idle
 
 import hashlib
 import json
@@ -52,40 +63,65 @@ from PIL import Image
 import ddim
 import ddpm_pixel
 import dpm_solver
-from ddim import numbers_of, subsequence
+from ddim import at, noise, numbers_of, subsequence
+from evaluation import samplers_report, study_names
+from evaluation.guidance_report import sampler_name
+from evaluation.manifold import manifold
+from evaluation.sides import look
 from improved_ddpm import rows_of, variance_of
 
 SAMPLERS = ("ddim", "dpmpp", "heun", "ddpm")
 SHOWN = 16  # images in a cell of the grids
+FEWEST = 6  # images, for precision and recall: they look at fifth neighbours
+PAD = 2  # pixels between the images of save_grid
+PLACES = 10  # parts of a walk that --along looks at
 
 
 @dataclass
 class Config(cli.NetworkCommand):
     checkpoint: Annotated[str, tyro.conf.Positional] = ""
     """a checkpoint of ddpm_pixel.py or improved_ddpm.py, or a published network"""
+    along: str = ""
+    """numbers of steps, such as 10,50,250: instead of the tables, how good x_t and x0_hat are on
+    the way, along a walk of each"""
     n: int = 1000  # images of each row of the tables
     seeds: str = ""  # of the samples, such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
     compare_steps: str = "5,10,20,50,100,250,1000"  # numbers of steps to compare; T at most
     compare_guidance: str = "-1,0,0.5,1,2,4"
     """values of w to compare at --sample-steps of --sampler, where there are labels"""
-    sampler: Literal["ddim", "dpmpp", "heun", "ddpm"] = "ddim"  # of the table over guidance
+    sampler: Literal["ddim", "dpmpp", "heun", "ddpm"] = "ddim"
+    """of the table over guidance, and of --along"""
     sample_steps: int = 50  # of the table over guidance
     guidance: float = 0.0
-    """of the table over samplers and steps: w in (1+w) eps(x,y) - w eps(x)"""
+    """of the table over samplers and steps, and of --along: w in (1+w) eps(x,y) - w eps(x)"""
     spacing: Literal["linear", "quadratic", "leading", "trailing"] = "linear"
     """where the timesteps lie: see ddim.py; if it is not typed, as the network's settings say"""
     clip_denoised: bool = True  # keep x0_hat in [-1, 1]; not typed, as its settings say
     eta: float = 0.0  # fresh noise of a ddim step: 0 none, 1 as much as ddpm
     variance: Literal["auto", "small", "large", "learned"] = "auto"
-    """of a ddpm step: beta_tilde, beta, or learned; auto is learned where it was, else small"""
+    """of --sampler ddpm: beta_tilde, beta, or learned; auto is learned where it was, else small.
+    The table over steps has all"""
     data: str = ""  # what to compare with, if not the data that the network was trained on
     data_root: str = ""  # where data sets are looked for (default: where the training found them)
 
     IDLE = cli.names("seed")
+    DECIDE = cli.names("checkpoint n seeds classes batch_size precision sampler guidance spacing")
+    DECIDE |= cli.names("clip_denoised eta variance data")
+    USES = {"along": DECIDE | {"data_root"}}
+    NEEDS = {"variance": "sampler=ddpm"}
+
+
+def ways_of(trained):
+    """[(sampler, variance)] of the table over steps: a variance, for ancestral steps alone."""
+    ancestral = ("small", "large", "learned")[: 2 + trained.learn_sigma]
+    return [(s, v) for s in SAMPLERS for v in (ancestral if s == "ddpm" else ("",))]
 
 
 def trajectory_of(cfg, net, trained, alpha_bar, shape, sampler, steps, w):
-    """The function (seeds, labels) -> (x, x0_hat), (B,C,H,W), of each step of this sampler."""
+    """The function (seeds, labels) -> (x, x0_hat), (B,C,H,W), of each step of this sampler.
+
+    trained.variance is that of ancestral steps.
+    """
     pairs = subsequence(trained.timesteps, steps, trained.spacing)
     where = (net, alpha_bar, pairs, shape)
     if sampler == "ddpm":
@@ -96,6 +132,18 @@ def trajectory_of(cfg, net, trained, alpha_bar, shape, sampler, steps, w):
     if sampler == "ddim":
         return partial(ddim.sample, *where, eta=cfg.eta, **how)
     return partial(dpm_solver.sample, sampler, *where, **how)
+
+
+def last_noise(alpha_bar, pairs):
+    """Of the last step that adds noise: t, t_prev, the noise that x_prev should have in all, and
+    what an ancestral step adds with either variance, as standard deviations. None for one step."""
+    if len(pairs) < 2:
+        return None
+    (t, t_prev), how = pairs[-2], {"a": at(alpha_bar, pairs[-2][0])}
+    how["a_prev"] = at(alpha_bar, t_prev)
+    added = {v: ddpm_pixel.ancestral_row(**how, variance=v).S for v in ("small", "large")}
+    wanted = (1 - how["a_prev"]) ** 0.5
+    return {"steps": len(pairs), "t": t, "t_prev": t_prev, "wanted": wanted, **added}
 
 
 # -------------------------------------------------------------------------------------- the study
@@ -115,14 +163,14 @@ class Store:
         """The row that was made by just this, or None."""
         return next((row for row in self.rows if row["made_by"] == made_by), None)
 
-    def add(self, made_by, figures, images, write=True):
+    def add(self, made_by, figures, images, columns=None, write=True):
         """Keep a row, its images uint8 (N,H,W,C) first; returns it. write: False on other ranks."""
         digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
         name = f"{made_by['sampler']}-{made_by['steps']}-w{made_by['guidance']:g}-{digest}.png"
         row = {"made_by": made_by, "figures": figures, "cell": name}
         self.rows.append(row)
         if write:
-            save_grid(images, self.cells / name)
+            save_grid(images, self.cells / name, columns)
             with open(self.path, "a") as f:
                 # A kill may have torn the line before this one: start on a new line.
                 f.write(("\n" if f.tell() else "") + json.dumps(row))
@@ -133,6 +181,21 @@ class Store:
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def cell(store, row):
+    """The picture of a row: uint8 (H,W,3) or (H,W)."""
+    with Image.open(store.cells / row["cell"]) as picture:
+        return np.asarray(picture)
+
+
+def untiled(sheet, rows, shape):
+    """uint8 (rows,K,H,W,C): the images of shape (C,H,W) in a picture that save_grid wrote."""
+    c, h, w = shape
+    columns = (sheet.shape[1] - PAD) // (w + PAD)
+    sheet = sheet.reshape(*sheet.shape[:2], c)[PAD:, PAD:]
+    sheet = sheet.reshape(rows, h + PAD, columns, w + PAD, c)[:, :h, :, :w]
+    return sheet.swapaxes(1, 2)
 
 
 def evaluator_of(cfg, trained, shape, names, device):
@@ -151,175 +214,229 @@ def evaluator_of(cfg, trained, shape, names, device):
     )
 
 
+class Study:
+    """A checkpoint, the seeds that all its rows draw, and the rows that are there already."""
+
+    def __init__(self, cfg, world):
+        opened = ddim.opened(cfg, cfg.checkpoint, world, "compare_samplers")
+        net, trained, self.shape, self.names, self.alpha_bar = opened
+        self.cfg, self.world, self.net = cfg, world, net
+        self.seeds, self.labels = cli.seeds_and_labels(cfg, net, self.names, cfg.guidance)
+        trained = checkpoints.overlaid(trained, cfg, ("variance",))
+        self.trained = trained = replace(trained, variance=variance_of(trained))
+        self.evaluator = evaluator_of(cfg, trained, self.shape, self.names, world.device)
+        self.real = None  # features (M,d) of what is compared with, when they are needed
+        self.folder = cli.folder_of(cfg, cfg.checkpoint)
+        self.store = Store(self.folder / "compare.jsonl", self.folder / "compare-cells")
+        world.barrier()  # every rank has read the store before one adds to it
+        self.quick = world.for_sampling(net)
+        self.common = {
+            "weights": checkpoints.weights_hash(net),
+            "n": len(self.seeds),
+            "seeds": cfg.seeds,
+            "classes": cfg.classes,
+            "spacing": trained.spacing,
+            "clip_denoised": trained.clip_denoised,
+            "protocol": self.evaluator.protocol,
+            "reference": self.evaluator.reference,
+            "n_reference": self.evaluator.n_reference,
+            "device": f"{world.size} x {device_name(world.device)}",
+            "dtype": str(world.dtype),
+            "batch_size": cfg.batch_size,
+            "figures": list(samplers_report.FIGURES.values()),
+        }
+
+    def walk(self, sampler, variance, steps, w):
+        """trajectory_of of this sampler; variance: of ancestral steps."""
+        trained = replace(self.trained, variance=variance or self.trained.variance)
+        where = self.cfg, self.quick, trained, self.alpha_bar, self.shape
+        return trajectory_of(*where, sampler, steps, w)
+
+    def about(self, sampler, variance, steps, w, **more):
+        """What a row is made by."""
+        about = {"sampler": sampler, "steps": steps, "guidance": w}
+        about |= {"eta": self.cfg.eta} if sampler == "ddim" else {}
+        about |= {"variance": variance} if sampler == "ddpm" else {}
+        return self.common | about | more
+
+    def draw(self, sampler, variance, steps, w, n, desc):
+        """uint8 images (n,H,W,C) of the first n seeds."""
+        y = None if self.labels is None else self.labels[:n]
+        walk, cfg = self.walk(sampler, variance, steps, w), self.cfg
+        return self.world.draw(walk, self.seeds[:n], y, cfg.batch_size, steps, desc)
+
+    def warm_up(self):
+        """One step first, not timed: a GPU compiles kernels when they are first used, and records
+        the network when it first sees a batch of this size."""
+        n = min(len(self.seeds), self.cfg.batch_size)
+        self.draw("ddim", "", 1, self.cfg.guidance, n, "warm-up")
+
+    def score(self, images, also=None):
+        """The figures of eval_fid.py, {name: number or None}, of images uint8 (N,H,W,C)."""
+        labels = None if self.labels is None else self.labels.numpy()
+        return self.evaluator(np.ascontiguousarray(images), labels, self.world, also)
+
+    def precision_and_recall(self, feats):
+        """Those of features (N,d) of samples; None where there are too few for a neighbourhood."""
+        judge = self.evaluator
+        if self.real is None:
+            side = look(judge.real, judge.extractor, world=self.world, keep=judge.root)
+            self.real = side.feats
+        if min(len(feats), len(self.real)) < FEWEST:
+            return {"precision": None, "recall": None}
+        found = manifold(self.real, feats, device=self.world.device)
+        return {name: found[name] for name in ("precision", "recall")}
+
+    def costs(self, sampler, steps, w, seconds):
+        calls = dpm_solver.calls_of(sampler, steps) * ddim.passes(self.labels, w)
+        return {"evaluations": calls, "seconds_per_image": seconds / len(self.seeds)}
+
+    def row(self, sampler, variance, steps, w):
+        """What this sampler is worth: computed, unless the store has it."""
+        made_by = self.about(sampler, variance, steps, w)
+        if found := self.store.find(made_by):
+            return found
+        start, desc = time.perf_counter(), f"{sampler_name(made_by)}, {steps} steps, w = {w:g}"
+        images = self.draw(sampler, variance, steps, w, len(self.seeds), desc).numpy()
+        seconds = time.perf_counter() - start
+        figures = self.score(images, self.precision_and_recall) | self.costs(
+            sampler, steps, w, seconds
+        )
+        return self.store.add(made_by, figures, images[:SHOWN], write=self.world.is_main)
+
+    def facts(self, **more):
+        """(what decides all in a report, and what else it says)."""
+        command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+        return self.common | more, {"checkpoint": self.cfg.checkpoint, "command": command}
+
+
 def compare(cfg, world):
     """Both tables, their figures, and the lines they are made from."""
-    opened = ddim.opened(cfg, cfg.checkpoint, world, "compare_samplers")
-    net, trained, shape, names, alpha_bar = opened
-    seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
-    trained = checkpoints.overlaid(trained, cfg, ("variance",))
-    trained = replace(trained, variance=variance_of(trained))
-    evaluator = evaluator_of(cfg, trained, shape, names, world.device)
-    folder, T = cli.folder_of(cfg, cfg.checkpoint), trained.timesteps
-    store = Store(folder / "compare.jsonl", folder / "compare-cells")
-    world.barrier()  # every rank has read the store before one adds to it
-    common = {
-        "weights": checkpoints.weights_hash(net),
-        "n": len(seeds),
-        "seeds": cfg.seeds,
-        "classes": cfg.classes,
-        "spacing": trained.spacing,
-        "clip_denoised": trained.clip_denoised,
-        "protocol": evaluator.protocol,
-        "reference": evaluator.reference,
-        "n_reference": evaluator.n_reference,
-        "device": f"{world.size} x {device_name(world.device)}",
-        "batch_size": cfg.batch_size,
-    }
-
-    quick = world.for_sampling(net)
-
-    def draw(sampler, steps, w, n, desc):
-        trajectory = trajectory_of(cfg, quick, trained, alpha_bar, shape, sampler, steps, w)
-        y = None if labels is None else labels[:n]
-        return world.draw(trajectory, seeds[:n], y, cfg.batch_size, steps, desc)
-
-    def row(sampler, steps, w):
-        """What this sampler is worth: computed, unless the store has it."""
-        about = {"sampler": sampler, "steps": steps, "guidance": w}
-        about |= {"eta": cfg.eta} if sampler == "ddim" else {}
-        about |= {"variance": trained.variance} if sampler == "ddpm" else {}
-        found = store.find(common | about)
-        if found:
-            return found
-        start = time.perf_counter()
-        images = draw(sampler, steps, w, len(seeds), f"{sampler}, {steps} steps, w = {w:g}")
-        seconds = time.perf_counter() - start
-        figures = evaluator(images.numpy(), None if labels is None else labels.numpy(), world)
-        figures |= {
-            "evaluations": dpm_solver.calls_of(sampler, steps) * ddim.passes(labels, w),
-            "seconds_per_image": seconds / len(seeds),
-        }
-        return store.add(common | about, figures, images[:SHOWN].numpy(), write=world.is_main)
-
-    # One step first, not timed: a GPU compiles kernels when they are first used, and records the
-    # network when it first sees a batch of this size.
-    draw("ddim", 1, cfg.guidance, min(len(seeds), cfg.batch_size), "warm-up")
+    study = Study(cfg, world)
+    study.warm_up()
+    trained, T = study.trained, study.trained.timesteps
     wanted = sorted({min(k, T) for k in numbers_of(cfg.compare_steps, "--compare-steps")})
-    by_steps = [row(sampler, k, cfg.guidance) for sampler in SAMPLERS for k in wanted]
-    by_guidance, steps = [], min(cfg.sample_steps, T)
-    if labels is not None and net.null_label:
-        values = numbers_of(cfg.compare_guidance, "--compare-guidance", float)
-        by_guidance = [row(cfg.sampler, steps, w) for w in sorted(set(values))]
-    if world.is_main:
-        command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-        facts = common | {"checkpoint": cfg.checkpoint, "command": command}
-        write(folder, facts, by_steps, by_guidance, store)
-        print((folder / "compare.md").read_text())
-        pictures = "compare.png, compare-grids.png" + (", guidance.png" if by_guidance else "")
-        print(f"kept in {folder}: compare.md, compare.json, {pictures}")
+    by_steps = [study.row(*who, k, cfg.guidance) for who in ways_of(trained) for k in wanted]
+    by_guidance, steps, values = [], min(cfg.sample_steps, T), []
+    variance = trained.variance if cfg.sampler == "ddpm" else ""
+    if study.labels is not None and study.net.null_label:
+        values = sorted({*numbers_of(cfg.compare_guidance, "--compare-guidance", float)})
+        by_guidance = [study.row(cfg.sampler, variance, steps, w) for w in values]
+    if not world.is_main:
+        return
+    lists = {"compare_steps": wanted, "compare_guidance": values}
+    decides, told = study.facts(guidance=cfg.guidance, eta=cfg.eta, **lists)
+    decides |= {"sampler": cfg.sampler, "sample_steps": steps, "variance": variance}
+    walks = [subsequence(T, k, trained.spacing) for k in wanted]
+    told["last_noise"] = [*filter(None, (last_noise(study.alpha_bar, pairs) for pairs in walks))]
+    decide = [*Config.DECIDE, "compare_steps", "compare_guidance", "sample_steps"]
+    suffix = study_names.suffix_of(study_names.changed(cfg, decide))
+    suffix, known = study_names.name_for(study.folder, "compare", suffix, decides)
+    picture = partial(cell, study.store)
+    where = study.folder, suffix, decides | told
+    names = samplers_report.write(*where, by_steps, by_guidance, picture)
+    print((study.folder / names[0]).read_text())
+    if values:
+        names += guidance_film(study, suffix, known, variance, steps, values)
+    samplers_report.last_line(study.folder, names)
 
 
-# ---------------------------------------------------------------------------- tables and figures
+def guidance_film(study, suffix, known, variance, steps, values):
+    """guidance-film.gif and .png: a sample of each class at each w, on its way; their names.
 
-
-def write(folder, facts, by_steps, by_guidance, store):
-    """compare.md, compare.json, compare.png, compare-grids.png and guidance.png in `folder`.
-
-    facts: what holds for all rows; by_steps: a row for each sampler and number of steps;
-    by_guidance: a row for each w, none where there are no labels.
+    known: whether such files are of these settings, if they are there.
     """
-    plain = [row["made_by"] | row["figures"] for row in by_steps]
-    guided = [row["made_by"] | row["figures"] for row in by_guidance]
-    with atomic_write(folder / "compare.md") as path:
-        path.write_text(report(facts, plain, guided))
-    with atomic_write(folder / "compare.json") as path:
-        everything = {"facts": facts, "samplers": plain, "guidance": guided}
-        path.write_text(json.dumps(everything, indent=1) + "\n")
+    from runtime.films import marks_of, one_each, save_beside
 
-    lines = {}
-    for name in unique(row["sampler"] for row in plain):
-        lines[name] = [row for row in plain if row["sampler"] == name]
-    panels = curves(lines, "evaluations")
-    logy = tuple(panels)[:1]
-    xlabel = "network evaluations per image"
-    plot_lines(folder / "compare.png", panels, xlabel=xlabel, logx=True, logy=logy)
-    titles = [(row["sampler"], f"{row['steps']} steps") for row in plain]
-    cells = [cell(store, row) for row in by_steps]
-    draw_cells(folder / "compare-grids.png", dict(zip(titles, cells, strict=True)))
-    if guided:
-        panels = curves({guided[0]["sampler"]: guided}, "guidance")
-        titles = [("", f"w = {row['guidance']:g}") for row in guided]
-        cells = [cell(store, row) for row in by_guidance]
-        draw_cells(folder / "guidance.png", dict(zip(titles, cells, strict=True)), panels)
+    names = [f"guidance-film{suffix}.{kind}" for kind in ("gif", "png")]
+    if known and all((study.folder / name).exists() for name in names):
+        return names
+    seeds, labels = cli.seeds_and_labels(
+        replace(study.cfg, n=len(study.names)), study.net, study.names
+    )
+    chosen, rows, note = one_each(labels, len(seeds), study.names)
+    seeds, y = (v[torch.as_tensor(chosen)].to(study.world.device) for v in (seeds, labels))
+    films = {}
+    for w in values:
+        walk = study.walk(study.cfg.sampler, variance, steps, w)
+        with study.world.autocast():
+            xs = [x for x, _ in watched(walk(seeds, y), seeds.tolist(), steps, f"w = {w:g}")]
+        films[f"w = {w:g}"] = [to_uint8(x).numpy() for x in (noise(seeds, study.shape), *xs)]
+    pairs = subsequence(study.trained.timesteps, steps, study.trained.spacing)
+    path = str(study.folder / names[0]).removesuffix(".gif")
+    save_beside(path, films, marks_of(pairs), rows, note)
+    return names
 
 
-def unique(names):
-    """The different names, in the order of their first appearance."""
-    return list(dict.fromkeys(names))
+# -------------------------------------------------------------------------------- along one walk
 
 
-def report(facts, plain, guided):
-    """compare.md: both tables, and above them what is needed to make them again."""
-    seeds = facts["seeds"] or f"0-{facts['n'] - 1}"
-    lines = [
-        f"# Samplers compared: {facts['checkpoint']}",
-        "",
-        f"    {facts['command']}",
-        "",
-        f"N = {facts['n']} samples, seeds {seeds}, classes {facts['classes'] or 'all'}, "
-        f"{facts['spacing']} spacing, on {facts['device']}. Fréchet distance to "
-        f"{facts['n_reference']} images of {facts['reference']}; {facts['protocol']}",
-        "",
-        "## Samplers and steps",
-        "",
-        *table(plain, "sampler", "steps"),
-    ]
-    if plain:
-        lines[-1:] += ["", f"Guidance w = {plain[0]['guidance']:g}."]
-    if guided:
-        first = guided[0]
-        lines += ["", "## Guidance", "", f"{first['sampler']}, {first['steps']} steps.", ""]
-        lines += table(guided, "guidance")
-    return "\n".join(lines) + "\n"
+def places_of(steps):
+    """After how many steps a walk is looked at: at its beginning, each tenth part, and its end."""
+    return sorted({round(i * steps / PLACES) for i in range(PLACES + 1)})
 
 
-def table(rows, *keys):
-    """Markdown lines: the columns `keys` and the figures."""
-    titles = [*keys, "network evaluations", "s per image", "Fréchet distance", "class accuracy"]
-    lines = [" | ".join(titles), " | ".join("---" for _ in titles)]
-    for row in rows:
-        right = "-" if row["class_accuracy"] is None else f"{100 * row['class_accuracy']:.1f} %"
-        lines.append(
-            " | ".join(
-                [
-                    *(format(row[key], "s" if key == "sampler" else "g") for key in keys),
-                    str(row["evaluations"]),
-                    f"{row['seconds_per_image']:.4f}",
-                    f"{row['frechet']:.3f}",
-                    right,
-                ]
-            )
+def seen_along(walk, x, places, tick):
+    """uint8 (B,2,K,H,W,C): x_t after each of `places` steps, and the x0_hat made of it.
+
+    walk yields x and x0_hat of each step, (B,C,H,W); x: before the first. At the end both are x.
+    """
+    shown, guessed = [], []
+    for k, (x_prev, x0_hat) in enumerate(walk):
+        if k in places:
+            shown.append(to_uint8(x))
+            guessed.append(to_uint8(x0_hat))
+        x = x_prev
+        tick()
+    last = to_uint8(x)
+    pair = [torch.stack([*images, last], dim=1) for images in (shown, guessed)]  # (B,K,H,W,C)
+    return torch.stack(pair, dim=1)
+
+
+def along(cfg, world):
+    """The quality of x_t and of x0_hat over the walk, for each number of steps."""
+    study = Study(cfg, world)
+    variance = study.trained.variance if cfg.sampler == "ddpm" else ""
+    T, w, device = study.trained.timesteps, cfg.guidance, world.device
+
+    def row(steps):
+        places = places_of(steps)
+        made_by = study.about(cfg.sampler, variance, steps, w, along=places)
+        if found := study.store.find(made_by):
+            return found
+        walk, desc = (
+            study.walk(cfg.sampler, variance, steps, w),
+            f"{sampler_name(made_by)}, {steps} steps",
         )
-    return [f"| {line} |" for line in lines]
 
+        def images(part, tick):
+            seeds = study.seeds[part]
+            y = None if study.labels is None else study.labels[part].to(device)
+            way_down = watched(walk(seeds.to(device), y), seeds, steps, desc)
+            return seen_along(way_down, noise(seeds.to(device), study.shape), places, tick)
 
-def curves(lines, x):
-    """Panels of plot_lines: each figure of merit over column x, from {name: rows}."""
-    panels = {"Fréchet distance": "frechet", "class accuracy": "class_accuracy"}
-    return {
-        title: {
-            name: ([row[x] for row in rows], [row[key] for row in rows])
-            for name, rows in lines.items()
-        }
-        for title, key in panels.items()
-        if all(row[key] is not None for rows in lines.values() for row in rows)
-    }
+        start = time.perf_counter()
+        with world.autocast():
+            seen = world.in_parts(images, len(study.seeds), cfg.batch_size, steps, desc).numpy()
+        figures = study.costs(cfg.sampler, steps, w, time.perf_counter() - start)
+        figures["x_t"] = [study.score(seen[:, 0, k]) for k in range(len(places))]
+        figures["x0_hat"] = [study.score(seen[:, 1, k]) for k in range(len(places) - 1)]
+        figures["x0_hat"].append(figures["x_t"][-1])
+        shown = seen[0].reshape(-1, *seen.shape[3:])  # of one seed: x_t, and below it x0_hat
+        return study.store.add(made_by, figures, shown, len(places), write=world.is_main)
 
-
-def cell(store, row):
-    """The picture of a row: uint8 (H,W,3) or (H,W)."""
-    with Image.open(store.cells / row["cell"]) as picture:
-        return np.asarray(picture)
+    wanted = sorted({min(k, T) for k in numbers_of(cfg.along, "--along")})
+    rows = [row(steps) for steps in wanted]
+    if not world.is_main:
+        return
+    decides, told = study.facts(along=wanted, sampler=cfg.sampler, variance=variance)
+    decides |= {"guidance": cfg.guidance, "eta": cfg.eta}
+    suffix = study_names.suffix_of(study_names.changed(cfg, [*Config.DECIDE, "along"]))
+    suffix, _ = study_names.name_for(study.folder, "along", suffix, decides)
+    strips = [untiled(cell(study.store, row), 2, study.shape) for row in rows]
+    names = samplers_report.write_along(study.folder, suffix, decides | told, rows, strips)
+    print((study.folder / names[0]).read_text())
+    samplers_report.last_line(study.folder, names)
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -336,6 +453,11 @@ def check(cfg):
         raise cli.BadInput("--n, --seeds: at least 2 images, a covariance is compared")
     numbers_of(cfg.compare_steps, "--compare-steps")
     numbers_of(cfg.compare_guidance, "--compare-guidance", float)
+    if cfg.along:
+        numbers_of(cfg.along, "--along")
+        check_idle(cfg, cli.typed(("variance",)))
+        if cfg.eta and cfg.sampler != "ddim":
+            raise cli.BadInput(f"--eta is of ddim, and --along goes by {cfg.sampler}: leave it out")
     cli.check_processes(cfg.gpus, cfg.batch_size, precision=cfg.precision)
 
 
@@ -345,7 +467,7 @@ def main():
         tiny = {"n": 8, "sample_steps": 4, "compare_steps": "2,4", "compare_guidance": "0,1"}
         cfg = cli.smaller(cfg, **tiny)
     check(cfg)
-    launch(compare, cfg)
+    launch(along if cfg.along else compare, cfg)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ into the other:
     python ddim.py --sample runs/pixel-mnist/ckpt.pt                  100 images in 50 steps
     python ddim.py --sample runs/pixel-mnist/ckpt.pt --sample-steps 10 --classes 3,7 --guidance 1
     python ddim.py --sample runs/pixel-mnist/ckpt.pt --seeds 0-7 --gif       watch eight of them
+    python ddim.py --sample runs/pixel-mnist/ckpt.pt --reverse-from data     from noised test images
     python ddim.py --encode runs/pixel-mnist/ckpt.pt --n 8            test images to codes and back
     python ddim.py --interpolate runs/pixel-mnist/ckpt.pt --seeds 3,9        from one to the other
     python ddim.py --interpolate runs/pixel-mnist/ckpt.pt --seeds 0,1 --data mnist    test images
@@ -39,7 +40,7 @@ ODE: dpm_solver.py. All of them side by side: compare_samplers.py.
 from runtime import checkpoints
 from runtime import commandline as cli
 from runtime.finite import end_of
-from runtime.pictures import save_film, save_grid, save_samples, to_uint8
+from runtime.pictures import save_drawn, save_grid, save_samples, to_uint8
 from runtime.plots import plot_lines
 from runtime.processes import exact, launch
 from runtime.typed_flags import MOST
@@ -52,8 +53,10 @@ from typing import Literal
 
 import torch
 
-from ddpm_pixel import guided_pass, timestep_pairs, x0_coefficients
+from ddpm_pixel import guided_pass, q_sample, timestep_pairs, x0_coefficients
+from evaluation import there_and_back
 from image_data import datasets
+from image_data.batches import spaced
 from improved_ddpm import load_net
 from kernels import Row, gaussian, sampling_update
 
@@ -68,8 +71,8 @@ class Config(cli.NetworkCommand):
 
     n: int = 0  # how many; 0 is 100 samples, 8 images or x_T with the others
     seeds: str = ""
-    """sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1); with --encode, and
-    with --interpolate and --data, the numbers of the test images"""
+    """sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1); with --encode, with
+    --reverse-from data, and with --interpolate and --data, the numbers of the test images"""
     classes: str = ""
     """comma-separated names or numbers: draw these (default all in turn; --interpolate: none)"""
     sample_steps: int = 50  # how many of the T timesteps to visit
@@ -81,20 +84,25 @@ class Config(cli.NetworkCommand):
     guidance: float = 0.0
     """w in (1+w) eps(x,y) - w eps(x): -1 unconditional, 0 conditional; others write s = 1+w"""
     gif: bool = False
-    """also draw reverse.gif and reverse.png: x_t and x0_hat of the first eight on their way"""
+    """also draw reverse.gif and reverse.png: x_t and x0_hat of an image of each class"""
+    reverse_from: Literal["noise", "data"] = "noise"
+    """x_T of --sample. data: test images, noised; where they end is reverse-from-data.png"""
 
     data: str = ""
-    """--encode: data other than the network was trained on; --interpolate: take images from it"""
+    """--encode, --reverse-from data: data other than the network was trained on; --interpolate:
+    take images from it"""
     data_root: str = ""  # where data sets are looked for (default: where the training found them)
     encode_steps: str = "10,20,50,100,200,500,1000"  # numbers of steps to encode in; T at most
 
     WALK = cli.names("n seeds batch_size spacing guidance clip_denoised")
     USES = {
-        "sample": WALK | cli.names("classes sample_steps eta gif precision"),
+        "sample": WALK
+        | cli.names("classes sample_steps eta gif precision reverse_from data data_root"),
         # check() refuses classes and eta where they have no part, in words of its own.
         "encode": WALK | cli.names("data data_root encode_steps classes eta"),
         "interpolate": WALK | cli.names("classes sample_steps data data_root eta"),
     }
+    NEEDS = {"gif": "reverse_from=noise", "classes": "reverse_from=noise"}
 
 
 # ------------------------------------------------------------------------------------ timesteps
@@ -262,7 +270,7 @@ def steps_of(cfg, T):
 
 
 def sample_checkpoint(cfg, world):
-    """--sample: images of the seeds, and with --gif the way of the first eight."""
+    """--sample: images of the seeds, and with --gif their way."""
     net, trained, shape, names, alpha_bar = opened(cfg, cfg.sample, world)
     seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
     T = trained.timesteps
@@ -271,38 +279,77 @@ def sample_checkpoint(cfg, world):
     how["clip"] = trained.clip_denoised
     trajectory = partial(sample, world.for_sampling(net), alpha_bar, pairs, shape, **how)
     calls = len(pairs) * passes(labels, cfg.guidance)
-    draw_samples(cfg, world, trajectory, seeds, labels, pairs, calls, f"eta {cfg.eta:g}")
+    draw_samples(cfg, world, trajectory, seeds, labels, pairs, calls, f"eta {cfg.eta:g}", names)
 
 
-def draw_samples(cfg, world, trajectory, seeds, labels, pairs, calls, name):
+def draw_samples(cfg, world, trajectory, seeds, labels, pairs, calls, name, class_names):
     """Write what trajectory(seeds, labels) ends in, by these steps, and print what it cost."""
     start = time.perf_counter()
     images = world.draw(trajectory, seeds, labels, cfg.batch_size, pairs)
     seconds = (time.perf_counter() - start) / len(seeds)
     if not world.is_main:
         return
-    film = world.frames(trajectory, seeds[:8], labels) if cfg.gif else None
     folder = cli.folder_of(cfg, cfg.sample)
-    save_samples(folder, images, labels, 10)
+    if cfg.gif:
+        save_drawn(folder, images, labels, trajectory, seeds, world, pairs, class_names)
+    else:
+        save_samples(folder, images, labels, 10)
+        print(f"samples: {folder / 'samples.png'}")
     print(f"{len(seeds)} images, {name}, {len(pairs)} steps, guidance w = {cfg.guidance:g}")
     print(f"{calls} network evaluations and {seconds:.3f} s per image")
-    print(f"samples: {folder / 'samples.png'}")
-    if cfg.gif:
-        save_film(film, folder / "reverse", len(seeds[:8]))
-        print(f"their way: {folder / 'reverse.gif'}, {folder / 'reverse.png'}")
 
 
 def held_out(cfg, trained, shape, names, numbers):
-    """Test images `numbers` (N,): x (N,C,H,W), and y (N,) if their classes are the network's."""
+    """Test images `numbers` (N,): x (N,C,H,W), and y (N,) if their classes are the network's.
+
+    A single number: so many, evenly spaced.
+    """
     name, root = cfg.data or trained.data, cfg.data_root or trained.data_root
     how = {"size": trained.size, "classes": trained.classes}
     ds, known = datasets.held_out(name, root, shape, names, **how)
+    if isinstance(numbers, int):
+        numbers = torch.from_numpy(spaced(len(ds), numbers))
     if numbers.max() >= len(ds):
         raise cli.BadInput(
             f"--seeds {int(numbers.max())}: {ds.name} has test images 0 to {len(ds) - 1}"
         )
     x, y = ds.batch(numbers.numpy())
     return x, y if known and names else None
+
+
+def walk_back(cfg, world, solve=decode, script="ddim"):
+    """--reverse-from data: test images to x_T by q(x_T | x_0), and, by `solve`, to images."""
+    net, trained, shape, names, alpha_bar = opened(cfg, cfg.sample, world, script)
+    if not (cfg.data or trained.data):
+        raise cli.BadInput(f"--reverse-from data: {cfg.sample} names none; type --data NAME, too")
+    seeds = cli.parse_seeds(cfg.seeds, cfg.n)
+    x0, y = held_out(cfg, trained, shape, names, seeds if cfg.seeds else cfg.n)
+    if cfg.guidance and y is None:
+        raise cli.BadInput("--guidance needs images of the network's own classes")
+    T, seeds, net = trained.timesteps, seeds[: len(x0)], world.for_sampling(net)
+    pairs = subsequence(T, steps_of(cfg, T), trained.spacing)
+    how = {"w": cfg.guidance, "prediction": trained.prediction, "clip": trained.clip_denoised}
+    eps = gaussian(x0.shape, seeds, -1, "cpu")  # steps 0, 1, ... are the walk's
+
+    def noised(numbers, t):  # x_t of these images; at t = -1 themselves
+        x, ts = x0[numbers], torch.full((len(numbers),), t)
+        return q_sample(x, ts, eps[numbers], alpha_bar) if t >= 0 else x
+
+    def walk(numbers):
+        x, label = noised(numbers, pairs[0][0]).to(world.device), on(world.device, y, numbers)
+        if solve is decode:
+            how.update(eta=cfg.eta, seeds=on(world.device, seeds, numbers))
+        return solve(net, alpha_bar, pairs, x, label, **how)
+
+    def end(part, tick):
+        return end_of(walk(part), tick, seeds[part], pairs, "walking back", "image")
+
+    with world.autocast():
+        ends = world.in_parts(end, len(x0), cfg.batch_size, pairs, "walking back")
+    if world.is_main:
+        path, left = cli.folder_of(cfg, cfg.sample) / "reverse-from-data", alpha_bar[pairs[0][0]]
+        left = math.sqrt(left)
+        there_and_back.save(path, world, x0, ends, y, names, noised, walk, pairs, left)
 
 
 def on(device, rows, part):
@@ -424,6 +471,8 @@ def check_task(cfg):
     numbers_of(cfg.encode_steps, "--encode-steps")
     if cfg.interpolate and not cfg.data and cli.typed(("data_root",)):
         raise cli.BadInput("--data-root does nothing without --data, whose images lie there")
+    if cfg.sample and cfg.reverse_from == "noise" and (idle := cli.typed(("data", "data_root"))):
+        raise cli.BadInput(f"{cli.flag(idle[0])} is for --reverse-from data: leave it out")
     if cfg.encode and cfg.classes:
         raise cli.BadInput("--classes: --encode takes test images in order: choose by --seeds")
 
@@ -443,9 +492,8 @@ def main():
     task = task_of(cfg)
     cfg = replace(cfg, n=cfg.n or TASKS[task])
     check(cfg)
-    launch(
-        {"sample": sample_checkpoint, "encode": reconstruct, "interpolate": interpolate}[task], cfg
-    )
+    samples = walk_back if cfg.reverse_from == "data" else sample_checkpoint
+    launch({"sample": samples, "encode": reconstruct, "interpolate": interpolate}[task], cfg)
 
 
 if __name__ == "__main__":

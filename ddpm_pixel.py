@@ -21,7 +21,7 @@ Beyond the paper: other schedules, targets and losses; labels and guidance (arXi
 
 from runtime import checkpoints
 from runtime import commandline as cli
-from runtime.pictures import save_drawn, save_film, to_uint8
+from runtime.pictures import save_drawn
 from runtime.processes import launch
 from runtime.run import Run
 
@@ -46,9 +46,11 @@ from networks.sizes import check_alpha_bar, check_unet, groups_for
 @dataclass
 class Config(cli.ScoredConfig):
     timesteps: int = 1000  # T, the length of the chain
-    schedule: Literal["linear", "cosine", "sigmoid"] = "linear"  # how alpha_bar falls; DDPM: linear
+    schedule: Literal["linear", "cosine", "sigmoid", "sigmoid-beta"] = "linear"  # DDPM: linear
     alpha_min: float = 0.001  # smallest alpha_t: no step erases all that is left of the image
-    trained_betas: tuple[float, ...] = ()  # beta_t of each step, instead of the three above
+    beta_start: float = 0.0  # first beta_t of linear and sigmoid-beta; 0: 1e-4 (DDPM) times 1000/T
+    beta_end: float = 0.0  # their last; 0: 0.02 times 1000/T
+    trained_betas: tuple[float, ...] = ()  # beta_t of each step, instead of the five above
     prediction: Literal["eps", "x0", "v"] = "eps"  # what the network gives: noise, image or v
     loss: Literal["l2", "l1", "huber"] = "l2"  # distance of prediction and target
 
@@ -68,7 +70,7 @@ class Config(cli.ScoredConfig):
     n: int = 100  # how many samples
     seeds: str = ""  # sample seeds such as 17 or 0-63,100; overrides --n (default 0 .. n-1)
     variance: Literal["small", "large"] = "small"  # of a step: beta_tilde_t or beta_t (section 3.2)
-    clip_denoised: bool = True  # keep x0_hat in [-1, 1], where images lie
+    clip_denoised: bool = True  # keep x0_hat in [-1, 1], as DDPM's code does (not its eq. 15)
     sample_steps: int = 100  # how many of the T timesteps the sampler visits
     spacing: Literal["linear", "leading", "trailing"] = "linear"  # where: see timestep_pairs
     guidance: float = 0.0
@@ -78,6 +80,7 @@ class Config(cli.ScoredConfig):
     USES = {"sample": cli.DRAWS | SAMPLING | checkpoints.UNSAID}
     FREE = cli.ScoredConfig.FREE | SAMPLING | cli.names("use_checkpoint sample")
     NEEDS = cli.ScoredConfig.NEEDS | dict.fromkeys(checkpoints.NOISE, "!trained_betas")
+    NEEDS |= dict.fromkeys(("beta_start", "beta_end"), "schedule=linear,sigmoid-beta")
 
     def __post_init__(self):
         if (T := len(self.trained_betas)) and self.timesteps not in (1000, T):
@@ -88,21 +91,25 @@ class Config(cli.ScoredConfig):
 # -------------------------------------------------------------------------- the forward process
 
 
-def make_alpha_bar(schedule, T, alpha_min=0.001):
+def make_alpha_bar(schedule, T, alpha_min=0.001, beta_start=0.0, beta_end=0.0):
     """alpha_bar_t = alpha_0 ... alpha_t, alpha_t = 1 - beta_t, for t = 0..T-1: float64 (T,).
 
     linear   beta_t from 1e-4 to 0.02 at T = 1000, times 1000/T for others (section 4)
+    sigmoid-beta  between the same ends by S(u) = 1/(1 + e^-u), u from -6 to 6
     cosine   f(t+1) / f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), s = 0.008 (2102.09672, eq. 17)
-    sigmoid  the same, f(t) = S(3) - S(6t/T - 3), S(u) = 1/(1 + e^-u) (2212.11972, tau = 1)
+    sigmoid  the same, f(t) = S(3) - S(6t/T - 3) (2212.11972, tau = 1)
     alpha_t stays above alpha_min, so that no last step erases all that is left.
     """
-    t = torch.arange(T + 1, dtype=torch.float64)
-    f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    t = torch.arange(T + 1, dtype=torch.float64) / T
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     if schedule == "sigmoid":
-        f = torch.sigmoid(t.new_tensor(3.0)) - torch.sigmoid(6 * t / T - 3)
+        f = torch.sigmoid(t.new_tensor(3.0)) - torch.sigmoid(6 * t - 3)
     alpha = f[1:] / f[:-1]
-    if schedule == "linear":
-        alpha = 1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+    if schedule in ("linear", "sigmoid-beta"):
+        first, last = beta_start or 0.1 / T, beta_end or 20 / T
+        rise = torch.linspace(0, 1, T, dtype=torch.float64)
+        rise = rise if schedule == "linear" else torch.sigmoid(12 * rise - 6)
+        alpha = 1 - (first + (last - first) * rise)
     return alpha.clamp(min=alpha_min).cumprod(0)
 
 
@@ -110,7 +117,7 @@ def alpha_bar_of(cfg):
     """alpha_bar_t, float64 (T,), of the settings."""
     if getattr(cfg, "trained_betas", ()):
         return (1 - torch.tensor(cfg.trained_betas, dtype=torch.float64)).cumprod(0)
-    return make_alpha_bar(cfg.schedule, cfg.timesteps, cfg.alpha_min)
+    return make_alpha_bar(T=cfg.timesteps, **cli.taken_by(make_alpha_bar, cfg))
 
 
 def q_sample(x0, t, eps, alpha_bar):
@@ -136,8 +143,7 @@ def timestep_embedding(t, channels):
 
 def norm_silu(norm, x, silu=True):
     """GroupNorm and, unless silu is False, SiLU in one operation; x (B,C,H,W)."""
-    groups, weight, bias = norm.num_groups, norm.weight, norm.bias
-    return group_norm_silu(x, groups, weight, bias, eps=norm.eps, silu=silu)
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=silu)
 
 
 def zero(layer):
@@ -227,7 +233,7 @@ class UNet(nn.Module):
         (channels, height, _), c_emb = shape, 4 * cfg.model_channels
         levels = [cfg.model_channels * m for m in cfg.channel_mult]
         groups = groups_for(cfg.model_channels, levels, cfg.norm_groups)
-        check_unet(shape, cfg.model_channels, levels, cfg.num_heads)
+        check_unet(shape, cfg.model_channels, levels, cfg.num_heads, 0, cfg.attention_resolutions)
         self.cfg, self.null = cfg, num_classes
         first, second = nn.Linear(cfg.model_channels, c_emb), nn.Linear(c_emb, c_emb)
         self.time = nn.Sequential(first, nn.SiLU(), second)
@@ -350,16 +356,15 @@ def timestep_pairs(T, steps, spacing="linear"):
 
     linear    both ends included; one step is T-1 alone
     leading   multiples of T // steps, from 0 up
-    trailing  T / steps apart, from T-1 down (Lin et al. 2023, arXiv:2305.08891, table 2)
+    trailing  T / steps apart, from T-1 down (Lin et al. 2024, arXiv:2305.08891, table 2)
     BadInput where steps exceed T.
     """
     if steps > T:
         raise cli.BadInput(f"--sample-steps {steps} exceeds the chain's --timesteps {T}")
-    linear = np.linspace(0, T - 1, steps)[::-1] if steps > 1 else np.array([T - 1])
+    linear = np.linspace(0, T - 1, steps).round()[::-1] if steps > 1 else np.array([T - 1])
     leading = np.arange(steps)[::-1] * (T // steps)
     trailing = np.arange(T, 0, -T / steps)[:steps].round() - 1
-    ts = dict(linear=linear, leading=leading, trailing=trailing)[spacing]
-    ts = ts.round().astype(int).tolist()
+    ts = dict(linear=linear, leading=leading, trailing=trailing)[spacing].astype(int).tolist()
     return list(zip(ts, [*ts[1:], -1], strict=True))
 
 
@@ -403,21 +408,19 @@ def train(cfg, world):
     torch.manual_seed(cfg.seed)
     net = UNet(ds.shape, ds.num_classes * cfg.class_cond, cfg)
     net = net.to(world.device, memory_format=torch.channels_last)
-    run = Run(cfg, world, ds, net=net, optimizer=world.adam(cfg.lr))
-    evaluator = None
     if cfg.metric_every:
         from eval_fid import Evaluator
 
         evaluator = Evaluator.of_run(cfg, ds, world)
+    run = Run(cfg, world, ds, net=net, optimizer=world.adam(cfg.lr))
     seeds = cli.parse_seeds(cfg.seeds, cfg.n)
     labels = cli.labels_for(seeds, range(net.null), cfg.guidance)
     if world.is_main:
-        count = sum(p.numel() for p in net.parameters()) / 1e6
         print(f"{ds.name}: {len(ds)} images {ds.shape}, {net.null} classes")
-        print(f"U-Net of {count:.2f} M parameters predicts {cfg.prediction}, loss {cfg.loss}")
         noise = "own" if cfg.trained_betas else cfg.schedule
         print(f"{noise} schedule, T = {cfg.timesteps}; step {run.first} of {cfg.steps}")
         save_forward(ds, alpha_bar.cpu(), run.folder / "forward")
+    run.say(f"U-Net predicts {cfg.prediction}, loss {cfg.loss}")
 
     for step in run.steps():  # goes on where it stopped; saves between two steps
         for part in run.parts(step):  # this process's share, in --accumulate parts
@@ -427,27 +430,27 @@ def train(cfg, world):
             losses = simple_loss(run.model, x0, t, eps, alpha_bar, y, cfg.prediction, cfg.loss)
             run.backward(losses, t / cfg.timesteps)  # the log splits losses by quarter of t / T
         run.descend()  # clip the gradient, Adam, running means, log
-        if evaluator and (run.due(cfg.metric_every) or run.done):
+        if cfg.metric_every and (run.due(cfg.metric_every) or run.done):
             drawn = partial(draw, run.ema, cfg, world, ds.shape)
             run.log_metrics(partial(evaluator.score, drawn, cfg.metric_n, net.null))
         if run.due(cfg.sample_every):
             run.save_grid(partial(draw, run.ema, cfg, world, ds.shape, seeds, labels))
-    save_images(run.ema, cfg, world, ds.shape, seeds, labels, run.folder)
+    save_images(run.ema, cfg, world, ds.shape, seeds, labels, run.folder, ds.class_names)
 
 
 def save_forward(ds, alpha_bar, path):
-    """PATH.gif and .png: the first eight images, and at most 50 of their x_t."""
-    x0, _ = ds.batch(np.arange(min(8, len(ds))))
-    eps = gaussian(x0.shape, torch.arange(len(x0)), 0, "cpu")
-    ts = torch.linspace(0, len(alpha_bar) - 1, min(50, len(alpha_bar))).round().long()
-    noisy = [q_sample(x0, t.repeat(len(x0)), eps, alpha_bar) for t in ts]
-    save_film([to_uint8(x) for x in (x0, *noisy)], path, len(x0))
+    """PATH.gif and .png: an image of each class on its way to x_T."""
+    from runtime.films import save_noised
+
+    save_noised(path, ds, partial(q_sample, alpha_bar=alpha_bar), len(alpha_bar))
 
 
-def save_images(net, cfg, world, shape, seeds, labels, folder):
-    """samples.png and .npz; reverse.gif and .png: x_t of the first eight, and below it x0_hat."""
+def save_images(net, cfg, world, shape, seeds, labels, folder, names=()):
+    """samples.png and .npz; reverse.gif and .png: x_t and x0_hat of an image of each class."""
     images = draw(net, cfg, world, shape, seeds, labels)
-    save_drawn(folder, images, labels, partial(trajectory, net, cfg, shape), seeds, world)
+    pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.spacing)
+    walk = partial(trajectory, net, cfg, shape)
+    save_drawn(folder, images, labels, walk, seeds, world, pairs, names)
 
 
 # ----------------------------------------------------------------------------------- commands
@@ -468,14 +471,14 @@ def sample_checkpoint(cfg, world):
     net, trained, shape, names, _ = load_net(cfg.sample, world.device, **asked)
     trained = checkpoints.overlaid(trained, cfg, cfg.SAMPLING | {"batch_size"})
     seeds, labels = cli.seeds_and_labels(cfg, net, names, trained.guidance)
-    save_images(net, trained, world, shape, seeds, labels, cli.folder_of(cfg, cfg.sample))
+    save_images(net, trained, world, shape, seeds, labels, cli.folder_of(cfg, cfg.sample), names)
 
 
 def check(cfg):
     """Raise BadInput for a setting out of its range."""
     cli.check_run(cfg)
     positive = "timesteps model_channels channel_mult num_res_blocks num_heads sample_steps n"
-    parts = "dropout label_dropout alpha_min trained_betas"
+    parts = "dropout label_dropout alpha_min trained_betas beta_start beta_end"
     cli.check_ranges(cfg, positive, "norm_groups", parts)
     cli.check_sampling(cfg)
     check_alpha_bar(alpha_bar_of(cfg), vars(cfg))

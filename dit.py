@@ -68,7 +68,7 @@ class Config(cli.RunConfig):
     timesteps: int = 1000  # T, the length of the chain
     schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"  # linear is the paper's
     prediction: Literal["eps", "v"] = "v"  # what the network predicts; eps is the paper's
-    model: str = "dit-s/2"  # dit-SIZE/PATCH: xs, s, b, l, xl; 1, 2, 4 or 8 latents a side
+    model: str = "dit-s/2"  # dit-SIZE/PATCH: xs, s, b, l, xl; 1, 2, 4, 8 latents; xs by --smoke
     learn_sigma: bool = False  # the network gives the variance of --sampler ddpm, too
     use_checkpoint: bool = False  # compute activations twice instead of keeping them
     shard: bool = False  # with several processes, each keeps its part of the network only (FSDP2)
@@ -353,7 +353,7 @@ def check_sizes(shape, hidden_size, depth, num_heads, patch_size):
         )
 
 
-# --------------------------------------------------------------- the loss: section 4, IDDPM eq. 16
+# ------------------------------------------------------------- the loss: section 3.1, IDDPM eq. 16
 
 
 def hybrid_loss(net, z0, t, eps, chain, y, prediction="eps"):
@@ -483,16 +483,16 @@ def main():
     if cfg.published:
         return convert(cfg)
     if cfg.sample:
-        names = (*SAMPLING, "batch_size", "timesteps")
-        cfg = checkpoints.as_trained(cfg, names, cfg.sample, "dit")
-    small = {"model": "dit-xs/2", "ae_steps": 4, "ae_channels": 32, "n": 8, "sample_steps": 4}
+        cfg = checkpoints.as_trained(cfg, (*SAMPLING, "batch_size", "timesteps"), cfg.sample, "dit")
+    small = {"ae_steps": 4, "ae_channels": 32, "n": 8, "sample_steps": 4}
     cfg = cli.smoke(cfg, **small, n_eval=0, out="runs/smoke-dit")
     check(cfg)
     if cfg.sample:
         return launch(sample_checkpoint, cfg)
     if cfg.resume not in ("auto", "never"):
         checkpoints.load_checkpoint(cfg.resume, "dit", mapped=True)  # before an hour's work
-    cfg = replace(cfg, out=cfg.out or f"runs/dit-{Path(cfg.data).stem}")
+    model = re.sub("-.*/", "-xs/", cfg.model) if cfg.smoke else cfg.model  # of this patch size
+    cfg = replace(cfg, model=model, out=cfg.out or f"runs/dit-{Path(cfg.data).stem}")
     ldm_cfg.run_stages(cfg, train, make_net)
 
 

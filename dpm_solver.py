@@ -20,11 +20,11 @@ dpmpp   DPM-Solver++(2M), algorithm 2: the line through this x0_hat and the one 
             x_prev = sigma_prev / sigma_t x_t - alpha_prev (e^-h - 1) D
 
 heun    Take DDIM's step, ask the network there too, and take the step again with the mean of the
-        two x0_hat: second order, at twice the cost. This is algorithm 1 of Karras et al. for
-        u = x / sigma, in which the ODE reads du/ds = x0_hat with s = alpha / sigma. Karras et al.
-        count in 1/s, where the slope is eps_hat (DDIM eq. 14). But the cosine schedule starts at
-        1/s = 20000; the first of 50 steps, to 32, would enlarge an error of eps_hat 630 times. An
-        error of x0_hat is never enlarged. The last step, to s = infinity, is DDIM's.
+        two x0_hat: second order, at twice the cost. This is algorithm 1 of Karras et al. 2022
+        for u = x / sigma, in which the ODE reads du/ds = x0_hat with s = alpha / sigma. They count
+        in 1/s, where the slope is eps_hat (DDIM eq. 14). But the cosine schedule starts at 1/s =
+        20000; the first of 50 steps, to 32, would enlarge an error of eps_hat 630 times. An error
+        of x0_hat is never enlarged. The last step, to s = infinity, is DDIM's.
 
     python dpm_solver.py --sample runs/pixel-mnist/ckpt.pt --sample-steps 10        100 images
     python dpm_solver.py --sample runs/pixel-mnist/ckpt.pt --sampler heun --sample-steps 10
@@ -75,14 +75,18 @@ class Config(cli.NetworkCommand):
     guidance: float = 0.0
     """w in (1+w) eps(x,y) - w eps(x): -1 unconditional, 0 conditional; others write s = 1+w"""
     gif: bool = False
-    """also draw reverse.gif and reverse.png: x_t and x0_hat of the first eight on their way"""
+    """also draw reverse.gif and reverse.png: x_t and x0_hat of an image of each class"""
+    reverse_from: Literal["noise", "data"] = "noise"
+    """x_T of --sample. data: test images, noised; where they end is reverse-from-data.png"""
 
     data: str = ""
-    """--encode: data other than the network was trained on; --interpolate: take images from it"""
+    """--encode, --reverse-from data: data other than the network was trained on; --interpolate:
+    take images from it"""
     data_root: str = ""  # where data sets are looked for (default: where the training found them)
     encode_steps: str = "10,20,50,100,200"  # numbers of steps to encode in; T at most
 
     USES = {task: used - {"eta"} | {"sampler"} for task, used in ddim.Config.USES.items()}
+    NEEDS = ddim.Config.NEEDS
 
 
 # ------------------------------------------------------------------------------ DPM-Solver++(2M)
@@ -169,7 +173,7 @@ def calls_of(solver, steps):
 
 
 def sample_checkpoint(cfg, world):
-    """--sample: images of the seeds, and with --gif the way of the first eight."""
+    """--sample: images of the seeds, and with --gif their way."""
     net, trained, shape, names, alpha_bar = ddim.opened(cfg, cfg.sample, world, "dpm_solver")
     seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
     T = trained.timesteps
@@ -178,7 +182,8 @@ def sample_checkpoint(cfg, world):
     net = world.for_sampling(net)
     trajectory = partial(sample, cfg.sampler, net, alpha_bar, pairs, shape, **how)
     calls = calls_of(cfg.sampler, len(pairs)) * ddim.passes(labels, cfg.guidance)
-    ddim.draw_samples(cfg, world, trajectory, seeds, labels, pairs, calls, cfg.sampler)
+    how = pairs, calls, cfg.sampler, names
+    ddim.draw_samples(cfg, world, trajectory, seeds, labels, *how)
 
 
 def main():
@@ -188,8 +193,8 @@ def main():
     task = ddim.task_of(cfg, "dpm_solver.py")
     cfg = replace(cfg, n=cfg.n or ddim.TASKS[task])
     ddim.check_task(cfg)
-    tasks = {"encode": ddim.reconstruct, "interpolate": ddim.interpolate}
-    if task == "sample":
+    tasks = {"encode": ddim.reconstruct, "interpolate": ddim.interpolate, "sample": ddim.walk_back}
+    if task == "sample" and cfg.reverse_from == "noise":
         launch(sample_checkpoint, cfg)
     else:
         launch(partial(tasks[task], solve=SOLVERS[cfg.sampler], script="dpm_solver"), cfg)

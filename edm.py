@@ -327,9 +327,9 @@ def train(cfg, world):
     net = make_net(cfg, ds.shape, ds.num_classes * cfg.class_cond).to(world.device)
     power = PowerEMA(net, cfg.ema_lengths)
     keep, facts = {"power": power}, {"sigma_data": sigma_data}
+    evaluator = Evaluator.of_run(cfg, ds, world) if cfg.metric_every else None
     run = Run(cfg, world, ds, net=net, optimizer=world.adam(cfg.lr), keep=keep, facts=facts)
     column, snapshots = Edm(sigma_data), run.folder / "power"
-    evaluator = Evaluator.of_run(cfg, ds, world) if cfg.metric_every else None
     seeds = cli.parse_seeds(cfg.seeds, cfg.n)
     labels = cli.labels_for(seeds, range(net.null), cfg.guidance)
     run.say(f"{ds.name}: {len(ds)} images {ds.shape}, sigma_data {sigma_data:.4f}")
@@ -360,7 +360,8 @@ def train(cfg, world):
             run.log_metrics(partial(evaluator.score, draw_some, cfg.metric_n, net.null))
         if run.due(cfg.sample_every):
             run.save_grid(partial(draw, run.ema, column, cfg, world, ds.shape, seeds, labels))
-    save_images(run.ema.eval(), column, cfg, world, ds.shape, seeds, labels, run.folder)
+    how = cfg, world, ds.shape, seeds, labels, run.folder, ds.class_names
+    save_images(run.ema.eval(), column, *how)
     torch.manual_seed(cfg.seed)
     fresh = make_net(cfg, ds.shape, net.null).to(world.device).eval()  # the first weights
     nets = {"before training": fresh, "after": run.ema}
@@ -370,10 +371,11 @@ def train(cfg, world):
     )
 
 
-def save_images(net, column, cfg, world, shape, seeds, labels, folder):
-    """samples.png and .npz; reverse.gif and .png: x of the first eight, and below it D."""
+def save_images(net, column, cfg, world, shape, seeds, labels, folder, names=()):
+    """samples.png and .npz; reverse.gif and .png: x and D of an image of each class."""
     images = draw(net, column, cfg, world, shape, seeds, labels)
-    save_drawn(folder, images, labels, partial(trajectory, net, column, cfg, shape), seeds, world)
+    walk, sigmas = partial(trajectory, net, column, cfg, shape), steps_of(cfg, column)
+    save_drawn(folder, images, labels, walk, seeds, world, sigmas, names, sigmas[0])
 
 
 def save_churn(net, column, cfg, world, shape, seeds, labels, folder):
@@ -445,7 +447,7 @@ def sample_checkpoint(cfg, world):
             how = mean_of, cfg.ema_length, folder
             return save_ema_curve(net, column, trained, world, shape, *how)
         net.load_state_dict(mean_of(cfg.ema_length[0]))
-    make = save_churn if len(trained.S_churn) > 1 else save_images
+    make = save_churn if len(trained.S_churn) > 1 else partial(save_images, names=names)
     make(net, column, trained, world, shape, seeds, labels, folder)
 
 

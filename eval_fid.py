@@ -29,6 +29,7 @@ the class they were asked for, and whether they are copies. The last line is one
 
     python eval_fid.py runs/pixel-mnist/ckpt.pt --metrics all   # draws 1,000 samples itself
     python eval_fid.py runs/pixel-mnist mnist:test --curve      # of each that --keep-every kept
+    python eval_fid.py table runs/a runs/b mnist:train --against mnist:test --n 1000
     python eval_fid.py stats glyphs:test --out glyphs.npz       # keeps m and C of a reference
 
 What A and B may be: evaluation/image_sets.py. Which features: evaluation/choice.py; the network of
@@ -37,12 +38,11 @@ Inception: networks/inception.py. From Python: `evaluate`; within training: `Eva
 
 from runtime import commandline as cli
 from runtime.commandline import BadInput
-from runtime.processes import launch
+from runtime.processes import World, launch
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -51,17 +51,17 @@ import scipy.special
 import torch
 import tyro
 
-from evaluation import checkpoint_samples, report
-from evaluation.against import against, save_statistics
+from evaluation import against, table
 from evaluation.channels import channels_of, in_channels
-from evaluation.checkpoint_samples import is_checkpoint
+from evaluation.choice import of_training
 from evaluation.classifier import classifier_of
+from evaluation.command import settled
 from evaluation.features import extract, share_right
 from evaluation.image_sets import Images, Statistics, as_images, check_same_size
 from evaluation.intervals import frechet_interval
 from evaluation.scores import FURTHER, Asked, scores
-from evaluation.sides import channels_text, check_same_features, look
-from evaluation.words import warn
+from evaluation.sides import channels_text, check_same_features, kept_statistics, look
+from evaluation.words import warn, warn_of_few
 from image_data import datasets
 
 EPS = np.finfo(np.float64).eps
@@ -71,10 +71,15 @@ ENOUGH = 100  # images, for an interval of the distance: five in each of its gro
 @dataclass
 class Config(cli.Command):
     a: Annotated[str, tyro.conf.Positional] = ""
-    """generated images or a checkpoint; or the word `stats`, to write B's statistics to --out"""
+    """generated images, a checkpoint, or the folder of a run, which means its ckpt.pt; or a word:
+    `stats` writes B's statistics to --out, `table` compares all that follow"""
     b: Annotated[str, tyro.conf.Positional] = ""
     """reference images; of a data set its test split, unless the name ends in :train. Empty, where
     A is a checkpoint: the test split of the data it was trained on"""
+    more: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # `table`: the second row and on
+    against: str = ""
+    """`table`: its reference; empty: of the first checkpoint, the test split of its data"""
+    names: tuple[str, ...] = ()  # `table`: of its rows, in the order of these
     metrics: str = "frechet,is,kid,prdc"  # of frechet is kid prdc classes memorisation; or all
     features: Literal["auto", "inception", "classifier"] = "auto"
     """whose features are compared; auto: Inception's where all images have three channels and its
@@ -86,7 +91,7 @@ class Config(cli.Command):
     size: int = 0  # resize data sets and folders as in training; 0 keeps their size
     n: int = 0
     """images of each side, drawn without replacement; 0: all. Of a checkpoint: how many samples
-    (0: 1,000), scored against all of B"""
+    (0: 1,000), scored against all of B, as the rows of a table are"""
     seed: int = 0  # of the classifier's training, of the draw of --n images, of KID's subsets
     classifier_steps: int = 1500  # its training steps, of 128 images each
     sqrtm: bool = False  # the distance through scipy's sqrtm, slow: a check of the eigenvalue form
@@ -94,7 +99,7 @@ class Config(cli.Command):
     sample_args: str = ""  # flags for sampling a checkpoint: --sample-args="--sampler ddim"
     batch_size: int = 256  # images at a time when features are computed
     layout: Literal["pytorch-fid", "adm"] = "pytorch-fid"  # of the file that `stats` writes
-    out: str = ""  # the .npz that `stats` writes
+    out: str = ""  # the .npz that `stats` writes; the folder of a table
     json: str = ""  # also write the JSON object into this file
 
 
@@ -261,20 +266,34 @@ def inception_score(logits, splits=10):
     return float(np.mean(found)), float(np.std(found))
 
 
+def mixed_score(logits, seed=0):
+    """(inception score, its spread over parts or None, their number) of logits (N, K).
+
+    Ten parts of 500 images or more, as is usual; of fewer than 5,000 images as many parts of 500 as
+    there are, at least one, which has no spread. For a part of n images scores at most n, and of
+    few images too low. The parts are drawn: images may be sorted by class.
+    """
+    parts = max(1, min(10, len(logits) // 500))
+    order = np.random.default_rng(seed).permutation(len(logits))
+    mean, std = inception_score(logits[order], parts)
+    return mean, std if parts > 1 else None, parts
+
+
 # --------------------------------------------------------------------------------- within training
 
 
 class Evaluator:
-    """Scores sets of samples against the test split of a data set, many in one process.
+    """Scores sets of samples against one split of a data set, many in one process.
 
-    Always by a classifier of the data set: its features need no download, cost little, say
-    something about a few hundred samples, and it reads whether these are what was asked for.
+    By a classifier of the data set: its features need no download, cost little, say something about
+    a few hundred samples, and it reads whether these are what was asked for. Or by `extractor`,
+    such as Inception's.
 
-    name: a labelled data set, folder or zip; root: where it and its classifier are kept. shape
-    (C,H,W) and class_names (in the order of its labels): of the network that makes the samples;
-    size and classes: as it was trained; steps: of the classifier. `protocol` is one line for
-    people, `reference` and `n_reference` say what is compared with.
-    Raises BadInput for data without classes, or of another shape.
+    name: a data set, folder or zip; root: where it, its classifier and the statistics of the split
+    are kept. shape (C,H,W) and class_names (in the order of its labels): of the network that makes
+    the samples; size and classes: as it was trained; steps: of the classifier. `protocol` is one
+    line for people, `network` two words, `reference` and `n_reference` say what is compared with.
+    Raises BadInput for data without classes, where no extractor is given, or of another shape.
     """
 
     def __init__(
@@ -289,46 +308,74 @@ class Evaluator:
         device="cpu",
         batch_size=256,
         steps=1500,
+        split="test",
+        extractor=None,
+        world=None,
     ):
-        held_out, _ = datasets.held_out(name, root, shape, (), size=size, classes=classes)
-        self.extractor, train = classifier_of(name, root, size=size, steps=steps, device=device)
-        self.protocol, self.batch_size, self.world = self.extractor.protocol, batch_size, None
-        known = [n for n in class_names if n in train.class_names]
-        self.classes = np.array([train.class_names.index(n) for n in known], np.int64)
+        how = {"size": size, "classes": classes, "split": split}
+        images = datasets.held_out(name, root, shape, (), **how)[0]
+        own = extractor or classifier_of(name, root, size=size, steps=steps, device=device)[0]
+        self.extractor, self.protocol, self.network = own, own.protocol, own.network
+        self.batch_size, self.world, self.told = batch_size, world or World(), set()
+        theirs = list(getattr(own, "class_names", ()))
+        known = [theirs.index(n) for n in class_names if n in theirs]
+        self.classes = np.array(known, np.int64)
         self.labelled = len(known) == len(class_names) > 0
-        self.reference, self.n_reference = f"{name}:test", len(held_out)
-        feats, _ = extract(self.extractor, held_out.images, batch_size, name=self.reference)
-        self.statistics_w = statistics(feats)  # m_w, C_w
+        self.reference, self.n_reference = f"{name}:{split}", len(images)
+        self.channels = getattr(own, "channels", shape[0])
+        real = in_channels(Images(self.reference, images.images, key=images.key), self.channels)
+        self.real, self.root, how = real, root, {"batch_size": batch_size, "world": world}
+        kept = kept_statistics(real, own, root, statistics, **how)  # m_w, C_w
+        self.distance = distance_from(kept.mu, kept.sigma, rtol=1e-7)
 
     @classmethod
-    def of_run(cls, cfg, ds, world, **options):
-        """For the network that a run with these settings (RunConfig) trains on the Dataset ds."""
-        options |= {"shape": ds.shape, "class_names": ds.class_names, "device": world.device}
-        options |= {"size": cfg.size, "classes": cfg.classes}
-        found = cls(cfg.data, cfg.data_root, **options)
-        found.world = world
-        return found
+    def of_run(cls, cfg, ds, world, steps=1500):
+        """For the network that a training (ScoredConfig) on the Dataset ds makes; steps: as above.
+
+        By the features, and against the split, that cfg.metric_* name.
+        """
+        options = {"shape": ds.shape, "class_names": ds.class_names, "device": world.device}
+        options |= {"size": cfg.size, "classes": cfg.classes, "split": cfg.metric_split}
+        extractor = of_training(cfg, ds, world, steps)
+        return cls(cfg.data, cfg.data_root, extractor=extractor, world=world, **options)
 
     def score(self, draw, n, num_labels):
-        """The figures of n images: draw(seeds (n,), labels (n,) or None, a word for the bar)."""
+        """The figures of n images: draw(seeds (n,), labels (n,) or None, a word for the bar).
+
+        With all that they can be compared by: a row for the log. What makes figures of so few
+        misleading is said once.
+        """
+        if n not in self.told and self.world.is_main:
+            warn_of_few(f"scores of {n} samples", n, self.extractor.dim)
+        self.told.add(n)
         seeds = torch.arange(n)
         labels = cli.labels_for(seeds, range(num_labels))
-        return self(draw(seeds, labels, "scoring"), labels, self.world)
+        return self(draw(seeds, labels, "scoring"), labels, self.world) | {
+            "metric_n": n,
+            "metric_features": self.network,
+            "metric_reference": self.reference,
+            "n_reference": self.n_reference,
+        }
 
-    def __call__(self, images, labels=None, world=None):
-        """{'frechet', 'class_accuracy'} of uint8 images (N, H, W, C) asked for by labels (N,).
+    def __call__(self, images, labels=None, world=None, also=None):
+        """{'frechet', 'inception_score', 'class_accuracy'} of uint8 images (N, H, W, C).
 
-        With a World of several processes, each of them holds all images and looks at its share.
-        The accuracy (0..1) is None without labels, or where they are of other classes. Raises
-        BadInput when N < 2.
+        And what the function `also` says of their features (N, d).
+
+        labels (N,): what they were asked for. With a World of several processes, each of them holds
+        all images and looks at its share. The accuracy (0..1) is None without labels, or where they
+        are of other classes. Raises BadInput when N < 2.
         """
+        images = in_channels(Images("samples", images), self.channels).images
         feats, logits = extract(self.extractor, images, self.batch_size, world, name="samples")
         right = None
         if labels is not None and self.labelled:
             right = share_right(logits, self.classes[np.asarray(labels)])
         return {
-            "frechet": frechet_distance(*statistics(feats), *self.statistics_w),
+            "frechet": self.distance(*statistics(feats)),
+            "inception_score": mixed_score(logits)[0],
             "class_accuracy": right,
+            **(also(feats) if also else {}),
         }
 
 
@@ -360,10 +407,10 @@ def frechet(a, b, asked):
 
 
 def sure_and_varied(a, b, asked):
-    """The inception score in ten parts, drawn by asked.seed: images may be sorted by class."""
-    order = np.random.default_rng(asked.seed).permutation(len(a.logits))
-    mean, std = inception_score(a.logits[order])
-    return {"inception_score": mean, "inception_score_std": std}
+    """The inception score, its spread over the parts, and their number."""
+    mean, std, parts = mixed_score(a.logits, asked.seed)
+    warn_of_few(a.name, len(a.logits))
+    return {"inception_score": mean, "inception_score_std": std, "inception_score_parts": parts}
 
 
 # Of each figure: what computes it, and what it needs besides the features of A.
@@ -402,89 +449,12 @@ def evaluate(generated, reference, extractor, *, batch_size=256, world=None, tra
 # ------------------------------------------------------------------------------------- the command
 
 
-def compare(cfg, world):
-    """Print the figures of A against B; the first process does."""
-    for found in against(cfg, world, [cfg.a], scored):
-        report.show(found)
-        report.finish(cfg, found)
-
-
-def curve(cfg, world):
-    """Every kept checkpoint of the run A against B: curve.png and curve.json in its folder."""
-    folder, rows = Path(cfg.a), []
-    kept = checkpoint_samples.of_run(folder)
-    for step, figures in zip(kept, against(cfg, world, kept.values(), scored), strict=False):
-        rows.append({"step": step, **figures})
-        print(f"step {step}")
-        report.show(figures)
-        report.draw_curve(folder, rows)
-    if rows:
-        report.finish(cfg, {"curve": rows, "figure": str(folder / "curve.png")})
-
-
-def save(cfg, world):
-    """Write m, C and what they are of to cfg.out."""
-    facts = save_statistics(cfg, world, statistics)
-    if world.is_main:
-        report.finish(cfg, facts)
-
-
-def chosen_metrics(cfg):
-    """The names in --metrics as one string, the distance first. Raises BadInput for others."""
-    names = FIGURES if cfg.metrics == "all" else cli.split_list(cfg.metrics)
-    if wrong := [name for name in names if name not in FIGURES]:
-        raise BadInput(f"--metrics {wrong[0]}: there are {', '.join(FIGURES)}, or all")
-    return ",".join(dict.fromkeys(["frechet", *names]))
-
-
-def check(cfg):
-    """Raise BadInput for settings that are out of range or mean nothing together."""
-    cli.check_positive(cfg, "batch_size", "classifier_steps")
-    cli.check_processes(cfg.gpus, 0)
-    cli.check_not_negative(cfg, "seed")
-    if cfg.n < 0:
-        raise BadInput(f"--n must be 0 (all images) or a number of images, got {cfg.n}")
-    if cfg.out[-4:] != (".npz" if cfg.a == "stats" else ""):
-        raise BadInput("only `stats` takes --out, and needs it: eval_fid.py stats B --out F.npz")
-    by_inception, compared = cfg.features == "inception", cfg.a != "stats"
-    labelled = not by_inception or {"memorisation", "all"} & {*cli.split_list(cfg.metrics)}
-    for flag, used, needs in (
-        ("weights", by_inception, "--features inception"),
-        ("resize", by_inception, "--features inception"),
-        ("classifier_steps", not by_inception, "--features classifier"),
-        ("data", labelled, "--features classifier, or --metrics memorisation"),
-        ("metrics", compared, "two sides: `stats` compares nothing"),
-        ("sqrtm", compared, "two sides: `stats` compares nothing"),
-        ("layout", not compared, "`stats`"),
-        ("sample_args", cfg.curve or is_checkpoint(cfg.a), "a checkpoint, or a run and --curve"),
-    ):
-        if not used and not cli.not_given(cfg, (flag,)):
-            raise BadInput(f"{cli.flag(flag)} means nothing without {needs}")
-    if cfg.layout == "adm" and cfg.features != "inception":
-        raise BadInput("--layout adm holds Inception's features: add --features inception")
-    if Path(cfg.json or ".json").is_dir() or Path(cfg.out or ".npz").is_dir():
-        raise BadInput(f"{cfg.json or cfg.out} is a folder; expected the name of a file")
-
-
 def main():
-    cfg = cli.parse(Config, __doc__)
-    if cfg.smoke:
-        cfg = cli.smaller(cfg, n=100, classifier_steps=20)
-        cfg = cfg if cfg.a else replace(cfg, a="glyphs:train", b="glyphs:test")
-    of_inception = cfg.layout == "adm" or len(cli.not_given(cfg, ("weights", "resize"))) < 2
-    if cfg.features == "auto" and of_inception:
-        cfg = replace(cfg, features="inception")
-    check(cfg)
-    cfg = replace(cfg, metrics=chosen_metrics(cfg))
-    if cfg.curve:
-        last = list(checkpoint_samples.of_run(Path(cfg.a)).values())[-1]
-        cfg = checkpoint_samples.as_trained(cfg, last)
-    elif is_checkpoint(cfg.a):
-        cfg = checkpoint_samples.as_trained(cfg, cfg.a)
-    if not cfg.b:
-        compared = f"nothing to compare {cfg.a} with" if cfg.a else "nothing to compare"
-        raise BadInput(f"{compared}: eval_fid.py A B")
-    launch(save if cfg.a == "stats" else curve if cfg.curve else compare, cfg)
+    cfg = settled(cli.parse(Config, __doc__), FIGURES)
+    tasks = {"stats": partial(against.save, statistics=statistics)}
+    tasks["table"] = partial(table.compare, scored=scored)
+    compare = against.curve if cfg.curve else against.compare
+    launch(tasks.get(cfg.a, partial(compare, scored=scored)), cfg)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Nichol, Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021 (arXiv:2102.09672).
 
-The chain of chapter 1 bounds the code length of an image (in code t is 1 less),
+The chain of chapter 1 bounds the code length of an image (derived below; in code t is 1 less),
 
     -log p(x_0) <= L_0 + L_1 + ... + L_T = L_vlb      divided by dimensions and log 2      eq. 4
     L_0     = -log p(x_0 | x_1)                   the last step, to pixels of 256 levels   eq. 5
@@ -22,7 +22,7 @@ L_vlb teaches the network the variance of p, too, by a second half v of its chan
 
 from runtime import checkpoints
 from runtime import commandline as cli
-from runtime.finite import clamped
+from runtime.finite import clamped, dynamic_threshold
 from runtime.normal import discretized_gaussian_log_likelihood, normal_kl
 from runtime.pictures import save_drawn
 from runtime.processes import launch
@@ -48,7 +48,7 @@ from networks.published.unet import read_network
 
 @dataclass
 class Config(ddpm_pixel.Config):
-    schedule: Literal["linear", "cosine", "sigmoid"] = "cosine"  # of noise; cosine is eq. 17
+    schedule: Literal["linear", "cosine", "sigmoid", "sigmoid-beta"] = "cosine"  # eq. 17
     learn_sigma: bool = True  # the network gives the variance, too: eq. 15
     objective: Literal["simple", "hybrid", "vlb"] = "hybrid"  # L_simple, L_hybrid or L_vlb
     min_snr: float = 0.0  # gamma of L_simple's min-SNR weights (Hang et al.: 5); 0: none
@@ -63,7 +63,7 @@ class Config(ddpm_pixel.Config):
     sample: str = ""
     """do not train: sample this checkpoint, or ddpm_pixel.py's, or a published U-Net"""
     nll: str = ""  # do not train: bits per dimension of --n held-out images under such a checkpoint
-    plot_schedule: bool = False  # do not train: draw alpha_bar and log SNR of all schedules
+    plot_schedule: bool = False  # do not train: draw all schedules, and an image under each
     variance: Literal["auto", "small", "large", "learned"] = "auto"
     """of a step: beta_tilde_t, beta_t, or learned; auto is learned where it was, else small"""
     dynamic_threshold: bool = False  # no clamp: divide x0_hat by its 99.5th percentile (Imagen)
@@ -73,10 +73,11 @@ class Config(ddpm_pixel.Config):
     STEPS = ("sample_steps", "timestep_respacing", "spacing")
     CHAIN = cli.names("variance batch_size n ema") | {*STEPS}
     ASKED = CHAIN | checkpoints.UNSAID
+    SCHEDULES = "timesteps alpha_min beta_start beta_end data data_root size classes"
     USES = {
         "sample": cli.DRAWS | ASKED | cli.names("clip_denoised dynamic_threshold guidance"),
         "nll": ASKED | cli.names("data data_root clip_denoised"),
-        "plot_schedule": cli.names("timesteps alpha_min"),
+        "plot_schedule": cli.names(SCHEDULES),
     }
     NEEDS = ddpm_pixel.Config.NEEDS | {"num_heads": "!num_head_channels"}
     NEEDS |= dict.fromkeys(("loss", "min_snr"), "objective=simple,hybrid")
@@ -85,6 +86,18 @@ class Config(ddpm_pixel.Config):
 
 
 # ------------------------------------------------------------------ the bound L_vlb: section 2.1
+# p(x_0), the integral of p(x_{0:T}) over x_1 ... x_T, is the mean of p(x_{0:T}) / q(x_{1:T} | x_0)
+# under q. -log is convex: of a mean it is at most the mean of -log. Hence (DDPM eq. 3)
+#     -log p(x_0) <= E_q[-log p(x_{0:T}) / q(x_{1:T} | x_0)]
+#                  = E_q[-log p(x_T) - sum over t of log p(x_{t-1} | x_t) / q(x_t | x_{t-1})].
+# By Bayes q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0), where t > 1. In
+# the sum over t the last two cancel, all but q(x_T | x_0), which joins p(x_T); t = 1 leaves L_0:
+#     E_q[log q(x_T | x_0) / p(x_T) + sum over t > 1 of log q(x_{t-1} | x_t, x_0) / p(x_{t-1} | x_t)
+#         - log p(x_0 | x_1)] = L_T + sum over t > 1 of L_{t-1} + L_0.
+# The mean of log q / p under q is their KL. Both are Gaussians, q given x_0 (DDPM eq. 6 and 7) and
+# p by choice: normal_kl has the KL in closed form, and nothing but x_t must be drawn.
+# L_0 is the code length of a pixel's level: p is its probability, the integral of the Gaussian over
+# the bin 2/255 wide around it (DDPM eq. 13). A density in its place could grow without limit.
 
 
 class Chain(NamedTuple):
@@ -146,10 +159,9 @@ def reverse_step(out, x_t, t, chain, *, prediction="eps", variance="small", clip
 def vlb_terms(out, x0, x_t, t, chain, *, discrete=True, **how):
     """L_{t-1} of each image, L_0 where t is 0, in bits per dimension: float64 (B,).
 
-    out    the network's output for x_t: (B,C,H,W), or (B,2C,H,W) with v for variance "learned"
-    x0     the images (B,C,H,W), k / 127.5 - 1 for levels k = 0..255
-    x_t    drawn from q(x_t | x0), (B,C,H,W)
-    t      int64 (B,), rows of the chain: in the whole chain, the timesteps
+    out         the network's for x_t: (B,C,H,W), or (B,2C,H,W) with v for variance "learned"
+    x0, x_t     the images (B,C,H,W), k / 127.5 - 1 for levels k = 0..255; drawn from q(x_t | x0)
+    t           int64 (B,), rows of the chain: in the whole chain, the timesteps
     discrete    False: x0 are latents, without levels or ends at -1 and 1; L_0 is of a density
     how         of reverse_step. clip: keep x0_hat within [-1, 1], as sampling does. variance:
                 "small", "large" (in row 0 that of small, as in DDPM's code) or "learned" (eq. 15)
@@ -194,8 +206,8 @@ def bits_per_dim(net, images, y, seeds, chain, *, tick=None, **how):
 def hybrid(out, x0, x_t, t, chain, *, prediction="eps", discrete=True):
     """L_vlb of L_hybrid, float64 (B,): only v learns from it, the mean is held fixed.
 
-    The arguments are those of vlb_terms; out (B,2C,H,W). Uniform t estimate the sum over the S rows
-    by S times the term at t. The published code adds the term times S / 1000: the same.
+    As vlb_terms; out (B,2C,H,W). Uniform t estimate the sum over S rows by S times the term at t.
+    The published code adds the term times S / 1000: the same.
     """
     out = torch.cat([out[:, : x0.shape[1]].detach(), out[:, x0.shape[1] :]], 1)  # (B,2C,H,W)
     how = {"prediction": prediction, "variance": "learned", "discrete": discrete}
@@ -203,7 +215,7 @@ def hybrid(out, x0, x_t, t, chain, *, prediction="eps", discrete=True):
 
 
 def min_snr_weight(prediction, a, gamma):
-    """The weight of a squared error at alpha_bar_t = a (B,): Hang et al. 2023 (2303.09556), 3.4.
+    """The weight of a squared error at alpha_bar_t = a (B,): Hang et al. 2023, section 3.4.
 
     Of x0_hat it is min(SNR, gamma). Errors of eps_hat are sqrt(SNR), of v_hat sqrt(SNR + 1) as big.
     """
@@ -289,17 +301,6 @@ def learned_row(a, a_prev, prediction="eps", floor=None):
     return ancestral_row(a, a_prev, prediction)._replace(S=float(a_prev < 1), **bounds)
 
 
-def dynamic_threshold(x0_hat, percentile=0.995):
-    """x0_hat (B,C,H,W) within [-1, 1]: Imagen (Saharia et al. 2022, arXiv:2205.11487, section 2.3).
-
-    Where the percentile of an image's own |x0_hat| exceeds 1, the image is clamped to it and
-    divided by it. A clamp to [-1, 1] would saturate what strong guidance drives beyond.
-    """
-    s = x0_hat.float().abs().flatten(1).quantile(percentile, dim=1).clamp(min=1)  # (B,)
-    s = s.view(-1, 1, 1, 1).to(x0_hat.dtype)
-    return clamped(x0_hat, -s, s) / s
-
-
 def pairs_of(cfg):
     """The walk down the chain, [(t, t_prev), ...]. BadInput for timesteps that exceed it."""
     if not cfg.timestep_respacing:
@@ -371,12 +372,11 @@ def train(cfg, world):
     torch.manual_seed(cfg.seed)
     net = make_net(cfg, ds.shape, ds.num_classes * cfg.class_cond).to(world.device)
     make, facts = world.adam(cfg.lr), {"alpha_bar": alpha_bar}
-    run = Run(cfg, world, ds, net=net, optimizer=make, keep={"picker": picker}, facts=facts)
-    evaluator = None
     if cfg.metric_every:
         from eval_fid import Evaluator
 
         evaluator = Evaluator.of_run(cfg, ds, world)
+    run = Run(cfg, world, ds, net=net, optimizer=make, keep={"picker": picker}, facts=facts)
     seeds = cli.parse_seeds(cfg.seeds, cfg.n)
     labels = cli.labels_for(seeds, range(net.null), cfg.guidance)
     if world.is_main:
@@ -398,18 +398,18 @@ def train(cfg, world):
         run.descend()  # clip the gradient, Adam, running means, log
         if cfg.schedule_sampler == "loss-second-moment":
             picker.update(t_all, world.collect(torch.cat(run.losses), cfg.batch_size))
-        if evaluator and (run.due(cfg.metric_every) or run.done):
+        if cfg.metric_every and (run.due(cfg.metric_every) or run.done):
             draw_some = partial(draw, run.ema, cfg, world, ds.shape)
             run.log_metrics(partial(evaluator.score, draw_some, cfg.metric_n, net.null))
         if run.due(cfg.sample_every):
             run.save_grid(partial(draw, run.ema, cfg, world, ds.shape, seeds, labels))
-    save_images(run.ema, cfg, world, ds.shape, seeds, labels, run.folder)
+    save_images(run.ema, cfg, world, ds.shape, seeds, labels, run.folder, ds.class_names)
 
 
-def save_images(net, cfg, world, shape, seeds, labels, folder):
-    """samples.png and .npz; reverse.gif and .png: x_t of the first eight, and below it x0_hat."""
-    images = draw(net, cfg, world, shape, seeds, labels)
-    save_drawn(folder, images, labels, partial(trajectory, net, cfg, shape), seeds, world)
+def save_images(net, cfg, world, shape, seeds, labels, folder, names=()):
+    """samples.png and .npz; reverse.gif and .png: x_t and x0_hat of an image of each class."""
+    images, walk = draw(net, cfg, world, shape, seeds, labels), partial(trajectory, net, cfg, shape)
+    save_drawn(folder, images, labels, walk, seeds, world, pairs_of(cfg), names)
 
 
 # -------------------------------------------------------------------------------------- commands
@@ -449,7 +449,8 @@ def open_checkpoint(cfg, path, world):
 def sample_checkpoint(cfg, world):
     net, trained, shape, names = open_checkpoint(cfg, cfg.sample, world)
     seeds, labels = cli.seeds_and_labels(cfg, net, names, trained.guidance)
-    save_images(net, trained, world, shape, seeds, labels, cli.folder_of(cfg, cfg.sample))
+    folder = cli.folder_of(cfg, cfg.sample)
+    save_images(net, trained, world, shape, seeds, labels, folder, names)
 
 
 def nll(cfg, world):
@@ -468,7 +469,8 @@ def nll(cfg, world):
 def check(cfg):
     """Raise BadInput for a setting out of its range, and for settings that contradict others."""
     cli.check_run(cfg)
-    cli.check_ranges(cfg, "timesteps sample_steps n", "min_snr num_head_channels", "alpha_min")
+    parts = "alpha_min beta_start beta_end"
+    cli.check_ranges(cfg, "timesteps sample_steps n", "min_snr num_head_channels", parts)
     if cfg.task():
         return  # what follows is of training; a checkpoint has settings of its own
     if cfg.objective == "hybrid" and not cfg.learn_sigma:
@@ -486,9 +488,7 @@ def main():
     cfg = cli.smoke(cfg, **small)
     check(cfg)
     if cfg.plot_schedule:
-        make = partial(ddpm_pixel.make_alpha_bar, T=cfg.timesteps, alpha_min=cfg.alpha_min)
-        tables = {name: make(name) for name in ("linear", "cosine", "sigmoid")}
-        save_schedules(Path(cfg.out or "runs") / "schedules.png", tables)  # figure 5
+        save_schedules(cfg, ddpm_pixel.make_alpha_bar, q_sample)  # figures 3 and 5
     elif cfg.sample or cfg.nll:
         launch(sample_checkpoint if cfg.sample else nll, cfg)
     else:

@@ -48,7 +48,7 @@ from image_data import datasets
 from image_data.latents import cache_latents
 from kernels import gaussian, sampling_update
 from networks.autoencoders import build, latent_shape, load_autoencoder
-from networks.sizes import check_unet, groups_for
+from networks.sizes import check_latent_unet, groups_for
 from networks.small_autoencoder import Autoencoder
 
 HERE = Path(__file__).resolve().parent
@@ -102,7 +102,7 @@ class Config(cli.RunConfig):
     guidance: float = 1.0
     """w in (1+w) eps(z,y) - w eps(z): -1 unconditional, 0 conditional; others write s = 1+w"""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """guide only while t/T (Kynkäänniemi et al. 2024: sigma) lies in it; elsewhere w = 0"""
+    """guide only while t/T lies in it (Kynkäänniemi et al. 2024 take sigma); elsewhere w = 0"""
     guidance_rescale: float = 0.0
     """0..1: how far the guided estimate gets back the conditional one's spread (Lin et al. 2024)"""
 
@@ -123,8 +123,8 @@ def first_stage(cfg):
     shared |= {"out": str(Path(cfg.out, "autoencoder")), "steps": cfg.ae_steps, "lr": cfg.ae_lr}
     shared |= {"ema": (), "resume": "never" if cfg.resume == "never" else "auto", "keep_every": 0}
     own = {"patch": cfg.patch, "model_channels": cfg.ae_channels, "channel_mult": cfg.ae_mult}
-    own |= {"num_res_blocks": cfg.ae_blocks, "z_channels": cfg.z_channels}
-    return autoencoder.Config(**shared, **own, ae="kl", kl_weight=cfg.kl_weight)
+    own |= {"num_res_blocks": cfg.ae_blocks, "z_channels": cfg.z_channels, "ae": "kl"}
+    return autoencoder.Config(**shared, **own, kl_weight=cfg.kl_weight, n=8 if cfg.smoke else 1000)
 
 
 def kl_divergence(mean, log_var):
@@ -185,7 +185,7 @@ class UNet(nn.Module):
         (channels, height, _), c_emb = z_shape, 4 * cfg.model_channels
         levels = [cfg.model_channels * m for m in cfg.channel_mult]
         groups = groups_for(cfg.model_channels, levels)
-        check_unet((0, 0, 0), cfg.model_channels, levels, cfg.num_heads)
+        check_latent_unet(z_shape, levels, cfg)
         self.cfg, self.null = cfg, num_classes
         first, second = nn.Linear(cfg.model_channels, c_emb), nn.Linear(c_emb, c_emb)
         self.time = nn.Sequential(first, nn.SiLU(), second)

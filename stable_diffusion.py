@@ -206,7 +206,7 @@ def row_of(sampler, a_before, a, a_prev):
         sigma_down^2 = sigma_prev^2 - sigma_up^2 = sigma_prev^4 / sigma^2
 
     Put into x_prev / sqrt(a_prev) = x0_hat + sigma_down eps_hat + sigma_up z, this is DDIM's eq. 12
-    with the sigma of eq. 16 and eta = 1, which is the ancestral step of DDPM.
+    with the sigma of DDIM eq. 16 and eta = 1, which is the ancestral step of DDPM.
     """
     if sampler == "dpmpp":
         return dpmpp_row(a_before, a, a_prev)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation import checkpoint_samples, image_sets
+from evaluation import checkpoint_samples, image_sets, report
 from evaluation.channels import channels_of, in_channels
 from evaluation.checkpoint_samples import is_checkpoint
 from evaluation.choice import choose, is_file, labelled_set
@@ -16,7 +16,15 @@ from evaluation.classifier import ClassifierFeatures
 from evaluation.features import share_right
 from evaluation.image_sets import Images, Statistics, check_same_size
 from evaluation.inception_features import WithSpatial
-from evaluation.sides import channels_text, check_same_features, labelled, look, scratch, warn_of
+from evaluation.sides import (
+    Side,
+    channels_text,
+    check_same_features,
+    labelled,
+    look,
+    scratch,
+    warn_of,
+)
 from evaluation.words import warn
 
 
@@ -31,8 +39,8 @@ def generated(cfg, name):
 
 
 def reference(cfg):
-    """Images or Statistics of B."""
-    drawn = is_checkpoint(cfg.a) or cfg.curve
+    """Images or Statistics of B: all of it beside samples, and for a table."""
+    drawn = is_checkpoint(cfg.a) or cfg.curve or cfg.a == "table"
     return image_sets.read(cfg.b, cfg, 0 if drawn else cfg.n)
 
 
@@ -75,64 +83,113 @@ def pairs_path(name):
     return str(path.with_name(f"{path.stem}-nearest.png")) if path.is_file() else "nearest.png"
 
 
-def against(cfg, world, names, scored):
-    """The figures of each A of `names` against B, in turn, as dictionaries that become JSON.
+class Reference:
+    """B, its features computed once, and the network that gives them, for one A after another.
 
-    scored: a function of two Sides and the fields of `Asked`, which gives a dictionary of figures.
-    cfg.metrics names those that are asked for.
-    All processes compute features, the first one alone the figures: to the others none are given.
+    sides: Images or Statistics of all A, by which the features are chosen; of these only the form
+    of the images and their classes are looked at. scored: a function of two Sides and the fields of
+    `Asked`, which gives a dictionary of figures.
     """
-    metrics = split_list(cfg.metrics)
-    b, seen = reference(cfg), None  # first: what is wrong with it is known before A is drawn
-    for name in names:
-        a = generated(cfg, name)
-        if seen is None:  # the features, and those of B, are the same for all
-            extractor, class_names, known, (a, b) = choose(cfg, (a, b), world)
-            channels = channels_of(extractor, (a, b))
-            see = partial(
-                look,
-                extractor=extractor,
-                batch_size=cfg.batch_size,
-                world=world,
-                store=partial(scratch, cfg.data_root),
-            )
-            seen = see(labelled(b, class_names), keep=cfg.data_root, reference=True)
-            train = in_channels(training_images(cfg, b, metrics), channels)
-        check_same_size([side for side in (a, b) if isinstance(side, Images)])
-        side = see(labelled(in_channels(a, channels), class_names))
+
+    def __init__(self, cfg, world, b, sides, scored):
+        self.cfg, self.world, self.scored = cfg, world, scored
+        self.metrics = split_list(cfg.metrics)
+        self.extractor, self.class_names, self.known, sides = choose(cfg, [*sides, b], world)
+        self.channels, b = channels_of(self.extractor, sides), sides[-1]
+        known = [Side(side, known=side) for side in sides if isinstance(side, Statistics)]
+        for side in known:  # before any features are computed
+            check_same_features(side, known[0], self.extractor)
+        b = labelled(b, self.class_names)
+        self.seen = self.look(b, keep=cfg.data_root, reference=True)
+        self.train = in_channels(training_images(cfg, b, self.metrics), self.channels)
+
+    def look(self, source, **how):
+        how |= {"batch_size": self.cfg.batch_size, "store": partial(scratch, self.cfg.data_root)}
+        return look(source, self.extractor, world=self.world, **how)
+
+    def figures(self, name, a, figure=""):
+        """What A is worth, Images or Statistics, as a dictionary that becomes JSON.
+
+        None but on the first process; all compute its features. figure: where the closest pairs are
+        drawn.
+        """
+        cfg, seen, extractor = self.cfg, self.seen, self.extractor
+        check_same_size([s for s in (a, seen.source) if isinstance(s, Images)])
+        side = self.look(labelled(in_channels(a, self.channels), self.class_names))
         check_same_features(side, seen, extractor)
         if side.n == 1:  # on every process, before one of them goes on alone
             raise BadInput(f"a covariance needs at least 2 images, {name} has 1")
-        if not world.is_main:
-            continue
+        if not self.world.is_main:
+            return None
         warn_of(side)
         warn_of(seen)
-        figures = scored(
+        figures = self.scored(
             side,
             seen,
-            metrics=metrics,
+            metrics=self.metrics,
             method="sqrtm" if cfg.sqrtm else "eigen",
             seed=cfg.seed,
             device="cuda" if cfg.gpus else "cpu",
-            class_names=class_names,
-            train=train,
-            figure=pairs_path(name),
+            class_names=self.class_names,
+            train=self.train,
+            figure=figure or pairs_path(name),
         )
         with_protocol = (s.known for s in (side, seen) if s.known and s.known.protocol)
         origin = extractor or next(with_protocol, side.known)
-        yield figures | {
-            "class_accuracy": class_accuracy(side, extractor, class_names),
+        return figures | {
+            "class_accuracy": class_accuracy(side, extractor, self.class_names),
             "n_generated": side.n,
             "n_reference": seen.n,
-            "labels": labels_text(side, class_names),
+            "labels": labels_text(side, self.class_names),
             "channels": channels_text(side, seen),
             "features": origin.protocol,
             "feature_hash": origin.feature_hash,
-            **known,
+            "network": getattr(extractor, "network", None),
+            **self.known,
             "a": name,
             "b": cfg.b,
             "seed": cfg.seed,
         }
+
+
+def against(cfg, world, names, scored):
+    """The figures of each A of `names` against B, in turn; scored: see Reference.
+
+    The features are chosen by the first of them. To other processes than the first none are given.
+    """
+    b, seen = reference(cfg), None  # first: what is wrong with it is known before A is drawn
+    for name in names:
+        a = generated(cfg, name)
+        seen = seen or Reference(cfg, world, b, [a], scored)
+        if found := seen.figures(name, a):
+            yield found
+
+
+def compare(cfg, world, scored):
+    """Print the figures of A against B; the first process does."""
+    for found in against(cfg, world, [cfg.a], scored):
+        report.show(found)
+        report.finish(cfg, found)
+
+
+def curve(cfg, world, scored):
+    """Every kept checkpoint of the run A against B: curve.png and curve.json in its folder."""
+    folder, rows = Path(cfg.a), []
+    kept = checkpoint_samples.of_run(folder)
+    for step, figures in zip(kept, against(cfg, world, kept.values(), scored), strict=False):
+        rows.append({"step": step, **figures})
+        print(f"step {step}")
+        report.show(figures)
+        report.draw_curve(folder, rows)
+    if rows:
+        report.finish(cfg, {"curve": rows, "figure": str(folder / "curve.png")})
+
+
+def save(cfg, world, statistics):
+    """Write m, C and what they are of to cfg.out; statistics: as below."""
+    facts = save_statistics(cfg, world, statistics)
+    if world.is_main:
+        report.finish(cfg, facts)
 
 
 def save_statistics(cfg, world, statistics):

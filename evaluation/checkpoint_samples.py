@@ -3,7 +3,7 @@
 from runtime import checkpoints
 from runtime.commandline import BadInput
 from runtime.files import locked
-from runtime.processes import run_alone
+from runtime.processes import run_alone, say_once
 
 import ast
 import hashlib
@@ -62,6 +62,11 @@ def class_names(path):
     return tuple(checkpoints.load_checkpoint(path, mapped=True).get("class_names", ())) or None
 
 
+def shape(path):
+    """(C, H, W) of the images that a checkpoint draws."""
+    return tuple(checkpoints.load_checkpoint(path, mapped=True)["shape"])
+
+
 def as_trained(cfg, checkpoint):
     """cfg, but what is not typed is as the checkpoint was trained: B, its size and classes.
 
@@ -70,7 +75,7 @@ def as_trained(cfg, checkpoint):
     """
     _, trained = checkpoint_settings(checkpoint)
     cfg = checkpoints.as_trained(cfg, ("size", "classes", "data_root"), checkpoint)
-    _, *sides = checkpoints.load_checkpoint(checkpoint, mapped=True)["shape"]
+    _, *sides = shape(checkpoint)
     if cfg.size and {*sides} != {cfg.size}:
         drawn = "x".join(map(str, sides))
         raise BadInput(f"--size {cfg.size}: {checkpoint} draws images of {drawn}; leave it out")
@@ -79,6 +84,24 @@ def as_trained(cfg, checkpoint):
         data.checkpoint = checkpoint
         datasets.check_trained_on(data, cfg.data_root, f"{data}:test as B")
     return replace(cfg, b=cfg.b or f"{trained['data']}:test")
+
+
+def of_runs(cfg):
+    """cfg, but where a side that is compared is the folder of a run, its last checkpoint is meant.
+
+    A line says so. B of one comparison is a reference, and no run.
+    """
+    sides = {"a": cfg.a} if cfg.a != "table" else {"b": cfg.b, "more": cfg.more}
+
+    def meant(name):
+        path = Path(name, "ckpt.pt")
+        if name and path.is_file():
+            say_once(f"{name} is the folder of a run: {path} is meant")
+            return str(path)
+        return name
+
+    found = {k: meant(v) if isinstance(v, str) else tuple(map(meant, v)) for k, v in sides.items()}
+    return replace(cfg, **found)
 
 
 def of_run(folder):

@@ -16,6 +16,7 @@ from evaluation.channels import channels_of, in_channels
 from evaluation.classifier import classifier_of
 from evaluation.image_sets import Images, Statistics, check_same_size, split_name
 from evaluation.words import warn
+from image_data import datasets
 from networks.inception import Inception
 
 PATIENCE = 5.0  # seconds that `auto` waits for a download of Inception's weights to begin
@@ -108,3 +109,42 @@ def inception_if_there(cfg, device, world):
         why = why or "another process could not read its weights"
         warn(f"features of a classifier of the data set in place of Inception's: {why}")
     return None
+
+
+# ---------------------------------------------------------------------------- within a training
+
+
+def of_training(cfg, ds, world, steps=1500):
+    """The extractor by which a training (ScoredConfig) on the Dataset ds scores its samples.
+
+    Of cfg.metric_features: auto is a classifier of cfg.metric_data, or of the training's data where
+    these have classes; else Inception. steps: of the classifier. Raises BadInput, in the words of a
+    training, where Inception's weights cannot be had, and where no classifier takes such images.
+    """
+    source, kind = cfg.metric_data or cfg.data, cfg.metric_features
+    has_classes = bool(cfg.metric_data or ds.num_classes > 1 or cfg.classes)
+    patience = PATIENCE if kind == "auto" else None
+    if cfg.metric_data and kind == "inception":
+        why = "is for a classifier's features; leave it out, or --metric-features inception"
+        raise BadInput(f"--metric-data {source} {why}")
+    if kind == "inception" or kind == "auto" and not has_classes:
+        where = ("", cfg.data_root, cfg.metric_resize, world.device)
+        try:
+            return inception_features.load(*where, patience=patience)
+        except BadInput as error:
+            if kind == "inception":
+                raise
+            why = f"--metric-every: {ds.name} has no classes to train a classifier on"
+            why += f", and Inception's weights are not there: {error}"
+            wanted = "a labelled data set of such images"
+            raise BadInput(f"{why}; or type --metric-data NAME, {wanted}") from None
+    size = cfg.size
+    if cfg.metric_data:
+        learned = datasets.load(source, cfg.data_root, size=size)
+        if learned.shape[1:] != ds.shape[1:] and ds.height == ds.width:
+            learned, size = datasets.load(source, cfg.data_root, size=ds.height), ds.height
+        if learned.shape[1:] != ds.shape[1:] or learned.channels < ds.channels:
+            shapes = f"{learned.shape}, those of {ds.name} are {ds.shape}"
+            raise BadInput(f"--metric-data {source}: images are {shapes}; name a data set like it")
+    how = {"size": size, "steps": steps, "device": world.device, "flag": "--metric-data NAME"}
+    return classifier_of(source, cfg.data_root, **how)[0]

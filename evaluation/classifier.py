@@ -86,11 +86,12 @@ def train_classifier(ds, steps, seed, device, lr=2e-2):
 class ClassifierFeatures:
     """A Classifier as an extractor; `facts` as `classifier` returns them, names of its classes.
 
-    channels: of the images that it takes.
+    channels: of the images that it takes. network: two words, such as "mnist classifier".
     """
 
-    def __init__(self, net, facts, class_names=()):
+    def __init__(self, net, facts, class_names=(), name="data set's"):
         self.net, self.facts, self.dim, self.class_names = net, facts, net.dim, class_names
+        self.network = f"{name} classifier"
         self.protocol, self.feature_hash = facts.get("protocol"), facts.get("feature_hash")
         self.device, self.channels = net.head.weight.device, net.convs[0].in_channels // 4
 
@@ -113,18 +114,18 @@ def weights_hash(net):
     return digest.hexdigest()[:8]
 
 
-def classifier(ds_train, ds_test, root, seed=0, *, steps=1500, device="cpu"):
+def classifier(ds_train, ds_test, root, seed=0, *, steps=1500, device="cpu", flag="--data"):
     """The feature network of a data set, and what is known of it: (net, facts).
 
     Kept in root/classifier-<key of the data set>-<steps>-<seed>.pt; trained when that file is
     missing, made otherwise, or broken (with a warning). The weights depend a little on the machine
     and its number of threads, and so do figures: compare those of one hash. facts: `protocol` (one
     line for people), `feature_hash`, `test_accuracy` in 0..1. Raises BadInput for a data set
-    without classes or below 8 pixels.
+    without classes, with the flag by which another one is named, or below 8 pixels.
     """
     if ds_train.num_classes < 2:
         why = "has no classes to train the feature classifier on; name a labelled data set"
-        raise BadInput(f"{ds_train.name} {why} of such images with --data")
+        raise BadInput(f"{ds_train.name} {why} of such images with {flag}")
     if min(ds_train.height, ds_train.width) < 8:
         raise BadInput(f"{ds_train.name}: images are {shape_text(ds_train.images)}, need 8 pixels")
     path = Path(root) / f"classifier-{ds_train.key}-{steps}-{seed}.pt"
@@ -134,15 +135,15 @@ def classifier(ds_train, ds_test, root, seed=0, *, steps=1500, device="cpu"):
     return net.to(device, memory_format=torch.channels_last).eval(), facts
 
 
-def classifier_of(name, root, *, size=0, seed=0, steps=1500, device="cpu"):
+def classifier_of(name, root, *, size=0, seed=0, steps=1500, device="cpu", flag="--data"):
     """(ClassifierFeatures, training images) of the data set, folder or zip `name`.
 
     Of all its classes, also where images of a few are looked at: of one class alone it could tell
     nothing apart, and figures of all subsets are of one network. Raises as `classifier` does.
     """
     train, test = (datasets.load(name, root, split=s, size=size or None) for s in ("train", "test"))
-    net, facts = classifier(train, test, root, seed, steps=steps, device=device)
-    return ClassifierFeatures(net, facts, train.class_names), train
+    net, facts = classifier(train, test, root, seed, steps=steps, device=device, flag=flag)
+    return ClassifierFeatures(net, facts, train.class_names, train.name), train
 
 
 def _read(path, recipe, ds):

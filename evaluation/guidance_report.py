@@ -5,6 +5,8 @@ from runtime.plots import draw_cells
 
 import json
 
+from evaluation.study_names import name_for
+
 FIGURES = {
     "Fréchet distance": "frechet",
     "inception score": "inception_score",
@@ -12,7 +14,15 @@ FIGURES = {
     "recall": "recall",
     "class accuracy": "class_accuracy",
 }
+VARIANCES = {"small": "beta_tilde", "large": "beta", "learned": "learned"}
 FREE = "classifier-free"  # the way whose strength is w; that of others is s
+
+
+def sampler_name(row):
+    """What draws a row or all: "ddim, eta 0", "ddpm, beta_tilde", "heun"."""
+    if row["sampler"] == "ddim":
+        return f"ddim, eta {row['eta']:g}"
+    return f"ddpm, {VARIANCES[row['variance']]}" if row["sampler"] == "ddpm" else row["sampler"]
 
 
 def strength(way, row):
@@ -57,20 +67,25 @@ def sheet(ways, pictures):
 def save(folder, facts, found, picture):
     """classifier-guidance.md, .json and .png in `folder`, and the table on the screen.
 
+    Where such files are of other settings, the names have a digest.
+
     facts: what holds for all rows; found: {way: rows of compare_samplers.Store}; picture(row) is
     the grid of a row, uint8 (H,W,3) or (H,W).
     """
     ways = {way: [row["made_by"] | row["figures"] for row in rows] for way, rows in found.items()}
     pictures = {way: [picture(row) for row in rows] for way, rows in found.items()}
-    how = f"{facts['sampler']}, {facts['steps']} steps, N = {facts['n']}"
+    scales = {name: [strength(name, row)[1] for row in rows] for name, rows in ways.items()}
+    facts = facts | {"scales": scales}
+    name = "classifier-guidance" + name_for(folder, "classifier-guidance", "", facts)[0]
+    how = f"{sampler_name(facts)}, {facts['steps']} steps, N = {facts['n']}"
     title = f"# Guidance compared: {how}, against {facts['reference']}"
     lines = [title, "", facts["protocol"], "", *table(ways)]
-    with atomic_write(folder / "classifier-guidance.md") as path:
+    with atomic_write(folder / f"{name}.md") as path:
         path.write_text("\n".join(lines) + "\n")
-    with atomic_write(folder / "classifier-guidance.json") as path:
+    with atomic_write(folder / f"{name}.json") as path:
         path.write_text(json.dumps({"facts": facts, "ways": ways}, indent=1) + "\n")
     cells, titles = sheet(ways, pictures)
-    path = folder / "classifier-guidance.png"
+    path = folder / f"{name}.png"
     draw_cells(path, cells, curves(ways), "s, or w", titles)
     print("\n".join(lines))
-    print(f"kept in {folder}: classifier-guidance.md, classifier-guidance.json and .png")
+    print(f"kept in {folder}: {name}.md, {name}.json, {name}.png")

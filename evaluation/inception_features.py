@@ -11,8 +11,8 @@ use; features of one are never compared with another's.
     extractor = load(resize="clean")  # downloads the weights (95 MB) the first time
     features, logits = extractor(images)  # uint8 (B, H, W, C) -> (B, 2048), (B, 1008)
 
-The batch norms are folded into the convolutions and pixels lie channels last: on a CPU this is 1.8
-times as fast as the same network as pytorch-fid runs it (bench/inception.py).
+The batch norms are folded into the convolutions and pixels lie channels last: on a CPU this is 2.0
+times as fast as the same network as pytorch-fid runs it (bench/inception.py, RESULTS.md).
 """
 
 from runtime.commandline import BadInput
@@ -103,9 +103,10 @@ class Extractor:
     feature_hash  eight hex digits of weights, variant and resize protocol together: features, and
                   statistics of features, of two hashes do not compare
     dim, device   2048, and where the network is
+    network       "Inception"
     """
 
-    dim = Inception.dim
+    dim, network = Inception.dim, "Inception"
 
     def __init__(self, state, variant="fid", *, resize="pytorch-fid", device="cpu", name="given"):
         """state: what `read_weights` gives; name: of the weights, for the line `protocol`."""

@@ -101,13 +101,14 @@ class BoundMean:
 
 
 @exact()
-def evaluate(bound_of, ds, timesteps, world, folder, *, n, batch_size, labels, about=""):
+def evaluate(bound_of, ds, timesteps, world, folder, *, n, batch_size, labels, about="", T=None):
     """Bits per dimension of n images of the Dataset `ds`, evenly spaced in it (or all).
 
     bound_of(images, y, seeds, tick=...) gives the Bound of uint8 images (B,H,W,C), labels (B,) or
     None, and seeds (B,), and calls tick() after each of the chain's timesteps. An image's seed is
     its number in the data set. labels: whether the network sees the class. batch_size: over all
-    processes. about: a word on how, for nll.json and the printed line.
+    processes. about: a word on how, for nll.json and the printed line. T: the length of the whole
+    chain, if not that of timesteps.
 
     Prints the mean, leaves nll.json and nll.png in `folder` (a Path), and returns what BoundMean
     reads, on every rank. The network runs in float32, without autocast. NotFinite, with its number,
@@ -129,7 +130,8 @@ def evaluate(bound_of, ds, timesteps, world, folder, *, n, batch_size, labels, a
     values = mean.read(world)
     if world.is_main:
         with atomic_write(folder / "nll.json") as temporary:
-            temporary.write_text(json.dumps({**values, "timesteps": timesteps, "about": about}))
+            facts = {"timesteps": timesteps, "T": T or len(timesteps), "data": ds.name}
+            temporary.write_text(json.dumps({**values, **facts, "about": about}))
         plot_terms(folder / "nll.png", values["terms"], timesteps)
         print(
             f"{ds.name}: {values['bits_per_dim']:.4f} bits/dim, standard error "
@@ -148,7 +150,7 @@ def evaluate_held_out(bound_of, chain, trained, shape, names, world, folder, *, 
     ds, known = datasets.held_out(trained.data, trained.data_root, shape, names, **options)
     labels, timesteps = known and trained.class_cond, chain.timesteps.tolist()
     options = {"n": n, "batch_size": trained.batch_size, "labels": labels, "about": about}
-    return evaluate(bound_of, ds, timesteps, world, folder, **options)
+    return evaluate(bound_of, ds, timesteps, world, folder, T=trained.timesteps, **options)
 
 
 def plot_terms(path, terms, timesteps):

@@ -1,17 +1,23 @@
 """Curves over t: how well a classifier reads noisy images, and what schedules leave of an image."""
 
+from runtime.films import save_strip
 from runtime.finite import WEIGHTS, NotFinite
+from runtime.pictures import to_uint8
 from runtime.plots import plot_lines
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from image_data import datasets
 from image_data.batches import spaced
 from kernels import gaussian
 
 TIMES = 20  # timesteps of a curve, five in each quarter
+QUARTERS = (0, 0.25, 0.5, 0.75, 1)  # ticks of t / T
+PARTS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)  # t / T of a noised image
 
 
 def evenly(ds, n):
@@ -69,11 +75,71 @@ def save_curves(path, curves, T, chance):
     plot_lines(path, {"accuracy": lines}, xlabel=f"t, of T = {T}")
 
 
-def save_schedules(path, tables):
-    """Draw {name: alpha_bar (T,)} and their log SNR over t / T into the PNG `path`."""
-    left, ratio = {}, {}
+def schedules(cfg, make_alpha_bar):
+    """{name: alpha_bar float64 (T,)} of all schedules, for the T and alpha_min of the settings.
+
+    With --beta-start or --beta-end also of those two that they are for, beside the defaults.
+    """
+    T, least = cfg.timesteps, cfg.alpha_min
+    names = ("linear", "cosine", "sigmoid", "sigmoid-beta")
+    tables = {name: make_alpha_bar(name, T, least) for name in names}
+    if cfg.beta_start or cfg.beta_end:
+        ends = cfg.beta_start or 0.1 / T, cfg.beta_end or 20 / T
+        told = "beta {:.3g} to {:.3g}".format(*ends)
+        for name in ("linear", "sigmoid-beta"):
+            tables[f"{name}, {told}"] = make_alpha_bar(name, T, least, *ends)
+    return tables
+
+
+def panels_of(tables):
+    """Panels of plot_lines over t / T: beta_t, alpha_bar_t and log SNR of {name: alpha_bar (T,)}.
+
+    log SNR is log alpha_bar / (1 - alpha_bar); what is infinite is left out.
+    """
+    panels = {"beta": {}, "alpha_bar": {}, "log SNR": {}}
     for name, a in tables.items():
-        part = torch.arange(1, len(a) + 1) / len(a)
-        left[name], ratio[name] = (part, a), (part, a.log() - torch.log1p(-a))
-    plot_lines(path, {"alpha_bar": left, "log SNR": ratio}, xlabel=f"t / T, T = {len(a)}")
-    print(f"schedules: {path}")
+        part, before = torch.arange(1, len(a) + 1) / len(a), torch.cat([a.new_ones(1), a[:-1]])
+        panels["beta"][name] = part, 1 - a / before
+        panels["alpha_bar"][name] = part, a
+        panels["log SNR"][name] = part[a > 0], a[a > 0].log() - torch.log1p(-a[a > 0])
+    return panels
+
+
+def noised(x0, tables, q_sample):
+    """{"10 %": uint8 (K,H,W,C)}: an image x0 (1,C,H,W) at PARTS of T under each of K schedules.
+
+    The noise is the same everywhere; at 0 % it is the image itself.
+    """
+    eps, columns = gaussian(x0.shape, torch.tensor([0]), 0, x0.device), {}
+    for part in PARTS:
+        rows = []
+        for alpha_bar in tables.values():
+            t = round(part * len(alpha_bar)) - 1
+            rows.append(x0 if t < 0 else q_sample(x0, torch.tensor([t]), eps, alpha_bar))
+        columns[f"{100 * part:.0f} %"] = to_uint8(torch.cat(rows)).numpy()
+    return columns
+
+
+def save_schedules(cfg, make_alpha_bar, q_sample):
+    """schedules.png: curves of all schedules; schedules-noised.png: an image under each of them.
+
+    The image is the first of --data. In --out, or runs; where settings are not the defaults, they
+    are in the names of the files. make_alpha_bar and q_sample are ddpm_pixel's.
+    """
+    ds, tables = datasets.of(cfg), schedules(cfg, make_alpha_bar)
+    folder, chain = Path(cfg.out or "runs"), _words(cfg, "timesteps alpha_min beta_start beta_end")
+    curves = folder / f"schedules{chain}.png"
+    pictures = folder / f"schedules-noised{chain}{_words(cfg, 'data size classes')}.png"
+    xlabel = f"t / T, T = {cfg.timesteps}"
+    plot_lines(curves, panels_of(tables), xlabel=xlabel, logy=("beta",), xticks=QUARTERS)
+    x0, note = ds.batch(np.arange(1))[0], f"the first image of {ds.name}; columns: t / T"
+    save_strip(pictures, noised(x0, tables, q_sample), list(tables), note)
+    print(f"schedules: {curves}; an image under each: {pictures}")
+
+
+def _words(cfg, names):
+    """For the name of a file: "-timesteps-50", of those settings that are not the defaults."""
+    found = {name: getattr(cfg, name) for name in names.split()}
+    found = {name: v for name, v in found.items() if v != getattr(type(cfg), name)}
+    told = [f"-{name}-{Path(v).stem if name == 'data' else v}" for name, v in found.items()]
+    return "".join(told).replace("_", "-").replace("/", "-")

@@ -7,13 +7,21 @@ import json
 import shlex
 import sys
 
+from evaluation.words import whose
+
 # Label, format of a line for people; it is left out where one of its figures is missing.
 LINES = (
     ("Fréchet distance", "{frechet:.4f}"),
     ("  95 % interval", "{frechet_interval[0]:.4f} to {frechet_interval[1]:.4f} at this N"),
     ("  endless samples", "{frechet_infinity:.4f}, extrapolated"),
     ("Fréchet per class", "{class_frechet:.4f} in the mean"),
-    ("inception score", "{inception_score:.3f} ± {inception_score_std:.3f} over 10 parts"),
+    (
+        "inception score",
+        "{inception_score:.3f} ± {inception_score_std:.3f} over {inception_score_parts} parts, "
+        "by {whose} logits",
+    ),
+    # of fewer than 1,000 images, where nothing is known of its spread
+    ("inception score", "{inception_score:.3f} in 1 part, by {whose} logits"),
     ("kernel distance", "{kid:.5f} ± {kid_error:.5f}, standard error"),
     ("precision, recall", "{precision:.3f}, {recall:.3f}"),
     ("density, coverage", "{density:.3f}, {coverage:.3f}"),
@@ -34,18 +42,24 @@ LINES = (
 # Title of a panel of the curves: its lines, and the figure of each.
 CURVES = {
     "Fréchet distance": {"at this N": "frechet", "endless samples": "frechet_infinity"},
+    "inception score": {"inception score": "inception_score"},
     "share": {"precision": "precision", "recall": "recall"},
     "class accuracy": {"class accuracy": "class_accuracy"},
 }
 
 
 def show(found):
-    """The figures `found` as a table for people."""
+    """The figures `found` as a table for people; of two lines of one label the first that can be
+    filled."""
+    shown, found = set(), found | {"whose": whose(found.get("network"))}
     for label, form in LINES:
         try:
-            print(f"{label:<18} {form.format(**found)}")
+            line = f"{label:<18} {form.format(**found)}"
         except (KeyError, TypeError):
             continue
+        if label not in shown:
+            print(line)
+        shown.add(label)
 
 
 def draw_curve(folder, rows):
@@ -55,7 +69,10 @@ def draw_curve(folder, rows):
         known = {label: key for label, key in lines.items() if rows[-1].get(key) is not None}
         if known:
             steps = [row["step"] for row in rows]
-            panels[title] = {
+            whole = title
+            if title == "inception score":
+                whole += f", by {whose(rows[-1].get('network'))} logits"
+            panels[whole] = {
                 label: (steps, [row[key] for row in rows]) for label, key in known.items()
             }
     title = f"{folder}, N = {rows[-1]['n_generated']}"

@@ -17,6 +17,10 @@ from pathlib import Path
 
 import torch
 
+from evaluation.choice import PATIENCE
+from evaluation.words import whose
+from networks.inception import find_weights
+
 ALWAYS = ("seeds", "classes")  # settings of every chapter that draws samples
 
 
@@ -67,35 +71,56 @@ def score(cfg, ds, script):
     reconstructions.npz says what the autoencoder alone costs, samples.npz the rest. The figures lie
     beside each as eval.json, and a line prints two of them; of samples eval_fid.py prints its
     table, too. They are of the data set's classifier, which reads classes, and to which the
-    thousand samples of a run are enough. script: the path of eval_fid.py. A figure that is newer
-    than its images is not computed again. Raises BadInput with the command when it fails.
+    thousand samples of a run are enough; of data without classes they are Inception's, or where its
+    weights cannot be had there are none, and a line says what to type. script: the path of
+    eval_fid.py. A figure that is newer than its images is not computed again. Raises BadInput with
+    the command when it fails.
     """
-    if ds.num_classes < 2:
-        print(f"no evaluation: {ds.name} has no classes to train its classifier on")
+    folder, features = Path(cfg.out), features_of(cfg, ds)
+    if not features:
         return
-    folder = Path(cfg.out)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what sampling has left is the other process's to use
     for images in (*sorted(folder.glob("*/reconstructions.npz")), folder / "samples.npz"):
         result = images.with_name("eval.json")
         if not images.is_file():
             continue
-        found = known_figures(result, images)
+        found = known_figures(result, images, features)
         if found is None:
-            command = command_of(cfg, script, images, result)
+            command = command_of(cfg, script, images, result, features)
             quiet = subprocess.DEVNULL if images.stem == "reconstructions" else None
             if run_alone(command, quiet):
                 raise BadInput(f"the evaluation failed; its command was {shlex.join(command)}")
             found = json.loads(result.read_text())
+        right = found["class_accuracy"]
+        right = "" if right is None else f"class accuracy {100 * right:.1f} %, "
+        network = found.get("network") or f"{cfg.data} classifier"
         print(
-            f"{images.with_suffix('.png')}: class accuracy {100 * found['class_accuracy']:.1f} %, "
-            f"Fréchet distance {found['frechet']:.2f} (N = {found['n_generated']}, {cfg.data} "
-            "features)",
+            f"{images.with_suffix('.png')}: {right}Fréchet distance {found['frechet']:.2f} "
+            f"(N = {found['n_generated']}, {whose(network)} features)",
             flush=True,  # the table of the next one comes from another process
         )
 
 
-def command_of(cfg, script, images, result):
+def features_of(cfg, ds):
+    """--features by which samples of a run on the Dataset ds are scored; "" and a line for none."""
+    if ds.num_classes > 1 or cfg.classes:
+        return "classifier"
+    try:
+        find_weights("", cfg.data_root, PATIENCE)
+        return "inception"
+    except BadInput as error:
+        samples = Path(cfg.out, "samples.npz")
+        command = f"python eval_fid.py {samples} {cfg.data}:test --data-root {cfg.data_root}"
+        print(
+            f"no evaluation: {ds.name} has no classes to train a classifier on, and Inception's "
+            f"weights are not there ({error}); with NAME, a labelled data set of such images, "
+            f"type {command} --data NAME"
+        )
+        return ""
+
+
+def command_of(cfg, script, images, result, features):
     """The command that scores the file `images` and writes the figures into the file `result`."""
     command = [
         sys.executable,
@@ -109,7 +134,7 @@ def command_of(cfg, script, images, result):
         "--gpus",
         str(min(cfg.gpus, 1)),
         "--features",
-        "classifier",
+        features,
     ]
     if cfg.size:
         command += ["--size", str(cfg.size)]
@@ -118,9 +143,10 @@ def command_of(cfg, script, images, result):
     return command
 
 
-def known_figures(result, images):
-    """Those in the file `result`, if of these images by the data set's classifier, else None."""
+def known_figures(result, images, features):
+    """Those in the file `result`, if of these images by these `features`, else None."""
     if not result.is_file() or result.stat().st_mtime_ns < images.stat().st_mtime_ns:
         return None
     found = json.loads(result.read_text())
-    return None if found.get("class_accuracy") is None else found
+    by = "classifier" if found.get("class_accuracy") is not None else "inception"
+    return found if by == features else None

@@ -10,11 +10,13 @@ from runtime.processes import World
 
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from evaluation import image_sets
 from evaluation.channels import only_zero_and_one
 from evaluation.features import extract
 from evaluation.image_sets import Images, Statistics
@@ -56,8 +58,7 @@ def look(
         return Side(source, known=source)
     name = f"features-{source.key}-{getattr(extractor, 'feature_hash', None)}.npy"
     path = Path(keep) / name if keep and source.key and "None" not in name else None
-    # Every process takes the same way, whatever appears in the folder meanwhile.
-    if path and world.sum(torch.tensor(int(path.is_file()), device=world.device)) == world.size:
+    if path and on_every_process(path, world):
         try:
             feats = np.load(path, mmap_mode="r")
             if feats.shape == (len(source.images), extractor.dim):
@@ -73,6 +74,38 @@ def look(
     known = source.statistics if reference else None
     fits = known is not None and len(known.mu) == feats.shape[1]
     return Side(source, feats, logits, known if fits else None)
+
+
+def kept_statistics(source, extractor, root, statistics, *, batch_size=256, world=None):
+    """Statistics of Images that have a key: kept in the folder `root`, computed the first time.
+
+    statistics: the function that makes mu (d,) and sigma (d, d) of features (N, d).
+    """
+    world = world or World()
+    path = Path(root, f"statistics-{source.key}-{extractor.feature_hash}.npz")
+    if on_every_process(path, world):
+        try:
+            found = image_sets.read_file(str(path))
+            same = isinstance(found, Statistics) and len(found.mu) == extractor.dim
+            if same and found.n == len(source.images):
+                return found
+        except BadInput:
+            warn(f"{path} is damaged; its statistics are computed again")
+    rows = path.with_name(f"features-{source.key}-{extractor.feature_hash}.npy")
+    keep = str(root) if on_every_process(rows, world) else ""  # those of eval_fid.py, if any
+    how = {"batch_size": batch_size, "world": world, "store": partial(scratch, root)}
+    side = look(source, extractor, keep=keep, **how)
+    facts = {"protocol": extractor.protocol, "feature_hash": extractor.feature_hash}
+    made = Statistics(source.name, *statistics(side.feats), n=side.n, **facts)
+    if world.is_main:
+        image_sets.save_statistics(path, made)
+    return made
+
+
+def on_every_process(path, world):
+    """Whether all processes see the file: so they take the same way, whatever appears meanwhile."""
+    there = torch.tensor(int(path.is_file()), device=world.device)
+    return bool(world.sum(there) == world.size)
 
 
 def labelled(source, class_names):

@@ -39,9 +39,19 @@ FASHION = (
 
 def idx_path(folders, stem):
     """The first file of that name in one of the folders, gzipped or not; None without one."""
-    names = (stem + ".gz", stem, stem.replace("-idx", ".idx"))
-    paths = (Path(folder) / name for folder in folders for name in names)
+    paths = (Path(folder) / name for folder in folders for name in _spellings(stem))
     return next((path for path in paths if path.is_file()), None)
+
+
+def _spellings(stem):
+    return stem + ".gz", stem, stem.replace("-idx", ".idx")
+
+
+def idx_names():
+    """The names of all of MNIST's files, gzipped or not."""
+    kinds = ("images-idx3", "labels-idx1")
+    stems = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in kinds]
+    return [name for stem in stems for name in _spellings(stem)]
 
 
 def _read_idx(path, ndim):
@@ -110,6 +120,11 @@ CIFAR_NAMES = (
     "ship",
     "truck",
 )
+
+
+CIFAR_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+CIFAR_FILES += (*(f"{name}.bin" for name in CIFAR_FILES), "cifar-10-python.tar.gz")
+CIFAR_FILES += ("cifar-10-binary.tar.gz",)
 
 
 class _PlainUnpickler(pickle.Unpickler):

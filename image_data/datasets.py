@@ -21,7 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from image_data.batches import Dataset
+from image_data.batches import Dataset, spaced
+
+SMOKE = 200  # images, of --smoke
 
 
 def load(name, root="data", *, split="train", size=0, classes=(), workers=None):
@@ -168,14 +170,15 @@ KNOWN |= {"imagenet100": (130_000, 0, 3, 100)}
 def of(cfg):
     """The training images that a command's settings name.
 
-    With --dry-run, where a known set is neither here nor to be had: gray images of its form.
-    Raises BadInput as load does.
+    With --smoke a few of them, of which latents are soon made. With --dry-run, where a known set is
+    neither here nor to be had: gray images of its form. Raises BadInput as load does.
     """
     from runtime.download import Unavailable
 
     _check_out(cfg)
     try:
-        return load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+        ds = load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
+        return some_of(ds, SMOKE) if cfg.smoke and not cfg.dry_run else ds
     except Unavailable as error:
         count, side, channels, classes = KNOWN.get(cfg.data, (0, 0, 0, 0))
         side = cfg.size or side
@@ -187,6 +190,12 @@ def of(cfg):
     names = tuple(str(label) for label in labels)
     images = np.broadcast_to(np.full(1, 127, np.uint8), shape)
     return Dataset(cfg.data, images, np.resize(labels, shape[0]), names, {"key": "gray"})
+
+
+def some_of(ds, most):
+    """The Dataset ds, or `most` of its images, evenly spaced, in memory."""
+    rows = spaced(len(ds), most)
+    return replace(ds, images=ds.images[rows], labels=ds.labels[rows]) if most < len(ds) else ds
 
 
 def in_steps(cfg, ds):
@@ -215,7 +224,7 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def held_out(name, root, shape, class_names, *, size=0, classes=""):
+def held_out(name, root, shape, class_names, *, size=0, classes="", split="test"):
     """The test split of a data set, for a network of images `shape` (C,H,W): (Dataset, known).
 
     known: whether its classes are the network's `class_names`, so that its labels mean something
@@ -223,7 +232,7 @@ def held_out(name, root, shape, class_names, *, size=0, classes=""):
     """
     if not name:
         raise BadInput("this network does not say what it was trained on; type --data NAME")
-    ds = load(name, root, split="test", size=size, classes=classes)
+    ds = load(name, root, split=split, size=size, classes=classes)
     if ds.shape != tuple(shape):
         asked = f"--data {ds.name}" + f", --size {size}" * bool(size)
         raise BadInput(

@@ -3,8 +3,8 @@
 from runtime.commandline import BadInput
 from runtime.download import Unavailable, fetch, file_hash
 from runtime.processes import say_once
+from runtime.typed_flags import near
 
-import difflib
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from image_data.arrays import (
     idx_path,
     idx_source,
 )
+from image_data.kaggle import kaggle_source
 from image_data.listing import is_image
-from image_data.trees import PACKED, is_split, kaggle_source, tree_source, walk_of
+from image_data.packed import known_zip, zip_in, zip_source
+from image_data.trees import PACKED, is_split, tree_source, walk_of
 
 MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist",
@@ -42,6 +44,9 @@ IDX_MD5 = {  # as published: train images and labels, test images and labels
     ),
 }
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"  # as published, of cifar-10-python.tar.gz
+# Version 1 of StarGAN v2's authors (Choi et al. 2020); version 2, resampled and with fewer images,
+# is another file of theirs: in data/afhq/ it is read as well.
+AFHQ_MIRROR = "https://www.dropbox.com/s/t9l9o3vsx2jai3z/{}?dl=1"
 IDX_SETS = {  # mirrors, class names, torchvision's folder, in which there is raw/
     "mnist": (MNIST_MIRRORS, DIGITS, "MNIST"),
     "fashion_mnist": (FASHION_MIRRORS, FASHION, "FashionMNIST"),
@@ -55,9 +60,10 @@ def find(name, root, split):
     """The Source of a data set's split, downloaded to root/name if it has a public address.
 
     MNIST and Fashion-MNIST are also found in root/MNIST/raw, root/FashionMNIST/raw and the like,
-    CIFAR-10 in root/cifar-10-batches-py, where torchvision keeps them. Nothing that is there is
-    downloaded again. Raises BadInput for a name or path that is no data set, Unavailable for files
-    that are not to be had.
+    CIFAR-10 in root/cifar-10-batches-py, where torchvision keeps them. Where nothing is unpacked
+    the one zip in root/name is read (image_data/packed.py). Nothing that is there is downloaded
+    again. Raises BadInput for a name or path that is no data set, Unavailable for files that are
+    not to be had.
     """
     if name == "glyphs":
         return glyph_source(split)
@@ -66,6 +72,7 @@ def find(name, root, split):
         mirrors, names, theirs = IDX_SETS[name]
         folders = _with_raw(folder, folder / theirs, Path(root) / theirs)
         source = idx_source(folders, split, names, quiet=folder)
+        source = source or known_zip(name, folder, split, 10, names)
         if source is None:
             for file, md5 in zip(IDX_FILES, IDX_MD5[name], strict=True):
                 if idx_path(folders, file.removesuffix(".gz")) is None:
@@ -74,6 +81,7 @@ def find(name, root, split):
     if name == "cifar10":
         source = cifar_source(folder, split) or _known_tree(name, folder, split)
         source = source or cifar_source(root, split, told=True)
+        source = source or known_zip(name, folder, split, CLASSES[name])
         if source is None:
             mirrors = ["https://www.cs.toronto.edu/~kriz"]
             fetch("cifar-10-python.tar.gz", mirrors, folder, CIFAR_MD5)
@@ -81,15 +89,17 @@ def find(name, root, split):
     if name == "afhq":
         if source := _known_tree(name, folder, split):
             return source
-        path = fetch("afhq.zip", ["https://www.dropbox.com/s/t9l9o3vsx2jai3z/{}?dl=1"], folder)
-        return _hashed(tree_source(path, split), path)
+        if (path := zip_in(folder)) is None:
+            path = fetch("afhq.zip", [AFHQ_MIRROR], folder)
+        return _hashed(known_zip(name, folder, split, CLASSES[name]), path)
     if name == "imagenet100":
         source = kaggle_source(folder, split) or _known_tree(name, folder, split)
+        source = source or known_zip(name, folder, split, CLASSES[name])
         if source is None:
             raise Unavailable(
                 f"imagenet100 cannot be downloaded without an account: get kaggle.com/datasets/"
                 f"ambityga/imagenet100 and put train.X1 train.X2 train.X3 train.X4 val.X and "
-                f"Labels.json into {folder}"
+                f"Labels.json, or its archive.zip, into {folder}"
             )
         return source
     path = Path(name)
@@ -101,7 +111,7 @@ def find(name, root, split):
             or tree_source(path, split)
         )
     if path.is_file() and path.suffix.lower() == ".zip":
-        return tree_source(path, split)
+        return zip_source(path, split)
     raise BadInput(unknown(name))
 
 
@@ -166,6 +176,6 @@ def unknown(name):
         hint = "; unpack it and name the folder" if name.lower().endswith(PACKED) else ""
         hint = f"; name the folder {Path(name).parent}" if is_image(name) else hint
         return f"data set {name} is neither a folder nor a .zip of images{hint}"
-    close = difflib.get_close_matches(name, NAMES, 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    found = near(name, NAMES)
+    hint = f"; did you mean {found}?" if found else ""
     return f"no data set, folder or zip is named {name}{hint} (data sets: {', '.join(NAMES)})"

@@ -1,4 +1,4 @@
-"""Data sets that come as image files: folders, zips, and ImageNet-100 as Kaggle lays it out.
+"""Data sets that come as image files, in folders or zips.
 
 Folders and zips are read by one rule, whatever system made them (image_data/listing.py), and one
 printed line tells what was understood:
@@ -394,54 +394,3 @@ def _not_used(prefix, found, names, train, test):
         why = " (classes are the names of folders)" * others[0].lower().endswith(TABLES)
         notes.append(f"not read: {others[0]}{more}{why}")
     return notes
-
-
-# -------------------------------------------------------------------------------- ImageNet-100
-
-TRAIN_PARTS = ("train.X1", "train.X2", "train.X3", "train.X4")
-
-
-def kaggle_source(folder, split):
-    """ImageNet-100 as Kaggle has it: train.X1 ... train.X4, val.X, Labels.json; None without."""
-    folder = Path(folder)
-    if not (folder / "Labels.json").is_file() or not any(
-        (folder / part).is_dir() for part in (*TRAIN_PARTS, "val.X")
-    ):
-        return None
-    parts = TRAIN_PARTS if split == "train" else ("val.X",)
-    missing = [part for part in parts if not (folder / part).is_dir()]
-    if missing:
-        raise BadInput(
-            f"{folder} lacks {', '.join(missing)}; ImageNet-100 has them beside Labels.json"
-        )
-    found = [(f"{part}/{name}", *rest) for part in parts for name, *rest in files(folder / part)]
-    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-    where = str(folder.resolve())
-    wanted = [where, digest, *stamp(folder / "Labels.json"), split]
-    return Source(where, wanted, lambda: _kaggle(folder, parts, [name for name, *_ in found]))
-
-
-def _kaggle(folder, parts, items):
-    path = folder / "Labels.json"
-    try:
-        titles = {wnid: str(title) for wnid, title in json.loads(path.read_text()).items()}
-    except (ValueError, AttributeError) as error:
-        raise BadInput(f"{path} is not an object of 'wnid: name' ({error})") from None
-    if not items:
-        raise BadInput(f"{folder}: no images in {', '.join(parts)}")
-    wnids = sorted(titles)
-    number = {wnid: i for i, wnid in enumerate(wnids)}
-    names = tuple(titles[w].split(",")[0].strip() for w in wnids)
-    if len(set(names)) < len(names):  # two classes of one name, such as crane
-        names = tuple(wnids)
-    folders = [item.split("/")[1] for item in items]
-    if unknown := sorted(set(folders) - set(wnids)):
-        raise BadInput(f"{folder}: {unknown[0]} is not named in Labels.json")
-    labels = np.array([number[wnid] for wnid in folders], np.int64)
-    told = (
-        f"{folder}: {', '.join(parts)} with {len(items)} images of {len(names)} classes, as Kaggle "
-    )
-    told += "has ImageNet-100"
-    return Contents(
-        labels, names, aliases=number, container=str(folder), items=tuple(items), told=told
-    )

@@ -111,7 +111,7 @@ def _forward_kernel(q, k, v, o, lse, scale_log2, q_strides, k_strides, v_strides
                     BLOCK_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
                     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
                     POSITIVE: tl.constexpr):  # fmt: skip
-    """Equations 1 and 2 for BLOCK_N queries of one sample and head.
+    """Lines (1) and (2) for BLOCK_N queries of one sample and head.
 
     A positive scale keeps the order of a row: the largest product is the largest score, and only
     it is multiplied before the exponent, where scale · product - m is one instruction. For any
@@ -161,7 +161,7 @@ def _dq_kernel(q, k, v, o, do, lse, delta, dq, scale, scale_log2, q_strides, k_s
                o_strides, do_strides, H, N, M, D: tl.constexpr, BLOCK_D: tl.constexpr,
                BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_N: tl.constexpr,
                EVEN_M: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """δ and dq (equations 4 and 5) of BLOCK_N queries. dq lies in memory as o does."""
+    """δ and dq (lines (4) and (5)) of BLOCK_N queries. dq lies in memory as o does."""
     tiles = tl.cdiv(N, BLOCK_N)
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     start = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N
@@ -204,7 +204,7 @@ def _dkdv_kernel(q, k, v, do, lse, delta, dk, dv, scale, scale_log2, q_strides, 
                  BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
                  EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """dk and dv (equations 3 to 5) of BLOCK_M keys, with Sᵀ and dPᵀ in place of S and dP."""
+    """dk and dv (lines (3) to (5)) of BLOCK_M keys, with Sᵀ and dPᵀ in place of S and dP."""
     tiles = tl.cdiv(M, BLOCK_M)
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     start = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M

@@ -19,8 +19,8 @@ S2 = Σ dz · xhat, each (B, C), give these means and the gradients of everythin
     dweight = Σ_b (1 + scale) S2        dscale = weight S2 + bias S1
     dbias   = Σ_b (1 + scale) S1        dshift = S1
 
-The middle line is the conditioning of Dhariwal & Nichol 2021 (AdaGN, eq. 1) with 1 + scale for
-their y_s, so that a zero-initialised projection starts as the identity.
+The middle line is the conditioning of Dhariwal & Nichol 2021, section 3.1 (AdaGN), with 1 +
+scale for their y_s, so that a zero-initialised projection starts as the identity.
 
 The kernels work on tiles: positions of one sample (the H·W pixels of an image) by the channels of
 one or more whole groups. Where the registers of one program hold all positions of its groups, it
@@ -168,7 +168,7 @@ def group_norm_statistics(
 
     Each place of the tile keeps the mean and the centred sum of squares of the numbers that it has
     met (Welford 1962), which needs no word from its neighbours. At the end of the chunk all places
-    are combined as Chan et al. 1979 do, eq. 2.1: no sum of raw squares, hence none that cancels.
+    are combined as in Chan et al. 1979, eq. 2.1: no sum of raw squares, hence none that cancels.
     """
     sample, chunk, channel, real = _place_of(tl.program_id(0), C, SIZE, GROUPS, WIDTH, CHUNKS)
     x += sample * (C * P)

@@ -9,7 +9,8 @@ makes it DDPM or DDIM are eight numbers, a `Row`, which the chapter of that pape
     logvar = f · log_var_max + (1 - f) · log_var_min,    f = (v + 1) / 2   (IDDPM eq. 15)
 
 p and q turn the network's output into x0_hat: p = 1/√ᾱ and q = √(1/ᾱ - 1) for ε (Ho et al. 2020
-eq. 15), p = √ᾱ and q = √(1 - ᾱ) for v (Salimans & Ho 2022), p = 0 and q = -1 for x0 itself.
+eq. 15), p = √ᾱ and q = √(1 - ᾱ) for v (Salimans & Ho 2022), p = 0 and q = -1 for x0 itself. The
+clamp is in no equation of theirs: it is in DDPM's code, and keeps images in their range.
 A, B and S are the Gaussian posterior q(x_prev | x, x0_hat) of DDPM (Ho et al. 2020 eq. 6-7), or the
 non-Markovian one of DDIM (Song et al. 2021 eq. 12 and 16), or one Euler step of an ODE, such as
 p = c_skip, q = -c_out, B = σ_prev / σ, A = 1 - B (Karras et al. 2022). H weighs the x0_hat of the

@@ -116,8 +116,8 @@ class ResBlock(nn.Module):
     """x (B,c_in,H,W), emb (B,c_emb) after its SiLU -> (B,c_out,H,W).
 
     The embedding is added before the second norm, or, with use_scale_shift_norm, scales and shifts
-    what that norm gives (ADM eq. 1). resample (halve, double or None) changes the size on both
-    branches, before the first convolution (BigGAN, arXiv:1809.11096, figure 15).
+    what that norm gives (ADM section 3.1). resample (halve, double or None) changes the size on
+    both branches, before the first convolution (BigGAN, arXiv:1809.11096, figure 15).
     """
 
     def __init__(
@@ -197,7 +197,8 @@ def checked(shape, settings):
     BadInput for settings that do not fit each other, or the images.
     """
     width, levels = settings["model_channels"], levels_of(settings)
-    check_unet(shape, width, levels, settings["num_heads"], settings["num_head_channels"])
+    heads = settings["num_heads"], settings["num_head_channels"]
+    check_unet(shape, width, levels, *heads, settings["attention_resolutions"])
     return dict(settings, norm_groups=groups_for(width, levels, settings["norm_groups"]))
 
 

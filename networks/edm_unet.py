@@ -136,7 +136,7 @@ class DDPMpp(nn.Module):
         super().__init__()
         (channels, height, width), c_emb = shape, 4 * model_channels
         levels = [round(model_channels * m) for m in channel_mult]
-        check_unet(shape, model_channels, levels)
+        check_unet(shape, model_channels, levels, attention=attention_resolutions)
         self.model_channels, self.null = model_channels, num_classes
         self.use_checkpoint = use_checkpoint
         self.settings = dict(

@@ -1,7 +1,7 @@
 """The published autoencoders of latent diffusion: images (B,C,H,W) <-> latents (B,z,H/f,W/f).
 
 Kingma, Welling, "Auto-Encoding Variational Bayes", 2014 (arXiv:1312.6114): q(z|x), a Gaussian.
-Esser et al., "Taming Transformers", 2021 (arXiv:2012.09841), appendix A: encoder and decoder.
+Esser et al., "Taming Transformers", 2021 (arXiv:2012.09841), appendix B: encoder and decoder.
 Rombach et al., "Latent Diffusion Models", 2022 (arXiv:2112.10752), section 3.1, appendix G: LDM.
 Bohan, "Tiny AutoEncoder for Stable Diffusion", 2023 (github.com/madebyollin/taesd): TAESD.
 

@@ -1,6 +1,6 @@
 """A classifier of noisy images: p(y | x_t), whose gradient guides sampling towards a class.
 
-Dhariwal, Nichol, "Diffusion Models Beat GANs", 2021 (arXiv:2105.05233), section 4 and appendix H:
+Dhariwal, Nichol, "Diffusion Models Beat GANs", 2021 (arXiv:2105.05233), section 4.3 and appendix I:
 the down half and the middle of the ADM U-Net, and then attention pooling as in CLIP (Radford et
 al., arXiv:2103.00020, section 2.4).
 

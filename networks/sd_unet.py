@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import attention as attend
 from networks.adm_unet import Norm, timestep_embedding, zero
 from networks.drawing import Linear, drawing
-from networks.sizes import check_unet
+from networks.sizes import check_attention, check_unet
 
 TOKENS = 1024  # that a FeedForward takes at a time where it may: their hidden units fit a cache
 
@@ -366,6 +366,7 @@ def denoiser(cfg, z_shape, num_classes):
     cfg.attention_resolutions are heights of the latent, which halves rounding up. cfg.model
     "sd-label" adds the class token to the timestep embedding, too.
     """
+    check_attention(cfg.attention_resolutions, z_shape[1], len(cfg.channel_mult))
     heights = [z_shape[1]]
     for _ in cfg.channel_mult[1:]:
         heights.append(-(-heights[-1] // 2))

@@ -1,6 +1,9 @@
 """Which settings make a U-Net, of images that are halved, and which make a schedule that falls."""
 
-from runtime.commandline import BadInput
+from runtime.commandline import BadInput, typed
+from runtime.processes import say_once
+
+EITHER = (7, 8)  # the chapters' --attention-resolutions: of 28x28 images, or of 32x32
 
 
 def groups_for(model_channels, levels, groups=0):
@@ -22,8 +25,9 @@ def groups_for(model_channels, levels, groups=0):
     return groups
 
 
-def check_unet(shape, model_channels, levels, heads=1, head_channels=0):
-    """BadInput for images of shape (C,H,W), channels or heads that make no U-Net."""
+def check_unet(shape, model_channels, levels, heads=1, head_channels=0, attention=()):
+    """BadInput for images of shape (C,H,W), channels, heads or attention that make no U-Net."""
+    check_attention(attention, shape[1], len(levels))
     if model_channels % 2:
         raise BadInput(f"--model-channels {model_channels} must be even: half sines, half cosines")
     name, parts = (
@@ -32,6 +36,30 @@ def check_unet(shape, model_channels, levels, heads=1, head_channels=0):
     if any(c % parts for c in levels):
         raise BadInput(f"{name} {parts} must divide the channels {sorted(set(levels))}")
     check_halving(shape, len(levels) - 1)
+
+
+def check_latent_unet(z_shape, levels, cfg):
+    """The same for latents (C,h,w), which are halved rounding up, and a chapter's settings."""
+    check_unet((0, 0, 0), cfg.model_channels, levels, cfg.num_heads)
+    check_attention(cfg.attention_resolutions, z_shape[1], len(levels))
+
+
+def check_attention(attention, height, levels):
+    """Attention at these heights, in a network of so many levels, the first `height` high.
+
+    BadInput for one that no level has, if it was typed; a line tells of it where it is from a file.
+    Of EITHER one will do. (Others give the factors by which a level is smaller: 1, 2, 4.)
+    """
+    heights = [height]
+    for _ in range(levels - 1):
+        heights.append(-(-heights[-1] // 2))
+    missing = [str(wanted) for wanted in attention if wanted not in heights]
+    if not missing or len(missing) == 1 and tuple(attention) == EITHER:
+        return
+    told = f"{' '.join(missing)}: no level has this height; they are {heights} high"
+    if typed(("attention_resolutions",)):
+        raise BadInput(f"--attention-resolutions {told}")
+    say_once(f"note: attention_resolutions {told}")
 
 
 def check_halving(shape, times):
@@ -51,7 +79,12 @@ def check_alpha_bar(alpha_bar, config, whose=""):
     Also for one that leaves nothing of the image at T, where eps would tell nothing of it. The
     message begins with `whose` it is, by default with the flags.
     """
-    flags = "--trained-betas" if config.get("trained_betas") else "--alpha-min, --timesteps"
+    ends = config.get("beta_start") or config.get("beta_end")
+    flags = "--beta-end, --beta-start" if ends else "--alpha-min, --timesteps"
+    if config.get("trained_betas"):
+        flags = "--trained-betas"
+        if ends:
+            raise BadInput("--beta-start and --beta-end do nothing beside --trained-betas")
     if not (alpha_bar.diff() < 0).all() or not 0 <= alpha_bar[-1] <= alpha_bar[0] < 1:
         raise BadInput(f"{whose or flags}: alpha_bar must fall at every step, from below 1")
     if config["prediction"] == "eps" and alpha_bar[-1] < 1e-12:

@@ -15,7 +15,7 @@ import torch
 # Settings that some published networks leave to the command line; the others, and checkpoints, have
 # their own and refuse them.
 ARCHITECTURE = ("size", "num_heads", "num_head_channels", "norm_groups", "new_order")
-NOISE = ("schedule", "timesteps", "alpha_min")
+NOISE = ("schedule", "timesteps", "alpha_min", "beta_start", "beta_end")
 FORWARD = (*NOISE, "trained_betas", "prediction")
 UNSAID = frozenset(ARCHITECTURE + FORWARD)
 # Settings of a walk, which decide where a published network's files say something else.

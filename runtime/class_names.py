@@ -1,8 +1,8 @@
 """Which class is meant by a word of --classes, and what is said of one that is not there."""
 
 from runtime.commandline import BadInput
+from runtime.typed_flags import near
 
-import difflib
 import math
 import re
 import unicodedata
@@ -75,7 +75,7 @@ def _hint(part, names, known):
     alike = [name for name in names if name.casefold().strip() == plain]
     alike += [name for name in names if name.split(",")[0].strip() == part]
     alike += [name for name in names if value is not None and _number(name) == value]
-    alike += difflib.get_close_matches(part, names, 1) if value is None else []
+    alike += [found] if value is None and (found := near(part, names)) else []
     if not alike:
         told = value is not None and _numbered_otherwise(names)
         return "; where names are numbers, a number is a name" if told else ""

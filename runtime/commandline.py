@@ -104,6 +104,7 @@ class RunConfig(NetworkCommand):
     one call; not with --accumulate, --shard or --discriminator. Where one GPU trains, that is so
     unless --no-graph is typed; sampling always does it"""
     tensorboard: bool = False  # write TensorBoard files too
+    wandb: bool = False  # tell Weights & Biases too; offline with WANDB_MODE=offline
     log_every: int = 50  # steps between two lines of log.jsonl
     save_every: int = 500  # steps between two checkpoints, a multiple of --log-every
     keep_every: int = 0  # steps between checkpoints kept as ckpt-STEP.pt, for eval_fid.py --curve
@@ -125,7 +126,7 @@ class RunConfig(NetworkCommand):
     FREE: ClassVar[frozenset] = frozenset(
         {"config", "out", "smoke", "data_root", "gpus", "steps", "accumulate", "resume", "compile"}
         | {"graph", "precision", "tensorboard", "log_every", "save_every", "keep_every"}
-        | {"sample_every", "dry_run", "price_per_gpu_hour"}
+        | {"sample_every", "dry_run", "price_per_gpu_hour", "wandb"}
     )
 
 
@@ -145,6 +146,7 @@ class ScoredConfig(RunConfig):
     METRICS: ClassVar = ("metric_n", "metric_features", "metric_resize", "metric_data")
     METRICS += ("metric_split",)
     NEEDS = RunConfig.NEEDS | dict.fromkeys(METRICS, "metric_every")
+    NEEDS["metric_resize"] = "metric_features=inception"
     FREE = RunConfig.FREE | {"metric_every", *METRICS}
 
 
@@ -238,8 +240,7 @@ def not_given(cfg, names):
 
 def typed(names):
     """Those of the settings `names` that are flags on the command line."""
-    given = _names(sys.argv[1:])
-    return [name for name in names if name in given]
+    return [name for name in names if name in _names(sys.argv[1:])]
 
 
 def smaller(cfg, **values):
@@ -323,20 +324,19 @@ def seeds_and_labels(cfg, net, class_names, guidance=0.0):
 
 def folder_of(cfg, path):
     """Where the results of a command over the checkpoint `path` go: --out, or beside it."""
-    return Path(cfg.out or (path if Path(path).is_dir() else Path(path).parent))
+    from runtime.result_folders import beside
+
+    return Path(cfg.out) if cfg.out else beside(cfg, path)
 
 
 def smoke(cfg, **own):
-    """cfg; with --smoke a run of four tiny steps, but for the settings that were typed.
-
-    own: what is tiny in this chapter.
-    """
+    """cfg; with --smoke four tiny steps and `own`, unless typed. But for training --out stays."""
     if not cfg.smoke:
         return cfg
     few = {"log_every": 1, "save_every": 2, "sample_every": 2, "keep_every": 0}
     few |= {"steps": 4, "epochs": 0.0, "batch_size": 8, "warmup": 1, "resume": "never"}
-    few = {name: value for name, value in few.items() if hasattr(cfg, name)}
-    return smaller(cfg, **(few | own))
+    few = {k: v for k, v in few.items() if hasattr(cfg, k)} | own
+    return smaller(cfg, **few | ({"out": cfg.out} if cfg.task() else {}))
 
 
 def taken_by(kind, cfg):
@@ -419,6 +419,8 @@ def check_processes(gpus, batch_size, planned=False, precision="auto"):
 
 def check_run(cfg):
     """Raise BadInput for a setting of RunConfig that is out of its range."""
+    from runtime import trackers
+
     check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "accumulate", "ema")
     check_positive(cfg, "log_every", "save_every")
     check_not_negative(cfg, "seed", "warmup", "sample_every", "keep_every", "price_per_gpu_hour")
@@ -435,6 +437,7 @@ def check_run(cfg):
         raise BadInput(f"--graph and {other}: one at a time, the network is called once in a step")
     check_processes(cfg.gpus, cfg.batch_size, cfg.dry_run, cfg.precision)
     check_numbers(cfg)
+    trackers.check(cfg)
 
 
 def check_numbers(cfg):

@@ -27,6 +27,17 @@ def clamped(x, low, high):
     return x.clamp(low, high) - (x - x)
 
 
+def dynamic_threshold(x0_hat, percentile=0.995):
+    """x0_hat (B,C,H,W) within [-1, 1]: Imagen (Saharia et al. 2022, arXiv:2205.11487, section 2.3).
+
+    Where the percentile of an image's own |x0_hat| exceeds 1, the image is clamped to it and
+    divided by it. A clamp to [-1, 1] would saturate what strong guidance drives beyond.
+    """
+    s = x0_hat.float().abs().flatten(1).quantile(percentile, dim=1).clamp(min=1)  # (B,)
+    s = s.view(-1, 1, 1, 1).to(x0_hat.dtype)
+    return clamped(x0_hat, -s, s) / s
+
+
 def check_finite(x, names, what="the image of seed", mend=MEND):
     """x (B,...), each of one of `names`; NotFinite where it holds NaN or infinity."""
     finite = lengths(x).isfinite()  # (B,)

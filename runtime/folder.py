@@ -1,12 +1,17 @@
-"""A run directory: config.yaml, log.jsonl, ckpt.pt and the one before it, whole at any time."""
+"""A run directory: config.yaml, log.jsonl, ckpt.pt and the one before it, whole at any time; and
+pictures, and report.html, which shows them."""
 
 from runtime.checkpoints import DamagedCheckpoint, differing, load_checkpoint, plain
 from runtime.commandline import BadInput
 from runtime.files import also_named, atomic_write, read_log
 
+import contextlib
+import dataclasses
 import json
 import math
+import os
 import platform
+import resource
 import shlex
 import shutil
 import sys
@@ -16,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+
+DEFAULTS = "# The rest is as by default."  # in config.yaml, between what is not and what is
 
 
 class RunFolder:
@@ -28,6 +35,8 @@ class RunFolder:
     made_of  dict of what else decides the weights, such as the data's key; going on compares both
              with those of the checkpoint
     resume   'auto' (continue if there is something to continue), 'never', or a checkpoint's path
+    track    names of the trackers that are told what is logged: see runtime/trackers.py
+    about    a line on what is trained, of what, for config.yaml and report.html
     """
 
     def __init__(
@@ -41,22 +50,22 @@ class RunFolder:
         made_of=None,
         resume="auto",
         keep_every=0,
-        tensorboard=False,
+        track=(),
+        about="",
     ):
         self.path, self.script, self.world = Path(folder), script, world
         self.kind, self.settings = type(config), plain(config)
         self.config = self.settings | (made_of or {})
         self.free, self.resume, self.keep_every = frozenset(free), resume, keep_every
         self.log_path = self.path / "log.jsonl"
-        self.board = None
+        self.track, self.trackers, self.about, self.logged = track, [], about, 0
         self.started, self.seen = time.perf_counter(), None
         if world.is_main:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise BadInput(f"--out {self.path}: {error.strerror}; name a folder") from None
-            if tensorboard:
-                self.board = summary_writer(self.path)
+            world.ends.append(self.finish)
 
     def restore(self):
         """The state to continue from, or None for a fresh start; cuts the log back to its step.
@@ -91,6 +100,11 @@ class RunFolder:
             with atomic_write(self.log_path) as path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             self._write_config()
+            self.logged = step
+            if self.track:
+                from runtime.trackers import opened
+
+                self.trackers = opened(self.track, self.path, self.settings, step)
         self.world.barrier()
         return state
 
@@ -116,12 +130,20 @@ class RunFolder:
         return None
 
     def _write_config(self):
+        """config.yaml: how it was made, as comments, and the settings, those first that differ from
+        the defaults of their dataclass."""
         versions = f"python {platform.python_version()}, torch {torch.__version__}, "
         versions += f"numpy {np.__version__}"
+        command = shlex.join([Path(sys.executable).name, *sys.argv])
+        told = [command, versions, machine(self.world), *filter(None, [self.about])]
+        header = "".join(f"# {' '.join(line.splitlines())}\n" for line in told)
+        settings = {key: v for key, v in self.settings.items() if key != "config"}
+        usual = usual_settings(self.kind)
+        others = {k: v for k, v in settings.items() if k not in usual or usual[k] != v}
+        rest = {k: v for k, v in settings.items() if k not in others}
+        parts = [yaml.safe_dump(part, sort_keys=False) for part in (others, rest) if part]
         with atomic_write(self.path / "config.yaml") as path:
-            settings = {key: v for key, v in self.settings.items() if key != "config"}
-            header = f"# {shlex.join([Path(sys.executable).name, *sys.argv])}\n# {versions}\n"
-            path.write_text(header + yaml.safe_dump(settings, sort_keys=False))
+            path.write_text(header + f"{DEFAULTS}\n".join(parts if others else ["", *parts]))
 
     def save(self, step, **state):
         """Write ckpt.pt whole or not at all; the one it replaces stays as ckpt-previous.pt, and
@@ -138,14 +160,51 @@ class RunFolder:
             also_named(path, self.path / f"ckpt-{step:06d}.pt")
 
     def log(self, step, **values):
-        """Append one object to log.jsonl, and to TensorBoard if asked for."""
+        """Append one object to log.jsonl, and tell the trackers."""
         if not self.world.is_main:
             return
         with open(self.log_path, "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
-        if self.board:
-            for name, value in ((n, v) for n, v in values.items() if v is not None):
-                self.board.add_scalar(name, value, step)
+        self.logged = step
+        for tracker in self.trackers:
+            tracker.log(step, values)
+
+    @contextlib.contextmanager
+    def last_words(self, step):
+        """BadInput raised inside ends the run: the log and report.html say why."""
+        try:
+            yield
+        except BadInput as error:
+            self.log(step, stopped=str(error))
+            self.report()
+            raise
+
+    def show(self, step, images, columns):
+        """samples-STEP.png of images uint8 (N,H,W,C), for trackers, too."""
+        if self.world.is_main:
+            from runtime.pictures import save_grid
+
+            path = self.path / f"samples-{step:06d}.png"
+            save_grid(images, path, columns)
+            for tracker in self.trackers:
+                tracker.show(step, "samples", path)
+
+    def report(self):
+        """report.html of what lies here now."""
+        if self.world.is_main:
+            from runtime.report import refresh
+
+            refresh(self.path)
+
+    def finish(self):
+        """What is due when all of the run is done: its last grid for the trackers, report.html."""
+        last = self.path / "samples.png"
+        for tracker in self.trackers:
+            if last.is_file():
+                tracker.show(self.logged, "samples", last)
+            tracker.close()
+        self.trackers = []
+        self.report()
 
     def rate(self, images):
         """Images per second since the last call, from the count so far in this process."""
@@ -155,10 +214,42 @@ class RunFolder:
         return round((images - before) / max(now - then, 1e-9), 1)
 
 
-def summary_writer(folder):
-    """TensorBoard's writer of files into `folder`. Raises BadInput where that is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise BadInput("--tensorboard needs its package: pip install tensorboard") from None
-    return SummaryWriter(folder)
+def usual_settings(kind):
+    """{name: default} of a dataclass, as YAML gives them; {} for another class."""
+    if not dataclasses.is_dataclass(kind):
+        return {}
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    made = {n: f.default_factory() for n, f in fields.items() if callable(f.default_factory)}
+    given = {n: f.default for n, f in fields.items() if f.default is not dataclasses.MISSING}
+    return plain(given | made)
+
+
+def about(ds, net):
+    """A line on the images of a data set, and on a network."""
+    shape, classes = "x".join(map(str, ds.shape)), ds.num_classes
+    count = sum(p.numel() for p in net.parameters()) / 1e6
+    told = f"{len(ds)} images {shape}" + f", {classes} classes" * bool(classes)
+    return f"{ds.name}: {told}; {count:.2f} M parameters"
+
+
+def machine(world):
+    """A line on what computes: processors, and GPUs where the run has some."""
+    lines = []
+    with contextlib.suppress(OSError):  # there is no such file on a Mac
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    model = next(filter(None, models), platform.processor() or platform.machine())
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    told = f"{model}, {cores} core{'s' * (cores != 1)}, {platform.system()}"
+    if world.device.type == "cuda":
+        told = f"{world.size} x {torch.cuda.get_device_name(world.device)}; {told}"
+    return told + f"; {world.size} process{'es' * (world.size > 1)}"
+
+
+def peak_memory(device):
+    """The most memory this process has held so far, in MB: on its GPU, or on the CPU in all."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))

@@ -57,26 +57,20 @@ def save_gif(frames, path, columns=None, seconds=4.0):
         )
 
 
-def save_film(frames, path, columns=None, most=50):
-    """PATH.gif of at most `most` frames (N, H, W, C) uint8, and PATH.png: those at 0, 25, 50, 75
-    and 99 % of the way, one below the other."""
-    strip = [frames[int(part * len(frames))] for part in (0, 0.25, 0.5, 0.75, 0.99)]
-    save_grid(np.concatenate(strip), f"{path}.png", columns)
-    kept = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
-    save_gif([frames[i] for i in kept], f"{path}.gif", columns)
-
-
-def save_drawn(folder, images, labels, walk, seeds, world):
+def save_drawn(folder, images, labels, walk, seeds, world, steps, names=(), scale=1.0):
     """samples.png and .npz of images uint8 (N,H,W,C), which walk(seeds, labels) ended in.
 
-    And reverse.gif and .png: the way of the first eight, x and below it x0_hat. world: on rank 0 of
-    it they are drawn and named.
+    And reverse.gif and .png: x and x0_hat on the way of one image of each class, or of the first
+    eight. steps: as films.marks_of() takes them; names: of the classes; scale: times the seeds'
+    noise it is x_T. world: on rank 0 of it they are drawn and named.
     """
+    from runtime import films
+
     folder = Path(folder)
     if world.is_main:
-        film = world.frames(walk, seeds[:8], labels)  # of what is not finite no file is written
-        save_samples(folder, images, labels, 10)
-        save_film(film, folder / "reverse", len(seeds[:8]))
+        way = films.way_of(walk, seeds, labels, world, images.shape[1:], steps, names, scale)
+        save_samples(folder, images, labels, 10)  # nothing, if the way is not finite
+        films.save_beside(folder / "reverse", *way)
         print(f"samples: {folder / 'samples.png'}, how they came: {folder / 'reverse.gif'}")
 
 

@@ -26,6 +26,7 @@ class World:
     device: torch.device = torch.device("cpu")
     precision: str = "auto"  # of networks: --precision
     compile: bool = False  # also networks that draw samples: --compile
+    ends: list = dataclasses.field(default_factory=list, compare=False)  # called when all is done
 
     @property
     def is_main(self):
@@ -141,15 +142,26 @@ class World:
         with self.autocast():
             return self.in_parts(images, len(seeds), batch_size, steps, desc)
 
-    def frames(self, walk, seeds, labels):
-        """The way of the images of seeds (n,): uint8 (2n,H,W,C) each, all x and then all x0_hat."""
+    def frames(self, walk, seeds, labels, x_T, kept=None):
+        """The way of the images of seeds (n,) from x_T (n,C,H,W), where walk(seeds, labels) starts.
+
+        ({i: x}, {i: x0_hat}), uint8 (n,H,W,C), at the numbers `kept` of frames, None for all. Frame
+        0 is x_T, the others come after each step, and x0_hat is what the network takes x for: of
+        the last one, the image, itself.
+        """
         from runtime.finite import watched
         from runtime.pictures import to_uint8
 
-        y = None if labels is None else labels[: len(seeds)].to(self.device)
+        y, xs, guesses = None if labels is None else labels.to(self.device), {}, {}
+        x = x_T
         with self.autocast():
             way = watched(walk(seeds.to(self.device), y), seeds)
-            return [to_uint8(torch.cat(pair)) for pair in way]
+            for i, (x_next, x0_hat) in enumerate(way):
+                if kept is None or i in kept:
+                    xs[i], guesses[i] = to_uint8(x), to_uint8(x0_hat)
+                x = x_next
+        xs[i + 1] = guesses[i + 1] = to_uint8(x)
+        return xs, guesses
 
     def drawn(self, make, step):
         """make(), in a training after `step` steps; None, and a line, where that is not finite."""
@@ -242,7 +254,7 @@ def launch(fn, cfg):
                 sys.exit(2)
             raise
     else:
-        fn(cfg, _world(cfg, 0, 1, torch.device("cuda:0" if cfg.gpus else "cpu")))
+        _complete(fn, cfg, _world(cfg, 0, 1, torch.device("cuda:0" if cfg.gpus else "cpu")))
 
 
 def check_compiler(gpus=0):
@@ -262,6 +274,17 @@ def prefer_speed():
     torch.set_float32_matmul_precision("high")
 
 
+def _complete(fn, cfg, world):
+    """fn(cfg, world), then what a training is ended with, or a new report of a run it wrote to."""
+    fn(cfg, world)
+    for end in world.ends:
+        end()
+    if world.is_main and not world.ends:
+        from runtime.report import refresh_after
+
+        refresh_after(cfg)
+
+
 def _world(cfg, *place):
     if cfg.gpus:
         prefer_speed()
@@ -278,7 +301,7 @@ def _run_rank(local_rank, fn, cfg, rank, size, said=()):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=size)
     try:
-        entry(lambda: fn(cfg, _world(cfg, rank, size, device)))
+        entry(lambda: _complete(fn, cfg, _world(cfg, rank, size, device)))
     finally:
         dist.destroy_process_group()
 

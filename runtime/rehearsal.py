@@ -28,7 +28,7 @@ LONG = 20.0  # seconds: after a first call that takes longer no others warm up,
 MOST = LONG * TIMED  # and no more calls count when all have taken so long
 NEVER = 10**9  # steps
 QUIET = {"log_every": NEVER, "save_every": NEVER, "keep_every": 0, "sample_every": 0}
-QUIET |= {"metric_every": 0, "tensorboard": False, "resume": "never"}
+QUIET |= {"metric_every": 0, "tensorboard": False, "wandb": False, "resume": "never"}
 
 
 class Enough(Exception):

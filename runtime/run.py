@@ -15,13 +15,12 @@ process, several, and a run that goes on after a kill see the same images, t and
 """
 
 from runtime.commandline import BadInput
-from runtime.folder import RunFolder
+from runtime.folder import RunFolder, about, peak_memory
 
 import collections
 import copy
 import functools
 import math
-import resource
 import sys
 import zlib
 from pathlib import Path
@@ -131,14 +130,6 @@ class LossMeter:
         return {"loss": float(total.sum() / count.sum()), **quarters}
 
 
-def peak_memory(device):
-    """The most memory this process has held so far, in MB: on its GPU, or on the CPU in all."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
-
-
 # -------------------------------------------------------------------------------------------- Run
 
 
@@ -175,7 +166,8 @@ class Run:
             made_of={"data_key": ds.key} | (made_of or {}),
             resume=cfg.resume,
             keep_every=cfg.keep_every,
-            tensorboard=cfg.tensorboard,
+            track=[name for name in ("tensorboard", "wandb") if getattr(cfg, name)],
+            about=about(ds, net),
         )
         self.folder, self.log_path = self.disk.path, self.disk.log_path
         self.averages = [EMA(net, decay) for decay in cfg.ema]
@@ -366,10 +358,11 @@ class Run:
         self.step += 1
         if self.step % cfg.log_every and not self.done:
             return
-        values = {}
-        for name, meter in self.meters.items():
-            found = meter.read(self.world, self.folder / "ckpt.pt")
-            values |= {key.replace("loss", name): value for key, value in found.items()}
+        values, last = {}, self.folder / "ckpt.pt"
+        with self.disk.last_words(self.step):
+            for name, meter in self.meters.items():
+                found = meter.read(self.world, last)
+                values |= {key.replace("loss", name): value for key, value in found.items()}
         values |= also() if also else {}
         values |= self.scaler.read(self.step) if self.scaler else {}
         images = (self.step - self.first) * cfg.batch_size
@@ -430,18 +423,17 @@ class Run:
     def save_grid(self, make, columns=10):
         """samples-STEP.png of 100 images uint8 (N,H,W,C) that make() gives, if finite; loss.png."""
         images = self.world.drawn(make, self.step)
-        if self.world.is_main and images is not None:
-            from runtime.pictures import save_grid
-
-            save_grid(images[:100], self.folder / f"samples-{self.step:06d}.png", columns)
+        if images is not None:
+            self.disk.show(self.step, images[:100], columns)
         self.plot_loss()
 
     def plot_loss(self):
-        """loss.png from log.jsonl."""
+        """loss.png and report.html from log.jsonl."""
         if self.world.is_main:
             from runtime.plots import plot_loss
 
             plot_loss(self.folder)
+        self.disk.report()
 
 
 def script_of(cfg):

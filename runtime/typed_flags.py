@@ -3,9 +3,9 @@
 from runtime.commandline import BadInput, flag, typed
 
 import dataclasses
-import difflib
 import math
 import re
+from pathlib import Path
 
 import torch
 
@@ -119,12 +119,66 @@ def one_line(box, config_class):
     text = " ".join(lines[:end])
     unknown = re.match(r"Unrecognized options: (--[\w-]+)", text)
     if unknown:
-        flags = [flag(f.name) for f in dataclasses.fields(config_class)]
+        fields = dataclasses.fields(config_class)
+        flags = [flag(f.name) for f in fields]
+        flags += [flag(f"no_{f.name}") for f in fields if f.type is bool]
         return f"unknown flag {unknown[1]}{closest(unknown[1], flags)}"
     return f"{text}; see --help"
 
 
 def closest(word, words):
-    """A hint at that of `words` which is like `word`, or at --help."""
-    close = difflib.get_close_matches(word, words, 1)
-    return f"; did you mean {close[0]}?" if close else "; see --help"
+    """A hint at that of the settings `words` which is near to `word`, at scripts, or at --help.
+
+    A setting that other scripts have, by just this name, is no misspelling of one of `words`.
+    """
+    if of := scripts_with(word, words):
+        more = ", ..." * (len(of) > 3)
+        return f"; a setting of {', '.join(of[:3])}{more}: see --help"
+    found = near(word, words)
+    return f"; did you mean {found}?" if found else "; see --help"
+
+
+def scripts_with(word, words=()):
+    """The chapters whose own Config has a setting of this name, such as --ae-steps.
+
+    None for one of `words` that is --no-, but no switch.
+    """
+    name = word.removeprefix("--").removeprefix("no-").replace("-", "_")
+    if not name.isidentifier() or {name, flag(name)} & {*words}:
+        return []
+    chapters = sorted(Path(__file__).resolve().parent.parent.glob("*.py"))
+    line = re.compile(rf"^    {name}: [^\n]*=", re.MULTILINE)
+    return [path.name for path in chapters if line.search(path.read_text("utf-8"))]
+
+
+def near(word, words):
+    """That of `words` which few edits make of `word`: one, or one in four letters; '' for none.
+
+    One letter of two may differ, the only one may not. Case, dashes and underscores say nothing.
+    Else the one that begins so, if there is just one: three letters or more.
+    """
+    typed_letters, plain = _plain(word), {other: _plain(other) for other in words if _plain(other)}
+    far = {other: edits(typed_letters, letters) for other, letters in plain.items()}
+    longer = {other: max(len(typed_letters), len(letters)) for other, letters in plain.items()}
+    close = [o for o in plain if far[o] <= min(longer[o] - 1, max(1, longer[o] // 4))]
+    if close:
+        return min(close, key=far.get)
+    begun = [other for other, letters in plain.items() if letters.startswith(typed_letters)]
+    return begun[0] if len(begun) == 1 and len(typed_letters) > 2 else ""
+
+
+def _plain(word):
+    return re.sub("[-_ ]", "", word.casefold())
+
+
+def edits(a, b):
+    """Letters to change, add, leave out, or swap with the next, each once, to make a of b."""
+    before, row = [], list(range(len(b) + 1))
+    for i, letter in enumerate(a):
+        last, before, row = before, row, [i + 1]
+        for j, other in enumerate(b):
+            cost = min(before[j] + (letter != other), before[j + 1] + 1, row[j] + 1)
+            if i and j and (letter, a[i - 1]) == (b[j - 1], other):
+                cost = min(cost, last[j - 1] + 1)
+            row.append(cost)
+    return row[-1]

@@ -9,8 +9,8 @@ that are drawn. What must not change a result is seen by spies: torch.compile, t
 """
 
 from runtime import commandline as cli
+from runtime import films, plots, processes, rehearsal
 from runtime import folder as folder_of_run
-from runtime import pictures, plots, processes, rehearsal
 from runtime import run as run_loop
 
 import collections
@@ -38,7 +38,7 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import eval_fid
-from evaluation import classifier, features, inception_features, over_sigma
+from evaluation import classifier, features, inception_features, over_sigma, samplers_report
 from networks.noisy_classifier import NoisyClassifier
 
 ROOMS = ("runtime", "image_data", "networks", "evaluation")
@@ -48,7 +48,9 @@ for path in [*REPO.glob("*.py"), *(p for room in ROOMS for p in (REPO / room).rg
     importlib.import_module(".".join(path.relative_to(REPO).with_suffix("").parts))
 OURS = [m for m in sys.modules.values() if REPO in Path(getattr(m, "__file__", "") or "/").parents]
 
-TIMES = re.compile(r"\d+\.\d+ s\b|\b\d+\.\d{4}(?= \|)|\d+\.\d+(?= \|$)", re.MULTILINE)
+REPEAT = {"config.yaml", "report.html", "compare.md", "along.md", "classifier-guidance.md"}
+NAMED = re.compile(r"-[0-9a-f]{8}\b|_[\w-]+=\S+(?=\.\w)")  # settings in names of files
+TIMES = re.compile(NAMED.pattern + r"|\d+\.\d+ s\b|\b\d+\.\d{4}(?= \|)|(?m:\d+\.\d+(?= \|$))")
 
 
 @dataclasses.dataclass
@@ -183,13 +185,13 @@ def digests(case, folder):
     """{path: digest} of all files below the folder; paths without what names settings."""
     found = {}
     for path in (path for path in folder.rglob("*") if path.is_file()):
-        found[re.sub(r"-[0-9a-f]{8}\b", "", str(path.relative_to(folder)))] = digest(case, path)
+        found[NAMED.sub("", str(path.relative_to(folder)))] = digest(case, path)
     return {name: value for name, value in found.items() if value}
 
 
 def digest(case, path):
     """Of what a file says, without times and repeated settings; "" for one that says only these."""
-    if path.name in ("config.yaml", "compare.md", "classifier-guidance.md") or ".lock" in path.name:
+    if NAMED.sub("", path.name) in REPEAT or ".lock" in path.name:
         return ""
     if zipfile.is_zipfile(path):  # a checkpoint or arrays: all tensors, but not the settings
         kept = r"/data/\d+$|\.npy$" + r"|/data\.pkl$" * case.settings
@@ -253,9 +255,11 @@ def watched(module, seen, folder, argv, rows=()):
         patch.setattr(processes, "SAID", set())
         patch.setattr(torch, "load", remembered)
         patch.setattr(torch, "compile", lambda net: seen.update(["compiled"]) or net)
-        board = counted(lambda path: mock.MagicMock(), seen, "tensorboard")
+        board = counted(lambda path, **how: mock.MagicMock(), seen, "tensorboard")
         board = types.SimpleNamespace(SummaryWriter=board)
         patch.setitem(sys.modules, "torch.utils.tensorboard", board)
+        begins = counted(lambda **how: mock.MagicMock(), seen, "wandb")
+        patch.setitem(sys.modules, "wandb", mock.MagicMock(Error=Exception, init=begins))
         everywhere(patch, torch_checkpoint, counted(torch_checkpoint, seen, "checkpoint"))
         for function in DRAWN:
             everywhere(patch, function, as_text)
@@ -278,7 +282,7 @@ def watched(module, seen, folder, argv, rows=()):
 
 # Pictures and films are slow to write.
 DRAWN = [getattr(plots, f"plot_{name}") for name in ("lines", "loss", "metrics")]
-DRAWN += [plots.draw_cells, plots.draw_shaded, pictures.save_film]
+DRAWN += [plots.draw_cells, plots.draw_shaded, films.save_beside, samplers_report.draw_panels]
 
 
 @functools.cache
@@ -371,7 +375,7 @@ def sizes(extract, seen):
 class FakeInception:
     """Features that depend on the weights' name, and on how images are resized."""
 
-    protocol, dim, device = "fake", 8, torch.device("cpu")
+    network, protocol, dim, device = "Inception", "fake", 8, torch.device("cpu")
 
     def __init__(self, weights="", root="", resize="", device="cpu", patience=None):
         self.feature_hash = hashlib.sha256(f"{weights} {resize}".encode()).hexdigest()[:8]

@@ -125,13 +125,17 @@ def scores(a, folder):
         base |= {"features": "inception", "metrics": "is"} if a == "inception" else {}
     elif a == "stats":
         base |= {"out": "stats.npz", "metrics": None}
+    elif a == "table":
+        base |= {"b": f"{real}:train", "more": f"{real}:test", "against": f"{real}:test"}
     else:
         base |= {"a": {"checkpoint": path, "run": "run"}[a], "n": 4, "curve": a == "run"}
         more["place"] = {"run/ckpt.pt": path} if a == "run" else {}
     values = {"a": f"{real}:test", "b": f"{real}:train", "metrics": "frechet,kid", "n": 8}
     values |= {"data": pictures(folder, SIDE, 3), "json": "figures.json", "weights": "weights.pt"}
     values |= {"sample_args": "--guidance 0.5", "config": yaml(folder, "seed: 3"), "batch_size": 2}
-    values |= {"out": "other.npz", "classifier_steps": 7}
+    values |= {"out": "other.npz", "classifier_steps": 7, "more": f"{real}:train"}
+    values |= {"against": f"{real}:train", "names": ("first", "second")}
+    values |= {"out": "other"} if a == "table" else {}
     inception = {"features": "inception"}
     beside = {"weights": inception, "resize": inception, "layout": inception}
     beside |= {"smoke": {"n": 8}, "batch_size": {"data_root": "fresh"}}
@@ -222,11 +226,14 @@ def cases():
     found["improved_ddpm sample of openai published"] = made
     for source in ("ddpm_pixel", "improved_ddpm", "openai"):
         found[f"networks.published {source}"] = functools.partial(exports, source)
-    for a in ("images", "inception", "checkpoint", "run", "stats"):
+    for a in ("images", "inception", "checkpoint", "run", "stats", "table"):
         found[f"eval_fid {a}"] = functools.partial(scores, a)
     for kind in ("noise", "image", "mask", "interpolate"):
         found[f"stable_diffusion {kind}"] = functools.partial(from_sentences, kind)
-    found |= {"improved_ddpm plot_schedule": plots_schedules, "compare_samplers": compares}
+    found["improved_ddpm plot_schedule"] = plots_schedules
+    for name in ("", "along"):
+        made = functools.partial(compares, name)
+        found[f"compare_samplers {name or 'tables'}"] = made
     return found | {"image_data": prepares, "dit published": publishes}
 
 

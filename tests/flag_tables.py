@@ -108,6 +108,8 @@ VALUES |= {
     "keep_every": 3,
     "metric_every": 1,
     "metric_n": 6,
+    "metric_features": "inception",
+    "metric_data": "glyphs",
 }
 VALUES |= {"alpha_min": 0.9, "trained_betas": (0.05,) * 50, "timestep_respacing": "0-4,20,49"}
 VALUES |= {"schedule_sampler": "loss-second-moment", "label_dropout": 0.95, "n_eval": 6}
@@ -121,6 +123,10 @@ BESIDE = {
     "resume": {"ema": (0.99, 0.05)},
     "smoke": {"warmup": None},
     "metric_n": {"metric_every": 1, "metric_n": 4},
+    "metric_resize": {"metric_every": 1, "metric_n": 4, "metric_features": "inception"},
+    **dict.fromkeys(
+        ("metric_features", "metric_data", "metric_split"), {"metric_every": 1, "metric_n": 4}
+    ),
     "price_per_gpu_hour": {"dry_run": True},
     "alpha_min": {"schedule": "cosine"},
     "trained_betas": {"timesteps": None},
@@ -152,6 +158,7 @@ def trains(script, folder):
     typed = VALUES | {"data": pictures(folder, SIDE, 3), "config": yaml(folder, "seed: 1")}
     typed |= {"resume": trained(folder, script)}
     typed |= dict.fromkeys(("sample", "nll", "study"), path)
+    typed["metric_data"] = pictures(folder, SIDE, 3)
     beside = BESIDE | OWN_BESIDE.get(script, {})
     case = Case(script, "", training(folder, script), beside, typed | OWN_VALUES.get(script, {}))
     if "ae_mult" in case.fields:
@@ -201,6 +208,9 @@ def task(script, name, source, line="guidance: 0.5", values=None, beside=None, *
     beside = {"smoke": {k: None for k in steps if k in base}} | (beside or {})
     between = {"data_root": {"data": pictures(folder)}, "guidance": {"classes": "dots"}}
     beside |= between if name == "interpolate" else {}
+    if script in ("ddim", "dpm_solver") and name == "sample":
+        beside |= {"data": {"reverse_from": "data"}}
+        beside["data_root"] = beside["data"] | {"data": pictures(folder)}
     beside |= {"timestep_respacing": {"sample_steps": None}} if "sample_steps" in base else {}
     return Case(script, name, base, beside, typed, own)
 
@@ -223,12 +233,16 @@ def plots_schedules(folder):
     return Case("improved_ddpm", "plot_schedule", base, {}, typed)
 
 
-def compares(folder):
+def compares(task, folder):
+    """compare_samplers.py: its tables, or the task "along"."""
     path, own = checkpoint(folder, "ddpm_pixel")
-    base = {"checkpoint": path, "gpus": 0, "out": "out", "n": 4, "compare_steps": "2"}
-    base |= {"compare_guidance": "0,1", "sample_steps": 3}
+    base = {"checkpoint": path, "gpus": 0, "out": "out", "n": 4}
+    tables = {"compare_steps": "2", "compare_guidance": "0,1", "sample_steps": 3}
+    base |= {"along": "2"} if task else tables
     values = {"checkpoint": checkpoint(folder, "ddpm_pixel", 1)[0], "compare_steps": "3"}
     values |= {"compare_guidance": "0,2", "config": yaml(folder, "guidance: 0.5"), "batch_size": 2}
-    values |= {"data": pictures(folder, SIDE, 3)}
+    values |= {"data": pictures(folder, SIDE, 3), "along": "3"}
     beside = {"smoke": {"compare_steps": None, "compare_guidance": None}}
-    return Case("compare_samplers", "", base, beside, VALUES | values, own)
+    beside = {"smoke": {"n": None}} if task else beside
+    beside["variance"] = {"sampler": "ddpm"}
+    return Case("compare_samplers", task, base, beside, VALUES | values, own)

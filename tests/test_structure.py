@@ -103,7 +103,7 @@ def test_kernels_import_only_torch_and_triton(path):
 def test_only_the_promised_packages():
     """Nothing beyond what pyproject.toml installs, and nothing of torch's neighbours."""
     promised = {"torch", "triton", "einops", "numpy", "PIL", "scipy", "tqdm", "tyro", "yaml"}
-    promised |= {"safetensors", "matplotlib"} | set(ORDER) | set(sys.stdlib_module_names)
+    promised |= {"safetensors", "matplotlib", "wandb"} | set(ORDER) | set(sys.stdlib_module_names)
     for path in ALL:
         if place_of(path) not in ("tests", "bench"):
             assert imported(path) <= promised, path.name

@@ -35,11 +35,13 @@ class Config:
     clip_denoised: bool = True  # whether the scheduler clamps; without it, as the checkpoint says
     dynamic_threshold: bool = False  # the scheduler's thresholding; the same
     spacing: Literal["linear", "leading", "trailing"] = "linear"  # of its timesteps; the same
-    schedule: Literal["linear", "cosine", "sigmoid"] = "linear"
+    schedule: Literal["linear", "cosine", "sigmoid", "sigmoid-beta"] = "linear"
     """noise schedule of a published network that comes without a scheduler"""
     timesteps: int = 1000  # its length
     alpha_min: float = 0.001  # its smallest alpha_t
-    trained_betas: tuple[float, ...] = ()  # beta_t of each step, instead of these three
+    beta_start: float = 0.0  # first beta_t of linear and sigmoid-beta; 0: 1e-4 times 1000/T
+    beta_end: float = 0.0  # their last; 0: 0.02 times 1000/T
+    trained_betas: tuple[float, ...] = ()  # beta_t of each step, instead of these five
     prediction: Literal["eps", "x0", "v"] = "eps"  # what such a network predicts
     size: int = 0  # height and width of its images, where its files do not say them
     num_heads: int = 1  # its attention heads, the same
@@ -59,6 +61,8 @@ def facts_of(state, config, path):
         "betas": config.get("trained_betas"),
         "schedule": "other" if config.get("trained_betas") else config["schedule"],
         "alpha_min": config.get("alpha_min", 0.001),
+        "beta_start": config.get("beta_start", 0.0),
+        "beta_end": config.get("beta_end", 0.0),
         "prediction": config["prediction"],
         "variance": "large" if config["variance"] == "large" else "small",
         "clip": "dynamic" if config.get("dynamic_threshold") else clip,
@@ -72,9 +76,11 @@ def main():
     if not cfg.checkpoint or not cfg.out:
         raise cli.BadInput("name a checkpoint and --out, the folder to write")
     cli.check_positive(cfg, "timesteps")
-    cli.check_fraction(cfg, "alpha_min", "trained_betas")
+    cli.check_fraction(cfg, "alpha_min", "beta_start", "beta_end", "trained_betas")
     if cfg.trained_betas and (other := cli.typed(checkpoints.NOISE)):
         raise cli.BadInput(f"{cli.flag(other[0])} does nothing beside --trained-betas")
+    if cfg.schedule not in ("linear", "sigmoid-beta") and (cfg.beta_start or cfg.beta_end):
+        raise cli.BadInput("--beta-start and --beta-end need --schedule linear or sigmoid-beta")
     asked = checkpoints.asked(cfg, "publish")
     ema = asked.pop("ema")
     state = read_network(cfg.checkpoint, SCRIPTS, **asked)

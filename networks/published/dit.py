@@ -272,7 +272,8 @@ def schedule_of(path):
             raise BadInput(
                 f"{file}: {name} true is not supported: latents have no range; expected false"
             )
-    if facts["schedule"] not in ("linear", "cosine") or facts["prediction"] not in ("eps", "v"):
+    own = facts["schedule"] not in ("linear", "cosine") or facts["beta_start"] or facts["beta_end"]
+    if own or facts["prediction"] not in ("eps", "v"):
         raise BadInput(
             f"{file}: schedule {facts['schedule']} and prediction {facts['prediction']}: expected "
             "DDPM's linear or IDDPM's cosine schedule, and eps or v"

@@ -105,10 +105,11 @@ def config_of(path, facts, given, learned, script="", walk=None):
     walk     as check_drawn has it: a variance there decides where the file's cannot be drawn
     """
     config = dict(schedule="linear", timesteps=1000, alpha_min=0.001, prediction="eps")
-    config |= {"trained_betas": (), **given}
+    config |= {"beta_start": 0.0, "beta_end": 0.0, "trained_betas": (), **given}
     if facts:
         other = facts["schedule"] == "other"
-        config |= {name: facts[name] for name in ("timesteps", "alpha_min", "prediction")}
+        own = ("timesteps", "alpha_min", "beta_start", "beta_end", "prediction")
+        config |= {name: facts[name] for name in own}
         config |= {"schedule": "linear" if other else facts["schedule"]}
         config |= {"trained_betas": facts["betas"] if other else ()}
         config |= {"spacing": facts["spacing"], "clip_denoised": facts["clip"] != "none"}
@@ -203,6 +204,8 @@ def _told(facts, kind, script, walk):
     name, T = facts["sampler"] or "DDPMScheduler", facts["timesteps"]
     clip, spacing, drawn_by = _clip_of(facts, script, walk), facts["spacing"], DRAWS.get(script)
     table = "its own table of betas" if facts["schedule"] == "other" else facts["schedule"]
+    if facts["beta_start"] or facts["beta_end"]:
+        table += f" from beta {facts['beta_start']:g} to {facts['beta_end']:g}"
     words = [f"{table}, T = {T}, predicts {facts['prediction']}", CLIPS[clip]]
     spacing = walk.get("spacing", spacing)
     respacing = facts["notes"].get("timestep_respacing", "")

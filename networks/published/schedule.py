@@ -25,7 +25,8 @@ VARIANCES = {
     "fixed_small_log": "small",
     "fixed_large_log": "large",  # diffusers itself takes the root of a logarithm there
 }
-SCHEDULES = ("linear", "cosine", "sigmoid")
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid-beta": "sigmoid"}
+SCHEDULES |= {"sigmoid": ""}  # Jabri et al.'s, which diffusers has not
 SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "linear"}
 
 # All fields of the schedulers in CLASSES. These are obeyed, or refused where they cannot be,
@@ -133,19 +134,26 @@ CLASSES = {
 # ------------------------------------------------------------------------------- the noise
 
 
-def named_alpha_bar(schedule, T, alpha_min=0.001):
+def rising(schedule, T, start, end):
+    """beta_t float64 (T,) from start to end: "linear", or by a sigmoid from -6 to 6."""
+    rise = torch.linspace(0, 1, T, dtype=torch.float64)
+    return start + (end - start) * (rise if schedule == "linear" else torch.sigmoid(12 * rise - 6))
+
+
+def named_alpha_bar(schedule, T, alpha_min=0.001, beta_start=0.0, beta_end=0.0):
     """alpha_bar_t float64 (T,) of a schedule by its name, as ddpm_pixel.make_alpha_bar has it.
 
     It is spelled out here once more, because a room does not import a chapter.
     """
-    t = torch.arange(T + 1, dtype=torch.float64)
+    if schedule in ("linear", "sigmoid-beta"):
+        alpha = 1 - rising(schedule, T, beta_start or 0.1 / T, beta_end or 20 / T)
+        return alpha.clamp(min=alpha_min).cumprod(0)
+    t = torch.arange(T + 1, dtype=torch.float64) / T
     if schedule == "cosine":
-        f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     else:
-        f = torch.sigmoid(t.new_tensor(3.0)) - torch.sigmoid(6 * t / T - 3)
-    linear = 1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
-    alpha = linear if schedule == "linear" else f[1:] / f[:-1]
-    return alpha.clamp(min=alpha_min).cumprod(0)
+        f = torch.sigmoid(t.new_tensor(3.0)) - torch.sigmoid(6 * t - 3)
+    return (f[1:] / f[:-1]).clamp(min=alpha_min).cumprod(0)
 
 
 def config_alpha_bar(config, whose):
@@ -157,7 +165,8 @@ def config_alpha_bar(config, whose):
         alpha_bar = (1 - torch.tensor(config["trained_betas"], dtype=torch.float64)).cumprod(0)
     else:
         numbers = config["timesteps"], config.get("alpha_min", 0.001)
-        alpha_bar = named_alpha_bar(config["schedule"], *numbers)
+        betas = config.get("beta_start", 0.0), config.get("beta_end", 0.0)
+        alpha_bar = named_alpha_bar(config["schedule"], *numbers, *betas)
     check_alpha_bar(alpha_bar, config, whose)
     return alpha_bar
 
@@ -168,7 +177,7 @@ def betas_of(alpha_bar):
 
 
 def zero_terminal(alpha_bar):
-    """alpha_bar_t (T,) moved and stretched so that it ends at 0: Lin et al. 2023
+    """alpha_bar_t (T,) moved and stretched so that it ends at 0: Lin et al. 2024
     (arXiv:2305.08891), algorithm 1."""
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
@@ -207,13 +216,10 @@ def _betas(config, kind, path):
                 raise BadInput(f"{path}: {name} {_short(value)} must be a number from 0 to 1")
         if end < start:
             raise BadInput(f"{path}: beta_end {end} must not be below beta_start {start}")
-    if schedule == "linear":
-        return torch.linspace(start, end, T, dtype=torch.float64)
+    if schedule in ("linear", "sigmoid"):
+        return rising(schedule, T, start, end)
     if schedule == "scaled_linear":  # of Stable Diffusion: sqrt(beta_t) rises linearly
         return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
-    if schedule == "sigmoid":  # of diffusers; ours is another
-        u = torch.linspace(-6, 6, T, dtype=torch.float64)
-        return torch.sigmoid(u) * (end - start) + start
     if schedule == "squaredcos_cap_v2":  # IDDPM eq. 17
         return betas_of(named_alpha_bar("cosine", T))
     t = 0.5 - torch.arange(T + 1, dtype=torch.float64) / T
@@ -222,15 +228,21 @@ def _betas(config, kind, path):
 
 
 def _named(config, alpha_bar):
-    """(our name of this table, its alpha_min); other is a table that no name has."""
-    least = config.get("_alpha_min", 0.001)
+    """Our name of this table, and alpha_min and ends of beta where they are not the defaults.
+
+    schedule "other" is a table that no name has.
+    """
+    said, least = config.get("_schedule"), config.get("_alpha_min", 0.001)
     least = least if _is_part(least) else 0.001
-    said = config.get("_schedule")
+    ends = [config.get("beta_start"), config.get("beta_end")]
     for name in () if said == "other" else sorted(SCHEDULES, key=lambda name: name != said):
-        known = named_alpha_bar(name, len(alpha_bar), least)
-        if torch.allclose(alpha_bar, known, rtol=1e-3, atol=1e-9):
-            return name, least
-    return "other", 0.001
+        rises = name in ("linear", "sigmoid-beta") and all(map(_is_part, ends))
+        for start, end in [(0.0, 0.0), *([ends] if rises else [])]:
+            known = named_alpha_bar(name, len(alpha_bar), least, start, end)
+            if torch.allclose(alpha_bar, known, rtol=1e-3, atol=1e-9):
+                found = {"schedule": name, "alpha_min": least}
+                return found | {"beta_start": float(start), "beta_end": float(end)}
+    return {"schedule": "other", "alpha_min": 0.001, "beta_start": 0.0, "beta_end": 0.0}
 
 
 def _is_part(value):
@@ -281,7 +293,8 @@ def read_schedule(path, latents=False, sampler=""):
 
     alpha_bar    float64 (T,); betas: its beta_t, a tuple
     timesteps    T
-    schedule     linear, cosine or sigmoid, with alpha_min, where that is the table; else other
+    schedule     a name of SCHEDULES, with alpha_min, and beta_start and beta_end (0: the defaults),
+                 where that is the table; else other
     prediction   eps, x0 or v
     variance     small, large or learned; "" where the class has none, or its file does not say it
     sampler      the class of the scheduler, "" if unsaid, which means DDPMScheduler
@@ -328,7 +341,7 @@ def read_schedule(path, latents=False, sampler=""):
             "linspace"
         )
     clip, cannot = ("none", {}) if latents else _clip(config, kind, path)
-    offset, schedule = config.get("steps_offset"), _named(config, alpha_bar)
+    offset = config.get("steps_offset")
     if offset is not None and not (type(offset) is int and offset >= 0):
         raise BadInput(f"{path}: steps_offset {offset!r} must be a small whole number, such as 1")
     if offset and spacing == "leading":
@@ -339,8 +352,7 @@ def read_schedule(path, latents=False, sampler=""):
         alpha_bar=alpha_bar,
         betas=tuple(betas.tolist()),
         timesteps=len(betas),
-        schedule=schedule[0],
-        alpha_min=schedule[1],
+        **_named(config, alpha_bar),
         prediction=PREDICTIONS[prediction],
         variance=VARIANCES.get(variance, ""),
         sampler=name,
@@ -395,11 +407,18 @@ def scheduler_config(facts, learned):
     """DDPMScheduler's settings for a schedule of ours.
 
     facts    alpha_bar float64 (T,), and what else differs from the defaults below: schedule,
-             alpha_min, prediction, variance, clip, spacing, betas, which are kept as they are where
-             no name has the table, and notes of a run: NOTES
+             alpha_min, beta_start, beta_end, prediction, variance, clip, spacing, betas, which are
+             kept as they are where no name has the table, and notes of a run: NOTES
     learned  whether the network gives variances
+
+    trained_betas is what counts; where diffusers has a name for the table, that stands there, too.
     """
     betas = facts.get("betas") or betas_of(facts["alpha_bar"].double()).tolist()
+    named = {}
+    if facts.get("schedule") in ("linear", "sigmoid-beta"):
+        named["beta_schedule"] = SCHEDULES[facts["schedule"]]
+        named["beta_start"] = facts.get("beta_start") or 0.1 / len(betas)
+        named["beta_end"] = facts.get("beta_end") or 20 / len(betas)
     variance = "learned" if learned else facts.get("variance", "small")
     names = {ours: theirs for theirs, ours in reversed(VARIANCES.items())}
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
@@ -408,6 +427,7 @@ def scheduler_config(facts, learned):
     return {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": len(betas),
+        **named,
         "trained_betas": list(betas),
         "_schedule": facts.get("schedule", "other"),
         "_alpha_min": facts.get("alpha_min", 0.001),

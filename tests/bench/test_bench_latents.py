@@ -1,12 +1,17 @@
 """bench/latents.py and bench/guidance.py run, on small things."""
 
+from runtime import films
 from runtime.commandline import BadInput
 
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 from launching import succeed
+from PIL import Image
+
+import ldm_cfg
 
 
 def load(repo, name):
@@ -39,13 +44,32 @@ def test_guidance_is_drawn_and_told(script, toy, tiny, tmp_path, monkeypatch, ca
     arguments = [str(tmp_path / "ckpt.pt"), "--w=0,2", "--n", "8", "--gpus", "0"]
     arguments += ["--eval-args=--classifier-steps 5"]
     monkeypatch.setattr("sys.argv", ["guidance.py", *arguments])
+    seen, save_beside = [], films.save_beside
+    monkeypatch.setattr(films, "save_beside", lambda *a: seen.append(a) or save_beside(*a))
     script("guidance").main()
     out = capsys.readouterr().out
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [row["w"] for row in rows] == [0, 2] and rows[0]["frechet"] != rows[1]["frechet"]
-    assert json.loads((tmp_path / "guidance.json").read_text()) == rows
-    assert (tmp_path / "guidance.png").stat().st_size > 5000
+    (path,) = tmp_path.glob("guidance_*.json")  # with the settings in its name
+    assert path.stem == "guidance_w=0,2_n=8_eval-args=classifier-steps-5"
+    assert json.loads(path.read_text())["rows"] == rows
+    assert path.with_suffix(".png").stat().st_size > 5000
     assert out.count("class accuracy") == 2
+    # The film ends at samples of the chapter: the first two seeds are one of each class.
+    ((where, shown, marks, names, _),) = seen
+    assert list(shown) == ["w = 0", "w = 2"] and len(names) == 2
+    drawn = ["--sample", tmp_path / "ckpt.pt", "--n", "2", "--guidance", "2", "--gpus", "0"]
+    drawn = ["ldm_cfg.py", *map(str, drawn), "--out", str(tmp_path / "two")]
+    monkeypatch.setattr("sys.argv", drawn)
+    ldm_cfg.main()  # in this process: an untrained network enlarges rounding
+    with np.load(tmp_path / "two" / "samples.npz") as held:
+        assert np.abs(shown["w = 2"][-1] - held["arr_0"].astype(int)).max() <= 1
+    ends = [frames[-1].astype(int) for frames in shown.values()]
+    assert np.abs(ends[0] - ends[1]).max() > 1
+    assert len(shown["w = 0"]) == len(shown["w = 2"]) == len(marks)
+    with Image.open(f"{where}.gif") as film:
+        assert film.n_frames == len(marks)
+    assert "guidance-film_w=0,2_n=8" in out.splitlines()[-2]
 
 
 def test_values_of_w_that_are_no_numbers_are_refused(script, monkeypatch):

@@ -6,6 +6,7 @@ from runtime.pictures import tile, to_uint8
 from runtime.processes import World
 
 import json
+import re
 from dataclasses import asdict
 from functools import partial
 
@@ -20,24 +21,36 @@ import ddpm_pixel as ch1
 import dpm_solver
 import eval_fid
 import improved_ddpm
+from evaluation import samplers_report
+from evaluation.image_sets import Images
 from kernels import gaussian
 
 SHAPE, T = (1, 4, 6), 6
+WAYS = ("ddim", "dpmpp", "heun", "ddpm", "ddpm")  # the last with either variance
+REAL = np.random.default_rng(0).integers(0, 256, (7, 4, 6, 1), np.uint8)
+
+
+def pixels(images):
+    """uint8 tensor (N,H,W,C) -> its pixels in [0, 1] as features (N,d)."""
+    return torch.as_tensor(images).flatten(1).float() / 255
 
 
 class Evaluator:
     """Says how bright the images are, and how bright those of label 1 are among them."""
 
     protocol, reference, n_reference = "brightness", "nothing:test", 7
+    real, root, extractor = Images("nothing:test", REAL), "", staticmethod(pixels)
     made = []
 
     def __init__(self, name, root, *, shape, class_names, size=0, classes="", device="cpu"):
         assert tuple(shape) == SHAPE and class_names in (["a", "b", "c"], [])
         self.made.append((name, root, size, classes, str(device)))
 
-    def __call__(self, images, labels=None, world=None):
+    def __call__(self, images, labels=None, world=None, also=None):
         ones = None if labels is None else float(images[labels == 1].mean() / 255)
-        return {"frechet": float(images.mean()), "class_accuracy": ones}
+        figures = {"frechet": float(images.mean()), "inception_score": float(images.std())}
+        more = also(pixels(images).numpy()) if also else {}
+        return figures | more | {"class_accuracy": ones}
 
 
 SIZES = {"model_channels": 16, "channel_mult": (1, 2), "attention_resolutions": ()}
@@ -54,7 +67,9 @@ def checkpoint(folder, class_cond=True, seed=0):
 
 def saved(folder, script, cfg, net):
     """(path of a checkpoint of this network, with something to say, and the network)."""
-    torch.nn.init.normal_(net.conv_out.weight, std=0.05)
+    for name, weights in net.named_parameters():
+        if name.endswith("weight") and not weights.any():  # so that labels make a difference
+            torch.nn.init.normal_(weights, std=0.05)
     folder.mkdir(exist_ok=True)
     state = {
         "script": script,
@@ -73,6 +88,7 @@ def drawn(monkeypatch):
     """The evaluator in place, and [(sampler, steps, w)] of what is drawn, but for the warm-up."""
     monkeypatch.setattr(eval_fid, "Evaluator", Evaluator)
     calls, trajectory_of = [], compare_samplers.trajectory_of
+    monkeypatch.setattr(compare_samplers, "guidance_film", lambda *args: [])
 
     def counted(*where):
         calls.append(where[-3:])
@@ -88,11 +104,18 @@ def settings(path, **changes):
     return compare_samplers.Config(**(common | changes))
 
 
-def reference(net, alpha_bar, pairs, sampler, w, labels, eta=0.0):
-    """uint8 images (3,H,W,C) of seeds 0, 1, 2 by the chapters' own functions."""
-    where = (net, alpha_bar, pairs, SHAPE, torch.arange(3), labels, w)
+def left(folder, kind, ending):
+    """The only file of this kind that a study left in a folder, whatever its settings."""
+    (path,) = (p for p in folder.glob(f"{kind}*.{ending}") if re.split("[_.]", p.name)[0] == kind)
+    return path
+
+
+def reference(net, alpha_bar, pairs, sampler, w, labels, eta=0.0, variance="small", n=3):
+    """uint8 images (n,H,W,C) of seeds 0, 1, ... by the chapters' own functions."""
+    where = (net, alpha_bar, pairs, SHAPE, torch.arange(n), labels, w)
     if sampler == "ddpm":
-        *_, (x, _) = ch1.sample(*where, partial(ch1.ancestral_row, prediction="v"))
+        make_row = partial(ch1.ancestral_row, prediction="v", variance=variance)
+        *_, (x, _) = ch1.sample(*where, make_row)
     elif sampler == "ddim":
         *_, (x, _) = ddim.sample(*where, eta=eta, prediction="v")
     else:
@@ -114,27 +137,27 @@ def test_every_cell_is_what_its_sampler_draws(drawn, tmp_path):
     Evaluator.made.clear()
     compare_samplers.compare(cfg, World())
     assert Evaluator.made == [("this", "there", 0, "a,b,c", "cpu")]
-    expected = [
-        (s, k, 0.0) for s in compare_samplers.SAMPLERS for k in (2, T)
-    ]  # 99 steps are more than T
+    expected = [(s, k, 0.0) for s in WAYS for k in (2, T)]  # 99 steps are more than T
     assert drawn[1:] == expected + [("dpmpp", 3, -1.0), ("dpmpp", 3, 1.0)]
 
-    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    found = json.loads(left(tmp_path / "out", "compare", "json").read_text())
     alpha_bar, labels = ch1.make_alpha_bar("cosine", T), torch.arange(3)
     for row in found["samplers"] + found["guidance"]:
         sampler, w = row["sampler"], row["guidance"]
         pairs = ddim.subsequence(T, row["steps"], "quadratic")
-        images = reference(net, alpha_bar, pairs, sampler, w, labels, eta=0.4)
+        variance = row.get("variance", "small")
+        images = reference(net, alpha_bar, pairs, sampler, w, labels, 0.4, variance)
         assert row["frechet"] == pytest.approx(images.mean(), abs=0.01)
         assert row["class_accuracy"] == pytest.approx(images[labels == 1].mean() / 255, abs=1e-3)
         passes = (2 * len(pairs) - 1 if sampler == "heun" else len(pairs)) * (
             1 if w in (0, -1) else 2
         )
         assert row["evaluations"] == passes and row["seconds_per_image"] > 0
-        assert ("eta" in row) == (sampler == "ddim")
-        assert row.get("variance") == ("small" if sampler == "ddpm" else None)
+        assert ("eta" in row, "variance" in row) == (sampler == "ddim", sampler == "ddpm")
+        assert row["precision"] is row["recall"] is None  # three images have no fourth neighbour
+    assert [r["variance"] for r in found["samplers"][6:]] == ["small", "small", "large", "large"]
     brightness = [row["frechet"] for row in found["samplers"]]
-    assert len({round(b, 3) for b in brightness}) == 8  # no two cells are the same
+    assert len({round(b, 3) for b in brightness}) == 10  # no two cells are the same
 
     lines = read_log(tmp_path / "out" / "compare.jsonl")
     cell = np.asarray(Image.open(tmp_path / "out" / "compare-cells" / lines[0]["cell"]))
@@ -174,7 +197,10 @@ def test_a_variance_that_was_learned_is_that_of_the_ancestral_rows(drawn, tmp_pa
     for variance in ("auto", "small"):
         out = tmp_path / variance
         compare_samplers.compare(settings(path, variance=variance, out=str(out), **asked), World())
-        (row,) = (row for row in read_log(out / "compare.jsonl") if row["made_by"]["steps"] == 3)
+        rows = read_log(out / "compare.jsonl")
+        found = [r["made_by"].get("variance") for r in rows if r["made_by"]["steps"] == 4]
+        assert found == [None, None, None, "small", "large", "learned"]
+        (row,) = (row for row in rows if row["made_by"]["steps"] == 3)
         assert row["made_by"]["variance"] == {"auto": "learned", "small": "small"}[variance]
         images[variance] = np.asarray(Image.open(out / "compare-cells" / row["cell"])).astype(int)
     alpha_bar, pairs = ch1.make_alpha_bar("cosine", T), ddim.subsequence(T, 3)
@@ -189,23 +215,32 @@ def test_the_report_says_what_made_it_and_the_figures_are_there(drawn, tmp_path,
     flags = [path, "--n", "3", "--compare-steps", "2", "--compare-guidance", "0,2"]
     monkeypatch.setattr("sys.argv", ["/some/where/compare_samplers.py", *flags, "--gpus", "0"])
     compare_samplers.main()
-    text = (tmp_path / "run" / "compare.md").read_text()
+    folder = tmp_path / "run"
+    text = left(folder, "compare", "md").read_text()
     assert f"python compare_samplers.py {' '.join(flags)} --gpus 0" in text
     assert "N = 3 samples, seeds 0-2, classes all" in text
     assert "7 images of nothing:test; brightness" in text
-    found = json.loads((tmp_path / "run" / "compare.json").read_text())
-    for row in found["samplers"]:
-        assert f"| {row['sampler']} | 2 | {row['evaluations']} |" in text
-        assert f"| {row['frechet']:.3f} | {100 * row['class_accuracy']:.1f} % |" in text
-    assert "ddim, 6 steps." in text and "| 2 | 12 |" in text  # --sample-steps 50, but T is 6
-    for name in ("compare.png", "compare-grids.png", "guidance.png"):
-        picture = np.asarray(Image.open(tmp_path / "run" / name).convert("L"))
+    found = json.loads(left(folder, "compare", "json").read_text())
+    ways = [("ddim", "-", "0"), ("dpmpp", "-", "-"), ("heun", "-", "-")]
+    ways += [("ddpm", "beta_tilde", "-"), ("ddpm", "beta", "-")]
+    for row, way in zip(found["samplers"], ways, strict=True):
+        figures = f"{row['frechet']:.3f} | {row['inception_score']:.3f} | - | - |"
+        line = [*way, "2", str(row["evaluations"]), f"{row['seconds_per_image']:.4f}", figures]
+        assert f"| {' | '.join(line)} {100 * row['class_accuracy']:.1f} % |" in text
+    assert "ddim, eta 0, 6 steps." in text  # --sample-steps 50, but T is 6
+    assert "| ddim | - | 0 | 2 | 12 |" in text
+    alpha_bar = ch1.make_alpha_bar("cosine", T)
+    last, wanted = (1 - alpha_bar[0] / 1) ** 0.5, (1 - alpha_bar[5] / alpha_bar[0]) ** 0.5
+    assert "from t = 5 to 0" in text  # the two steps are 5 -> 0 -> the image
+    assert f"x_t has noise of {last:.3g}: beta adds {wanted:.3g}, beta_tilde" in text
+    for name in ("compare", "compare-grids", "guidance"):
+        picture = np.asarray(Image.open(left(folder, name, "png")).convert("L"))
         assert min(picture.shape) > 100 and picture.std() > 5
 
 
 def test_a_second_call_computes_only_what_is_missing(drawn, tmp_path, monkeypatch):
-    for figure in ("plot_lines", "draw_cells"):
-        monkeypatch.setattr(compare_samplers, figure, lambda *args, **kwargs: None)
+    for figure in ("draw_panels", "draw_cells"):
+        monkeypatch.setattr(samplers_report, figure, lambda *args, **kwargs: None)
     path, _ = checkpoint(tmp_path / "run")
     rows = tmp_path / "run" / "compare.jsonl"
 
@@ -214,11 +249,12 @@ def test_a_second_call_computes_only_what_is_missing(drawn, tmp_path, monkeypatc
         compare_samplers.compare(settings(path, **changes), World())
         return drawn[1:]  # the first warms up
 
-    assert len(call()) == 10
-    before = (tmp_path / "run" / "compare.json").read_text()
+    assert len(call()) == 12
+    found = left(tmp_path / "run", "compare", "json")
+    before = found.read_text()
     assert call() == []
-    assert (tmp_path / "run" / "compare.json").read_text() == before
-    assert call(compare_steps="2,5") == [(s, 5, 0.0) for s in compare_samplers.SAMPLERS]
+    assert found.read_text() == before
+    assert call(compare_steps="2,5") == [(s, 5, 0.0) for s in WAYS]
     # A kill in the middle of a line loses that row alone, and what is added later is whole.
     lines = rows.read_text().splitlines()
     rows.write_text("\n".join([*lines[:7], lines[7][:40]]))
@@ -227,19 +263,22 @@ def test_a_second_call_computes_only_what_is_missing(drawn, tmp_path, monkeypatc
     (tmp_path / "run" / "compare-cells" / json.loads(lines[2])["cell"]).unlink()
     assert call() == [("dpmpp", 2, 0.0)]
     # Other seeds, eta or weights make other rows; eta only those of ddim.
-    assert len(call(n=2)) == 10
+    before = found.read_text()
+    assert len(call(n=2)) == 12
     assert {name for name, _, _ in call(eta=0.5)} == {"ddim"}
     checkpoint(tmp_path / "run", seed=1)
-    assert len(call()) == 10
+    assert len(call()) == 12
+    assert found.read_text() == before  # each of these has files of its own
+    assert len(list(found.parent.glob("compare*.json"))) == 5
 
 
 def test_without_labels_there_is_no_guidance_and_no_accuracy(drawn, tmp_path):
     path, _ = checkpoint(tmp_path / "run", class_cond=False)
     compare_samplers.compare(settings(path), World())
-    assert drawn[1:] == [(s, k, 0.0) for s in compare_samplers.SAMPLERS for k in (2, T)]
-    assert not (tmp_path / "run" / "guidance.png").exists()
-    text = (tmp_path / "run" / "compare.md").read_text()
-    assert "## Guidance" not in text and text.count("| - |") == 8
+    assert drawn[1:] == [(s, k, 0.0) for s in WAYS for k in (2, T)]
+    assert not list((tmp_path / "run").glob("guidance*"))
+    text = left(tmp_path / "run", "compare", "md").read_text()
+    assert "## Guidance" not in text and text.count("| - | - | - |") == 10
 
 
 @pytest.mark.parametrize(
@@ -252,7 +291,8 @@ def test_without_labels_there_is_no_guidance_and_no_accuracy(drawn, tmp_path):
         (["a", "--eta", "2"], "--eta must be from 0 to 1"),
         (["a", "--sampler", "euler"], "euler"),
         (["a"], "checkpoint a"),
-        (["CKPT", "--variance", "learned"], "--variance learned: "),
+        (["CKPT", "--sampler", "ddpm", "--variance", "learned"], "--variance learned: "),
+        (["CKPT", "--variance", "large"], "--variance does nothing without --sampler ddpm"),
         (["CKPT", "--classes", "d"], "--classes d"),
     ],
 )

@@ -290,7 +290,7 @@ def test_churn_keeps_mean_and_covariance():
 
 
 def zero_at_the_end(alpha_bar):
-    """Lin et al. 2023 (arXiv:2305.08891), algorithm 1: no signal is left at T - 1."""
+    """Lin et al. 2024 (arXiv:2305.08891), algorithm 1: no signal is left at T - 1."""
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from eval_fid import frechet_distance, inception_score, statistics
+from eval_fid import frechet_distance, inception_score, mixed_score, statistics
 from tests.cases.frechet import of_features
 
 # ----------------------------------------------------------------------------------- the statistics
@@ -206,3 +206,18 @@ def test_logits_that_cannot_be_scored_are_refused():
         inception_score(np.zeros((9, 3)))
     with pytest.raises(BadInput, match="finite"):
         inception_score(np.full((10, 3), np.nan))
+
+
+@pytest.mark.parametrize(
+    ("n", "parts"),
+    [(20, 1), (999, 1), (1000, 2), (4999, 9), (5000, 10), (50_000, 10)],
+)
+def test_the_parts_of_the_score_fall_with_the_number_of_images(n, parts):
+    """Twenty images in ten parts could score 2 at most, however sure and varied."""
+    logits = 60 * np.eye(10, dtype=np.float32)[np.arange(n) // 2 % 10]  # sorted in part
+    mean, std, found = mixed_score(logits)
+    assert found == parts and (std is None) == (parts == 1)
+    if n == 20:
+        assert mean == pytest.approx(10.0, abs=1e-9)
+    else:  # parts are drawn: not all of them have as many of each class
+        assert 9.7 < mean <= 10.0

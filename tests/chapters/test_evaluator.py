@@ -1,10 +1,9 @@
 """eval_fid.Evaluator gives in a process what the program prints, and knows some of the classes."""
 
-from runtime.commandline import BadInput
+from runtime.commandline import BadInput, ScoredConfig
 from runtime.processes import World
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,11 +48,13 @@ def test_of_a_run_it_scores_what_is_drawn_for_the_seeds_and_labels(judged):
         asked.append((seeds.tolist(), y.tolist(), desc))
         return torch.from_numpy(images[seeds])
 
-    cfg = SimpleNamespace(data=folder, data_root=root, size=0, classes="")
+    cfg = ScoredConfig(data=folder, data_root=str(root))
     evaluator = Evaluator.of_run(cfg, datasets.load(folder, root), World(), steps=40)
     found = evaluator.score(draw, 20, 2)
     assert asked == [(list(range(20)), [0, 1] * 10, "scoring")]
-    assert found == evaluator(images[:20], np.arange(20) % 2)
+    about = {"metric_n": 20, "metric_features": "toy classifier", "n_reference": 64}
+    about |= {"metric_reference": f"{folder}:test"}
+    assert found == evaluator(images[:20], np.arange(20) % 2) | about
     assert found["class_accuracy"] == (labels[:20] == np.arange(20) % 2).mean()
 
 

@@ -166,7 +166,8 @@ def test_a_study_says_which_sampler(sampler, trained, tmp_path, monkeypatch):
     given = [trained["improved_ddpm"], "--seeds", "8,3", "--batch-size", 2, "--n", 2]
     given += ["--compare-steps", STEPS, "--compare-guidance", "1"]
     line = refused_in(monkeypatch, "compare_samplers", tmp_path, *given)
-    assert told_of(line, what=f"{sampler}, {STEPS} steps, w = 0"), line
+    name = {"ddim": "ddim, eta 0", "ddpm": "ddpm, beta_tilde"}.get(sampler, sampler)
+    assert told_of(line, what=f"{name}, {STEPS} steps, w = 0"), line
 
 
 # ------------------------------------------------------------------------------- Stable Diffusion

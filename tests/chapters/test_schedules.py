@@ -1,15 +1,11 @@
 """The forward process against closed forms, the papers' formulas in numbers, and diffusers."""
 
 from runtime.commandline import BadInput
-from runtime.pictures import to_uint8
 
-import numpy as np
 import pytest
 import torch
 
 import ddpm_pixel as ch1
-from image_data.batches import Dataset
-from kernels import gaussian
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
@@ -69,20 +65,6 @@ def test_targets_give_back_image_and_noise(prediction):
     }[prediction]()
     torch.testing.assert_close(found[0], x0)
     torch.testing.assert_close(found[1], eps)
-
-
-def test_the_forward_film_goes_from_the_images_to_noise(monkeypatch):
-    ds = Dataset("flat", np.full((3, 4, 4, 1), 191, np.uint8), np.zeros(3, np.int64), (), {})
-    x0, alpha_bar, films = ds.batch(np.arange(3))[0], ch1.make_alpha_bar("linear", 1000), []
-    monkeypatch.setattr(ch1, "save_film", lambda *film: films.append(film))
-    ch1.save_forward(ds, alpha_bar, "path")
-    ((way, path, columns),) = films
-    assert (path, columns) == ("path", 3)
-    assert len(way) == 51 and way[0].shape == (3, 4, 4, 1)
-    assert way[0].unique().tolist() == [191]
-    eps = gaussian(x0.shape, torch.arange(3), 0, "cpu")
-    last = ch1.q_sample(x0, torch.full((3,), 999), eps, alpha_bar)
-    assert torch.equal(way[-1], to_uint8(last)) and len(way[-1].unique()) > 20
 
 
 @pytest.mark.parametrize(

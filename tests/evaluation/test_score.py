@@ -13,6 +13,7 @@ import pytest
 import torch
 from launching import succeed
 
+from evaluation import score as score_module
 from evaluation.score import score
 
 EVAL = """
@@ -63,7 +64,7 @@ def test_reconstructions_and_samples_are_scored_and_told_in_a_line_each(run, cap
     out = capfd.readouterr().out.splitlines()
     assert out[0] == (
         f"{folder}/autoencoder/reconstructions.png: class accuracy 50.0 %, Fréchet distance 1.25 "
-        "(N = 7, digits features)"
+        "(N = 7, the digits classifier's features)"
     )
     assert out[1] == f"a table of {folder}/samples.npz" and out[2].startswith(f"{folder}/samples")
     asked = ["digits:test", "--data-root", "root", "--json", str(folder / "eval.json")]
@@ -106,11 +107,34 @@ def test_without_reconstructions_samples_are_scored_alone(run, capfd):
     assert "reconstructions.png" not in capfd.readouterr().out
 
 
-def test_data_without_classes_are_not_scored_and_it_is_said(run, capfd):
+PHOTOS = SimpleNamespace(name="photos", num_classes=0)
+
+
+def test_data_without_classes_are_scored_by_inception(run, capfd, monkeypatch):
     cfg, script, folder = run
-    score(cfg, SimpleNamespace(name="photos", num_classes=0), script)
-    assert capfd.readouterr().out.startswith("no evaluation: photos has no classes")
-    assert not (folder / "eval.json").exists()
+    monkeypatch.setattr(score_module, "find_weights", lambda *args: "weights.pth")
+    (folder / "eval.json").write_text('{"class_accuracy": 0.5, "frechet": 9.0}')  # a classifier's
+    script.write_text(
+        EVAL.replace("0.5", "None").replace('"n_gen', '"network": "Inception", "n_gen')
+    )
+    score(cfg, PHOTOS, script)
+    told = f"{folder}/samples.png: Fréchet distance 1.25 (N = 7, Inception's features)"
+    assert capfd.readouterr().out.splitlines()[-1] == told
+    found = json.loads((folder / "eval.json").read_text())
+    assert found["flags"][-2:] == ["--features", "inception"]
+    written = (folder / "eval.json").stat().st_mtime_ns
+    score(cfg, PHOTOS, script)
+    assert (folder / "eval.json").stat().st_mtime_ns == written
+
+
+def test_without_classes_and_without_inception_it_says_what_to_type(run, capfd, monkeypatch):
+    cfg, script, folder = run
+    monkeypatch.setenv("DIFFUSION_MIRROR", "http://127.0.0.1:1")
+    score(cfg, PHOTOS, script)
+    out = capfd.readouterr().out
+    assert out.startswith("no evaluation: photos has no classes") and out.count("\n") == 1
+    command = f"python eval_fid.py {folder}/samples.npz digits:test --data-root root --data NAME"
+    assert command in out and not (folder / "eval.json").exists()
 
 
 def test_an_evaluation_that_fails_tells_its_command(run):

@@ -299,7 +299,10 @@ def test_a_single_file_is_enough_and_keywords_tell_the_rest(tmp_path):
     [
         ({}, "linear"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "cosine"),
-        ({"beta_end": 0.01}, "other"),
+        ({"beta_end": 0.01}, "linear"),
+        ({"beta_schedule": "sigmoid"}, "sigmoid-beta"),
+        ({"beta_schedule": "sigmoid", "beta_start": 0.001, "beta_end": 0.01}, "sigmoid-beta"),
+        ({"beta_schedule": "scaled_linear"}, "other"),
     ],
 )
 def test_schedules_of_diffusers_are_read_in_float64(config, schedule, tmp_path):
@@ -316,7 +319,10 @@ def test_schedules_of_diffusers_are_read_in_float64(config, schedule, tmp_path):
         alpha_bar.log(), theirs.alphas_cumprod.double().log(), rtol=2e-4, atol=1e-6
     )
     if schedule != "other":
-        expected = ddpm_pixel.make_alpha_bar(schedule, 1000)
+        ends = found["beta_start"], found["beta_end"]
+        typed = [config.get("beta_start", 1e-4), config["beta_end"]] if "beta_end" in config else 0
+        assert list(ends) == (typed or [0, 0])
+        expected = ddpm_pixel.make_alpha_bar(schedule, 1000, 0.001, *ends)
         torch.testing.assert_close(alpha_bar, expected, rtol=1e-11, atol=0)
 
 

@@ -55,11 +55,13 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
-@pytest.mark.parametrize("T, alpha_min", [(1000, 0.001), (50, 0.001), (400, 0.1)])
-def test_the_schedules_by_name_are_those_of_chapter_1(schedule, T, alpha_min):
-    ours = named_alpha_bar(schedule, T, alpha_min)
-    assert torch.equal(ours, ddpm_pixel.make_alpha_bar(schedule, T, alpha_min))
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid", "sigmoid-beta"])
+@pytest.mark.parametrize(
+    "rest", [(1000, 0.001), (50, 0.001), (400, 0.1), (100, 0.001, 1e-4, 0.02), (9, 0.0, 0.0, 0.5)]
+)
+def test_the_schedules_by_name_are_those_of_chapter_1(schedule, rest):
+    ours = named_alpha_bar(schedule, *rest)
+    assert torch.equal(ours, ddpm_pixel.make_alpha_bar(schedule, *rest))
 
 
 def test_the_network_of_ddpm_is_chapter_1s(tmp_path):

@@ -1,4 +1,4 @@
-"""Every command of README.md, and of the head of every chapter, is one that is accepted."""
+"""Every command of README.md, COURSES.md and the head of every chapter is one that is accepted."""
 
 from runtime.commandline import Script, parse
 
@@ -17,7 +17,8 @@ LAUNCH = r"(?:python|torchrun --nproc-per-node \d+(?: --)?) (\w+)\.py([^`\n]*)"
 
 def documented():
     """(stem of a chapter, its arguments) of each command."""
-    spans = re.findall(r"`([^`\n]+)`", (REPO / "README.md").read_text())
+    pages = [(REPO / name).read_text() for name in ("README.md", "COURSES.md")]
+    spans = re.findall(r"`([^`\n]+)`", "\n".join(pages))
     for path in REPO.glob("*.py"):
         head = ast.get_docstring(ast.parse(path.read_text())).replace("\\\n", " ")
         # What stands behind a command, or a comment, is separated by several blanks.

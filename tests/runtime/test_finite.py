@@ -135,7 +135,7 @@ def test_files_of_an_earlier_call_stay(where, tmp_path):
     images = torch.zeros(3, 4, 4, 2, dtype=torch.uint8)
     (tmp_path / "samples.png").write_text("earlier")
     with pytest.raises(NotFinite):
-        save_drawn(tmp_path, images, None, way, SEEDS, World())
+        save_drawn(tmp_path, images, None, way, SEEDS, World(), PAIRS)
     assert files_in(tmp_path) == {tmp_path / "samples.png": b"earlier"}
     if where == "x":
         with pytest.raises(NotFinite, match="^scoring: seed 12 .* in step 1 of 4: "):

@@ -70,6 +70,10 @@ FOLDED = {"ae": "KL"}  # the checkpoint of an autoencoder
 NEEDY = {
     "ddpm_pixel": {
         "metric_n": (6, {}),
+        "metric_features": ("inception", {}),
+        "metric_resize": ("clean", {"metric_every": 1}),
+        "metric_data": ("glyphs", {}),
+        "metric_split": ("train", {}),
         "price_per_gpu_hour": (2.0, {}),
         "label_dropout": (0.2, {"class_cond": False}),
         "timesteps": (50, {"trained_betas": (0.1,) * 50}),
@@ -127,6 +131,8 @@ NEEDY = {
     },
     "dpm_solver": {"data_root": ("elsewhere", {"interpolate": "CKPT"})},
     "eval_fid": {
+        "against": ("IMAGES", {"a": "IMAGES", "b": "IMAGES"}),
+        "names": (("one",), {"a": "IMAGES", "b": "IMAGES"}),
         "layout": ("adm", {"a": "IMAGES", "b": "IMAGES"}),
         "sample_args": ("--n 4", {"a": "IMAGES", "b": "IMAGES"}),
         "weights": ("w.pt", {"a": "IMAGES", "b": "IMAGES", "features": "classifier"}),

@@ -283,7 +283,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(bad, tmp_pat
                 run.backward(losses * (bad if step == 5 else 1), level)
             run.descend()
     state = saved(tmp_path)
-    assert state["step"] == 5 and [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
+    *logged, last = rows(tmp_path)
+    assert state["step"] == 5 and [row["step"] for row in logged] == [1, 2, 3, 4, 5]
+    assert last["step"] == 6 and said in last["stopped"] and last.keys() == {"step", "stopped"}
     for part in ("model", "ema"):
         assert all(value.isfinite().all() for value in state[part].values())
 

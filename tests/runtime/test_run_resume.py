@@ -57,7 +57,7 @@ def other_value(field, value):
         return "none"
     if field.name == "accumulate":
         return 2
-    if field.name == "tensorboard":
+    if field.name in ("tensorboard", "wandb"):
         return False  # needs a package
     if isinstance(value, (bool, int, float)):
         return CHANGED[type(value)](value)

@@ -173,7 +173,7 @@ def test_run_directory(script, toy, tiny, tmp_path):
     assert saved(out, "ckpt-previous.pt")["step"] == 6
 
     expected = {"loss.png", "samples-000003.png", "samples-000006.png"}
-    assert expected <= set(pngs(out))
+    assert expected <= set(pngs(out)) and (out / "report.html").is_file()
     if script in DRAWING:
         assert str(out / "samples.png") in done.out
         check_samples(out, (16, 16, 1), 4, 2)

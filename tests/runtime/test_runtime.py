@@ -277,20 +277,3 @@ def test_loss_curve_and_log(tmp_path):
         plot_loss(tmp_path)
     picture = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).reshape(-1, 3)
     assert len(np.unique(picture, axis=0)) > 50  # axes, two lines, letters
-
-
-def test_tensorboard(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorboard", None)
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(BadInput, match="pip install tensorboard"):
-        RunFolder(tmp_path, "toy", {}, World(), tensorboard=True)
-    monkeypatch.undo()
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = RunFolder(tmp_path, "toy", {}, World(), tensorboard=True)
-    for step in (1, 2):
-        folder.log(step, loss=0.5 * step)
-    folder.board.flush()
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 1.0)]

@@ -1,0 +1,55 @@
+"""Names of what a study leaves: of two settings, neither replaces the files of the other."""
+
+import hashlib
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+SHORT = {"compare_steps": "steps", "compare_guidance": "w", "along": "steps"}
+LONGEST = 100  # letters of the settings in a name
+
+
+def changed(cfg, names):
+    """{name: value} of those of cfg's settings `names` that are not the default, in their order.
+
+    A checkpoint counts by its file's name, unless that is ckpt.pt, and data by the last part.
+    """
+    default, found = type(cfg)(), {}
+    for name in (field.name for field in fields(cfg) if field.name in names):
+        value = getattr(cfg, name)
+        if name == "checkpoint":
+            path = Path(value)
+            found |= {"of": path.stem} if path.is_file() and path.name != "ckpt.pt" else {}
+        elif value != getattr(default, name):
+            found[SHORT.get(name, name)] = Path(value).name if name == "data" else value
+    return found
+
+
+def suffix_of(settings):
+    """ "_n=100_eta=0.5" of {name: value}, for the names of files; of many a digest."""
+    plain = {name: re.sub(r"[^\w.,+-]", "-", str(value)) for name, value in settings.items()}
+    text = "".join(f"_{name.replace('_', '-')}={value}" for name, value in plain.items())
+    return text if len(text) <= LONGEST else f"-{digest_of(text)}"
+
+
+def digest_of(what):
+    """Eight letters that stand for what JSON can say."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def name_for(folder, kind, suffix, facts):
+    """(suffix, whether it is known): so that KIND + suffix + .json in `folder` is nobody else's.
+
+    That is `suffix`; where a file of that name has other "facts" (of other weights, say), a digest
+    is added. Known are files with just these, whatever else theirs say.
+    """
+    wanted = json.loads(json.dumps(facts))
+    for text in (suffix, f"{suffix}-{digest_of(facts)}"):
+        path = folder / f"{kind}{text}.json"
+        if not path.exists():
+            return text, False
+        found = json.loads(path.read_text()).get("facts", {})
+        if all(key in found and found[key] == value for key, value in wanted.items()):
+            return text, True
+    return text, False
