@@ -388,11 +388,11 @@ def judge_of(cfg, trained, shape, names, world):
     are of a classifier of clean images that guides nobody.
     """
     name, root, size = trained.data, trained.data_root, trained.size
-    extractor, _ = classifier_of(name, root, size=size, device=world.device)
+    steps = 20 if cfg.smoke else 1500  # of its training
+    extractor, _ = classifier_of(name, root, size=size, steps=steps, device=world.device)
     drawn = [names[i] for i in cli.parse_classes(cfg.classes, names)]
-    known, classes = set(names) <= set(extractor.class_names), trained.classes
-    if known and len(drawn) < len(extractor.class_names):
-        classes = drawn
+    known = set(names) <= set(extractor.class_names)
+    classes = drawn if known and len(drawn) < len(extractor.class_names) else trained.classes
     ds, _ = datasets.held_out(name, root, shape, (), size=size, classes=classes)
     see = partial(look, extractor=extractor, world=world)
     reference = see(Images(f"{name}:test", ds.images, key=ds.key), keep=root, reference=True)

@@ -42,6 +42,7 @@ from runtime.files import read_log
 from runtime.finite import watched
 from runtime.pictures import save_grid, to_uint8
 from runtime.processes import launch
+from runtime.result_folders import suffix_of
 from runtime.typed_flags import check_idle
 
 import hashlib
@@ -211,6 +212,7 @@ def evaluator_of(cfg, trained, shape, names, device):
         class_names=names,
         device=device,
         classes=[names[i] for i in drawn] or trained.classes,
+        steps=20 if cfg.smoke else 1500,
     )
 
 
@@ -330,7 +332,7 @@ def compare(cfg, world):
     walks = [subsequence(T, k, trained.spacing) for k in wanted]
     told["last_noise"] = [*filter(None, (last_noise(study.alpha_bar, pairs) for pairs in walks))]
     decide = [*Config.DECIDE, "compare_steps", "compare_guidance", "sample_steps"]
-    suffix = study_names.suffix_of(study_names.changed(cfg, decide))
+    suffix = suffix_of(study_names.changed(cfg, decide))
     suffix, known = study_names.name_for(study.folder, "compare", suffix, decides)
     picture = partial(cell, study.store)
     where = study.folder, suffix, decides | told
@@ -431,7 +433,7 @@ def along(cfg, world):
         return
     decides, told = study.facts(along=wanted, sampler=cfg.sampler, variance=variance)
     decides |= {"guidance": cfg.guidance, "eta": cfg.eta}
-    suffix = study_names.suffix_of(study_names.changed(cfg, [*Config.DECIDE, "along"]))
+    suffix = suffix_of(study_names.changed(cfg, [*Config.DECIDE, "along"]))
     suffix, _ = study_names.name_for(study.folder, "along", suffix, decides)
     strips = [untiled(cell(study.store, row), 2, study.shape) for row in rows]
     names = samplers_report.write_along(study.folder, suffix, decides | told, rows, strips)

@@ -485,7 +485,8 @@ def check(cfg):
 
 def main():
     cfg = cli.parse(Config, __doc__, preset="configs/{data}_edm.yaml")
-    small = {"model_channels": 16, "channel_mult": (1, 2), "n": 8, "sample_steps": 4}
+    small = {"model_channels": 16, "channel_mult": (1, 2), "num_res_blocks": 1}
+    small |= {"n": 8, "sample_steps": 4}
     cfg = cli.smoke(cfg, **small, metric_every=0, out="runs/smoke-edm")
     check(cfg)
     if cfg.sample:

@@ -32,6 +32,7 @@ from runtime.files import atomic_write  # noqa: E402
 from runtime.films import marks_of, one_each, save_beside  # noqa: E402
 from runtime.pictures import tile, to_uint8  # noqa: E402
 from runtime.processes import World, exact  # noqa: E402
+from runtime.result_folders import suffix_of  # noqa: E402
 
 from dataclasses import replace  # noqa: E402
 
@@ -41,7 +42,7 @@ import torch  # noqa: E402
 import ddpm_pixel  # noqa: E402
 import ldm_cfg  # noqa: E402
 from evaluation import checkpoint_samples  # noqa: E402
-from evaluation.study_names import name_for, suffix_of  # noqa: E402
+from evaluation.study_names import name_for  # noqa: E402
 from kernels import gaussian  # noqa: E402
 from networks.autoencoders import latent_shape  # noqa: E402
 

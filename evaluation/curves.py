@@ -149,9 +149,10 @@ def end(rows, figure, best):
 def differing(runs, over):
     """Names of the settings that all runs have, and not all alike: `over` and at most MOST more."""
     first, *more = [run.settings for run in runs.values()]
-    names = [n for n in first if n not in ABOUT and n != over and all(n in s for s in more)]
+    apart = ABOUT if over == "steps" else {*ABOUT, over}
+    names = [n for n in first if n not in apart and all(n in s for s in more)]
     names = [n for n in names if any(s[n] != first[n] for s in more)][:MOST]
-    return [over, *names] if over in first else names
+    return names if over == "steps" else [over, *names]
 
 
 # ------------------------------------------------------------------------------------ the results

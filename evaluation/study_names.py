@@ -1,13 +1,12 @@
 """Names of what a study leaves: of two settings, neither replaces the files of the other."""
 
-import hashlib
+from runtime.result_folders import digest_of
+
 import json
-import re
 from dataclasses import fields
 from pathlib import Path
 
 SHORT = {"compare_steps": "steps", "compare_guidance": "w", "along": "steps"}
-LONGEST = 100  # letters of the settings in a name
 
 
 def changed(cfg, names):
@@ -24,18 +23,6 @@ def changed(cfg, names):
         elif value != getattr(default, name):
             found[SHORT.get(name, name)] = Path(value).name if name == "data" else value
     return found
-
-
-def suffix_of(settings):
-    """ "_n=100_eta=0.5" of {name: value}, for the names of files; of many a digest."""
-    plain = {name: re.sub(r"[^\w.,+-]", "-", str(value)) for name, value in settings.items()}
-    text = "".join(f"_{name.replace('_', '-')}={value}" for name, value in plain.items())
-    return text if len(text) <= LONGEST else f"-{digest_of(text)}"
-
-
-def digest_of(what):
-    """Eight letters that stand for what JSON can say."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def name_for(folder, kind, suffix, facts):

@@ -67,13 +67,19 @@ def draw_lines(axes, lines, *, logx=False, logy=False, xticks=None, thin=(), ord
             label=name,
             color=f"C{i % 10}",
             marker="o" if len(xs) == 1 else "." if len(xs) < 40 else "",
-            linestyle="" if isinstance(xs[0], str) else style,
+            linestyle="" if len(xs) and isinstance(xs[0], str) else style,
             linewidth=0.8 if name in thin else 1.7,
         )
     if logx:
         axes.set_xscale("log")
     if logy:
         axes.set_yscale("log")
+    whole = all(isinstance(x, int) for xs, _ in lines.values() for x in xs)
+    if whole and xticks is None and not logx:  # there is no step 1.5
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    ys = [float(y) for _, some in lines.values() for y in some]
+    if ys and not logy and max(ys) - min(ys) < 1e-6 * abs(ys[0]):  # else rounding is enlarged
+        axes.set_ylim(sorted((0.9 * ys[0], 1.1 * ys[0])))
     for axis, log in ((axes.xaxis, logx), (axes.yaxis, logy)):
         low, high = axis.get_view_interval()
         if axis is axes.xaxis and xticks is not None:
@@ -198,7 +204,10 @@ def draw_cells(path, cells, panels=None, xlabel="guidance w", titles=None):
             axes.set(xlabel=xlabel)
         if len(lines) > 1:  # one for all panels, below them
             names = figure.axes[-1].get_legend_handles_labels()
-            where = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.04)}
+            below = (
+                figure.subplotpars.bottom - 0.6 / figure.get_figheight()
+            )  # the axis has 0.6 inches
+            where = {"loc": "upper center", "bbox_to_anchor": (0.5, below)}
             figure.legend(*names, ncols=len(lines), fontsize=9, **where)
     _save(figure, path, 110)
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 LONGEST = 100  # letters of the settings in a name
-OWN_NAMES = frozenset({"", "study"})  # tasks whose files say themselves what they are of
+OWN_NAMES = frozenset({"", "study", "along"})  # tasks whose files say themselves what they are of
 # They change no result, or by rounding; and the tasks themselves.
 SAME = frozenset(
     {"out", "gpus", "data_root", "batch_size", "classifier_batch", "compile", "use_checkpoint"}

@@ -135,10 +135,12 @@ def scores(a, folder):
     values |= {"sample_args": "--guidance 0.5", "config": yaml(folder, "seed: 3"), "batch_size": 2}
     values |= {"out": "other.npz", "classifier_steps": 7, "more": f"{real}:train"}
     values |= {"against": f"{real}:train", "names": ("first", "second")}
-    values |= {"out": "other"} if a == "table" else {}
+    if a == "table":
+        values |= {"out": "other", "b": f"{pictures(folder, SIDE, 3)}:train"}
     inception = {"features": "inception"}
     beside = {"weights": inception, "resize": inception, "layout": inception}
     beside |= {"smoke": {"n": 8}, "batch_size": {"data_root": "fresh"}}
+    beside |= {"seed": {"n": 8}} if a == "inception" else {}  # it chooses the images
     values |= {"config": yaml(folder, "n: 10")} if a == "inception" else {}
     name = "curve" if a == "run" else ""
     return Case("eval_fid", name, base, beside, VALUES | values, **more)
@@ -247,6 +249,7 @@ LET_PASS = {
     "dit training": {"shard": "one process has nothing to share"},
     "dit published": {"smoke": "a conversion has no steps", "gpus": "and needs no GPU"},
     "improved_ddpm plot_schedule": {"smoke": "curves have no steps"},
+    "eval_fid inception": {"smoke": "with --n there is nothing left to make smaller"},
 }
 
 # Cases like others, and flags that do the same everywhere, which are tried with the slow tests.

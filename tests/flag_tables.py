@@ -111,7 +111,13 @@ VALUES |= {
     "metric_features": "inception",
     "metric_data": "glyphs",
 }
-VALUES |= {"alpha_min": 0.9, "trained_betas": (0.05,) * 50, "timestep_respacing": "0-4,20,49"}
+VALUES |= {
+    "beta_start": 0.003,
+    "beta_end": 0.03,
+    "alpha_min": 0.9,
+    "trained_betas": (0.05,) * 50,
+    "timestep_respacing": "0-4,20,49",
+}
 VALUES |= {"schedule_sampler": "loss-second-moment", "label_dropout": 0.95, "n_eval": 6}
 VALUES |= {"channel_mult": (1,), "attention_resolutions": (4,), "model_channels": 32}
 VALUES |= {"num_heads": 2, "num_head_channels": 8, "norm_groups": 2, "ae_mult": (1, 2)}

@@ -22,7 +22,7 @@ from networks.published.files import (
     read_json,
     read_weights,
 )
-from networks.published.schedule import read_schedule
+from networks.published.schedule import name_of, read_schedule
 from networks.published.unet_names import joined, size_of
 
 # diffusers' names of our parts: of a block, which keeps q, k and v apart,
@@ -267,15 +267,15 @@ def schedule_of(path):
     if not file.is_file():
         return dict(schedule="linear", timesteps=1000, prediction="eps")
     facts, config = read_schedule(file, latents=True), read_json(file)
+    prediction = facts["prediction"]
     for name in ("thresholding", "clip_sample"):
         if config.get(name):
             raise BadInput(
                 f"{file}: {name} true is not supported: latents have no range; expected false"
             )
-    own = facts["schedule"] not in ("linear", "cosine") or facts["beta_start"] or facts["beta_end"]
-    if own or facts["prediction"] not in ("eps", "v"):
+    if (noise := name_of(facts)) not in ("linear", "cosine") or prediction not in ("eps", "v"):
         raise BadInput(
-            f"{file}: schedule {facts['schedule']} and prediction {facts['prediction']}: expected "
+            f"{file}: schedule {noise} and prediction {prediction}: expected "
             "DDPM's linear or IDDPM's cosine schedule, and eps or v"
         )
     return {name: facts[name] for name in ("schedule", "timesteps", "prediction")}

@@ -20,7 +20,7 @@ from runtime.processes import say_once
 from pathlib import Path
 
 from networks.published.files import read_json
-from networks.published.schedule import CLASSES, config_alpha_bar, read_schedule
+from networks.published.schedule import CLASSES, config_alpha_bar, name_of, read_schedule
 
 # What a script draws by, and the commands of schedule.CLASSES that name it.
 DRAWS = {
@@ -203,9 +203,7 @@ def _told(facts, kind, script, walk):
     """What is understood and drawn, in one line: what `walk` says goes before the file's facts."""
     name, T = facts["sampler"] or "DDPMScheduler", facts["timesteps"]
     clip, spacing, drawn_by = _clip_of(facts, script, walk), facts["spacing"], DRAWS.get(script)
-    table = "its own table of betas" if facts["schedule"] == "other" else facts["schedule"]
-    if facts["beta_start"] or facts["beta_end"]:
-        table += f" from beta {facts['beta_start']:g} to {facts['beta_end']:g}"
+    table = "its own table of betas" if facts["schedule"] == "other" else name_of(facts)
     words = [f"{table}, T = {T}, predicts {facts['prediction']}", CLIPS[clip]]
     spacing = walk.get("spacing", spacing)
     respacing = facts["notes"].get("timestep_respacing", "")

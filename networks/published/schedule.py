@@ -245,6 +245,12 @@ def _named(config, alpha_bar):
     return {"schedule": "other", "alpha_min": 0.001, "beta_start": 0.0, "beta_end": 0.0}
 
 
+def name_of(facts):
+    """In words, the schedule that read_schedule found."""
+    ends = facts["beta_start"], facts["beta_end"]
+    return facts["schedule"] + (" from beta {:g} to {:g}".format(*ends) if any(ends) else "")
+
+
 def _is_part(value):
     """Whether it is a number from 0 to 1; NaN is none."""
     return type(value) in (int, float) and 0 <= value <= 1

@@ -36,7 +36,7 @@ from networks.published.samplers import (
     publishing,
     read_scheduler,
 )
-from networks.published.schedule import scheduler_config
+from networks.published.schedule import name_of, scheduler_config
 from networks.published.unet_config import STYLES, of_config
 from networks.published.unet_names import (
     Structure,
@@ -240,7 +240,7 @@ def as_checkpoint(path, script="", given=None, flags=(), walk=None):
     learned = settings["learn_sigma"]
     config, alpha_bar = config_of(path, facts, forward, learned, script, walk)
     if not facts:
-        said = f"{config['schedule']}, T = {len(alpha_bar)}, predicting {config['prediction']}"
+        said = f"{name_of(config)}, T = {len(alpha_bar)}, predicting {config['prediction']}"
         said = said if not config["trained_betas"] else f"--trained-betas, {said}"
         other = _hint(path, ("schedule", "timesteps", "prediction"), flags)
         say_once(f"{path} has no scheduler: taken as {said}; where it has another, {other}")

@@ -225,7 +225,7 @@ def test_a_study_of_a_network_that_knows_none(trained, tmp_path):
     succeed("classifier_guidance", *study(trained, "plain", tmp_path, "--sampler", "ddim"))
     text = (tmp_path / "classifier-guidance.md").read_text()
     assert text.count("| classifier |") == 2 and "classifier-free" not in text
-    assert "told y" not in text and "ddim, 2 steps, N = 6" in text
+    assert "told y" not in text and "ddim, eta 0, 2 steps, N = 6" in text
 
 
 def test_the_cells_of_the_sheet_are_named_by_their_own_strength():

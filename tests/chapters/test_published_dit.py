@@ -237,7 +237,7 @@ def test_a_checkpoint_is_replaced_when_the_new_one_is_whole(tmp_path, small, mon
         ("heads", "no published size .*num_heads 4"),
         ("shift", r"latents shifted by 0\.1, which latent chapters do not do"),
         ("channels", "latents of 3 channels, .* of 4: .*--ae"),
-        ("schedule", "scheduler_config.json: schedule other and prediction eps: expected"),
+        ("schedule", "scheduler_config.json: schedule linear from beta 0.0002 to 0.05"),
         ("prediction", "schedule linear and prediction x0: expected"),
         ("labels", "id2label must hold names by label, got a list"),
         ("alike", "id2label gives 'crane 1' to two labels"),

@@ -157,7 +157,10 @@ def test_samples_are_drawn_again_only_when_something_decides_otherwise(toy, tiny
     assert draw() == (False, False)
     assert draw("--guidance", 2) == (True, True)
     assert draw("--guidance", 2) == (False, False)
-    succeed("ldm_cfg", "--sample", tmp_path / "ckpt.pt", "--classes", "1", "--n", 4, "--gpus", 0)
+    asked = ["--sample", tmp_path / "ckpt.pt", "--classes", "1", "--n", 4, "--gpus", 0]
+    succeed("ldm_cfg", *asked)
+    assert draw("--guidance", 2) == (False, False)  # without --out they lie in a folder beside
+    succeed("ldm_cfg", *asked, "--out", tmp_path)
     assert draw("--guidance", 2) == (True, True)  # others lay in their place
     assert draw("--guidance", 2, "--steps", 4, "--save-every", 1) == (True, True)
     # Samples of weights that another file has held since, however late they were written.

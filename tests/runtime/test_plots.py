@@ -7,6 +7,7 @@ import json
 import math
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
@@ -111,6 +112,15 @@ def test_no_name_covers_a_curve_and_no_text_is_cut(figures, tmp_path):
         assert not a.get_window_extent().overlaps(b.get_window_extent())
 
 
+def test_the_names_below_a_sheet_cover_nothing(figures, tmp_path):
+    cells = {("", f"w = {w}"): np.zeros((4, 4), np.uint8) for w in range(4)}
+    plots.draw_cells(tmp_path / "a.png", cells, {"distance": lines(3), "accuracy": lines(3)})
+    (figure,) = figures
+    legend = figure.legends[0].get_window_extent()
+    for axes in panels(figure):
+        assert not legend.overlaps(axes.get_tightbbox())
+
+
 def labels(axes):
     return [axes.xaxis.label, axes.yaxis.label]
 
@@ -129,6 +139,23 @@ def test_a_name_has_one_colour_and_stands_below_the_panels_that_have_it(figures,
         if a.get_legend()
     ]
     assert names == [["a", "b"], ["b"]]
+
+
+def test_whole_steps_and_equal_values_have_plain_numbers(figures, tmp_path):
+    plots.plot_lines(tmp_path / "a.png", {"score": {"": ([1, 2], [1.0, 1 + 1e-12])}}, xlabel="step")
+    (axes,) = panels(figures[0])
+    assert {*numbers(axes.xaxis)} == {"1", "2"}
+    assert (
+        axes.get_ylim() == pytest.approx((0.9, 1.1)) and not axes.yaxis.get_offset_text().get_text()
+    )
+
+
+@pytest.mark.parametrize("ys", [[0.0, 0.0], [0.0, 2.0]])
+def test_a_log_axis_lives_with_zeros(figures, tmp_path, ys):
+    drawn = {"error": {"": (list(range(1, len(ys) + 1)), ys)}}
+    plots.plot_lines(tmp_path / "a.png", drawn, xlabel="steps", logx=True, logy=("error",))
+    (axes,) = panels(figures[0])
+    assert axes.yaxis.get_scale() == "log"
 
 
 def test_texts_on_the_x_axis_are_not_joined(figures, tmp_path):
