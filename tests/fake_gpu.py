@@ -230,6 +230,7 @@ def fake_gpu(monkeypatch, arch=(9, 0)):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: watch.pin(tensor))
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: watch.bool_of(tensor))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: arch)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU of tests")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)

@@ -322,7 +322,7 @@ def test_a_checkpoint_is_reported_on_by_the_data_that_it_knows(cfg, tmp_path):
     before = json.loads((tmp_path / "reconstructions.json").read_text())
     words = ["--sample", tmp_path / "ckpt.pt", "--gpus", 0]
     assert "over 10 held-out images" in succeed("autoencoder", *words, "--n", 10).out
-    told = json.loads((tmp_path / "reconstructions.json").read_text())
+    told = json.loads((tmp_path / "autoencoder_n=10" / "reconstructions.json").read_text())
     assert told["n"] == 10 and told["autoencoder"] == before["autoencoder"]
     done = succeed("autoencoder", *words, "--ema", 0.998, "--out", tmp_path / "mean")
     assert "over 32 held-out images" in done.out

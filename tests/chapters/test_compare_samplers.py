@@ -42,8 +42,8 @@ class Evaluator:
     real, root, extractor = Images("nothing:test", REAL), "", staticmethod(pixels)
     made = []
 
-    def __init__(self, name, root, *, shape, class_names, size=0, classes="", device="cpu"):
-        assert tuple(shape) == SHAPE and class_names in (["a", "b", "c"], [])
+    def __init__(self, name, root, *, shape, class_names, size, classes, device, steps):
+        assert tuple(shape) == SHAPE and class_names in (["a", "b", "c"], []) and steps == 1500
         self.made.append((name, root, size, classes, str(device)))
 
     def __call__(self, images, labels=None, world=None, also=None):

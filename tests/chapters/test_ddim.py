@@ -381,8 +381,9 @@ def test_labels_cannot_be_asked_of_a_network_without(tmp_path):
     for asked, told in (({"classes": "a"}, "no class"), ({"guidance": 1.0}, "knows no labels")):
         with pytest.raises(BadInput, match=told):
             ddim.sample_checkpoint(ddim.Config(sample=path, n=2, gpus=0, **asked), World())
-    ddim.sample_checkpoint(ddim.Config(sample=path, gpus=0, n=2, sample_steps=2), World())
-    assert np.load(tmp_path / "run" / "samples.npz").files == ["arr_0"]
+    out = str(tmp_path / "drawn")
+    ddim.sample_checkpoint(ddim.Config(sample=path, gpus=0, n=2, sample_steps=2, out=out), World())
+    assert np.load(tmp_path / "drawn" / "samples.npz").files == ["arr_0"]
 
 
 def test_networks_of_improved_ddpm_are_sampled_whatever_their_variance(tmp_path):
@@ -400,7 +401,7 @@ def test_networks_of_improved_ddpm_are_sampled_whatever_their_variance(tmp_path)
         "class_names": ["a", "b", "c"],
     }
     torch.save(state, tmp_path / "ckpt.pt")
-    asked = {"n": 4, "sample_steps": 5, "guidance": 0.5, "gpus": 0}
+    asked = {"n": 4, "sample_steps": 5, "guidance": 0.5, "gpus": 0, "out": str(tmp_path)}
     ddim.sample_checkpoint(ddim.Config(sample=str(tmp_path / "ckpt.pt"), **asked), World())
 
     class Half(torch.nn.Module):

@@ -116,7 +116,7 @@ def test_a_published_network_of_classes_is_sampled_but_not_guided(tmp_path):
         attention_head_dim=None,
         **DDPM_FORM,
     ).save_pretrained(tmp_path)
-    given = ["--sample", tmp_path, "--seeds", "0-1", "--sample-steps", 2]
+    given = ["--sample", tmp_path, "--seeds", "0-1", "--sample-steps", 2, "--out", tmp_path]
     for script in ("ddpm_pixel", "ddim"):
         done = run(script, *given, "--guidance", 1)
         assert done.code == 2 and "leave out --guidance" in done.err
@@ -128,7 +128,8 @@ def test_a_published_network_of_classes_is_sampled_but_not_guided(tmp_path):
 def test_scores_on_the_way_are_logged_and_drawn(toy, tmp_path, monkeypatch):
     class Evaluator(eval_fid.Evaluator):
         def __init__(self, *args, **options):
-            self.calls = 0
+            known = {"network": "a test", "reference": "toy:test", "n_reference": 9}
+            vars(self).update(known, calls=0, told={6}, world=World())
 
         def __call__(self, images, labels, world):
             assert images.shape == (6, 16, 16, 1) and labels.tolist() == [0, 1, 0, 1, 0, 1]
@@ -141,6 +142,8 @@ def test_scores_on_the_way_are_logged_and_drawn(toy, tmp_path, monkeypatch):
     ch1.train(replace(cfg, out=str(tmp_path)), World())
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["step"], r["frechet"]) for r in rows if "frechet" in r] == [(2, 10.0), (4, 5.0)]
+    about = [(r["metric_n"], r["metric_features"], r["metric_reference"]) for r in rows[1::3]]
+    assert (6, "a test", "toy:test") in about
     for at in ("ckpt.pt", "ckpt-previous.pt"):  # what was saved had been scored: a kill loses none
         step = saved(tmp_path, at)["step"]
         assert step == 4 or [r["step"] for r in rows if "frechet" in r and r["step"] <= step]

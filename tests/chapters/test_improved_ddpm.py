@@ -403,7 +403,7 @@ def test_a_published_network_of_classes_is_sampled_but_not_guided(tmp_path):
         norm_num_groups=8,
         num_class_embeds=3,
     ).save_pretrained(tmp_path)
-    flags = ["--sample", tmp_path, "--seeds", "0-1", "--sample-steps", 2]
+    flags = ["--sample", tmp_path, "--seeds", "0-1", "--sample-steps", 2, "--out", tmp_path]
     done = run("improved_ddpm", *flags, "--guidance", 1)
     assert done.code == 2 and "leave out --guidance" in done.err
     done = succeed("improved_ddpm", *flags, "--classes", "2")

@@ -77,6 +77,7 @@ def test_a_published_file_is_sampled_by_command():
         size = (folder / "run" / "ckpt.pt").stat().st_size
         assert size < 1.02 * (folder / "DiT-S-8.pt").stat().st_size + 2e6  # no weight twice
         sample = ["--n", 3, "--classes", "7,2", "--guidance", 2, "--sample-steps", 4, "--gpus", 0]
+        sample += ["--out", folder / "run"]
         succeed("dit", "--sample", folder / "run" / "ckpt.pt", *sample)
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # DDPM section 4
         net = dit.load_published(folder / "DiT-S-8.pt")
@@ -145,7 +146,7 @@ def test_a_folder_of_diffusers_is_sampled_as_diffusers_computes(tmp_path, small,
     vae.save_pretrained(tmp_path / "DiT" / "vae")
     convert(tmp_path / "DiT", out=str(tmp_path / "run"))
     argv = ["--sample", tmp_path / "run" / "ckpt.pt", "--seeds", "5-8", "--classes", "tench,3"]
-    argv += ["--guidance", 1, "--sample-steps", 3, "--gpus", 0]
+    argv += ["--guidance", 1, "--sample-steps", 3, "--gpus", 0, "--out", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", ["dit.py", *map(str, argv)])
     dit.main()
     seeds, y = torch.arange(5, 9), torch.tensor([3, 0, 3, 0])

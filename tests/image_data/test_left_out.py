@@ -116,7 +116,7 @@ def test_such_a_folder_itself_is_refused_with_what_to_type(tmp_path, marks, said
     write_results(tmp_path / "own", marks)
     with pytest.raises(BadInput, match=f"own is no data set, but {said}"):
         datasets.load(tmp_path / "own", tmp_path / "d")
-    failed = start("eval_fid", tmp_path / "own", tmp_path / "own", "--size", 16)
+    failed = start("eval_fid", tmp_path / "a.npz", tmp_path / "own", "--size", 16)
     assert failed.code == 2 and "own is no data set, but" in failed.err
 
 
@@ -145,10 +145,14 @@ def test_out_among_the_images_is_refused(tmp_path):
     about = {"data": str(tmp_path / "set"), "data_root": tmp_path / "d", "size": 0, "classes": ""}
     for out in ("set", "set/cat"):
         with pytest.raises(BadInput, match=f"--out .*{out} holds images of --data .*; name a new"):
-            datasets.of(SimpleNamespace(**about, dry_run=False, out=str(tmp_path / out)))
+            datasets.of(
+                SimpleNamespace(**about, dry_run=False, smoke=False, out=str(tmp_path / out))
+            )
     write_results(tmp_path / "set" / "run", A_RUN)
     for out in ("set/run", "set/new", "other", ""):
-        found = datasets.of(SimpleNamespace(**about, dry_run=False, out=out and tmp_path / out))
+        found = datasets.of(
+            SimpleNamespace(**about, dry_run=False, smoke=False, out=out and tmp_path / out)
+        )
         assert len(found) == 8
 
 

@@ -134,7 +134,7 @@ def test_commands_that_train_and_their_plans_tell_it(tmp_path, capsys, dry_run):
     names = {"data": str(tmp_path / "set"), "data_root": tmp_path / "d", "size": 0, "classes": ""}
     names["out"] = ""
     for _ in range(2):  # first in one process, then in each
-        assert len(datasets.of(SimpleNamespace(**names, dry_run=dry_run))) == 3
+        assert len(datasets.of(SimpleNamespace(**names, dry_run=dry_run, smoke=False))) == 3
     line = "set: 3 images of 3 classes (bus 1, car 1, train 1); "
     assert capsys.readouterr().out.count(line) == 1
 
@@ -143,7 +143,7 @@ def test_a_plan_without_data_is_for_sets_that_are_not_to_be_had(tmp_path, monkey
     """Anything else that is wrong with a known set is an error in a dry run, too."""
     monkeypatch.setenv("DIFFUSION_MIRROR", "http://127.0.0.1:9")
     plan = SimpleNamespace(
-        data="mnist", data_root=tmp_path, size=0, classes="", dry_run=True, out=""
+        data="mnist", data_root=tmp_path, size=0, classes="", dry_run=True, smoke=False, out=""
     )
     assert datasets.of(plan).images.shape == (60_000, 28, 28, 1)
     assert "note: the plan is of gray images in place of mnist's" in capsys.readouterr().out

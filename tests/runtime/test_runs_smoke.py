@@ -177,7 +177,7 @@ def test_run_directory(script, toy, tiny, tmp_path):
     if script in DRAWING:
         assert str(out / "samples.png") in done.out
         check_samples(out, (16, 16, 1), 4, 2)
-    assert Image.open(out / "loss.png").size == (700, 400)
+    assert np.asarray(Image.open(out / "loss.png").convert("L")).std() > 5
     assert not [p for p in out.rglob("*") if p.name.startswith(".") or p.suffix == ".link"]
 
 
