@@ -233,7 +233,8 @@ def guides(name, folder):
 
 
 def plots_schedules(folder):
-    base = {"plot_schedule": True, "gpus": 0, "out": "out"}
+    base = {"plot_schedule": True, "gpus": 0, "out": "out", "data": pictures(folder)}
+    base |= {"data_root": str(folder / "prepared")}
     typed = VALUES | {"data": pictures(folder, SIDE, 3), "config": yaml(folder, "timesteps: 30")}
     typed |= dict.fromkeys(("sample", "nll", "resume"), checkpoint(folder, "improved_ddpm")[0])
     return Case("improved_ddpm", "plot_schedule", base, {}, typed)
