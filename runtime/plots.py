@@ -77,7 +77,7 @@ def draw_lines(axes, lines, *, logx=False, logy=False, xticks=None, thin=(), ord
     whole = all(isinstance(x, int) for xs, _ in lines.values() for x in xs)
     if whole and xticks is None and not logx:  # there is no step 1.5
         axes.xaxis.get_major_locator().set_params(integer=True)
-    ys = [float(y) for _, some in lines.values() for y in some]
+    ys = [float(y) for _, some in lines.values() for y in some if y is not None]  # None: a gap
     if ys and not logy and max(ys) - min(ys) < 1e-6 * abs(ys[0]):  # else rounding is enlarged
         axes.set_ylim(sorted((0.9 * ys[0], 1.1 * ys[0])))
     for axis, log in ((axes.xaxis, logx), (axes.yaxis, logy)):
