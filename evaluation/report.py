@@ -64,19 +64,20 @@ def show(found):
 
 def draw_curve(folder, rows):
     """curve.png and curve.json in `folder`: rows of figures, each with the "step" it is of."""
-    panels = {}
+    panels, steps = {}, [row["step"] for row in rows]
     for title, lines in CURVES.items():
         known = {label: key for label, key in lines.items() if rows[-1].get(key) is not None}
         if known:
-            steps = [row["step"] for row in rows]
             whole = title
             if title == "inception score":
                 whole += f", by {whose(rows[-1].get('network'))} logits"
             panels[whole] = {
                 label: (steps, [row[key] for row in rows]) for label, key in known.items()
             }
-    title = f"{folder}, N = {rows[-1]['n_generated']}"
-    plot_lines(folder / "curve.png", panels, xlabel="step", title=title)
+    title = f"{folder}, N = {rows[-1]['n_generated']}, against {rows[-1]['b']}"
+    title += f"\n{whose(rows[-1].get('network'))} features"
+    ticks = steps if len(steps) <= 12 else None
+    plot_lines(folder / "curve.png", panels, xlabel="step", title=title, xticks=ticks)
     with atomic_write(folder / "curve.json") as temporary:
         temporary.write_text(json.dumps(rows) + "\n")
 
