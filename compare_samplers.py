@@ -240,7 +240,9 @@ class Study:
             "spacing": trained.spacing,
             "clip_denoised": trained.clip_denoised,
             "protocol": self.evaluator.protocol,
+            "features": getattr(self.evaluator.extractor, "feature_hash", None),
             "reference": self.evaluator.reference,
+            "reference_key": self.evaluator.real.key,
             "n_reference": self.evaluator.n_reference,
             "device": f"{world.size} x {device_name(world.device)}",
             "dtype": str(world.dtype),
@@ -273,9 +275,10 @@ class Study:
         n = min(len(self.seeds), self.cfg.batch_size)
         self.draw("ddim", "", 1, self.cfg.guidance, n, "warm-up")
 
-    def score(self, images, also=None):
-        """The figures of eval_fid.py, {name: number or None}, of images uint8 (N,H,W,C)."""
-        labels = None if self.labels is None else self.labels.numpy()
+    def score(self, images, w, also=None):
+        """The figures of eval_fid.py, {name: number or None}, of images uint8 (N,H,W,C) drawn with
+        guidance w: at -1 no class was asked for."""
+        labels = None if self.labels is None or w == -1 else self.labels.numpy()
         return self.evaluator(np.ascontiguousarray(images), labels, self.world, also)
 
     def precision_and_recall(self, feats):
@@ -301,7 +304,7 @@ class Study:
         start, desc = time.perf_counter(), f"{sampler_name(made_by)}, {steps} steps, w = {w:g}"
         images = self.draw(sampler, variance, steps, w, len(self.seeds), desc).numpy()
         seconds = time.perf_counter() - start
-        figures = self.score(images, self.precision_and_recall) | self.costs(
+        figures = self.score(images, w, self.precision_and_recall) | self.costs(
             sampler, steps, w, seconds
         )
         return self.store.add(made_by, figures, images[:SHOWN], write=self.world.is_main)
@@ -421,8 +424,8 @@ def along(cfg, world):
         with world.autocast():
             seen = world.in_parts(images, len(study.seeds), cfg.batch_size, steps, desc).numpy()
         figures = study.costs(cfg.sampler, steps, w, time.perf_counter() - start)
-        figures["x_t"] = [study.score(seen[:, 0, k]) for k in range(len(places))]
-        figures["x0_hat"] = [study.score(seen[:, 1, k]) for k in range(len(places) - 1)]
+        figures["x_t"] = [study.score(seen[:, 0, k], w) for k in range(len(places))]
+        figures["x0_hat"] = [study.score(seen[:, 1, k], w) for k in range(len(places) - 1)]
         figures["x0_hat"].append(figures["x_t"][-1])
         shown = seen[0].reshape(-1, *seen.shape[3:])  # of one seed: x_t, and below it x0_hat
         return study.store.add(made_by, figures, shown, len(places), write=world.is_main)

@@ -32,9 +32,9 @@ into the other:
     python ddim.py --interpolate runs/pixel-mnist/ckpt.pt --seeds 3,9        from one to the other
     python ddim.py --interpolate runs/pixel-mnist/ckpt.pt --seeds 0,1 --data mnist    test images
 
-All leave their files beside the checkpoint, or in --out. One CPU core draws 100 digits of the
-network of configs/mnist_pixel.yaml in 50 steps in 20 seconds. Solvers of second order for the same
-ODE: dpm_solver.py. All of them side by side: compare_samplers.py.
+All leave their files in a folder beside the checkpoint, named by what was typed, or in --out. One
+CPU core draws 100 digits of the network of configs/mnist_pixel.yaml in 50 steps in 20 seconds.
+Solvers of second order for the same ODE: dpm_solver.py. All side by side: compare_samplers.py.
 """
 
 from runtime import checkpoints
@@ -282,7 +282,7 @@ def sample_checkpoint(cfg, world):
     draw_samples(cfg, world, trajectory, seeds, labels, pairs, calls, f"eta {cfg.eta:g}", names)
 
 
-def draw_samples(cfg, world, trajectory, seeds, labels, pairs, calls, name, class_names):
+def draw_samples(cfg, world, trajectory, seeds, labels, pairs, calls, name, names):
     """Write what trajectory(seeds, labels) ends in, by these steps, and print what it cost."""
     start = time.perf_counter()
     images = world.draw(trajectory, seeds, labels, cfg.batch_size, pairs)
@@ -291,9 +291,9 @@ def draw_samples(cfg, world, trajectory, seeds, labels, pairs, calls, name, clas
         return
     folder = cli.folder_of(cfg, cfg.sample)
     if cfg.gif:
-        save_drawn(folder, images, labels, trajectory, seeds, world, pairs, class_names)
+        save_drawn(folder, images, labels, trajectory, seeds, world, pairs, names, w=cfg.guidance)
     else:
-        save_samples(folder, images, labels, 10)
+        save_samples(folder, images, labels if cfg.guidance != -1 else None, 10)
         print(f"samples: {folder / 'samples.png'}")
     print(f"{len(seeds)} images, {name}, {len(pairs)} steps, guidance w = {cfg.guidance:g}")
     print(f"{calls} network evaluations and {seconds:.3f} s per image")

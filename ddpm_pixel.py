@@ -16,7 +16,8 @@ and with it the chain is walked backwards, from noise to an image (Algorithm 2).
     python ddpm_pixel.py --sample runs/pixel-mnist/ckpt.pt --n 100 --classes 3,7      one minute
     torchrun --nproc-per-node 8 ddpm_pixel.py --config configs/cifar10_ddpm.yaml      8 GPUs
 
-Beyond the paper: other schedules, targets and losses; labels and guidance (arXiv:2207.12598).
+Beyond the paper: other schedules, targets and losses; labels and guidance (arXiv:2207.12598). From
+noised test images Algorithm 2 is walked by ddim.py --sample CKPT --reverse-from data --eta 1.
 """
 
 from runtime import checkpoints
@@ -134,8 +135,7 @@ def timestep_embedding(t, channels):
 
     Vaswani et al. 2017, section 3.5, in float32 and the published order of operations.
     """
-    half = channels // 2
-    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    i = torch.arange(half := channels // 2, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(10000) * i / max(half - 1, 1))
     angles = t[:, None].float() * frequencies  # (B,channels/2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)  # (B,channels)
@@ -450,7 +450,7 @@ def save_images(net, cfg, world, shape, seeds, labels, folder, names=()):
     images = draw(net, cfg, world, shape, seeds, labels)
     pairs = timestep_pairs(cfg.timesteps, cfg.sample_steps, cfg.spacing)
     walk = partial(trajectory, net, cfg, shape)
-    save_drawn(folder, images, labels, walk, seeds, world, pairs, names)
+    save_drawn(folder, images, labels, walk, seeds, world, pairs, names, w=cfg.guidance)
 
 
 # ----------------------------------------------------------------------------------- commands

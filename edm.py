@@ -375,7 +375,7 @@ def save_images(net, column, cfg, world, shape, seeds, labels, folder, names=())
     """samples.png and .npz; reverse.gif and .png: x and D of an image of each class."""
     images = draw(net, column, cfg, world, shape, seeds, labels)
     walk, sigmas = partial(trajectory, net, column, cfg, shape), steps_of(cfg, column)
-    save_drawn(folder, images, labels, walk, seeds, world, sigmas, names, sigmas[0])
+    save_drawn(folder, images, labels, walk, seeds, world, sigmas, names, sigmas[0], cfg.guidance)
 
 
 def save_churn(net, column, cfg, world, shape, seeds, labels, folder):

@@ -99,7 +99,9 @@ class Config(cli.Command):
     sample_args: str = ""  # flags for sampling a checkpoint: --sample-args="--sampler ddim"
     batch_size: int = 256  # images at a time when features are computed
     layout: Literal["pytorch-fid", "adm"] = "pytorch-fid"  # of the file that `stats` writes
-    out: str = ""  # the .npz that `stats` writes; the folder of a table
+    out: str = ""
+    """the .npz that `stats` writes; the folder of a table, or of a checkpoint's samples, which else
+    lie beside it"""
     json: str = ""  # also write the JSON object into this file
 
 
@@ -337,7 +339,10 @@ class Evaluator:
         options = {"shape": ds.shape, "class_names": ds.class_names, "device": world.device}
         options |= {"size": cfg.size, "classes": cfg.classes, "split": cfg.metric_split}
         extractor = of_training(cfg, ds, world, steps)
-        return cls(cfg.data, cfg.data_root, extractor=extractor, world=world, **options)
+        found = cls(cfg.data, cfg.data_root, extractor=extractor, world=world, **options)
+        if getattr(cfg, "guidance", 0) == -1:
+            found.labelled = False  # such samples were asked for no class
+        return found
 
     def score(self, draw, n, num_labels):
         """The figures of n images: draw(seeds (n,), labels (n,) or None, a word for the bar).
@@ -395,7 +400,8 @@ def frechet(a, b, asked):
     found = {"frechet": frechet_distance(*statistics_of(a), *reference, method=asked.method)}
     if a.feats is not None and len(a.feats) < max(ENOUGH, 2 * a.feats.shape[1] + 1):
         few = f"{a.name} has N = {len(a.feats)}, of {a.feats.shape[1]} features"
-        warn(f"no interval of the Fréchet distance: {few}; it wants more than twice as many images")
+        few += "; it wants more than twice as many images"
+        warn(f"no interval of the Fréchet distance: {few}", f"interval, {len(a.feats)}", asked.told)
     elif a.feats is not None:
         sure = frechet_interval(a.feats, distance_from(*reference), seed=asked.seed)
         found |= {
@@ -409,7 +415,7 @@ def frechet(a, b, asked):
 def sure_and_varied(a, b, asked):
     """The inception score, its spread over the parts, and their number."""
     mean, std, parts = mixed_score(a.logits, asked.seed)
-    warn_of_few(a.name, len(a.logits))
+    warn_of_few(a.name, len(a.logits), told=asked.told)
     return {"inception_score": mean, "inception_score_std": std, "inception_score_parts": parts}
 
 

@@ -409,7 +409,7 @@ def train(cfg, world):
 def save_images(net, cfg, world, shape, seeds, labels, folder, names=()):
     """samples.png and .npz; reverse.gif and .png: x_t and x0_hat of an image of each class."""
     images, walk = draw(net, cfg, world, shape, seeds, labels), partial(trajectory, net, cfg, shape)
-    save_drawn(folder, images, labels, walk, seeds, world, pairs_of(cfg), names)
+    save_drawn(folder, images, labels, walk, seeds, world, pairs_of(cfg), names, w=cfg.guidance)
 
 
 # -------------------------------------------------------------------------------------- commands

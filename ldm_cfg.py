@@ -440,7 +440,7 @@ def sample_checkpoint(cfg, world, n=None, load=load_net, make_rows=rows_of):
     images = draw(walk, ae, state["scale"], trained, world, seeds, labels)
     if world.is_main:
         folder = cli.folder_of(cfg, cfg.sample)
-        save_samples(folder, images, labels if chosen else None, 10)
+        save_samples(folder, images, labels if chosen and trained.guidance != -1 else None, 10)
         note_samples(folder, made_of)
         print(f"samples: {folder / 'samples.png'}, guidance w = {trained.guidance:g}")
 

@@ -41,6 +41,7 @@ from runtime.plan import Method, memory_lines, peak_bytes
 from runtime.plots import draw_shaded
 from runtime.precision import dtype_of
 from runtime.processes import exact, launch, process_count, say_once
+from runtime.result_folders import decided, suffix_of
 
 import math
 from dataclasses import dataclass, replace
@@ -438,7 +439,8 @@ def main():
             weights, vocabulary = map(str, write_tiny(cfg.out))
             cfg = replace(cfg, weights=weights, vocabulary=cfg.vocabulary or vocabulary)
     check(cfg)
-    cfg, size = replace(cfg, out=cfg.out or "runs/stable-diffusion"), (cfg.size * 2)[:2]
+    out = cfg.out or f"runs/stable-diffusion{suffix_of(decided(cfg))}"
+    cfg, size = replace(cfg, out=out), (cfg.size * 2)[:2]
     prompts = prompts_of(cfg)
     seeds = seeds_of(cfg, prompts)
     picture, mask = read_known(cfg, size)

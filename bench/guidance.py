@@ -4,13 +4,13 @@
 
 A checkpoint of any chapter with --guidance draws n samples at each w, of the same seeds, and
 eval_fid.py compares them with the held-out images of its data set: class accuracy should rise with
-w, the Fréchet distance fall first and rise again when all samples of a class become alike. Written
-into --out (default: beside the checkpoint): guidance.png, one grid for each w and the curves under
-them, guidance.json, and of ldm_cfg.py's and dit.py's checkpoints guidance-film.gif and .png: a
-sample of each class on its way, decoded, all w side by side. (Of networks of pixels
-compare_samplers.py makes such a film, and its own guidance.png: here it is guidance-scores.png.)
-Settings other than the default ones are in the names. Samples and figures that are there already
-are taken as they are.
+w, the Fréchet distance fall first and rise again when all samples of a class become alike. At -1
+nobody asks for a class, and there is no accuracy. Written into --out (default: beside the
+checkpoint), as the samples are: guidance.png, one grid for each w and the curves under them,
+guidance.json, and of ldm_cfg.py's and dit.py's checkpoints guidance-film.gif and .png: a sample of
+each class on its way, decoded, all w side by side. (Of networks of pixels compare_samplers.py makes
+such a film, and its own guidance.png: here it is guidance-scores.png.) Settings other than the
+default ones are in the names. Samples and figures that are there already are taken as they are.
 """
 
 import argparse
@@ -75,12 +75,14 @@ def score(args, w):
         "--features",
         "classifier",  # it reads the classes that guidance is about
         f"--sample-args={how}",
-        *args.eval_args.split(),
+        *(["--out", args.out] if args.out else []),
+        *shlex.split(args.eval_args),
     ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise BadInput(f"eval_fid.py failed at w = {w:g}; see above")
-    samples = checkpoint_samples.sampled(args.checkpoint, script, args.n, args.gpus, how)
+    where = args.checkpoint, script, args.n, args.gpus, how, args.out
+    samples = checkpoint_samples.sampled(*where)
     with np.load(samples) as held:
         return json.loads(done.stdout.splitlines()[-1]) | {"w": w}, held["arr_0"][:SHOWN]
 
@@ -182,6 +184,10 @@ def main():
         values = [float(w) for w in split_list(args.w)]
     except ValueError:
         raise BadInput(f"--w={args.w}: expected numbers such as -1,0,1,3") from None
+    if not values or len(set(values)) < len(values):
+        raise BadInput(f"--w={args.w}: expected different numbers such as -1,0,1,3")
+    if args.n < 2:
+        raise BadInput(f"--n {args.n}: at least 2 samples, a covariance is compared")
     script, _ = checkpoint_samples.checkpoint_settings(args.checkpoint)
     rows, grids = zip(*(score(args, w) for w in values), strict=True)
     folder = Path(args.out or Path(args.checkpoint).parent)

@@ -33,7 +33,8 @@ def generated(cfg, name):
     if not is_checkpoint(name):
         return image_sets.read(name, cfg, cfg.n)
     script, _ = checkpoint_samples.checkpoint_settings(name)
-    found = checkpoint_samples.sampled(name, script, cfg.n or 1000, cfg.gpus, cfg.sample_args)
+    how = cfg.n or 1000, cfg.gpus, cfg.sample_args, "" if cfg.a == "table" else cfg.out
+    found = checkpoint_samples.sampled(name, script, *how)
     names = checkpoint_samples.class_names(name)
     return replace(image_sets.read_file(str(found)), name=name, class_names=names)
 
@@ -77,10 +78,11 @@ def labels_text(side, names, most=10):
     return ", ".join(found[:most]) + ", ..." * (len(found) > most)
 
 
-def pairs_path(name):
-    """Where the closest pairs of A are drawn: beside its file, else here."""
+def pairs_path(name, out=""):
+    """Where the closest pairs of A are drawn: in `out`, beside its file, or else here."""
     path = Path(name)
-    return str(path.with_name(f"{path.stem}-nearest.png")) if path.is_file() else "nearest.png"
+    near = path.with_name(f"{path.stem}-nearest.png") if path.is_file() else Path("nearest.png")
+    return str(Path(out, near.name) if out else near)
 
 
 class Reference:
@@ -92,7 +94,7 @@ class Reference:
     """
 
     def __init__(self, cfg, world, b, sides, scored):
-        self.cfg, self.world, self.scored = cfg, world, scored
+        self.cfg, self.world, self.scored, self.told = cfg, world, scored, set()
         self.metrics = split_list(cfg.metrics)
         self.extractor, self.class_names, self.known, sides = choose(cfg, [*sides, b], world)
         self.channels, b = channels_of(self.extractor, sides), sides[-1]
@@ -121,8 +123,8 @@ class Reference:
             raise BadInput(f"a covariance needs at least 2 images, {name} has 1")
         if not self.world.is_main:
             return None
-        warn_of(side)
-        warn_of(seen)
+        warn_of(side, "A", self.told)
+        warn_of(seen, "B", self.told)
         figures = self.scored(
             side,
             seen,
@@ -132,7 +134,8 @@ class Reference:
             device="cuda" if cfg.gpus else "cpu",
             class_names=self.class_names,
             train=self.train,
-            figure=figure or pairs_path(name),
+            figure=figure or pairs_path(name, cfg.out),
+            told=self.told,
         )
         with_protocol = (s.known for s in (side, seen) if s.known and s.known.protocol)
         origin = extractor or next(with_protocol, side.known)

@@ -115,22 +115,22 @@ def of_run(folder):
     return dict(sorted(kept.items()))
 
 
-def sampled(checkpoint, script, n, gpus, arguments=""):
+def sampled(checkpoint, script, n, gpus, arguments="", out=""):
     """The file of n images that `script` draws from its checkpoint, made unless it is there.
 
     samples.npz, or where the script is that of an autoencoder reconstructions.npz. arguments: more
-    flags of the script, as one string. Several processes may ask; one draws, on `gpus` GPUs. Raises
-    BadInput where it fails.
+    flags of the script, as one string. Its folder lies in `out`, or beside the checkpoint. Several
+    processes may ask; one draws, on `gpus` GPUs. Raises BadInput where it fails.
     """
     checkpoint = Path(checkpoint)
-    stat = checkpoint.stat()
-    made_of = json.dumps([stat.st_size, stat.st_mtime_ns, n, arguments])
+    stat, place = checkpoint.stat(), [str(checkpoint.resolve())] if out else []
+    made_of = json.dumps([stat.st_size, stat.st_mtime_ns, n, arguments, *place])
     try:
         arguments = shlex.split(arguments)
     except ValueError as error:
         raise BadInput(f"--sample-args {arguments}: {error}") from None
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:8]
-    folder = checkpoint.with_name(f"eval-{checkpoint.stem}-{digest}")
+    folder = Path(out or checkpoint.parent, f"eval-{checkpoint.stem}-{digest}")
     files = [folder / f"{kind}.npz" for kind in ("samples", "reconstructions")]
     command = [
         sys.executable,
@@ -145,7 +145,7 @@ def sampled(checkpoint, script, n, gpus, arguments=""):
         "--gpus",
         str(gpus),
     ]
-    with locked(checkpoint.with_name(f".{folder.name}.lock")):
+    with locked(folder.with_name(f".{folder.name}.lock")):
         if not any(map(Path.exists, files)):
             failed = run_alone(command, stdout=sys.stderr)
             if failed or not any(map(Path.exists, files)):

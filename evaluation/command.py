@@ -2,6 +2,7 @@
 
 from runtime import commandline as cli
 from runtime.commandline import BadInput
+from runtime.files import check_folder
 
 from dataclasses import replace
 from pathlib import Path
@@ -56,11 +57,16 @@ def check(cfg):
     cli.check_positive(cfg, "batch_size", "classifier_steps")
     cli.check_processes(cfg.gpus, 0)
     cli.check_not_negative(cfg, "seed")
-    if cfg.n < 0:
-        raise BadInput(f"--n must be 0 (all images) or a number of images, got {cfg.n}")
+    if cfg.n < 0 or cfg.n == 1:
+        wanted = "0 (all images) or a number of images from 2, a covariance is compared"
+        raise BadInput(f"--n must be {wanted}; got {cfg.n}")
     stats, tabled = cfg.a == "stats", cfg.a == "table"
-    if cfg.out[-4:] != ".npz" * stats and not tabled:
-        raise BadInput("only `stats` takes --out, and needs it: eval_fid.py stats B --out F.npz")
+    if stats and cfg.out[-4:] != ".npz":
+        raise BadInput("`stats` needs the name of a file: eval_fid.py stats B --out F.npz")
+    if cfg.out and not (stats or tabled or is_checkpoint(cfg.a) and not cfg.curve):
+        raise BadInput("--out means nothing without `stats`, `table`, or a checkpoint as A")
+    if cfg.out and not stats:
+        check_folder(cfg.out)
     if cfg.more and not tabled:
         raise BadInput(f"{cfg.more[0]} is one too many: eval_fid.py table A1 A2 --against B")
     by_inception = cfg.features == "inception"

@@ -9,9 +9,11 @@ It draws what lies in the runs: the loss and the scores in log.jsonl, those of
 """
 
 from runtime.commandline import BadInput, entry, parse, split_list
-from runtime.files import atomic_write, read_log
-from runtime.plots import METRICS, against, plot_lines, settings_of, whose
+from runtime.files import atomic_write
+from runtime.plots import METRICS, against, plot_lines, whose
 from runtime.result_folders import digest_of
+from runtime.scores import curve_of, read
+from runtime.seen import read_run
 from runtime.typed_flags import closest
 
 import json
@@ -65,12 +67,12 @@ class Found:
         folder = Path(path).parent if Path(path).is_file() else Path(path)
         if not (folder / "log.jsonl").is_file():
             raise BadInput(f"{path} is no run: it has no log.jsonl; name the folder of a training")
-        rows = read_log(folder / "log.jsonl")
-        last = max((row["step"] for row in rows), default=0)
-        rows += [*_scores(folder, last), *_bits(folder, last)]
+        seen = read_run(folder)
+        last = max((row["step"] for row in seen.rows), default=0)
+        rows = [*seen.rows, *_scores(folder, last), *_bits(folder, last)]
         if not any(_number(row.get(figure)) for figure in FIGURES for row in rows):
             raise BadInput(f"{path} has nothing to draw: no loss and no score was logged yet")
-        return cls(folder, settings_of(folder), sorted(rows, key=lambda row: row["step"]))
+        return cls(folder, seen.settings, sorted(rows, key=lambda row: row["step"]))
 
 
 def _number(value):
@@ -78,42 +80,38 @@ def _number(value):
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _read(path):
-    """What a JSON file says; None for one that is missing or torn."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def _scores(folder, last):
-    """Rows of eval_fid.py's files in a run's folder: of --curve, and one of the last step each."""
-    for path in sorted(folder.glob("*.json")):
-        found = _read(path)
-        rows = found if path.name == "curve.json" else [found]
-        for row in rows:
-            if isinstance(row, dict) and {"frechet", "n_generated", "features"} <= row.keys():
-                yield {
-                    **{name: row.get(name) for name in METRICS},
-                    "step": row.get("step", last),
-                    "metric_n": row["n_generated"],
-                    "metric_features": row.get("network") or row["features"].split(":")[0],
-                    "metric_reference": row.get("b"),
-                    "n_reference": row.get("n_reference"),
-                }
+    """Rows of eval_fid.py's files in a run's folder: of --curve, and one of every other file."""
+    found = map(read, (path for path in sorted(folder.glob("*.json")) if path.name != "curve.json"))
+    for row in (*curve_of(folder), *found):
+        if isinstance(row, dict) and {"frechet", "n_generated", "features"} <= row.keys():
+            yield {
+                **{name: row.get(name) for name in METRICS},
+                "step": row.get("step", _step_of(str(row.get("a")), last)),
+                "metric_n": row["n_generated"],
+                "metric_features": row.get("network") or str(row["features"]).split(":")[0],
+                "metric_reference": row.get("b"),
+                "n_reference": row.get("n_reference"),
+            }
 
 
 def _bits(folder, last):
     """Rows of bits per dimension: of ckpt-STEP.pt, which the folder names, or of the last step."""
     for path in [folder / "nll.json", *sorted(folder.glob("*nll*/nll.json"))]:
-        if found := _read(path):
-            of = re.search(r"ckpt-(\d+)", path.parent.name) if path.parent != folder else None
+        found = read(path)
+        if isinstance(found, dict) and {"bits_per_dim", "images", "terms"} <= found.keys():
             yield {
-                "step": int(of[1]) if of else last,
+                "step": last if path.parent == folder else _step_of(path.parent.name, last),
                 "bits_per_dim": found["bits_per_dim"],
                 "images": found["images"],
                 "terms": len(found["terms"]),
             }
+
+
+def _step_of(name, last):
+    """That of a checkpoint which the name tells, ckpt-STEP; else the last."""
+    of = re.search(r"ckpt-(\d+)", name)
+    return int(of[1]) if of else last
 
 
 # ----------------------------------------------------------------------------- what is comparable
@@ -203,11 +201,15 @@ def in_order(points):
     return [(str(x), y) for x, y in points]
 
 
-def how(row):
-    """In words, how the score or the bits per dimension of a row were computed."""
-    if "terms" in row:
+def how(figure, row):
+    """In words, how a figure of a row was computed; nothing for a loss.
+
+    Runs of before there was an inception score have logged no more than the scores.
+    """
+    if figure == "bits_per_dim":
         return f"{row['images']} images, {row['terms']} terms"
-    return ", ".join(filter(None, [row.get("metric_features"), against([row])]))
+    told = ", ".join(filter(None, [row.get("metric_features"), against([row])]))
+    return (told or "N and reference were not logged") * (figure in METRICS)
 
 
 def facts_of(runs, found, over, best):
@@ -232,12 +234,13 @@ def table(facts, found, best):
     some = list(next(iter(facts.values()))["settings"])
     lines = [["run", *some, *(FIGURES[figure] for figure in found), "how"]]
     for name, run in facts.items():
-        known = [run[figure] for figure in found if figure in run]
+        known = [how(figure, run[figure]) for figure in found if figure in run]
         cells = [name, *map(str, run["settings"].values())]
         for figure in found:
             one = run.get(figure)
             cells.append(f"{one['value']:.4g} at {one['step']:,}" if one else "-")
-        lines.append([*cells, "; ".join(dict.fromkeys(filter(None, map(how, known))))])
+        cells.append("; ".join(dict.fromkeys(filter(None, known))) or "-")
+        lines.append([cell.replace("|", "\\|") for cell in cells])
     lines.insert(1, ["---"] * len(lines[0]))
     told = f"{'The best' if best else 'The last'} of each run, and at which step."
     return [told, "", *("| " + " | ".join(line) + " |" for line in lines)]

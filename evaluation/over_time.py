@@ -4,6 +4,7 @@ from runtime.films import save_strip
 from runtime.finite import WEIGHTS, NotFinite
 from runtime.pictures import to_uint8
 from runtime.plots import plot_lines
+from runtime.result_folders import suffix_of
 
 import math
 from pathlib import Path
@@ -127,9 +128,13 @@ def save_schedules(cfg, make_alpha_bar, q_sample):
     are in the names of the files. make_alpha_bar and q_sample are ddpm_pixel's.
     """
     ds, tables = datasets.of(cfg), schedules(cfg, make_alpha_bar)
-    folder, chain = Path(cfg.out or "runs"), _words(cfg, "timesteps alpha_min beta_start beta_end")
-    curves = folder / f"schedules{chain}.png"
-    pictures = folder / f"schedules-noised{chain}{_words(cfg, 'data size classes')}.png"
+    folder, chain = (
+        Path(cfg.out or "runs"),
+        _changed(cfg, "timesteps alpha_min beta_start beta_end"),
+    )
+    curves = folder / f"schedules{suffix_of(chain)}.png"
+    image = suffix_of(chain | _changed(cfg, "data size classes"))
+    pictures = folder / f"schedules-noised{image}.png"
     xlabel = f"t / T, T = {cfg.timesteps}"
     plot_lines(curves, panels_of(tables), xlabel=xlabel, logy=("beta",), xticks=QUARTERS)
     x0, note = ds.batch(np.arange(1))[0], f"the first image of {ds.name}; columns: t / T"
@@ -137,9 +142,7 @@ def save_schedules(cfg, make_alpha_bar, q_sample):
     print(f"schedules: {curves}; an image under each: {pictures}")
 
 
-def _words(cfg, names):
-    """For the name of a file: "-timesteps-50", of those settings that are not the defaults."""
+def _changed(cfg, names):
+    """{name: value} of those settings that are not the defaults."""
     found = {name: getattr(cfg, name) for name in names.split()}
-    found = {name: v for name, v in found.items() if v != getattr(type(cfg), name)}
-    told = [f"-{name}-{Path(v).stem if name == 'data' else v}" for name, v in found.items()]
-    return "".join(told).replace("_", "-").replace("/", "-")
+    return {name: value for name, value in found.items() if value != getattr(type(cfg), name)}

@@ -156,15 +156,19 @@ def told(key, value):
 
 
 def curves(lines, x):
-    """Panels of plot_lines: each figure that all rows have over column x, from {name: rows}."""
-    return {
-        title: {
-            name: ([row[x] for row in rows], [row[key] for row in rows])
-            for name, rows in lines.items()
-        }
-        for title, key in FIGURES.items()
-        if all(row.get(key) is not None for rows in lines.values() for row in rows)
-    }
+    """Panels of plot_lines from {name: rows}: each figure over column x, of the rows that have it.
+
+    A figure that no row of a line has, has no panel.
+    """
+    panels = {}
+    for title, key in FIGURES.items():
+        known = {n: [row for row in rows if row.get(key) is not None] for n, rows in lines.items()}
+        if all(known.values()):
+            panels[title] = {
+                name: ([row[x] for row in rows], [row[key] for row in rows])
+                for name, rows in known.items()
+            }
+    return panels
 
 
 # ------------------------------------------------------------------------------------ along a walk

@@ -148,5 +148,6 @@ def known_figures(result, images, features):
     if not result.is_file() or result.stat().st_mtime_ns < images.stat().st_mtime_ns:
         return None
     found = json.loads(result.read_text())
-    by = "classifier" if found.get("class_accuracy") is not None else "inception"
+    unknown = "Inception" if found.get("class_accuracy") is None else ""
+    by = "inception" if found.get("network", unknown) == "Inception" else "classifier"
     return found if by == features else None

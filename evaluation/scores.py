@@ -33,6 +33,7 @@ class Asked:
     class_names: tuple[str, ...] = ()
     train: Images | None = None
     figure: str = ""  # of the closest pairs
+    told: set | None = None  # reasons of warnings that were given: see words.warn
 
 
 def kid(a, b, asked):
@@ -107,5 +108,5 @@ def scores(a, b, asked, figures):
         except BadInput as error:
             if name == "frechet":
                 raise
-            warn(f"{name} is left out: {error}")
+            warn(text := f"{name} is left out: {error}", text, asked.told)
     return found

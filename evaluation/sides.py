@@ -144,15 +144,20 @@ def check_same_features(a, b, extractor=None):
         raise BadInput(f"{a.name} and {b.name} {why} the same --features and their settings")
 
 
-def warn_of(side):
-    """A line on stderr for what makes the figures of this side misleading."""
+def warn_of(side, letter="", told=None):
+    """A line on stderr for what makes the figures of this side misleading.
+
+    letter: A or B, of which `told` keeps what was said of so many images.
+    """
     if side.feats is not None and only_zero_and_one(side.source.images):
         warn(f"{side.name}: no pixel is above 1 of 255, so that all is black; save images * 255")
     least = 2048 if side.n and side.n < 2048 else 10_000
     if side.n and side.n < least:
         why = "the Fréchet distance is biased upward with few samples"
-        warn(f"{side.name} has N = {side.n:,} images, fewer than {least:,}: {why}")
+        few = f"{side.name} has N = {side.n:,} images, fewer than {least:,}"
+        warn(f"{few}: {why}", f"{letter}, {side.n}", told)
     if side.n and side.n <= side.dim:
-        warn(f"{side.name}: N = {side.n} does not exceed the {side.dim} features")
+        few = f"{side.name}: N = {side.n} does not exceed the {side.dim} features"
+        warn(few, f"{letter}, {side.n}, dim", told)
     if side.known and side.known.protocol is None and (side.feats is None or side.known.n is None):
         warn(f"{side.name} does not say which features its statistics were made with")

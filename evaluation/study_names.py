@@ -1,6 +1,7 @@
 """Names of what a study leaves: of two settings, neither replaces the files of the other."""
 
 from runtime.result_folders import digest_of
+from runtime.scores import read
 
 import json
 from dataclasses import fields
@@ -36,7 +37,8 @@ def name_for(folder, kind, suffix, facts):
         path = folder / f"{kind}{text}.json"
         if not path.exists():
             return text, False
-        found = json.loads(path.read_text()).get("facts", {})
+        found = read(path)
+        found = found.get("facts", {}) if isinstance(found, dict) else {}
         if all(key in found and found[key] == value for key, value in wanted.items()):
             return text, True
     return text, False

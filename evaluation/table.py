@@ -209,6 +209,7 @@ def columns_of(rows):
 
         return text
 
+    parted = any(row.get("inception_score_std") is not None for row in rows)
     columns = {
         "N": ("n_generated", "{n_generated:,}".format_map),
         distance_name(rows[0]): ("frechet", "{frechet:.3f}".format_map),
@@ -217,7 +218,10 @@ def columns_of(rows):
             lambda row: "{:.3f} to {:.3f}".format(*row["frechet_interval"]),
         ),
         "per class": ("class_frechet", "{class_frechet:.3f}".format_map),
-        "IS ± std": ("inception_score", spread("inception_score", ".3f", "inception_score_std")),
+        "IS" + " ± std" * parted: (
+            "inception_score",
+            spread("inception_score", ".3f", "inception_score_std"),
+        ),
         "KID ± error": ("kid", spread("kid", ".5f", "kid_error")),
         "precision": ("precision", "{precision:.3f}".format_map),
         "recall": ("recall", "{recall:.3f}".format_map),
@@ -261,7 +265,8 @@ def write(cfg, path, study, rows):
     if told[-1].startswith("N differs"):
         warn(told[-1])
     with atomic_write(path.with_suffix(".md")) as temporary:
-        text = [f"# {len(rows)} rows against {cfg.b}", "", f"    {command}", ""]
+        count = f"{len(rows)} row{'s' * (len(rows) > 1)}"
+        text = [f"# {count} against {cfg.b}", "", f"    {command}", ""]
         temporary.write_text("\n".join([*text, *lines, "", *told]) + "\n")
     found = {"study": key(study), "command": command, "against": cfg.b}
     found |= {setting: getattr(cfg, setting) for setting in DECIDE} | {"rows": rows}

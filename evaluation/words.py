@@ -3,18 +3,25 @@
 import sys
 
 
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
+def warn(text, why="", told=None):
+    """A line on stderr. told: a set of reasons that were given before; `why` is given once."""
+    if told is None or why not in told:
+        print(f"warning: {text}", file=sys.stderr)
+    if told is not None:
+        told.add(why)
 
 
-def warn_of_few(name, n, dim=0):
-    """What makes figures of n images misleading, whose number `name` says; dim: of the features."""
+def warn_of_few(name, n, dim=0, told=None):
+    """What makes figures of n images misleading, whose number `name` says; dim: of the features.
+
+    told: as warn() has it.
+    """
     if n < 5000:
         why = "the inception score is biased downward below 5,000 images"
         why += " and the Fréchet distance upward below 10,000" * bool(dim)
-        warn(f"{name}: {why}; compare figures of the same N alone")
+        warn(f"{name}: {why}; compare figures of the same N alone", f"scores of {n}", told)
     if n <= dim:
-        warn(f"{name}: N = {n} does not exceed the {dim} features")
+        warn(f"{name}: N = {n} does not exceed the {dim} features", f"dim {n}", told)
 
 
 def shape_text(images):

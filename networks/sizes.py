@@ -87,6 +87,8 @@ def check_alpha_bar(alpha_bar, config, whose=""):
             raise BadInput("--beta-start and --beta-end do nothing beside --trained-betas")
     if not (alpha_bar.diff() < 0).all() or not 0 <= alpha_bar[-1] <= alpha_bar[0] < 1:
         raise BadInput(f"{whose or flags}: alpha_bar must fall at every step, from below 1")
+    if ends and (left := alpha_bar[-1] ** 0.5) > 0.1:
+        say_once(f"note: x_T holds {left:.2f} times the image, but samples begin with noise alone")
     if config["prediction"] == "eps" and alpha_bar[-1] < 1e-12:
         told = "leaves no image at T; type --prediction v or x0"
         raise BadInput(f"{whose or flags.split(',')[0]} {told}")

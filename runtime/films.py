@@ -50,7 +50,9 @@ def marks_of(steps):
         steps = [steps[0][0], *(t_prev for _, t_prev in steps)]
     names = [f"t = {v}" if isinstance(v, int) else f"sigma = {v:.3g}" for v in steps]
     where = ["x_0" if v == -1 else name for v, name in zip(steps, names, strict=True)]
-    return [f"{at}, {100 * i // (len(where) - 1)} %" for i, at in enumerate(where)]
+    last = len(where) - 1
+    parts = [min(round(100 * i / last), 99) for i in range(last)]
+    return [f"{at}, {part} %" for at, part in zip(where, [*parts, 100], strict=True)]
 
 
 def way_of(walk, seeds, labels, world, shape, steps, names=(), scale=1.0):
@@ -100,8 +102,9 @@ def shown(n):
 
 
 def _columns(n):
-    """Which of n frames stand in the strip."""
-    return sorted({int(part * (n - 1) + 1e-9) for part in PARTS})
+    """Which of n frames stand in the strip: those nearest to PARTS, and before the end but one."""
+    last = n - 1
+    return sorted({last, *(min(round(part * last), max(last - 1, 0)) for part in PARTS[:-1])})
 
 
 def _evenly(n, most):
@@ -133,7 +136,8 @@ def save_beside(path, films, marks, rows=(), note=""):
 
     The GIF has at most FRAMES frames, each with its mark ("t = 499, 50 %"), and the last stays. A
     film is a column of its K images; one film or two are rows. The PNG has a block for each film,
-    with columns at 0, 25, 50, 75, 99 and 100 % of the way. rows: the names of the K images. marks:
+    with columns of the frames nearest to 0, 25, 50, 75, 99 and 100 % of the way; their captions say
+    what they are, which of few steps is something else. rows: the names of the K images. marks:
     one for each frame, or {title: marks} where those of films differ. A film may also be {number of
     a frame: images} of the frames that shown() names.
     """
@@ -184,8 +188,8 @@ def _save_gif(path, frames, seconds=5.0):
 def _sheet(blocks, rows, note):
     """A picture of blocks [(title, captions, columns of images (K,H,W,C))] with names of rows.
 
-    Two blocks stand side by side, the next two below them. Columns are as wide as the widest word
-    of their captions, rows as high as their names.
+    Two blocks stand side by side; of more so many that the longer side is as short as can be.
+    Columns are as wide as the widest word of their captions, rows as high as their names.
     """
     blocks = [
         (title, heads, [list(map(_enlarged, c)) for c in cells]) for title, heads, cells in blocks
@@ -196,28 +200,36 @@ def _sheet(blocks, rows, note):
     height = max([height, *(_height(lines, TEXT) for lines in names)])
     left = GAP + (max(_width(lines, TEXT) for lines in names) + 2 * GAP if names else 0)
     heads = [[_broken(text, TEXT, width) for text in block[1]] for block in blocks]
-    width = max([width, *(_width(lines, TEXT) for block in heads for lines in block)]) + GAP
+    width = max([width, *(_width(lines, TEXT) + GAP for block in heads for lines in block)]) + GAP
     across = max(len(block) for block in heads) * width  # pixels of a block
     titles = [_broken(block[0], TITLE, max(across, 2 * NAME)) for block in blocks]
     across = max([across, *(_width(lines, TITLE) for lines in titles)])
     high = max(_height(lines, TITLE) for lines in titles)
     head = high + max(_height(lines, TEXT) for block in heads for lines in block)
     down = head + len(blocks[0][2][0]) * (height + GAP) + 2 * GAP
+    most = _abreast(len(blocks), across + 4 * GAP, down)
 
     pieces = []  # (x, y, picture), or (x, y, lines, size of their letters)
     for i, (_, _, columns) in enumerate(blocks):
-        x, y = left + i % 2 * (across + 4 * GAP), GAP + i // 2 * down
+        x, y = left + i % most * (across + 4 * GAP), GAP + i // most * down
         pieces.append((x, y, titles[i], TITLE))
         for j, column in enumerate(columns):
             pieces.append((x + j * width, y + high, heads[i][j], TEXT))
             for k, one in enumerate(column):
                 pieces.append((x + j * width, y + head + k * (height + GAP), one))
-        for k, lines in enumerate([] if i % 2 else names):
+        for k, lines in enumerate([] if i % most else names):
             middle = y + head + k * (height + GAP) + (height - _height(lines, TEXT)) // 2
             pieces.append((GAP, middle, lines, TEXT))
-    lines = _broken(note, TEXT, left + min(len(blocks), 2) * across)
-    pieces.append((GAP, GAP + -(-len(blocks) // 2) * down, lines, TEXT))
+    lines = _broken(note, TEXT, left + min(len(blocks), most) * across)
+    pieces.append((GAP, GAP + -(-len(blocks) // most) * down, lines, TEXT))
     return _drawn(pieces, "L" if all(one.mode == "L" for one in images) else "RGB")
+
+
+def _abreast(n, width, height):
+    """How many of n blocks of this size stand side by side."""
+    if n <= 2:
+        return n
+    return min(range(1, n + 1), key=lambda most: max(most * width, -(-n // most) * height))
 
 
 def _drawn(pieces, mode):
@@ -268,18 +280,27 @@ def _font(text, size):
 def _broken(text, size, width):
     """The text's lines, broken between words to be `width` pixels wide; a word may be wider.
 
-    What belongs together, "t = 499" and "50 %", is one word. A new line stays one.
+    But not twice as wide as NAME: so long a word ends in "...". What belongs together, "t = 499"
+    and "50 %", is one word. A new line stays one.
     """
     lines = []
     for line in text.splitlines():
         words = line.replace(" = ", "\0=\0").replace(" %", "\0%").split()
         begun = len(lines)
-        for word in (word.replace("\0", " ") for word in words):
+        for word in (_cut(word.replace("\0", " "), size, 2 * NAME) for word in words):
             if len(lines) > begun and _width([f"{lines[-1]} {word}"], size) <= width:
                 lines[-1] += f" {word}"
             else:
                 lines.append(word)
     return lines
+
+
+def _cut(word, size, width):
+    """The word, or what of it fits into `width` pixels, and "..."."""
+    if _width([word], size) <= width:
+        return word
+    fitting = (n for n in range(len(word), 0, -1) if _width([f"{word[:n]}..."], size) <= width)
+    return f"{word[: next(fitting, 0)]}..."
 
 
 def _width(lines, size):

@@ -57,20 +57,23 @@ def save_gif(frames, path, columns=None, seconds=4.0):
         )
 
 
-def save_drawn(folder, images, labels, walk, seeds, world, steps, names=(), scale=1.0):
+def save_drawn(folder, images, labels, walk, seeds, world, steps, names=(), scale=1.0, w=0.0):
     """samples.png and .npz of images uint8 (N,H,W,C), which walk(seeds, labels) ended in.
 
     And reverse.gif and .png: x and x0_hat on the way of one image of each class, or of the first
     eight. steps: as films.marks_of() takes them; names: of the classes; scale: times the seeds'
-    noise it is x_T. world: on rank 0 of it they are drawn and named.
+    noise it is x_T; w: guidance. world: on rank 0 of it they are drawn and named.
     """
     from runtime import films
 
     folder = Path(folder)
     if world.is_main:
-        way = films.way_of(walk, seeds, labels, world, images.shape[1:], steps, names, scale)
+        *way, rows, note = films.way_of(
+            walk, seeds, labels, world, images.shape[1:], steps, names, scale
+        )
+        labels, rows = (None, []) if w == -1 else (labels, rows)  # the network saw none
         save_samples(folder, images, labels, 10)  # nothing, if the way is not finite
-        films.save_beside(folder / "reverse", *way)
+        films.save_beside(folder / "reverse", *way, rows, note)
         print(f"samples: {folder / 'samples.png'}, how they came: {folder / 'reverse.gif'}")
 
 

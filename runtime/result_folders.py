@@ -30,21 +30,30 @@ def beside(cfg, path):
     if task in OWN_NAMES:
         return folder
     settings = {} if path.is_dir() or path.name == "ckpt.pt" else {"of": path.stem}
-    names = [field.name for field in dataclasses.fields(cfg)]
-    for name in typed([name for name in names if name not in SAME and name not in cfg.USES]):
-        value = getattr(cfg, name)
-        is_place = isinstance(value, str) and "/" in value
-        settings[name] = Path(value).name if is_place and Path(value).exists() else value
+    settings |= decided(cfg)
     if task == "nll" and not settings:
         return folder  # nll.json is nobody else's
     script = Path(sys.modules[type(cfg).__module__].__file__).stem
     return folder / f"{script}{f'-{task}' * (task != 'sample')}{suffix_of(settings)}"
 
 
+def decided(cfg):
+    """{name: value} of the settings that were typed and change results; of a path its last part."""
+    names = [field.name for field in dataclasses.fields(cfg)]
+    found = {}
+    for name in typed([name for name in names if name not in SAME and name not in cfg.USES]):
+        value = getattr(cfg, name)
+        if isinstance(value, str) and "/" in value and (path := Path(value).resolve()).exists():
+            value = f"{path.name}-{digest_of(str(path))[:4]}"
+        found[name] = value
+    return found
+
+
 def suffix_of(settings):
     """ "_n=100_eta=0.5" of {name: value}, for names of files and folders; of many a digest.
 
-    Of a switch it is "_clip-denoised" or "_no-clip-denoised".
+    Of a switch it is "_clip-denoised" or "_no-clip-denoised". Letters that names of files should
+    not have are replaced, and then a digest tells the values apart.
     """
     parts = []
     for name, value in settings.items():
@@ -52,6 +61,7 @@ def suffix_of(settings):
         if isinstance(value, tuple):
             value = ",".join(map(str, value))
         plain = re.sub(r"[^\w.,+-]", "-", str(value))
+        plain += f"-{digest_of(value)[:4]}" * (plain != str(value))
         switch = name if value is True else f"no-{name}" if value is False else ""
         parts.append(f"_{switch or f'{name}={plain}'}")
     text = "".join(parts)

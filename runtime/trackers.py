@@ -64,8 +64,9 @@ class TensorBoard:
     def __init__(self, folder, settings, step):
         from torch.utils.tensorboard import SummaryWriter
 
-        # What was logged beyond the checkpoint that a run goes on from is logged again.
-        self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        # What was logged beyond the checkpoint that a run goes on from is logged again, and a run
+        # that starts over in a folder has nothing to do with the one before it.
+        self.writer = SummaryWriter(folder, purge_step=step + 1)
 
     def log(self, step, values):
         for name, value in numbers(values).items():

@@ -134,6 +134,7 @@ def scores(a, folder):
     values |= {"data": pictures(folder, SIDE, 3), "json": "figures.json", "weights": "weights.pt"}
     values |= {"sample_args": "--guidance 0.5", "config": yaml(folder, "seed: 3"), "batch_size": 2}
     values |= {"out": "other.npz", "classifier_steps": 7, "more": f"{real}:train"}
+    values |= {"out": "other"} if a == "checkpoint" else {}
     values |= {"against": f"{real}:train", "names": ("first", "second")}
     if a == "table":
         values |= {"out": "other", "b": f"{pictures(folder, SIDE, 3)}:train"}

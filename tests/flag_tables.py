@@ -237,6 +237,7 @@ def plots_schedules(folder):
     base |= {"data_root": str(folder / "prepared")}
     typed = VALUES | {"data": pictures(folder, SIDE, 3), "config": yaml(folder, "timesteps: 30")}
     typed |= dict.fromkeys(("sample", "nll", "resume"), checkpoint(folder, "improved_ddpm")[0])
+    typed["classes"] = "dots,more"  # the first image is drawn, and it is of bars
     return Case("improved_ddpm", "plot_schedule", base, {}, typed)
 
 

@@ -42,7 +42,8 @@ def test_guidance_is_drawn_and_told(script, toy, tiny, tmp_path, monkeypatch, ca
     flags = [*tiny["ldm_cfg"], *toy, "--sample-every", "0", "--steps", "30", "--ae-steps", "3"]
     succeed("ldm_cfg", *flags, "--out", tmp_path)
     arguments = [str(tmp_path / "ckpt.pt"), "--w=0,2", "--n", "8", "--gpus", "0"]
-    arguments += ["--eval-args=--classifier-steps 5"]
+    before = sorted(tmp_path.iterdir())
+    arguments += ["--eval-args=--classifier-steps 5", "--out", str(tmp_path / "study")]
     monkeypatch.setattr("sys.argv", ["guidance.py", *arguments])
     seen, save_beside = [], films.save_beside
     monkeypatch.setattr(films, "save_beside", lambda *a: seen.append(a) or save_beside(*a))
@@ -50,8 +51,9 @@ def test_guidance_is_drawn_and_told(script, toy, tiny, tmp_path, monkeypatch, ca
     out = capsys.readouterr().out
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [row["w"] for row in rows] == [0, 2] and rows[0]["frechet"] != rows[1]["frechet"]
-    (path,) = tmp_path.glob("guidance_*.json")  # with the settings in its name
-    assert path.stem == "guidance_w=0,2_n=8_eval-args=classifier-steps-5"
+    (path,) = (tmp_path / "study").glob("guidance_*.json")  # with the settings in its name
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "study"])
+    assert path.stem.startswith("guidance_w=0,2_n=8_eval-args=classifier-steps-5")
     assert json.loads(path.read_text())["rows"] == rows
     assert path.with_suffix(".png").stat().st_size > 5000
     assert out.count("class accuracy") == 2
@@ -72,7 +74,16 @@ def test_guidance_is_drawn_and_told(script, toy, tiny, tmp_path, monkeypatch, ca
     assert "guidance-film_w=0,2_n=8" in out.splitlines()[-2]
 
 
-def test_values_of_w_that_are_no_numbers_are_refused(script, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["guidance.py", "x.pt", "--w=a,2"])
-    with pytest.raises(BadInput, match="--w=a,2: expected numbers"):
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--w=a,2", "--w=a,2: expected numbers"),
+        ("--w=", "--w=: expected different numbers"),
+        ("--w=1,1.0", "--w=1,1.0: expected different numbers"),
+        ("--n=1", "--n 1: at least 2 samples"),
+    ],
+)
+def test_bad_values_are_refused_before_any_sample(flag, why, script, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["guidance.py", "x.pt", flag])
+    with pytest.raises(BadInput, match=why):
         script("guidance").main()

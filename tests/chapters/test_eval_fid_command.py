@@ -394,7 +394,7 @@ WEIGHTS_NEED = ["--weights", "--features inception"]
         (["samples.npz", "unlabelled.npz"], ["unlabelled.npz", "--data"]),
         (["samples.npz", "digits", "--n", "301"], ["--n 301", "200"]),
         (["samples.npz", "digits", "--n", "-1"], ["--n", "-1"]),
-        (["samples.npz", "digits", "--n", "1"], ["at least 2"]),
+        (["samples.npz", "digits", "--n", "1"], ["--n", "from 2", "got 1"]),
         (["samples.npz", "digits", "--batch-size", "0"], ["--batch-size"]),
         (["samples.npz", "digits", "--gpus", "99"], ["--gpus 99"]),
         (["samples.npz", "digits", "--out", "x.npz"], ["--out", "stats"]),

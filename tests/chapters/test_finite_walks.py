@@ -1,6 +1,7 @@
 """A network that goes bad for one seed at one step: every sampler of every chapter names both."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -154,7 +155,8 @@ def test_the_way_between_two_codes(trained, tmp_path, monkeypatch):
 class NoFigures:
     """In the place of an Evaluator."""
 
-    protocol, reference, n_reference = "", "", 0
+    protocol, reference, n_reference, extractor = "", "", 0, None
+    real = types.SimpleNamespace(key=None)
 
 
 @pytest.mark.parametrize("sampler", compare_samplers.SAMPLERS)

@@ -127,7 +127,7 @@ def test_other_settings_draw_into_other_files(monkeypatch, tmp_path):
 def test_schedules_are_drawn_of_the_data_that_is_named(toy, tmp_path):
     done = succeed("improved_ddpm", "--plot-schedule", *toy, "--timesteps", 50, "--out", tmp_path)
     curves, noised = sorted(tmp_path.glob("*.png"), key=lambda path: len(path.name))
-    assert curves.name == "schedules-timesteps-50.png" and "toy" in noised.name
+    assert curves.name == "schedules_timesteps=50.png" and "toy" in noised.name
     assert str(curves) in done.out and str(noised) in done.out
     with Image.open(curves) as figure, Image.open(noised) as strip:
         assert figure.width > 1500 and strip.width > 11 * 64 and strip.height > 4 * 64
@@ -222,3 +222,22 @@ def test_a_schedule_of_betas_that_stays_is_refused():
         ch1.check(replace(cfg, prediction="v"))
     with pytest.raises(BadInput, match="^--beta-end leaves no image at T; type --prediction v"):
         ch1.check(replace(cfg, beta_start=0.0))
+
+
+def test_a_chain_that_ends_before_noise_is_told_of(capsys, monkeypatch):
+    monkeypatch.setattr("runtime.processes.SAID", set())
+    for T, said in ((1000, ""), (200, "x_T holds 0.36 times the image")):
+        ch1.check(ch1.Config(timesteps=T, gpus=0, beta_start=1e-4, beta_end=0.02))
+        out = capsys.readouterr().out
+        assert said in out and bool(said) == bool(out)
+    ch1.check(ch1.Config(timesteps=200, gpus=0))
+    assert not capsys.readouterr().out
+
+
+def test_schedules_of_two_folders_of_one_name_are_two_files(tmp_path):
+    names = set()
+    for place in "ab":
+        (tmp_path / place / "cats").mkdir(parents=True)
+        cfg = ch2.Config(plot_schedule=True, data=str(tmp_path / place / "cats"))
+        names.add(over_time.suffix_of(over_time._changed(cfg, "data")))
+    assert len(names) == 2

@@ -11,6 +11,7 @@ import torch
 from data_files import write_images
 from launching import refused, succeed
 
+import ddpm_pixel
 import eval_fid
 from eval_fid import Evaluator, frechet_distance, statistics
 from evaluation import choice
@@ -49,6 +50,14 @@ def test_the_score_is_of_the_classifier_s_own_probabilities(toy, home):
     p = logits.softmax(1)
     kl = (p * (p / p.mean(0)).log()).sum(1).mean()
     assert scored(images)["inception_score"] == pytest.approx(kl.exp().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("w", [0, -1])
+def test_samples_that_were_asked_for_no_class_have_no_accuracy(w, toy, home):
+    cfg = ddpm_pixel.Config(data=str(toy[1]), data_root=str(home / "root"), guidance=w)
+    scored = Evaluator.of_run(cfg, datasets.of(cfg), World(), steps=20)
+    right = scored(drawn(8), np.arange(8) % 2)["class_accuracy"]
+    assert right is None if w == -1 else 0 <= right <= 1
 
 
 def test_statistics_of_the_reference_are_kept_and_a_broken_file_is_not_believed(

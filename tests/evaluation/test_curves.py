@@ -187,3 +187,26 @@ def test_what_is_no_run_or_has_nothing_is_refused(runs, tmp_path):
     ):
         assert told in refused(COMMAND, *argv, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_torn_or_of_others_is_passed_over(runs, drawn):
+    one, two, _ = runs
+    with open(one / "log.jsonl", "a") as f:
+        f.write('7\n{"loss": 3}\n{"step": 30, "lo')
+    (one / "curve.json").write_text('[{"step')
+    (one / "nll.json").write_text('["no", "bits"]')
+    kept = result(3.0, 500) | {"a": "runs/two/ckpt-000010.pt"}
+    (two / "later.json").write_text(json.dumps(kept))  # not of the last step
+    panels, _, said = drawn(one, two)
+    assert by_first_word(panels)["loss"]["one"] == ([10, 20], [1 / 10, 1 / 20])
+    assert "bits_per_dim" not in said["runs"]["one"]
+    assert said["runs"]["two"]["frechet"]["steps"] == [10, 10, 20]
+
+
+def test_scores_of_which_nothing_else_was_logged_say_so(tmp_path, drawn):
+    make(tmp_path / "a|b", [{"step": 5, "loss": 1.0, "frechet": 2.0}])
+    make(tmp_path / "c", [{"step": 5, "loss": 1.0}])
+    drawn(tmp_path / "a|b", tmp_path / "c")
+    *_, first, second = (tmp_path / "out" / "curves.md").read_text().split("\n\n!")[0].splitlines()
+    assert first.startswith("| a\\|b |") and first.endswith("| N and reference were not logged |")
+    assert second.endswith("| - | - |")

@@ -69,7 +69,7 @@ def test_a_table_says_what_single_comparisons_say(tabled, home, toy):
     found, out, err = tabled("one.npz", "two.npz", *reference, *names, "--out", "study", draws=True)
     lines = (home / "study" / "table.md").read_text().splitlines()
     shown = [cells(line) for line in lines if line.startswith("|")]
-    titles = ["", "N", "Fréchet distance", "95 % interval", "IS ± std", "precision", "recall"]
+    titles = ["", "N", "Fréchet distance", "95 % interval", "IS", "precision", "recall"]
     assert shown[0] == [*titles, "class accuracy"] and len(shown) == 4
     for row, name, file in zip(shown[2:], names[1:], ("one.npz", "two.npz"), strict=True):
         alone, _, _ = tabled(f"{toy[1]}:test", "--metrics", "is,prdc", word=file)
@@ -113,11 +113,13 @@ def test_finished_rows_are_kept_and_other_tables_stay(tabled, home, toy, monkeyp
     # Another table in the same folder has names of its own; the rows that both have are there.
     kept = {p: p.read_bytes() for p in (home / "kept").glob("table.*")}
     assert len(kept) == 3
-    more, _, _ = tabled(f"{toy[1]}:train", *asked, "--n", "60")
+    more, _, told = tabled(f"{toy[1]}:train", *asked, "--n", "60")
     assert computed[3:] == [f"{toy[1]}:train", "one.npz", "two.npz"]  # --n makes others of all
     assert all(path.read_bytes() == before for path, before in kept.items())
     assert len(list((home / "kept").glob(f"table-{more['study']}.*"))) == 3
     assert [row["n_generated"] for row in more["rows"]] == [60, 60, 60]
+    # Three rows of as many images: why their figures mislead is said of the first.
+    assert told.count("fewer than 2,048") == 2 and "one.npz has N" not in told
     # What a file holds now decides.
     with np.load(home / "two.npz") as held:
         np.savez(home / "two.npz", held["arr_0"][:80])
@@ -154,6 +156,7 @@ def test_a_row_that_fails_late_leaves_those_before_it(tabled, home, toy, capfd):
         (["one.npz", "other.npz"], ["different features"]),
         (["one.npz", "run/none.pt"], ["run/none.pt", "no such file"]),
         (["one.npz", "two.npz", "--n", "100"], ["--n 100", "two.npz"]),
+        (["run", "--n", "1"], ["--n must be 0", "from 2", "got 1"]),
         (["one.npz", "two.npz", "--names", "a"], ["--names", "1 names for 2 rows"]),
         (["one.npz", "two.npz", "--names", "a", "a"], ["--names", "called a"]),
         ([], ["table A1 A2 --against B"]),
@@ -184,6 +187,27 @@ def test_a_run_s_folder_means_its_checkpoint(tabled, home, toy):
     found, out, _ = tabled("--n", "8", "--metrics", "frechet", word="run")
     assert out.startswith("run is the folder of a run: run/ckpt.pt is meant")
     assert found["a"] == "run/ckpt.pt" and found["b"] == f"{toy[1]}:test"
+
+
+def test_an_inception_score_of_one_part_has_no_spread():
+    row = {"name": "a|b", "n_generated": 900, "frechet": 1.0, "inception_score": 2.5}
+    several = row | {"inception_score": 3.0, "inception_score_std": 0.25}
+    assert cells(table.markdown([row])[0])[-1] == "IS"
+    title, _, one, two = (cells(line)[-1] for line in table.markdown([row, several]))
+    assert (title, one, two) == ("IS ± std", "2.500", "3.000 ± 0.250")
+    assert table.markdown([row])[2].startswith("| a\\|b |")
+
+
+def test_samples_lie_in_out_and_without_guidance_have_no_classes(tabled, home, toy):
+    before = {p: p.stat().st_mtime_ns for p in (home / "run").rglob("*")}
+    asked = ["--n", "8", "--metrics", "frechet", "--out", "samples"]
+    found, _, _ = tabled(*asked, word="run/ckpt.pt")
+    assert 0 <= found["class_accuracy"] <= 1
+    found, out, _ = tabled(*asked, "--sample-args=--guidance -1", word="run/ckpt.pt")
+    assert found["class_accuracy"] is None and "class accuracy" not in out
+    assert len(list((home / "samples").glob("eval-ckpt-*/samples.npz"))) == 2
+    assert {p: p.stat().st_mtime_ns for p in (home / "run").rglob("*")} == before
+    assert "--out means nothing" in refused("eval_fid", home / "one.npz", toy[1], "--out", "x")
 
 
 def test_two_processes_make_the_table_of_one(home, toy, tabled):

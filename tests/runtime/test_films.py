@@ -151,6 +151,53 @@ def test_columns_of_a_film_are_its_frames(tmp_path):
     assert sum((sheet == (250, 10, i)).all(2).any() for i in range(101)) == 6
 
 
+@pytest.mark.parametrize(
+    "steps, numbers, percents",
+    [
+        (1, [0, 1], [0, 100]),
+        (7, [0, 2, 4, 5, 6, 7], [0, 29, 57, 71, 86, 100]),
+        (18, [0, 4, 9, 14, 17, 18], [0, 22, 50, 78, 94, 100]),
+        (100, [0, 25, 50, 75, 99, 100], [0, 25, 50, 75, 99, 100]),
+        (1000, [0, 250, 500, 750, 990, 1000], [0, 25, 50, 75, 99, 100]),
+    ],
+)
+def test_columns_of_few_steps_are_the_nearest_and_say_what_they_are(
+    tmp_path, words, steps, numbers, percents
+):
+    marks = films.marks_of([*range(steps, 0, -1), -1])
+    assert sum(mark.endswith(", 100 %") for mark in marks) == 1  # an image almost done is not done
+    frames = [np.zeros((1, 4, 4, 3), np.uint8)] * (steps + 1)
+    films.save_beside(tmp_path / "a", {"": frames}, marks)
+    heads = [line for *_, line in words][: 2 * len(numbers)]
+    at = [f"t = {steps - i}" for i in numbers[:-1]] + ["x_0"]
+    assert heads == [
+        line for pair in zip(at, (f"{p} %" for p in percents), strict=True) for line in pair
+    ]
+
+
+@pytest.mark.parametrize("letter", ["a", "ö"])
+def test_an_endless_name_is_cut(tmp_path, words, letter):
+    films.save_strip(tmp_path / "a.png", {"one": flat(1, 2)[0]}, ["cat", 90 * letter])
+    said = [line for *_, line in words]
+    assert said[-1].rstrip(".").strip(letter) == "" and said[-1].endswith("...")
+    assert 10 < len(said[-1]) < 90 and Image.open(tmp_path / "a.png").width < 320
+
+
+@pytest.mark.parametrize("blocks, most", [(2, 2), (3, 3), (4, 2), (5, 3), (6, 3)])
+def test_many_films_make_no_tower(tmp_path, blocks, most):
+    frames = [np.zeros((10, 28, 28, 1), np.uint8)] * 21
+    films.save_beside(
+        tmp_path / "a",
+        {f"w = {w}": frames for w in range(blocks)},
+        films.marks_of([*range(20, -1, -1)]),
+    )
+    one = {"w = 0": frames}
+    films.save_beside(tmp_path / "b", one, films.marks_of([*range(20, -1, -1)]))
+    with Image.open(tmp_path / "a.png") as many, Image.open(tmp_path / "b.png") as single:
+        assert round(many.width / single.width) == most
+        assert round(many.height / single.height) == -(-blocks // most)
+
+
 def test_a_film_shows_large_images_smaller_and_a_strip_as_they_are(tmp_path):
     frames = [np.full((2, 300, 300, 1), 10 * i, np.uint8) for i in range(3)]
     films.save_beside(tmp_path / "a", {"": frames}, films.marks_of([2, 1, -1]))

@@ -83,3 +83,28 @@ def test_samples_of_a_run_stay_what_its_training_drew(toy, tiny, tmp_path):
         now = files_of(run)
         assert all(now[path] == raw for path, raw in before.items() if path.name != "report.html")
         before = now
+
+
+def test_values_that_names_cannot_hold_are_told_apart(tmp_path, monkeypatch):
+    """Sentences that differ in such letters alone, folders of one name, a checkpoint's own."""
+    sentences = [suffix_of({"prompt": (text,)}) for text in ("a fox", "a-fox", "a/fox")]
+    assert len({*sentences}) == 3 and sentences[1] == "_prompt=a-fox"
+    for parent in "ab":
+        (tmp_path / parent / "photos").mkdir(parents=True)
+    lines = [f"ddim --encode --data {tmp_path / parent / 'photos'}" for parent in "ab"]
+    a, b = (folder_of(line, tmp_path / "ckpt.pt", monkeypatch) for line in lines)
+    assert a != b and a.name.startswith("ddim-encode_data=photos-") and a.parent == tmp_path
+
+
+def test_pictures_of_another_sentence_go_elsewhere(tmp_path, monkeypatch):
+    stable_diffusion = importlib.import_module("stable_diffusion")
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr(stable_diffusion, "launch", lambda draw, cfg: drawn.append(cfg.out))
+    monkeypatch.setattr(stable_diffusion, "check", lambda cfg: None)
+    for prompt in ("a fox", "a dog", "a fox"):
+        given = ["--weights", "none", "--prompt", prompt, "--gpus", "0"]
+        monkeypatch.setattr(sys, "argv", ["stable_diffusion.py", *given])
+        stable_diffusion.main()
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert drawn[0].startswith("runs/stable-diffusion_weights=none_prompt=a-fox-")

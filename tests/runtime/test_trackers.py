@@ -169,6 +169,17 @@ def test_tensorboard_files_hold_it_once(tmp_path):
     assert [(i.step, i.width, i.height) for i in images] == [(4, 14, 14), (8, 14, 14), (10, 6, 6)]
 
 
+def test_a_run_that_starts_over_takes_the_place_of_the_one_before(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    finished(tmp_path, tensorboard=True, lr=0.5)
+    run = finished(tmp_path, tensorboard=True, resume="never")
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    rows = [(row["step"], pytest.approx(row["loss"])) for row in read_log(run.log_path)]
+    assert [(event.step, event.value) for event in events] == rows
+
+
 def records(path):
     """The records of a .wandb file: LevelDB's log, in blocks of 32 KiB behind a header of 7."""
     raw, at, part = path.read_bytes(), 7, b""
