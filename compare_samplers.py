@@ -38,16 +38,13 @@ along-strip.png. Settings other than the default ones are in the names of the fi
 
 from runtime import checkpoints
 from runtime import commandline as cli
-from runtime.files import read_log
+from runtime.files import append_row, read_log
 from runtime.finite import watched
 from runtime.pictures import save_grid, to_uint8
 from runtime.processes import launch
-from runtime.result_folders import suffix_of
+from runtime.result_folders import digest_of, suffix_of
 from runtime.typed_flags import check_idle
 
-import hashlib
-import json
-import os
 import shlex
 import sys
 import time
@@ -166,17 +163,13 @@ class Store:
 
     def add(self, made_by, figures, images, columns=None, write=True):
         """Keep a row, its images uint8 (N,H,W,C) first; returns it. write: False on other ranks."""
-        digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
-        name = f"{made_by['sampler']}-{made_by['steps']}-w{made_by['guidance']:g}-{digest}.png"
+        name = f"{made_by['sampler']}-{made_by['steps']}-w{made_by['guidance']:g}"
+        name += f"-{digest_of(made_by)}.png"
         row = {"made_by": made_by, "figures": figures, "cell": name}
         self.rows.append(row)
         if write:
             save_grid(images, self.cells / name, columns)
-            with open(self.path, "a") as f:
-                # A kill may have torn the line before this one: start on a new line.
-                f.write(("\n" if f.tell() else "") + json.dumps(row))
-                f.flush()
-                os.fsync(f.fileno())
+            append_row(self.path, row)
         return row
 
 

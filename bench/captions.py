@@ -31,8 +31,8 @@ from runtime.files import atomic_write  # noqa: E402
 from runtime.pictures import save_grid, to_uint8  # noqa: E402
 from runtime.processes import launch  # noqa: E402
 from runtime.run import Run  # noqa: E402
+from runtime.scores import wilson  # noqa: E402
 
-import math  # noqa: E402
 import subprocess  # noqa: E402
 from dataclasses import dataclass, fields, replace  # noqa: E402
 
@@ -149,13 +149,6 @@ def train(cfg, world):
         scores(cfg, ds, ae, model)
 
 
-def interval(right, n):
-    """Wilson's interval of a share, at 95 %."""
-    p, z = right / n, 1.96
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
 def row_of(name, w, images, meanings, classifier):
     """A row of the table: how many of the pictures (N,64,64,3) show what meanings (N,3) say."""
     colour, ground, places = pictures.read(images)
@@ -163,7 +156,7 @@ def row_of(name, w, images, meanings, classifier):
     with torch.no_grad():
         shape = classifier(x.to(classifier.head.weight.device)).argmax(1).cpu().numpy()
     right = np.stack([colour, shape, ground], axis=1) == meanings  # (N,3)
-    low, high = interval(right.all(1).sum(), len(right))
+    low, high = wilson(right.all(1).mean(), len(right))
     told = [f"{share:.1%}" for share in [*right.mean(0), right.all(1).mean()]]
     return [name, w, str(len(right)), *told, f"{low:.1%} ... {high:.1%}"]
 

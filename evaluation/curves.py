@@ -9,16 +9,13 @@ It draws what lies in the runs: the loss and the scores in log.jsonl, those of
 """
 
 from runtime.commandline import BadInput, entry, parse, split_list
-from runtime.files import atomic_write
+from runtime.files import save_json, save_text
 from runtime.plots import METRICS, against, plot_lines, whose
 from runtime.result_folders import digest_of
-from runtime.scores import curve_of, read
-from runtime.seen import read_run
+from runtime.scores import curve_of, known, read
+from runtime.seen import names_of, read_run
 from runtime.typed_flags import closest
 
-import json
-import math
-import os
 import re
 import shlex
 import sys
@@ -76,8 +73,8 @@ class Found:
 
 
 def _number(value):
-    """Whether it is a number; NaN and infinity are none."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether it is a finite number."""
+    return known(value) is not None
 
 
 def _scores(folder, last):
@@ -255,9 +252,7 @@ def short_names(runs):
     paths = [path.parent if path.is_file() else path for path in paths]
     if len(set(paths)) < len(paths):
         raise BadInput("the same run twice: name each once")
-    if len({path.name for path in paths}) == len(paths):
-        return [path.name for path in paths]
-    return [str(path.relative_to(os.path.commonpath(paths))) for path in paths]
+    return names_of(paths)
 
 
 def folder_of(cfg, names):
@@ -287,12 +282,10 @@ def main():
     lines = table(facts, found, cfg.best)
     draw(folder / "curves.png", runs, found, cfg.over, cfg.best)
     command = shlex.join(["python", "-m", "evaluation.curves", *sys.argv[1:]])
-    with atomic_write(folder / "curves.md") as temporary:
-        text = "\n".join(["# Curves of runs", "", f"    {command}", "", *lines])
-        temporary.write_text(f"{text}\n\n![curves](curves.png)\n")
-    with atomic_write(folder / "curves.json") as temporary:
-        said = {"command": command, "over": cfg.over, "best": cfg.best, "runs": facts}
-        temporary.write_text(json.dumps(said, indent=1) + "\n")
+    text = ["# Curves of runs", "", f"    {command}", "", *lines, "", "![curves](curves.png)"]
+    save_text(folder / "curves.md", text)
+    said = {"command": command, "over": cfg.over, "best": cfg.best, "runs": facts}
+    save_json(folder / "curves.json", said)
     print(*lines, f"the curves: {folder / 'curves.png'}, with .md and .json", sep="\n")
 
 

@@ -1,9 +1,7 @@
 """What compare_samplers.py found, as tables and figures."""
 
-from runtime.files import atomic_write
+from runtime.files import atomic_write, save_json, save_text
 from runtime.plots import draw_cells, draw_lines
-
-import json
 
 import numpy as np
 
@@ -26,16 +24,6 @@ sample."""
 def unique(names):
     """The different names, in the order of their first appearance."""
     return list(dict.fromkeys(names))
-
-
-def save_json(path, told):
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(told, indent=1) + "\n")
-
-
-def save_text(path, lines):
-    with atomic_write(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
 
 
 # ------------------------------------------------------------------- samplers x steps, and guidance

@@ -14,11 +14,17 @@ Where another table lies in --out, this one's files are named table-DIGEST inste
 """
 
 from runtime.commandline import BadInput
-from runtime.files import atomic_write, check_folder, read_log
+from runtime.files import (
+    append_row,
+    atomic_write,
+    check_folder,
+    read_log,
+    save_json,
+    save_text,
+)
+from runtime.result_folders import digest_of
 
-import hashlib
 import json
-import os
 import shlex
 import sys
 from dataclasses import replace
@@ -85,30 +91,21 @@ class Store:
 
     def __init__(self, path):
         self.path = path
-        self.rows = {key(row["made_by"]): row["figures"] for row in read_log(path)}
+        self.rows = {digest_of(row["made_by"]): row["figures"] for row in read_log(path)}
 
     def __contains__(self, made_by):
-        return key(made_by) in self.rows
+        return digest_of(made_by) in self.rows
 
     def get(self, made_by):
-        return self.rows[key(made_by)]
+        return self.rows[digest_of(made_by)]
 
     def add(self, made_by, figures):
         """figures: None on other processes than the first, which writes them."""
-        self.rows[key(made_by)] = figures
+        self.rows[digest_of(made_by)] = figures
         if figures is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as f:
-            # A kill may have torn the line before this one: start on a new line.
-            f.write(("\n" if f.tell() else "") + json.dumps(dict(made_by=made_by, figures=figures)))
-            f.flush()
-            os.fsync(f.fileno())
-
-
-def key(made_by):
-    """Eight hex digits of a dictionary that becomes JSON."""
-    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
+        append_row(self.path, {"made_by": made_by, "figures": figures})
 
 
 def form_of(name, cfg):
@@ -169,7 +166,7 @@ def compare(cfg, world, scored):
 
 def place(cfg, study, world):
     """The path of the files of this table, without an ending; none of another table lies there."""
-    digest = key(study)
+    digest = digest_of(study)
     folder = Path(cfg.out)
     if not cfg.out:
         words = "-".join([*cfg.names[:2], *["more"] * (len(cfg.names) > 2), "against", cfg.b])
@@ -264,14 +261,12 @@ def write(cfg, path, study, rows):
     told = notes(rows)
     if told[-1].startswith("N differs"):
         warn(told[-1])
-    with atomic_write(path.with_suffix(".md")) as temporary:
-        count = f"{len(rows)} row{'s' * (len(rows) > 1)}"
-        text = [f"# {count} against {cfg.b}", "", f"    {command}", ""]
-        temporary.write_text("\n".join([*text, *lines, "", *told]) + "\n")
-    found = {"study": key(study), "command": command, "against": cfg.b}
+    count = f"{len(rows)} row{'s' * (len(rows) > 1)}"
+    text = [f"# {count} against {cfg.b}", "", f"    {command}", ""]
+    save_text(path.with_suffix(".md"), [*text, *lines, "", *told])
+    found = {"study": digest_of(study), "command": command, "against": cfg.b}
     found |= {setting: getattr(cfg, setting) for setting in DECIDE} | {"rows": rows}
-    with atomic_write(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    save_json(path.with_suffix(".json"), found)
     draw(path.with_suffix(".png"), rows)
     print(*lines, "", *told, sep="\n")
     names = ", ".join(f"{path.name}{end}" for end in (".md", ".json", ".png"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from image_data.arrays import CIFAR_FILES, cifar_source, idx_names, idx_source
 from image_data.kaggle import kaggle_zip
 from image_data.listing import listing
-from image_data.trees import tree_source
+from image_data.trees import tree_contents, tree_source
 
 
 def zip_in(folder):
@@ -63,7 +63,7 @@ def zip_source(path, split):
 
 
 def _images(path, split, found):
-    return kaggle_zip(path, split, found) or tree_source(path, split).contents()
+    return kaggle_zip(path, split, found) or tree_contents(path, found, split)
 
 
 def _arrays(name, path, split, names, members):

@@ -77,7 +77,7 @@ def tree_source(path, split, walked=None):
         told = told_of(left_out)
     else:
         wanted = [where, *stamp(path), split, RULE]
-    return Source(where, wanted, lambda: _tree(path, listing(path), split), told)
+    return Source(where, wanted, lambda: tree_contents(path, listing(path), split), told)
 
 
 def walk_of(folder):
@@ -125,7 +125,7 @@ class _Part:
         return f"{images} of {classes} ({shortened(listed)})"
 
 
-def _tree(path, found, split):
+def tree_contents(path, found, split):
     """The Contents of a split, from the Listing of all files."""
     if not found.images:
         raise BadInput(_no_images(path, found))

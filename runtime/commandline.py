@@ -240,7 +240,8 @@ def not_given(cfg, names):
 
 def typed(names):
     """Those of the settings `names` that are flags on the command line."""
-    return [name for name in names if name in _names(sys.argv[1:])]
+    given = _names(sys.argv[1:])
+    return [name for name in names if name in given]
 
 
 def smaller(cfg, **values):

@@ -85,6 +85,26 @@ def locked(path):
         yield
 
 
+def append_row(path, row):
+    """Add an object to a file of JSON lines, and see it onto the disk; read_log reads it."""
+    with open(path, "a") as f:
+        # A kill may have torn the line before this one: start on a new line.
+        f.write(("\n" if f.tell() else "") + json.dumps(row))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def save_text(path, lines):
+    """Write a text file of these lines."""
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+
+
+def save_json(path, told):
+    """Write a JSON file, with a line for each thing that it says."""
+    save_text(path, [json.dumps(told, indent=1)])
+
+
 def read_log(path):
     """The rows of a log.jsonl; a line torn by a kill is left out."""
     rows = []

@@ -133,7 +133,7 @@ def interval(name, value, result):
         return f"{number(ends[0])} to {number(ends[1])}"
     n = known(result.get("n_generated"))
     if name in SHARES and n:
-        return wilson(value, n)
+        return "{} to {}".format(*map(number, wilson(value, n)))
     if (error := known(result.get(f"{name}_error"))) is not None:
         return between(value, error)
     if (spread := known(result.get(f"{name}_std"))) is not None:
@@ -147,11 +147,11 @@ def between(value, error):
 
 
 def wilson(share, n):
-    """The interval of a share of n, Wilson's (1927): it stays within 0 to 1."""
+    """Both ends of the 95 % interval of a share of n, Wilson's (1927): it stays within 0 to 1."""
     z = 1.96
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return f"{number(middle - half)} to {number(middle + half)}"
+    return max(0.0, middle - half), middle + half
 
 
 def known(value, other=None):

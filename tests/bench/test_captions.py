@@ -2,6 +2,7 @@
 
 from runtime.commandline import BadInput
 from runtime.files import read_log
+from runtime.scores import wilson
 
 import importlib
 import sys
@@ -64,8 +65,8 @@ def test_training_pictures_show_no_held_out_caption(tmp_path):
 
 
 def test_wilsons_interval(bench):
-    assert np.allclose(bench.interval(0, 10), (0, 1.96**2 / (10 + 1.96**2)))
-    low, high = bench.interval(30, 40)  # (p - share)^2 = z^2 p (1 - p) / n at both ends
+    assert np.allclose(wilson(0 / 10, 10), (0, 1.96**2 / (10 + 1.96**2)))
+    low, high = wilson(30 / 40, 40)  # (p - share)^2 = z^2 p (1 - p) / n at both ends
     for p in (low, high):
         assert np.isclose((p - 0.75) ** 2, 1.96**2 * p * (1 - p) / 40)
 

@@ -58,6 +58,12 @@ def path(tmp_path):
     return tmp_path / "ckpt.pt"
 
 
+def from_data(path, steps):
+    """Flags of a walk back from the last images of the forward process, into the run's folder."""
+    asked = ["--sample", path, "--out", path.parent, "--reverse-from", "data"]
+    return [*asked, "--sample-steps", steps]
+
+
 def draw(monkeypatch, module, *arguments):
     """What save_beside() is given by a command."""
     given = []
@@ -71,18 +77,7 @@ def draw(monkeypatch, module, *arguments):
 @pytest.mark.parametrize("module", [ddim, dpm_solver])
 def test_images_go_to_x_T_and_back_by_the_formula(module, path, monkeypatch, capsys, tmp_path):
     """Where eps_hat = 0, each step divides x by what q() multiplies the image with."""
-    asked = [
-        "--sample",
-        path,
-        "--out",
-        path.parent,
-        "--reverse-from",
-        "data",
-        "--sample-steps",
-        4,
-        "--seeds",
-        "1,3,8,2",
-    ]
+    asked = [*from_data(path, 4), "--seeds", "1,3,8,2"]
     ((where, found, marks, rows, note),) = draw(monkeypatch, module, *asked)
     assert where == tmp_path / "reverse-from-data" and list(found) == ["forward", "backward"]
     cfg = ch1.Config(data=str(tmp_path / "data"), timesteps=40, gpus=0)
@@ -116,18 +111,7 @@ def test_whether_the_way_back_finds_the_image_is_said(path, monkeypatch, capsys,
     state = torch.load(path, weights_only=True)
     state["config"]["alpha_min"] = alpha_min  # at 0.9999 x_T is hardly noised
     torch.save(state, path)
-    asked = [
-        "--sample",
-        path,
-        "--out",
-        path.parent,
-        "--reverse-from",
-        "data",
-        "--sample-steps",
-        2,
-        "--eta",
-        0.5,
-    ]
+    asked = [*from_data(path, 2), "--eta", 0.5]
     ((_, found, _, rows, note),) = draw(monkeypatch, ddim, *asked)
     assert told in note and "mean of 12" in note and len(rows) == 2
     assert found["forward"].keys() == {0, 1, 2} == found["backward"].keys()
@@ -135,18 +119,7 @@ def test_whether_the_way_back_finds_the_image_is_said(path, monkeypatch, capsys,
 
 def test_pictures_are_drawn_and_nothing_else_is_touched(path, monkeypatch):
     (path.parent / "samples.png").write_text("earlier")
-    asked = [
-        "--sample",
-        path,
-        "--out",
-        path.parent,
-        "--reverse-from",
-        "data",
-        "--sample-steps",
-        2,
-        "--n",
-        5,
-    ]
+    asked = [*from_data(path, 2), "--n", 5]
     monkeypatch.setattr("sys.argv", ["ddim.py", *map(str, asked), "--gpus", "0"])
     ddim.main()
     made = {p.name for p in path.parent.glob("*.*")} - {"ckpt.pt"}
