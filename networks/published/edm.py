@@ -8,6 +8,7 @@ edm_unet.DDPMpp bears the published names. Nothing in such a file is ever execut
 """
 
 from runtime.commandline import BadInput
+from runtime.pickle_steps import shown
 
 import math
 import re
@@ -19,7 +20,7 @@ from torch import nn
 
 from image_data.augment import AUGMENT_DIM
 from networks.edm_unet import SKIP_SCALE, Block, DDPMpp
-from networks.published.edm_pickle import Module, Tensor, read_pickle, shown
+from networks.published.edm_pickle import Module, Tensor, read_pickle
 
 MOST_LEVELS, MOST_BLOCKS = 8, 32  # twice and eight times as many as the published networks have
 

@@ -1,9 +1,8 @@
 """Pickles of NVIDIA's EDM code, read without running anything in them.
 
 Such a file is a pickle of Python objects, each with the source code of its class, which Python's
-own reader would execute. This one knows only how tensors, numbers and names are written down in it.
-It steps through the pickle's instructions itself, and nothing that the file names is looked up,
-imported or called:
+own reader would execute. Here runtime.pickle_steps goes through its instructions, and nothing that
+the file names is looked up, imported or called:
 
     torch_utils.persistence._reconstruct_persistent_obj    becomes a Module: class name, attributes
     torch._utils._rebuild_tensor_v2                        a Tensor: a shape, and where its numbers
@@ -12,17 +11,16 @@ imported or called:
     a dictionary of any kind                               a dict
 
 Any other name is refused, and so is any instruction, length or shape that a written network does
-not have. Instructions are counted and lengths compared with what is there, so that a file cannot
-take more memory than a few times its own size, and 100 MB.
+not have. A file takes a few times its own size in memory, and 100 MB, at most.
 """
 
 from runtime.commandline import BadInput
+from runtime.pickle_steps import Kind, Name, read_steps, shown
 
 import enum
 import io
 import math
 import mmap
-import pickletools
 import struct
 from dataclasses import dataclass
 
@@ -45,23 +43,8 @@ class Known(str, enum.Enum):
     SCALAR_2 = "numpy._core.multiarray.scalar"  # as numpy 2 writes it
 
 
-NAMES = {known.value for known in Known}
 FLOATS = "torch.FloatStorage"  # the only name in the pickle of a storage: all weights are float32
 MAGIC, LEGACY = 0x1950A86A20F9469CFC6C, 1001  # torch.save, before it wrote zip files
-LITERALS = {
-    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE"),
-    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
-}
-# An instruction makes at most some hundred bytes of memory, besides the text or bytes that it
-# holds. The published networks have 50 000 to 70 000 of them, a storage has about 60.
-LONGEST, LONGEST_STORAGE = 300_000, 100
-
-
-@dataclass(slots=True)
-class Name:
-    """A function or class that the file names, by that name only."""
-
-    name: str
 
 
 @dataclass(slots=True)
@@ -108,88 +91,7 @@ def read_pickle(path):
     """
     # Mapped, because a length beyond the end of a mapped file reserves no memory.
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
-        return unpickle(stream, NAMES, LONGEST)
-
-
-def shown(text):
-    """Text of a file, short and on one line."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def unpickle(stream, names, longest):
-    """What a pickle of at most `longest` instructions describes, in plain containers and the above.
-
-    stream: its bytes, at hand as a whole, so that a length beyond their end reserves no memory.
-    names: those that may be in it. BadInput for others; torn ones raise nearly anything.
-    """
-    stack, marks, memo = [], [], {}
-
-    def after_mark():
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    def pop(n):
-        items = stack[len(stack) - n :]
-        del stack[len(stack) - n :]
-        return tuple(items)
-
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        if count == longest:
-            raise BadInput(f"has more than {longest} instructions, more than any EDM network")
-        match opcode.name:
-            case "PROTO" | "FRAME" | "BINPERSID":
-                pass  # a storage's description is left as it is
-            case "STOP":
-                (value,) = stack
-                return value
-            case name if name in LITERALS:
-                stack.append(argument)
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE" | "EMPTY_SET":  # no set of a module has anything in it
-                stack.append(())
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(after_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(pop(int(opcode.name[-1])))
-            case "APPEND" | "APPENDS":
-                items = pop(1) if opcode.name == "APPEND" else after_mark()
-                list.extend(stack[-1], items)
-            case "SETITEM" | "SETITEMS":
-                items = pop(2) if opcode.name == "SETITEM" else after_mark()
-                for key, value in zip(items[::2], items[1::2], strict=True):
-                    if not isinstance(key, str):  # the hash of nested tuples can exhaust the stack
-                        raise BadInput(f"has a {type(key).__name__} as a key of a dictionary")
-                    dict.__setitem__(stack[-1], key, value)
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "GLOBAL" | "STACK_GLOBAL":
-                name = argument.replace(" ", ".") if argument else ".".join(pop(2))
-                if name not in names:
-                    raise BadInput(f"holds {shown(name)}, which no EDM network does: not read")
-                stack.append(Name(name))
-            case "REDUCE" | "NEWOBJ":
-                function, arguments = pop(2)
-                stack.append(described(function.name, arguments))
-            case "BUILD":
-                (state,) = pop(1)
-                completed(stack[-1], state)
-            case name:
-                raise BadInput(f"is no pickle of an EDM network: it has the instruction {name}")
+        return read_steps(stream, NETWORK)
 
 
 def described(name, arguments):
@@ -232,7 +134,7 @@ def completed(value, state):
 def storage_of(content):
     """The Storage in what torch.save wrote of one: five pickles, a length, the numbers."""
     stream = io.BytesIO(content)
-    parts = [unpickle(stream, {FLOATS}, LONGEST_STORAGE) for _ in range(5)]
+    parts = [read_steps(stream, STORAGE) for _ in range(5)]
     match parts:
         case [
             mark,
@@ -270,3 +172,9 @@ def tensor_of(storage, offset, shape, stride):
             f"{storage.numel}"
         )
     return Tensor(storage, offset, shape)
+
+
+# The published networks have 50 000 to 70 000 instructions, a storage has about 60.
+NAMES = frozenset(known.value for known in Known)
+NETWORK = Kind("EDM network", NAMES, described, completed, longest=300_000)
+STORAGE = Kind("EDM network", frozenset({FLOATS}), described, completed, longest=100)

@@ -100,7 +100,7 @@ def test_cifar10_pickle_cannot_run_code(tmp_path):
     (tmp_path / "cifar10" / "cifar-10-batches-py" / "data_batch_3").write_bytes(
         pickle.dumps({b"data": Attack(), b"labels": [0]}, 4)
     )
-    with pytest.raises(BadInput, match="damaged .*asks for .*open"):
+    with pytest.raises(BadInput, match="damaged .*holds .*open"):
         datasets.load("cifar10", tmp_path)
     assert not (tmp_path / "ran").exists()
 
