@@ -49,7 +49,7 @@ def load_autoencoder(path, device="cpu", ema=None, flag="--ae"):
 
     path    a checkpoint of autoencoder.py, or of a latent chapter, which holds its first stage;
             or what networks.published.autoencoder.read_autoencoder takes
-    ema     of a checkpoint the running mean of this decay; without it the weights themselves
+    ema     of a checkpoint the running mean of this decay; without it, or 0, the weights as such
     flag    named in BadInput, which is raised for a path that is not there and for other files
     """
     if not path or not Path(path).exists():
@@ -58,7 +58,7 @@ def load_autoencoder(path, device="cpu", ema=None, flag="--ae"):
             "here, which is not there"
         )
     state = own_checkpoint(path)
-    if ema is not None and (state is None or "ae" in state or not state["config"]["ema"]):
+    if ema and (state is None or "ae" in state or not state["config"]["ema"]):
         raise BadInput(f"--ema {ema:g}: {path} holds no running means of it; leave it out")
     if state is None:
         return load_pretrained(path, device)[0]
@@ -70,7 +70,7 @@ def load_autoencoder(path, device="cpu", ema=None, flag="--ae"):
         raise BadInput(
             f"{flag} {path} is a checkpoint of {state['script']}.py, which holds no autoencoder"
         )
-    if ema is not None:
+    if ema:
         weights = checkpoints.chosen_ema(state, path, ema)
     ae = build(**settings)
     checkpoints.load_weights(ae, weights)

@@ -156,14 +156,17 @@ def typed_ema(cfg):
 def chosen_ema(state, path, decay=None):
     """The weights of the running mean with this decay in a checkpoint; of the first without one.
 
-    Those of the network itself, which then stand there, where the run kept no mean. A published
-    network has one, whatever a --config says. Raises BadInput where there is no such mean.
+    Those of the network itself, which then stand there, where the run kept no mean, and for decay
+    0. A published network has one, whatever a --config says. Raises BadInput where there is no
+    such mean.
     """
     decays, kept = state["config"]["ema"], [state["ema"], *state.get("more_emas", ())]
     published = "step" not in state
     if decay is None or published and not typed(("ema",)):
         return kept[0]
     averages = dict(zip(decays, kept, strict=bool(decays)))
+    if decay == 0 and "model" in state:
+        return state["model"]
     if decay not in averages:
         has = ", ".join(map(str, averages)) or "none"
         raise BadInput(f"--ema {decay:g}: {path} has {has}")

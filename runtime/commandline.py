@@ -95,7 +95,7 @@ class RunConfig(NetworkCommand):
     clip_grad: float = 1.0  # largest gradient norm
     ema: tuple[float, ...] = (0.998,)
     """decays of running means of the weights, all kept; the first is what gets sampled. After n
-    steps a decay is at most (1+n)/(10+n). With --sample: the one to use"""
+    steps a decay is at most (1+n)/(10+n). With --sample: the one to use; 0: the weights as such"""
     accumulate: int = 1  # parts in which a process handles its share of the batch, to save memory
     resume: str = "auto"  # auto (go on where the run stopped), never, or a checkpoint
     compile: bool = False  # torch.compile the network, for training and for sampling
@@ -360,7 +360,7 @@ def check_ranges(cfg, positive="", not_negative="", fraction=""):
 
 def check_fraction(cfg, *names):
     """Raise BadInput unless every named field of `cfg` (a number or a tuple) lies in 0..1."""
-    _check(cfg, names, lambda values: all(0 <= v <= 1 for v in values), "from 0 to 1")
+    _check(cfg, names, lambda values: values and all(0 <= v <= 1 for v in values), "from 0 to 1")
 
 
 def check_not_negative(cfg, *names):
@@ -422,7 +422,7 @@ def check_run(cfg):
     """Raise BadInput for a setting of RunConfig that is out of its range."""
     from runtime import trackers
 
-    check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "accumulate", "ema")
+    check_positive(cfg, "steps", "batch_size", "lr", "clip_grad", "accumulate")
     check_positive(cfg, "log_every", "save_every")
     check_not_negative(cfg, "seed", "warmup", "sample_every", "keep_every", "price_per_gpu_hour")
     check_not_negative(cfg, "epochs", *{"metric_every", "metric_n"}.intersection(vars(cfg)))

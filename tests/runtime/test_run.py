@@ -166,6 +166,7 @@ def test_running_means_follow_their_decays(decays, tmp_path):
     for i, decay in enumerate(decays):
         kept = chosen_ema(state, "ckpt.pt", decay)
         assert_same(dict(kept), dict(run.emas[i].state_dict()))
+    assert_same(dict(chosen_ema(state, "ckpt.pt", 0)), dict(run.net.state_dict()))
     with pytest.raises(BadInput, match="--ema 0.7: ckpt.pt has"):
         chosen_ema(state, "ckpt.pt", 0.7)
 
