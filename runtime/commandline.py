@@ -360,7 +360,7 @@ def check_ranges(cfg, positive="", not_negative="", fraction=""):
 
 def check_fraction(cfg, *names):
     """Raise BadInput unless every named field of `cfg` (a number or a tuple) lies in 0..1."""
-    _check(cfg, names, lambda values: values and all(0 <= v <= 1 for v in values), "from 0 to 1")
+    _check(cfg, names, lambda values: all(0 <= v <= 1 for v in values), "from 0 to 1")
 
 
 def check_not_negative(cfg, *names):
@@ -428,7 +428,7 @@ def check_run(cfg):
     check_not_negative(cfg, "epochs", *{"metric_every", "metric_n"}.intersection(vars(cfg)))
     if cfg.dry_run and cfg.task():
         raise BadInput(f"--dry-run is for training: leave it out, or {flag(cfg.task())}")
-    check_fraction(cfg, "ema")
+    _check(cfg, ["ema"], lambda values: values and all(0 <= v <= 1 for v in values), "from 0 to 1")
     for often, base in (("save", "log"), ("keep", "save")):
         first, second = (getattr(cfg, f"{name}_every") for name in (often, base))
         if first % second:
