@@ -12,6 +12,7 @@ so that N does not matter.
 
 from runtime.commandline import BadInput
 from runtime.files import atomic_write
+from runtime.limits import check_unpacked
 
 import itertools
 import math
@@ -40,6 +41,9 @@ BROKEN = (
     zlib.error,
     MemoryError,
 )
+
+
+USED = frozenset(["arr_1", "mu", "sigma", "n", "protocol", "feature_hash"])  # and arr_0
 
 
 @dataclass
@@ -226,12 +230,29 @@ def read_file(name):
 
 
 def _read_npz(name):
-    """{key: array} of an .npz file, arr_0 as a memory map."""
+    """{key: array} of an .npz file: arr_0 as a memory map, of what is not used only the shape."""
+    arrays = {}
     with np.load(name, allow_pickle=False) as archive:
-        arrays = {key: archive[key] for key in archive.files if key != "arr_0"}
-        if "arr_0" in archive.files:
-            arrays["arr_0"] = _mapped(name, archive.zip.getinfo("arr_0.npy"), archive.zip)
+        members = {member.filename: member for member in archive.zip.infolist()}
+        for key in archive.files:
+            if (member := members.get(f"{key}.npy")) is None:  # some other file
+                continue
+            if key == "arr_0":
+                arrays[key] = _mapped(name, member, archive.zip)
+            elif key in USED:
+                check_unpacked(f"{name}/{key}", member.file_size)
+                arrays[key] = archive[key]
+            else:
+                with archive.zip.open(member) as file:
+                    shape, _, dtype = _header(file)
+                arrays[key] = np.broadcast_to(np.empty((), dtype), shape)  # one number in memory
     return arrays
+
+
+def _header(file):
+    """(shape, whether in Fortran's order, dtype) of the array that a file holds from here on."""
+    first, formats = np.lib.format.read_magic(file) == (1, 0), np.lib.format
+    return (formats.read_array_header_1_0 if first else formats.read_array_header_2_0)(file)
 
 
 def _mapped(path, member, archive):
@@ -251,10 +272,8 @@ def _mapped(path, member, archive):
         with archive.open(member) as stream:
             shutil.copyfileobj(stream, file, 1 << 20)
         file.seek(0)
-    start, formats = file.tell(), np.lib.format
-    first = formats.read_magic(file) == (1, 0)
-    read = formats.read_array_header_1_0 if first else formats.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    start = file.tell()
+    shape, fortran, dtype = _header(file)
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
     if file.tell() - start + math.prod(shape) * dtype.itemsize != member.file_size:

@@ -1,6 +1,7 @@
 """Data sets that come as arrays: the drawn glyphs, MNIST's idx files, CIFAR-10's batches."""
 
 from runtime.commandline import BadInput
+from runtime.limits import check_unpacked, read_whole
 
 import gzip
 import tarfile
@@ -56,10 +57,13 @@ def idx_names():
 def _read_idx(path, ndim):
     """An idx file (LeCun's format): magic 0 0 8 ndim, big-endian sizes, bytes."""
     try:
-        raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            raw = read_whole(file, path)
         sizes = np.frombuffer(raw, ">i4", ndim, 4).astype(int)
         if raw[:4] != bytes([0, 0, 8, ndim]):
             raise ValueError(f"it does not start as an idx file of {ndim} dimensions does")
+        if min(sizes) < 1:
+            raise ValueError(f"it says that it holds {'x'.join(map(str, sizes))} numbers")
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(sizes)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise BadInput(f"{path} is not a whole idx file ({error}); replace it") from None
@@ -169,6 +173,8 @@ def _has(folder, names):
 def _tar_members(path, names):
     with tarfile.open(path) as tar:
         members = {Path(m.name).name: m for m in tar if m.isfile()}
+        for name in names:
+            check_unpacked(f"{path}/{name}", members[name].size)
         return [tar.extractfile(members[name]).read() for name in names]
 
 
@@ -182,6 +188,7 @@ def _cifar_binary(raw):
 
 
 def _checked(rows, labels):
-    if rows.dtype != np.uint8 or rows.shape != (len(labels), 3 * 32 * 32) or labels.max() > 9:
+    right = rows.dtype == np.uint8 and rows.shape == (len(labels), 3 * 32 * 32) and len(labels)
+    if not right or labels.min() < 0 or labels.max() > 9:
         raise ValueError("not rows of 3072 bytes and labels of 0 to 9")
     return rows, labels

@@ -1,9 +1,11 @@
 """From image files of any kind to uint8 arrays of one size; what worker processes run."""
 
 from runtime.commandline import BadInput
+from runtime.limits import check_unpacked
 
 import functools
 import io
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -32,6 +34,11 @@ EXTENSIONS = frozenset(
         ".jp2",
     ]
 )
+# Only these are opened: Pillow knows some fifty more, for one of which it starts another program.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF", "TIFF", "PPM", "TGA", "JPEG2000")
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit has no flag: _opened has one of its own
+BYTES_A_PIXEL = 16  # at most, while a picture is turned into RGB
+LONG = 8  # times as long as wide: of such a picture only the centre is scaled
 DEEP_MODES = frozenset(["I", "I;16", "I;16B", "I;16L", "I;16N"])  # 16-bit gray
 GRAY_MODES = DEEP_MODES | {"1", "L", "LA"}
 ALPHA_MODES = frozenset(["RGBA", "RGBa", "LA", "PA"])
@@ -60,12 +67,35 @@ def _archive(path, process, mtime):
 def _file(container, item):
     """A file to read: `item` is a path below the folder `container`, or a zip's entry."""
     if os.path.isdir(container):
-        return open(Path(container) / item, "rb")
-    return archive(container).open(item)
+        path = Path(container) / item
+        if not path.is_file() and path.exists():  # a pipe would be waited for
+            raise ValueError("it is no regular file")
+        return open(path, "rb")
+    packed = archive(container)
+    check_unpacked(f"{container}/{item}", packed.getinfo(item).file_size)
+    return packed.open(item)
+
+
+def _opened(file):
+    """The picture in a file, before its pixels are read; BadInput for too many of them."""
+    image = Image.open(file, formats=_formats())
+    told = f"a picture of {image.width}x{image.height}"
+    check_unpacked(told, BYTES_A_PIXEL * math.prod(image.size))
+    return image
+
+
+@functools.cache
+def _formats():
+    """FORMATS without those that this Pillow was built without."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _broken(container, item, error):
-    why = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+    why = f"its format is none of {', '.join(FORMATS)}"
+    why = why if isinstance(error, UnidentifiedImageError) else error
+    if isinstance(error, BadInput):
+        return BadInput(f"{container}/{item}: {error}")
     return BadInput(f"{container}/{item} is not a readable image ({why}); repair or remove it")
 
 
@@ -94,7 +124,7 @@ def inspect(container, items, turned=True):
     found = []
     for item in items:
         try:
-            with _file(container, item) as file, Image.open(file) as image:
+            with _file(container, item) as file, _opened(file) as image:
                 stored_as = str(image.tile)  # Pillow's names of pixels, such as RGB;16B
                 pages = _pages(image) if image.format == "TIFF" else 1
                 if turned and image.format == "TIFF":
@@ -119,13 +149,18 @@ def _largest(image):
 
 def resize(image, size):
     """Shorter side to `size` (Lanczos, antialiased), then the central size x size pixels."""
-    w, h = image.size
-    scale = size / min(w, h)
-    w, h = max(size, round(w * scale)), max(size, round(h * scale))
+    own_w, own_h = image.size
+    scale = size / min(own_w, own_h)
+    w, h = max(size, round(own_w * scale)), max(size, round(own_h * scale))
+    left, top = (w - size) // 2, (h - size) // 2
+    centre = (left, top, left + size, top + size)
+    if max(w, h) > LONG * size:  # scaled as a whole, it could take any memory
+        x, y = own_w / w, own_h / h
+        box = (centre[0] * x, centre[1] * y, centre[2] * x, centre[3] * y)
+        return image.resize((size, size), Image.Resampling.LANCZOS, box)
     if image.size != (w, h):
         image = image.resize((w, h), Image.Resampling.LANCZOS)
-    left, top = (w - size) // 2, (h - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return image.crop(centre)
 
 
 def to_array(image, size, channels):
@@ -162,7 +197,7 @@ def decode(container, items, size, channels):
         try:
             with _file(container, item) as file:
                 whole = io.BytesIO(file.read())  # to its end, where a zip checks its CRC
-            arrays.append(to_array(Image.open(whole), size, channels))
+            arrays.append(to_array(_opened(whole), size, channels))
         except Exception as error:
             raise _broken(container, item, error) from None
     return np.stack(arrays)

@@ -1,6 +1,7 @@
 """ImageNet-100 as Kaggle has it: train.X1 to train.X4, val.X, Labels.json, in a folder or a zip."""
 
 from runtime.commandline import BadInput
+from runtime.limits import read_member
 
 import hashlib
 import json
@@ -40,7 +41,7 @@ def kaggle_zip(path, split, found):
     parts = _parts(path, there, split)
     items = [name for part in parts for name in found.images if name.startswith(f"{part}/")]
     with zipfile.ZipFile(path) as archive:
-        text = archive.read("Labels.json")
+        text = read_member(archive, "Labels.json")
     return _kaggle(path, text, parts, {name: found.images[name] for name in items})
 
 

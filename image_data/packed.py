@@ -5,6 +5,7 @@ ImageNet-100 as Kaggle packs it, MNIST's idx files or CIFAR-10's batches; a line
 """
 
 from runtime.commandline import BadInput
+from runtime.limits import read_member
 
 import tempfile
 import zipfile
@@ -70,7 +71,7 @@ def _arrays(name, path, split, names, members):
     """Contents of MNIST's or CIFAR-10's own files; members: {file: its name in the zip}."""
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
         for file, member in members.items():
-            Path(folder, file).write_bytes(archive.read(member))
+            Path(folder, file).write_bytes(read_member(archive, member))
         cifar = name == "cifar10"
         source = cifar_source(folder, split) if cifar else idx_source([folder], split, names)
         made = source.contents() if source else None

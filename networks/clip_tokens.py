@@ -41,6 +41,7 @@ right after another symbol.
 """
 
 from runtime.commandline import BadInput
+from runtime.limits import read_whole
 from runtime.processes import say_once
 
 import gzip
@@ -274,7 +275,10 @@ def read_text(path):
     """The text of a UTF-8 file, packed with gzip or not; BadInput where it is none."""
     try:
         data = Path(path).read_bytes()
-        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+        if data[:2] == b"\x1f\x8b":
+            with gzip.open(path) as file:
+                data = read_whole(file, path)
+        return data.decode()
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text (byte {error.start}): fetch it again") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -8,8 +8,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-
 from data_files import noise, python2_pickle
+
 from image_data.cifar_pickle import read_batch
 
 ROWS, LABELS = noise((3, 3072)), [1, 2, 9]
