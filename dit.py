@@ -490,7 +490,7 @@ def main():
     if cfg.sample:
         return launch(sample_checkpoint, cfg)
     if cfg.resume not in ("auto", "never"):
-        checkpoints.load_checkpoint(cfg.resume, "dit", mapped=True)  # before an hour's work
+        checkpoints.load_checkpoint(cfg.resume, "dit", facts=True)  # before an hour's work
     model = re.sub("-.*/", "-xs/", cfg.model) if cfg.smoke else cfg.model  # of this patch size
     cfg = replace(cfg, model=model, out=cfg.out or f"runs/dit-{Path(cfg.data).stem}")
     ldm_cfg.run_stages(cfg, train, make_net)

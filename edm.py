@@ -441,7 +441,7 @@ def sample_checkpoint(cfg, world):
     if cfg.ema_length and not isinstance(column, Edm):
         raise cli.BadInput(f"--ema-length: {cfg.sample} is no run of edm.py, which keeps means")
     if cfg.ema_length:
-        past = checkpoints.load_checkpoint(cfg.sample, "edm", mapped=True)["power"]["snapshots"]
+        past = checkpoints.load_checkpoint(cfg.sample, "edm", facts=True)["power"]["snapshots"]
         mean_of = partial(reconstruct, Path(cfg.sample).parent / "power", steps=past)
         if len(cfg.ema_length) > 1:
             how = mean_of, cfg.ema_length, folder

@@ -492,7 +492,7 @@ def main():
     if cfg.sample:
         return launch(sample_checkpoint, cfg)
     if cfg.resume not in ("auto", "never"):
-        checkpoints.load_checkpoint(cfg.resume, "ldm_cfg", mapped=True)  # before an hour's work
+        checkpoints.load_checkpoint(cfg.resume, "ldm_cfg", facts=True)  # before an hour's work
     run_stages(replace(cfg, out=cfg.out or f"runs/ldm-{Path(cfg.data).stem}"), train, make_net)
 
 

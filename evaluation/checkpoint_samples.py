@@ -46,7 +46,7 @@ def checkpoint_settings(path):
     Only a script beside eval_fid.py that takes --sample is believed. Raises BadInput for any other
     name, and for a checkpoint that names no data set to compare its samples with.
     """
-    state = checkpoints.load_checkpoint(path, mapped=True)
+    state = checkpoints.load_checkpoint(path, facts=True)
     script = state["script"]
     beside = ROOT / f"{script}.py"
     if not (script.isidentifier() and beside.is_file() and takes_sample(beside)):
@@ -59,12 +59,12 @@ def checkpoint_settings(path):
 
 def class_names(path):
     """The names of a checkpoint's classes, in the order of its labels; None where it has none."""
-    return tuple(checkpoints.load_checkpoint(path, mapped=True).get("class_names", ())) or None
+    return tuple(checkpoints.load_checkpoint(path, facts=True).get("class_names", ())) or None
 
 
 def shape(path):
     """(C, H, W) of the images that a checkpoint draws."""
-    return tuple(checkpoints.load_checkpoint(path, mapped=True)["shape"])
+    return tuple(checkpoints.load_checkpoint(path, facts=True)["shape"])
 
 
 def as_trained(cfg, checkpoint):
@@ -109,7 +109,7 @@ def of_run(folder):
     kept = {int(path.stem.split("-")[1]): str(path) for path in folder.glob("ckpt-[0-9]*.pt")}
     last = folder / "ckpt.pt"
     if last.is_file():
-        kept.setdefault(checkpoints.load_checkpoint(last, mapped=True)["step"], str(last))
+        kept.setdefault(checkpoints.load_checkpoint(last, facts=True)["step"], str(last))
     if not kept:
         raise BadInput(f"--curve: {folder} holds no ckpt.pt; expected the folder of a run")
     return dict(sorted(kept.items()))

@@ -5,6 +5,7 @@ here, once, with a fixed recipe and seed, kept beside the data, and named by a h
 It reads classes as well: how many samples look like what was asked for.
 """
 
+from runtime.checkpoints import check_sums, load_copied
 from runtime.commandline import BadInput
 from runtime.files import atomic_write, locked
 from runtime.processes import exact, progress
@@ -13,7 +14,6 @@ from runtime.run import indices
 import hashlib
 import itertools
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +105,7 @@ class ClassifierFeatures:
 def weights_hash(net):
     """Eight hex digits that differ when any weight does: features of two hashes do not compare.
 
-    Kept features and statistics bear it. runtime.training.weights_hash sorts the names first and
+    Kept features and statistics bear it. runtime.checkpoints.weights_hash sorts the names first and
     would call the same weights otherwise, so that these were refused.
     """
     digest = hashlib.sha256()
@@ -151,13 +151,16 @@ def _read(path, recipe, ds):
     if not path.exists():
         return None
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        check_sums(path)
+        saved = load_copied(path)
         if saved["recipe"] != recipe:
             return None
         net = Classifier(*ds.images.shape[1:], ds.num_classes)
         net.load_state_dict(saved["net"])
+        if (found := weights_hash(net)) != saved["facts"]["feature_hash"]:
+            raise ValueError(f"its weights have the hash {found}, not the one that it says")
         return net, saved["facts"]
-    except (OSError, EOFError, LookupError, RuntimeError, TypeError, UnpicklingError) as error:
+    except Exception as error:  # a torn file raises nearly anything
         reason = str(error).strip().split("\n")[0][:100]
         warn(f"{path} is not a classifier this program saved ({reason}): training it again")
         return None

@@ -21,10 +21,20 @@ UNSAID = frozenset(ARCHITECTURE + FORWARD)
 # Settings of a walk, which decide where a published network's files say something else.
 WALK = ("variance", "clip_denoised", "dynamic_threshold", "spacing", "sample_steps", "eta")
 WALK += ("timestep_respacing", "sampler")
+EXPANDED = 4  # times as many bytes as its file has may be in a checkpoint's tensors
 
 
 class DamagedCheckpoint(BadInput):
     """The file is truncated or garbage; the checkpoint before it may be whole."""
+
+
+class WrongSums(DamagedCheckpoint):
+    """Bytes of the file are others than those that were written."""
+
+
+def load_copied(path):
+    """What torch.save wrote at `path`, on the CPU, in memory."""
+    return torch.load(path, "cpu", weights_only=True)
 
 
 def load_mapped(path, allowed=()):
@@ -33,18 +43,61 @@ def load_mapped(path, allowed=()):
         return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
-def load_checkpoint(path, scripts=(), mapped=False):
+def check_sums(path, tensors=True):
+    """WrongSums where a file of torch.save is not as it was written, by the sums in its zip.
+
+    torch.load does not look at them. tensors: also at the numbers of tensors. A file of the form
+    that torch.save had before it wrote zips has no sums.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if tensors or "/data/" not in member.filename:
+                    with archive.open(member) as stream:
+                        while stream.read(1 << 20):
+                            pass
+    except Exception as error:  # a torn zip raises nearly anything
+        told = str(error) or type(error).__name__
+        raise WrongSums(f"{path} is damaged: {told}") from None
+
+
+def check_expanded(state, path):
+    """BadInput where tensors in `state` have many times the numbers that their file holds.
+
+    A file of a kilobyte can say that one number fills a tensor of gigabytes.
+    """
+    total, parts = 0, [state]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, torch.Tensor):
+            total += part.numel() * part.element_size()
+        elif isinstance(part, dict | list | tuple):
+            parts.extend(part.values() if isinstance(part, dict) else part)
+    if total > EXPANDED * Path(path).stat().st_size + 2**26:
+        raise BadInput(f"{path} holds tensors of {total / 1e9:.3g} GB in a file of less: not read")
+
+
+def load_checkpoint(path, scripts=(), mapped=False, facts=False):
     """The dictionary that a run saved at `path`, on the CPU.
 
     scripts: stem of the script that must have written it, or several; any without. mapped: tensors
-    are read when used, sums not checked. Nothing in the file can run code. Raises BadInput, naming
-    the file, when it is missing or of another script, DamagedCheckpoint when it cannot be read.
+    are read when used. facts: so, and no tensor will be: only what else is in the file is checked.
+    Nothing in the file can run code. Raises BadInput, naming the file, when it is missing or of
+    another script, DamagedCheckpoint when it cannot be read.
     """
     if not Path(path).is_file():
         why = "a folder; name its ckpt.pt" if Path(path).is_dir() else "no such file"
         raise BadInput(f"checkpoint {path}: {why}")
     try:
-        state = load_mapped(path) if mapped else torch.load(path, "cpu", weights_only=True)
+        check_sums(path, tensors=not facts)
+        state = (load_mapped if mapped or facts else load_copied)(path)
+        check_expanded(state, path)
+    except WrongSums as error:
+        raise WrongSums(f"checkpoint {error}") from None
+    except BadInput:
+        raise
     except Exception as error:
         reason = (str(error).strip() or "unreadable").splitlines()[0][:120]
         found = f"checkpoint {path} is truncated or not a checkpoint ({reason})"
@@ -140,7 +193,7 @@ def as_trained(cfg, names, path, scripts=()):
     """cfg, but settings `names` that were not typed are those of the run of the checkpoint."""
     from runtime.typed_flags import check_idle
 
-    trained = load_checkpoint(path, scripts, mapped=True)["config"]
+    trained = load_checkpoint(path, scripts, facts=True)["config"]
     theirs = [(name, trained[name]) for name in not_given(cfg, names) if name in trained]
     theirs = {name: tuple(v) if isinstance(v, list) else v for name, v in theirs}
     made = dataclasses.replace(cfg, **theirs)

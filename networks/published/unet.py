@@ -193,7 +193,7 @@ def read_network(path, scripts=(), script="", given=None, flags=(), walk=None):
         if scripts and state["script"] not in scripts:
             command = f"python {state['script']}.py --sample {path}"
             raise BadInput(f"{path} has more than the U-Net of DDPM's paper; type {command}")
-    elif load_checkpoint(path, mapped=True)["script"] == CLASSIFIERS:
+    elif load_checkpoint(path, facts=True)["script"] == CLASSIFIERS:
         raise BadInput(told_classifier(path))
     else:
         state = load_checkpoint(path, scripts)
