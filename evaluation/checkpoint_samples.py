@@ -6,8 +6,10 @@ from runtime.files import locked
 from runtime.processes import run_alone, say_once
 
 import ast
+import contextlib
 import hashlib
 import json
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -123,31 +125,45 @@ def sampled(checkpoint, script, n, gpus, arguments="", out=""):
     processes may ask; one draws, on `gpus` GPUs. Raises BadInput where it fails.
     """
     checkpoint = Path(checkpoint)
-    stat, place = checkpoint.stat(), [str(checkpoint.resolve())] if out else []
-    made_of = json.dumps([stat.st_size, stat.st_mtime_ns, n, arguments, *place])
     try:
         arguments = shlex.split(arguments)
     except ValueError as error:
         raise BadInput(f"--sample-args {arguments}: {error}") from None
-    digest = hashlib.sha256(made_of.encode()).hexdigest()[:8]
-    folder = Path(out or checkpoint.parent, f"eval-{checkpoint.stem}-{digest}")
-    files = [folder / f"{kind}.npz" for kind in ("samples", "reconstructions")]
-    command = [
-        sys.executable,
-        str(ROOT / f"{script}.py"),
-        *arguments,
-        "--sample",
-        str(checkpoint),
-        "--n",
-        str(n),
-        "--out",
-        str(folder),
-        "--gpus",
-        str(gpus),
-    ]
-    with locked(folder.with_name(f".{folder.name}.lock")):
-        if not any(map(Path.exists, files)):
-            failed = run_alone(command, stdout=sys.stderr)
-            if failed or not any(map(Path.exists, files)):
-                raise BadInput(f"no samples of {checkpoint}; the command was {shlex.join(command)}")
+    with pinned(checkpoint) as own:
+        stat, place = own.stat(), [str(checkpoint.resolve())] if out else []
+        made_of = json.dumps([stat.st_size, stat.st_mtime_ns, n, shlex.join(arguments), *place])
+        digest = hashlib.sha256(made_of.encode()).hexdigest()[:8]
+        folder = Path(out or checkpoint.parent, f"eval-{checkpoint.stem}-{digest}")
+        files = [folder / f"{kind}.npz" for kind in ("samples", "reconstructions")]
+
+        def command(path):
+            drawn = ["--sample", path, "--n", n, "--out", folder, "--gpus", gpus]
+            return [sys.executable, str(ROOT / f"{script}.py"), *arguments, *map(str, drawn)]
+
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            if not any(map(Path.exists, files)):
+                failed = run_alone(command(own), stdout=sys.stderr)
+                if failed or not any(map(Path.exists, files)):
+                    typed = shlex.join(command(checkpoint))
+                    raise BadInput(f"no samples of {checkpoint}; the command was {typed}")
     return next(filter(Path.exists, files))
+
+
+@contextlib.contextmanager
+def pinned(checkpoint):
+    """A name for the file that a checkpoint is now, in the same folder, while this is inside.
+
+    A training that goes on gives ckpt.pt to another file; what is drawn is of the one that the
+    result names. Where no second name can be made, it is the checkpoint itself.
+    """
+    own = checkpoint.with_name(f".{checkpoint.stem}-{os.getpid()}.tmp.pt")
+    try:
+        own.unlink(missing_ok=True)
+        os.link(checkpoint, own)
+    except OSError:
+        own = checkpoint
+    try:
+        yield own
+    finally:
+        if own != checkpoint:
+            own.unlink(missing_ok=True)
