@@ -443,7 +443,7 @@ def sample_checkpoint(cfg, world):
     ae = load_autoencoder(path, world.device, ema, flag="--sample")
     if state:
         names = cli.not_given(cfg, ("data", "data_root", "size", "classes"))
-        trained = checkpoints.trained_config(Config, state)
+        trained = checkpoints.trained_config(Config, state, path)
         cfg = replace(cfg, **{name: getattr(trained, name) for name in names})
     beside = path if state else Path(f"runs/ae-{path.stem}-{Path(cfg.data).stem}", "ckpt.pt")
     if world.is_main:

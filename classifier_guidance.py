@@ -320,9 +320,9 @@ def load_classifier(path, device):
     no schedule: then alpha_bar is None. BadInput for other files.
     """
     state = read_classifier(path)
-    cfg, shape = checkpoints.trained_config(Config, state), tuple(state["shape"])
-    net = make_net(cfg, shape, len(state["class_names"])).to(device)
-    checkpoints.load_weights(net, checkpoints.chosen_ema(state, path))
+    cfg, shape = checkpoints.trained_config(Config, state, path), tuple(state["shape"])
+    classes, weights = len(state["class_names"]), checkpoints.chosen_ema(state, path)
+    net = checkpoints.built(lambda: make_net(cfg, shape, classes), weights, path).to(device)
     alpha_bar = alpha_bar_of(cfg) if state.get("named", True) else None
     return net.eval().requires_grad_(False), cfg, shape, state["class_names"], alpha_bar
 

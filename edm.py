@@ -422,10 +422,10 @@ def load_net(path, device, ema=None, column="vp", walk=None):
         shared = ("data", "data_root", "size", "classes", "batch_size", "clip_denoised")
         cfg = Config(**{name: getattr(theirs, name) for name in shared})
         return net, cfg, shape, names, Chain(alpha_bar, theirs.prediction, column)
-    cfg, shape = checkpoints.trained_config(Config, state), tuple(state["shape"])
+    cfg, shape = checkpoints.trained_config(Config, state, path), tuple(state["shape"])
     names = state["class_names"] if cfg.class_cond else []
-    net = make_net(cfg, shape, len(names)).to(device)
-    checkpoints.load_weights(net, checkpoints.chosen_ema(state, path, ema))
+    weights = checkpoints.chosen_ema(state, path, ema)
+    net = checkpoints.built(lambda: make_net(cfg, shape, len(names)), weights, path).to(device)
     net.null_label = cfg.label_dropout > 0  # whether it has learned to do without a label
     return net.eval(), cfg, shape, names, Edm(state["sigma_data"], *state.get("sigma_range", ()))
 

@@ -416,13 +416,13 @@ def draw_latents(run, part):
 def load_net(path, device, ema=None, script="ldm_cfg", config=Config, make=make_net):
     """(denoiser with the EMA weights, its Config, checkpoint, frozen autoencoder); ema: a decay."""
     state = checkpoints.load_checkpoint(path, script, mapped=True)
-    cfg = checkpoints.trained_config(config, state)
+    cfg = checkpoints.trained_config(config, state, path)
     if not 0 < abs(state["scale"]) < math.inf:
         raise cli.BadInput(f"{path}: latents of scale {state['scale']}; expected a finite number")
-    ae = build(**state["ae"]).to(device).eval().requires_grad_(False)
-    checkpoints.load_weights(ae, state["autoencoder"])
-    net = make(cfg, latent_shape(ae, state["shape"]), len(state["class_names"]))
-    checkpoints.load_weights(net, checkpoints.chosen_ema(state, path, ema))
+    ae = checkpoints.built(lambda: build(**state["ae"]), state["autoencoder"], path)
+    ae = ae.to(device).eval().requires_grad_(False)
+    z_shape, weights = latent_shape(ae, state["shape"]), checkpoints.chosen_ema(state, path, ema)
+    net = checkpoints.built(lambda: make(cfg, z_shape, len(state["class_names"])), weights, path)
     return net.to(device).eval(), cfg, state, ae
 
 

@@ -72,8 +72,7 @@ def load_autoencoder(path, device="cpu", ema=None, flag="--ae"):
         )
     if ema:
         weights = checkpoints.chosen_ema(state, path, ema)
-    ae = build(**settings)
-    checkpoints.load_weights(ae, weights)
+    ae = checkpoints.built(lambda: build(**settings), weights, path)
     return ae.to(device).eval().requires_grad_(False)
 
 

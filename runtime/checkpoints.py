@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -21,11 +22,25 @@ UNSAID = frozenset(ARCHITECTURE + FORWARD)
 # Settings of a walk, which decide where a published network's files say something else.
 WALK = ("variance", "clip_denoised", "dynamic_threshold", "spacing", "sample_steps", "eta")
 WALK += ("timestep_respacing", "sampler")
+UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
+UNBUILDABLE += (RuntimeError, TypeError, ValueError)  # what networks raise for numbers that lie
 EXPANDED = 4  # times as many bytes as its file has may be in a checkpoint's tensors
 
 
 class DamagedCheckpoint(BadInput):
     """The file is truncated or garbage; the checkpoint before it may be whole."""
+
+
+class Kept(dict):
+    """What a checkpoint at `path` keeps; BadInput for what is not there."""
+
+    path = ""
+
+    def __missing__(self, name):
+        raise BadInput(f"checkpoint {self.path} has no {name}: it is no whole checkpoint of a run")
+
+    def __reduce__(self):  # saved again, it is a plain dictionary
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 class WrongSums(DamagedCheckpoint):
@@ -102,14 +117,19 @@ def load_checkpoint(path, scripts=(), mapped=False, facts=False):
         reason = (str(error).strip() or "unreadable").splitlines()[0][:120]
         found = f"checkpoint {path} is truncated or not a checkpoint ({reason})"
         raise DamagedCheckpoint(found) from None
+    from runtime.kept import check_state
+
     scripts = (scripts,) if isinstance(scripts, str) else tuple(scripts)
     made_by = state.get("script") if isinstance(state, dict) else None
     if not isinstance(made_by, str) or not re.fullmatch(r"[a-z_]\w*", made_by):
         raise BadInput(f"checkpoint {path} was written by none of these scripts")
     # A copy of a chapter, under a name of its own, reads what it wrote.
+    check_state(state, path)
     if scripts and made_by not in (*scripts, Path(sys.argv[0]).stem):
         wanted = " or ".join(f"{name}.py" for name in scripts)
         raise BadInput(f"checkpoint {path} was written by {made_by}.py, expected one of {wanted}")
+    state = Kept(state)
+    state.path = path
     return state
 
 
@@ -128,8 +148,14 @@ class TrainedOn(str):
         return made
 
 
-def trained_config(config_class, state):
-    """The Config, of class `config_class`, that the run of a checkpoint `state` had."""
+def trained_config(config_class, state, path="a checkpoint"):
+    """The Config, of class `config_class`, that the run of a checkpoint `state`, at path, had.
+
+    BadInput for settings that it cannot have had.
+    """
+    from runtime.kept import check_settings
+
+    check_settings(config_class, state["config"], path)
     known = {f.name: f for f in dataclasses.fields(config_class)}
     values = {
         name: tuple(value) if isinstance(value, list) else value
@@ -179,12 +205,12 @@ def restored(config_class, build, state, path, device, ema=None):
     build(shape, number of classes, cfg) makes it. ema: which decay, of several. BadInput for
     weights of other networks, and decays not there.
     """
-    cfg, shape = trained_config(config_class, state), tuple(state["shape"])
+    cfg, shape = trained_config(config_class, state, path), tuple(state["shape"])
     if isinstance(data := getattr(cfg, "data", ""), TrainedOn):
         data.checkpoint = path
     names = state["class_names"] if cfg.class_cond else []
-    net = build(shape, len(names), cfg).to(device, memory_format=torch.channels_last)
-    load_weights(net, chosen_ema(state, path, ema))
+    net = built(lambda: build(shape, len(names), cfg), chosen_ema(state, path, ema), path)
+    net = net.to(device, memory_format=torch.channels_last)
     net.null_label = state.get("null_label", True)  # whether it has learned to do without a label
     return net.eval(), cfg, shape, names
 
@@ -239,6 +265,32 @@ def load_weights(net, state):
     except RuntimeError as error:
         told = " ".join(str(error).split())[:200]
         raise BadInput(f"these weights are of another network: {told}") from None
+
+
+def built(make, weights, path):
+    """make(), a network, with these weights, a state_dict.
+
+    It is made without memory first. BadInput where settings make no network, or another one.
+    """
+    try:
+        with torch.device("meta"):
+            expected = make().state_dict()
+    except UNBUILDABLE as error:
+        told = f"{type(error).__name__}: {error}"[:120]
+        raise BadInput(f"{path}: its settings make no network ({told})") from None
+    sizes = {name: value.numel() for name, value in expected.items()}
+    others = {
+        name for name, n in sizes.items() if name not in weights or weights[name].numel() != n
+    }
+    if others := sorted(others | {*weights} - {*sizes}):
+        more = ", ..." * (len(others) > 3)
+        raise BadInput(
+            f"{path}: these weights are of another network than its settings make; "
+            f"{', '.join(others[:3])}{more} differ"
+        )
+    net = make()
+    load_weights(net, weights)
+    return net
 
 
 def plain(settings):

@@ -106,10 +106,10 @@ def save_json(path, told):
 
 
 def read_log(path):
-    """The rows of a log.jsonl; a line torn by a kill is left out."""
+    """The rows of a log.jsonl; a line torn by a kill, or damaged, is left out."""
     rows = []
     if Path(path).exists():
-        for line in Path(path).read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in Path(path).read_text("utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]

@@ -88,7 +88,7 @@ class RunFolder:
             told = f"--steps {most}: the run in {self.path} is at step {step} already"
             raise BadInput(f"{told}; type at least that, or --resume never to start over")
         if self.world.is_main:
-            rows = [row for row in read_log(self.log_path) if row["step"] <= step] if state else []
+            rows = [row for row in read_log(self.log_path) if state and is_until(row, step)]
             for left_over in self.path.glob(".*.tmp*"):
                 left_over.unlink()
             for kept in self.path.glob("ckpt-[0-9]*.pt"):  # of a future that is now another
@@ -212,6 +212,11 @@ class RunFolder:
         then, before = self.seen or (self.started, 0)
         self.seen = (now, images)
         return round((images - before) / max(now - then, 1e-9), 1)
+
+
+def is_until(row, step):
+    """Whether a row of a log is of this step or of one before it."""
+    return isinstance(row.get("step"), int) and row["step"] <= step
 
 
 def usual_settings(kind):

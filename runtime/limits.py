@@ -35,9 +35,13 @@ def check_unpacked(what, size):
 
 
 def read_member(archive, name):
-    """The bytes of a member of an open ZipFile; BadInput where it declares too many."""
-    check_unpacked(f"{archive.filename}/{name}", archive.getinfo(name).file_size)
-    return archive.read(name)
+    """The bytes of a member of an open ZipFile; BadInput for a torn one, and for too many."""
+    where = f"{archive.filename}/{name}"
+    check_unpacked(where, archive.getinfo(name).file_size)
+    try:
+        return archive.read(name)
+    except Exception as error:  # a torn zip raises nearly anything
+        raise BadInput(f"{where} cannot be read ({error}); pack it anew") from None
 
 
 def read_whole(stream, what):

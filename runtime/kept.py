@@ -1,0 +1,101 @@
+"""What a checkpoint keeps is looked at before a network is built of it: types, ranges, shapes.
+
+A file that is damaged, edited or of something else is refused in one line; without that it would
+take any memory, loop for hours, or end in some line of a network.
+"""
+
+from runtime.commandline import BadInput
+
+import math
+import types
+from dataclasses import fields
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+KINDS = {
+    "config": (dict, "settings by name"),
+    "step": (int, "a whole number"),
+    "class_names": (list, "names of classes"),
+    "shape": (list, "(C, H, W)"),
+    "ema": (dict, "tensors by name"),
+    "more_emas": (list, "such dictionaries"),
+    "settings": (dict, "settings by name"),
+    "ae": (dict, "settings by name"),
+    "autoencoder": (dict, "tensors by name"),
+    "scale": (float, "a number"),
+}
+# More of these no network here has. A network is built without memory before it is built, but that
+# takes its time, too.
+MOST = {"timesteps": 100_000, "num_res_blocks": 64, "depth": 256}
+SIDE = 2**14  # pixels of an image, and levels of anything
+
+
+def check_state(state, path):
+    """BadInput where what a checkpoint `state` keeps is not of the kind that a run keeps."""
+    for name, (kind, expected) in KINDS.items():
+        if name in state and not _is(state[name], kind):
+            raise BadInput(f"{path}: its {name} is {_short(state[name])}, expected {expected}")
+    shape, names = state.get("shape", [1, 1, 1]), state.get("class_names", [])
+    if len(shape) != 3 or not all(type(n) is int and 0 < n <= SIDE for n in shape):
+        raise BadInput(f"{path}: its shape is {_short(shape)}, expected (C, H, W)")
+    if not all(isinstance(name, str) for name in names):
+        raise BadInput(f"{path}: its class_names are {_short(names)}, expected texts")
+    for name in ("ema", "autoencoder"):
+        _check_tensors(state.get(name, {}), name, path)
+    for mean in state.get("more_emas", []):
+        _check_tensors(mean, "more_emas", path)
+
+
+def _check_tensors(found, name, path):
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: its {name} is {_short(found)}, expected tensors by name")
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise BadInput(f"{path}: its {name} holds {_short(value)}, expected tensors by name")
+
+
+def check_settings(config_class, values, path):
+    """BadInput where a setting that a checkpoint keeps is none that `config_class` could have."""
+    hints = get_type_hints(config_class, include_extras=True)
+    for name in [f.name for f in fields(config_class) if f.name in values]:
+        value, most = values[name], MOST.get(name)
+        if not _fits(value, hints[name]):
+            raise BadInput(f"{path}: its setting {name} is {_short(value)}, which it cannot be")
+        if most is not None and not 0 <= value <= most:
+            raise BadInput(f"{path}: its setting {name} is {value}, expected at most {most}")
+    levels = values.get("channel_mult", ())
+    if len(levels) > 16:
+        raise BadInput(f"{path}: its setting channel_mult has {len(levels)} levels, expected 16")
+
+
+def _fits(value, kind):
+    """Whether a value is of an annotated type, where lists stand for tuples."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _fits(value, inner[0])
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in inner)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        kinds = inner[:1] * len(value) if inner[-1:] == (...,) else inner
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    return _is(value, kind)
+
+
+def _is(value, kind):
+    if kind is float:
+        return type(value) in (int, float) and not math.isnan(value)
+    if kind is int:
+        return type(value) is int and abs(value) < 2**63
+    if kind is list:
+        return isinstance(value, list | tuple)
+    return isinstance(value, kind)
+
+
+def _short(value):
+    text = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
