@@ -11,7 +11,7 @@ folder or zip of images. Where raw files are looked for is told in image_data/so
 
 from runtime.commandline import BadInput, class_list, split_list
 from runtime.files import locked
-from runtime.processes import say_once
+from runtime.processes import meet, say_once
 
 import hashlib
 import json
@@ -176,6 +176,7 @@ def of(cfg):
     from runtime.download import Unavailable
 
     _check_out(cfg)
+    meet(cfg)
     try:
         ds = load(cfg.data, cfg.data_root, size=cfg.size, classes=cfg.classes)
         return some_of(ds, SMOKE) if cfg.smoke and not cfg.dry_run else ds

@@ -6,9 +6,9 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -27,6 +27,8 @@ class World:
     precision: str = "auto"  # of networks: --precision
     compile: bool = False  # also networks that draw samples: --compile
     ends: list = dataclasses.field(default_factory=list, compare=False)  # called when all is done
+    local_rank: int = 0  # this process's number on its machine
+    nodes: int = 1  # how many machines there are
 
     @property
     def is_main(self):
@@ -100,15 +102,12 @@ class World:
         """NotFinite that any process raises inside is raised by all: none waits for it in vain."""
         from runtime.finite import NotFinite
 
-        told = [""]
+        mine = ""
         try:
             yield
         except NotFinite as error:
-            told = [str(error)]
-        if self.size > 1:
-            mine, told = told[0], [""] * self.size
-            dist.all_gather_object(told, mine)
-        if any(told):
+            mine = str(error)
+        if any(told := self.gather(mine)):
             raise NotFinite(next(filter(None, told)))
 
     def in_parts(self, make, n, batch_size, steps, desc):
@@ -178,6 +177,23 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def gather(self, thing):
+        """[thing of each rank], of plain values, on every rank."""
+        if self.size == 1:
+            return [thing]
+        found = [None] * self.size
+        dist.all_gather_object(found, thing)
+        return found
+
+    def agree(self, what):
+        """BadInput, on every rank, where values of the dictionary `what` differ among them."""
+        found = self.gather(what)
+        for rank, other in enumerate(found):
+            if names := [name for name in what if other.get(name) != found[0].get(name)]:
+                told = f"{names[0]}, {other.get(names[0])} (rank 0: {found[0].get(names[0])})"
+                told = f"rank {rank} of {self.size} has another {told}"
+                raise BadInput(f"{told}: give all the same data and files")
+
     @functools.cached_property
     def dtype(self):
         """What networks compute in: bfloat16, float16, or float32."""
@@ -209,12 +225,24 @@ SAID = set()  # lines that are printed once
 
 def is_first_process():
     """Whether this is the process that does, after launch(), what must be done once."""
-    return os.environ.get("RANK", "0") == "0"
+    return (os.environ.get("RANK") or "0") == "0"
 
 
 def process_count(gpus):
     """How many processes a command with --gpus has, here or under torchrun."""
-    return int(os.environ.get("WORLD_SIZE", max(gpus, 1)))
+    if not os.environ.get("WORLD_SIZE"):
+        return max(gpus, 1)
+    from runtime import ranks
+
+    return ranks.number("WORLD_SIZE", 1, 10**6)
+
+
+def meet(cfg):
+    """Where others do the same command: wait for them, and see that they do; before long work."""
+    if os.environ.get("RANK") and not getattr(cfg, "dry_run", False):
+        from runtime import ranks
+
+        ranks.meet(cfg)
 
 
 def say_once(line):
@@ -239,22 +267,34 @@ def launch(fn, cfg):
         from runtime.rehearsal import rehearse
 
         return rehearse(fn, cfg)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        _run_rank(int(os.environ.get("LOCAL_RANK", rank)), fn, cfg, rank, size)
+    if os.environ.get("RANK"):
+        from runtime import ranks
+
+        _as_rank(fn, cfg, ranks.place())
     elif cfg.gpus > 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            os.environ.setdefault("MASTER_PORT", str(s.getsockname()[1]))
-        try:
-            torch.multiprocessing.spawn(_run_rank, (fn, cfg, None, cfg.gpus, SAID), nprocs=cfg.gpus)
-        except torch.multiprocessing.ProcessExitedException as error:
-            if error.exit_code == 2:  # the rank has already said what was wrong
-                sys.exit(2)
-            raise
+        start_here(fn, cfg, cfg.gpus)
     else:
         _complete(fn, cfg, _world(cfg, 0, 1, torch.device("cuda:0" if cfg.gpus else "cpu")))
+
+
+def start_here(fn, cfg, count):
+    """Call fn(cfg, world) in `count` new processes; one that is killed ends all, with one line."""
+    from runtime import ranks
+
+    logging.getLogger(torch.multiprocessing.spawn.__module__).setLevel(logging.ERROR)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    try:
+        given = fn, cfg, count, store.port, SAID
+        torch.multiprocessing.spawn(_started_here, given, nprocs=count)
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.exit_code in (2, 130):  # the rank has already said what was wrong
+            sys.exit(error.exit_code)
+        if error.exit_code >= 0 and error.exit_code != ranks.SILENT:
+            raise
+        how = f"by {error.signal_name}" if error.exit_code < 0 else "while others waited for it"
+        told = f"error: a process of {count} was ended {how}; type the same again to go on from"
+        print(f"{told} the last checkpoint", file=sys.stderr)
+        sys.exit(1)
 
 
 def check_compiler(gpus=0):
@@ -285,23 +325,40 @@ def _complete(fn, cfg, world):
         refresh_after(cfg)
 
 
-def _world(cfg, *place):
+def _world(cfg, *place, **among):
     if cfg.gpus:
         prefer_speed()
-    return World(*place, *(getattr(cfg, name, getattr(World, name)) for name in SETTINGS))
+    how = {name: getattr(cfg, name, getattr(World, name)) for name in SETTINGS}
+    return World(*place, **how, **among)
 
 
-def _run_rank(local_rank, fn, cfg, rank, size, said=()):
+def _started_here(rank, fn, cfg, size, port, said):
+    """The process number `rank` of start_here."""
+    from runtime import ranks
+
     keep_memory()
     SAID.update(said)
-    rank = local_rank if rank is None else rank
-    on_gpu = cfg.gpus > 0
-    device = torch.device(f"cuda:{local_rank}" if on_gpu else "cpu")
+    where = ranks.Place(rank, size, rank, "127.0.0.1", port, parent=True)
+    entry(ranks.together(lambda: _as_rank(fn, cfg, where)))
+
+
+def _as_rank(fn, cfg, where):
+    """fn(cfg, world) at the Place `where`, and what is due then."""
+    from runtime import ranks
+
+    on_gpu, rank, size = cfg.gpus > 0, where.rank, where.size
+    if on_gpu and where.local >= torch.cuda.device_count():
+        told = f"LOCAL_RANK={where.local}: this machine has {torch.cuda.device_count()} GPUs"
+        raise BadInput(f"{told}; start as many processes, or type --gpus 0")
+    party = ranks.meet(cfg, where)
+    device = torch.device(f"cuda:{where.local}" if on_gpu else "cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=size)
+    how = {"store": party.store, "rank": rank, "world_size": size}
+    dist.init_process_group("nccl" if on_gpu else "gloo", **how)
     try:
-        entry(lambda: _complete(fn, cfg, _world(cfg, rank, size, device)))
+        among = {"local_rank": where.local, "nodes": party.nodes}
+        _complete(fn, cfg, _world(cfg, rank, size, device, **among))
     finally:
         dist.destroy_process_group()
 

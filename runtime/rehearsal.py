@@ -10,12 +10,11 @@ Run.steps() ends when enough is known, and the last one with the exception Enoug
 from runtime import commandline as cli
 from runtime import plan
 from runtime.commandline import BadInput
-from runtime.processes import World, is_first_process, prefer_speed
+from runtime.processes import World, is_first_process, prefer_speed, process_count
 
 import dataclasses
 import gc
 import math
-import os
 import statistics
 import time
 from pathlib import Path
@@ -300,7 +299,7 @@ def rehearse(train, cfg):
     """
     if not is_first_process():
         return
-    processes = int(os.environ.get("WORLD_SIZE", max(cfg.gpus, 1)))
+    processes = process_count(cfg.gpus)
     timed = cfg.gpus == 0 or torch.cuda.is_available()
     device = torch.device("cuda:0" if cfg.gpus and timed else "cpu")
     if device.type == "cuda":
