@@ -359,6 +359,9 @@ def _as_rank(fn, cfg, where):
     try:
         among = {"local_rank": where.local, "nodes": party.nodes}
         _complete(fn, cfg, _world(cfg, rank, size, device, **among))
+    except BaseException as error:
+        party.leave(error)  # as long as the others wait for this one
+        raise
     finally:
         dist.destroy_process_group()
 

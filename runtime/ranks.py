@@ -301,16 +301,18 @@ class Party:
     def leave(self, error=None):
         """Tell the others how this process ends; one that ends since another did says nothing else.
 
-        error: what ends it.
+        error: what ends it. Whoever finds it first calls this; only the first time counts.
         """
+        if self.leaving:
+            return
         if isinstance(error, SystemExit):
             how, line = ("stopped" if error.code else "done"), f"exit code {error.code}"
         elif isinstance(error, BadInput | KeyboardInterrupt):
             how, line = "stopped", str(error) or "interrupted"
         else:
             how, line = ("failed" if error else "done"), ""
-            # What is lost with another process shows up as any exception of torch.distributed.
-            if error and self.lost.wait(GRACE):
+            # torch.distributed raises RuntimeErrors, before it is known here who is gone.
+            if isinstance(error, RuntimeError) and self.lost.wait(GRACE) or self.lost.is_set():
                 self._say()
                 raise SystemExit(SILENT if self.place.parent else self.code) from None
         self.leaving = True

@@ -1,0 +1,154 @@
+"""Ranks that differ, die, never come, or are none: one line each, and nobody waits in vain."""
+
+from runtime import ranks
+from runtime.commandline import BadInput
+
+import socket
+import time
+
+import pytest
+from launching import Started, free_port, refusal, refused, run, start_ranks
+
+RANKED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def ended(*arguments, **how):
+    """(Done of each of two ranks, seconds that this took)."""
+    started, start = start_ranks("rank_together", *arguments, **how), time.monotonic()
+    return [rank.wait(30) for rank in started], time.monotonic() - start
+
+
+@pytest.mark.parametrize("where", ["", "alone"])
+def test_a_rank_that_is_killed_ends_the_other(where):
+    (survivor, killed), seconds = ended("killed", where)
+    assert killed.code == -9 and survivor.code == 1 and seconds < 10
+    assert survivor.err.splitlines() == [
+        "error: rank 1 of 2 died; type the same again to go on from the last checkpoint"
+    ]
+
+
+@pytest.mark.parametrize("where", ["", "alone"])
+def test_what_one_rank_refuses_ends_the_other(where):
+    (survivor, other), seconds = ended("refuses", where)
+    assert refusal(other) == "error: --here is wrong: type --there" and seconds < 10
+    assert refusal(survivor) == "error: rank 1 of 2 stopped: --here is wrong: type --there"
+
+
+def test_a_bug_of_one_rank_is_told_there():
+    (survivor, other), seconds = ended("fails")
+    assert other.code == 1 and other.err.count("Traceback") == 1 and seconds < 10
+    assert survivor.err.splitlines() == ["error: rank 1 of 2 failed, as is said there"]
+    assert survivor.code == 1
+
+
+def test_a_rank_that_is_done_ends_no_other():
+    done, _ = ended("done", "alone")
+    assert [(d.code, d.err) for d in done] == [(0, "")] * 2
+
+
+def test_a_process_that_dies_of_those_that_one_started():
+    start, done = time.monotonic(), run("rank_together", "killed", "here", limit=30)
+    assert done.code == 1 and time.monotonic() - start < 20
+    assert done.err.splitlines() == [
+        "error: a process of 2 was ended by SIGKILL; type the same again to go on from the last "
+        "checkpoint"
+    ]
+
+
+@pytest.mark.slow
+def test_what_a_process_refuses_of_those_that_one_started():
+    done = run("rank_together", "refuses", "here", limit=30)
+    assert refusal(done) == "error: --here is wrong: type --there"
+
+
+def test_ranks_of_other_settings_are_told_which(toy, tiny, tmp_path):
+    given = [*tiny["ddpm_pixel"], *toy, "--out", tmp_path / "run"]
+    together = RANKED | {"MASTER_PORT": str(free_port())}
+    both = [
+        Started("ddpm_pixel", *given, *more, env=together | {"RANK": str(r), "LOCAL_RANK": str(r)})
+        for r, more in enumerate((["--lr", 0.1], ["--lr", 0.2]))
+    ]
+    lines = {refusal(rank.wait(30)) for rank in both}
+    told = "rank 1 of 2 has --lr 0.2 (rank 0: 0.1): start all with the same settings"
+    assert lines == {f"error: {told}"} and not (tmp_path / "run").exists()
+
+
+def test_what_differs_is_named():
+    same = {"settings": {"--lr": "1", "--out": "a"}, "code": {"dit.py": "1"}, "torch": "2.9"}
+    members = [same | {"local": r, "machine": "a"} for r in (0, 1)]
+    assert ranks.differing(members) == ""
+    for change, told in (
+        ({"settings": {"--lr": "2", "--out": "a"}}, "rank 1 of 2 has --lr 2 (rank 0: 1): "),
+        ({"settings": {"--lr": "1", "--out": "b"}}, "rank 1 of 2 has --out b (rank 0: a): "),
+        ({"settings": {"--out": "a"}}, "rank 1 of 2 has --lr None (rank 0: 1): "),
+        ({"code": {"dit.py": "2"}}, "rank 1 of 2 runs other code than rank 0: dit.py: copy "),
+        ({"torch": "2.8"}, "rank 1 of 2 has torch 2.8, rank 0 torch 2.9: "),
+    ):
+        assert ranks.differing([members[0], members[1] | change]).startswith(told)
+    far = [members[0], members[1] | {"local": 0, "machine": "b"}]
+    assert ranks.differing(far) == ""
+    far[1] = far[1] | {"settings": {"--lr": "1", "--out": "b"}}  # each machine has a disk
+    assert ranks.differing(far) == ""
+    far[1]["settings"] = {"--lr": "2"}
+    assert ranks.differing(far).startswith("rank 1 of 2 (on b) has --lr 2 (rank 0: 1)")
+
+
+def test_data_that_differ_are_told():
+    done, _ = ended("data")
+    assert {refusal(d) for d in done} == {
+        "error: rank 1 of 2 has another data_key, theirs (rank 0: ours): give all the same data "
+        "and files"
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"WORLD_SIZE": ""}, "RANK set in the environment without WORLD_SIZE, which torchrun"),
+        ({"RANK": ""}, "WORLD_SIZE set in the environment without RANK, which torchrun"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "without MASTER_ADDR and MASTER_PORT, which"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment: expected a number from 1 to"),
+        ({"WORLD_SIZE": "9" * 5000}, "expected a number from 1 to 1000000"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment: expected a number from 1 to"),
+        ({"RANK": "2"}, "RANK=2 in the environment: expected a number from 0 to 1; torchrun"),
+        ({"RANK": "-1"}, "RANK=-1 in the environment: expected a number from 0 to 1"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x in the environment: expected a number from 0 to 1"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 in the environment: expected a number"),
+    ],
+)
+def test_a_broken_environment(change, told, monkeypatch):
+    for name, value in (RANKED | change).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput) as error:
+        ranks.place()
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_left_over_rank_is_noticed_before_any_work(toy, tiny):
+    line = refused("ddpm_pixel", *tiny["ddpm_pixel"], *toy, env={"RANK": "1"})
+    assert "RANK set in the environment without WORLD_SIZE" in line and "unset RANK" in line
+    line = refused("eval_fid", "a", "b", env={"WORLD_SIZE": "x"})
+    assert "WORLD_SIZE set in the environment without RANK" in line
+
+
+def test_a_rank_waits_for_others_with_a_line_and_not_for_ever():
+    at = {"MASTER_PORT": str(free_port()), "WAIT": "0.6"}
+    for rank, other in ((0, "ranks 1"), (1, "rank 0")):
+        done = run("rank_together", env=RANKED | at | {"RANK": str(rank)}, limit=30)
+        note, error = done.err.splitlines()
+        waits = f"note: rank {rank} of 2 waits for the others at 127.0.0.1:{at['MASTER_PORT']}"
+        assert done.code == 2 and note.startswith(waits) and "RANK and WORLD_SIZE are set" in note
+        assert error.startswith(f"error: rank {rank} of 2: {other} did not come to 127.0.0.1:")
+        assert "within 0.6 s" in error and error.endswith("type unset RANK WORLD_SIZE")
+
+
+def test_a_port_in_use_and_a_machine_that_is_none():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        env = RANKED | {"RANK": "0", "MASTER_PORT": port}
+        line = refusal(run("rank_together", env=env, limit=30))
+        assert line.startswith(f"error: MASTER_PORT={port} is in use on this machine: ")
+    line = refusal(run("rank_together", env=RANKED | {"MASTER_ADDR": "no.such.invalid"}, limit=30))
+    assert line.startswith("error: MASTER_ADDR=no.such.invalid: no such machine (")
