@@ -112,13 +112,14 @@ class Config(cli.ScoredConfig):
     ema_length: tuple[float, ...] = ()
     """--sample: the running mean of this relative length; several: a curve of quality over it"""
 
-    USES = {"sample": cli.DRAWS | cli.names("column ema_length data data_root " + SAMPLING)}
+    CURVE = ("data", "data_root", *cli.ScoredConfig.METRICS[1:])  # of a curve over --ema-length
+    USES = {"sample": cli.DRAWS | {"column", "ema_length", *CURVE, *SAMPLING.split()}}
     IDLE = cli.names("column ema_length")
     CHURN = dict.fromkeys(("S_tmin", "S_tmax", "S_noise"), "S_churn")
     NEEDS = cli.ScoredConfig.NEEDS | CHURN | {"snapshot_every": "ema_lengths"}
-    FREE = cli.ScoredConfig.FREE | cli.names(
-        "use_checkpoint snapshot_every sample n seeds column ema_length " + SAMPLING
-    )
+    NEEDS |= {f"sample:{name}": "ema_length" for name in CURVE}
+    FREE = cli.ScoredConfig.FREE | cli.names("use_checkpoint snapshot_every sample n seeds")
+    FREE |= IDLE | cli.names(SAMPLING)
 
 
 # ------------------------------------------------------------------- the denoiser: section 5
@@ -388,13 +389,12 @@ def save_churn(net, column, cfg, world, shape, seeds, labels, folder):
         print(f"a row for each S_churn: {folder / 'churn.png'}")
 
 
-def save_ema_curve(net, column, cfg, world, shape, mean_of, lengths, folder):
+def save_ema_curve(net, column, cfg, world, shape, mean_of, asked, folder):
     """ema-length.png: the Fréchet distance of --n samples over the length of the running mean."""
     score, found = Evaluator.of_run(cfg, datasets.of(cfg), world).score, {}
-    for length in lengths:
-        net.load_state_dict(mean_of(length))
-        draw_some = partial(draw, net, column, cfg, world, shape)
-        found[length] = score(draw_some, cfg.n, net.null)["frechet"]
+    for s in asked.ema_length:
+        net.load_state_dict(mean_of(s))
+        found[s] = score(partial(draw, net, column, cfg, world, shape), cfg.n, net.null)["frechet"]
     if world.is_main:
         panel = {f"Fréchet distance, N = {cfg.n}": {"": (list(found), list(found.values()))}}
         plot_lines(folder / "ema-length.png", panel, xlabel="relative length of the running mean")
@@ -444,8 +444,8 @@ def sample_checkpoint(cfg, world):
         past = checkpoints.load_checkpoint(cfg.sample, "edm", facts=True)["power"]["snapshots"]
         mean_of = partial(reconstruct, Path(cfg.sample).parent / "power", steps=past)
         if len(cfg.ema_length) > 1:
-            how = mean_of, cfg.ema_length, folder
-            return save_ema_curve(net, column, trained, world, shape, *how)
+            trained = replace(trained, **checkpoints.given(cfg, cfg.CURVE))
+            return save_ema_curve(net, column, trained, world, shape, mean_of, cfg, folder)
         net.load_state_dict(mean_of(cfg.ema_length[0]))
     make = save_churn if len(trained.S_churn) > 1 else partial(save_images, names=names)
     make(net, column, trained, world, shape, seeds, labels, folder)
@@ -475,7 +475,7 @@ def check(cfg):
     if several and (cfg.n < 2 or cfg.seeds or cfg.classes or len(cfg.S_churn) > 1):
         told = "is a curve over --n samples (2 or more), of one --S-churn"
         raise cli.BadInput(f"--ema-length: of several {told}; leave out --seeds and --classes")
-    if cfg.sample and not several and (typed := cli.typed(("data", "data_root"))):
+    if cfg.sample and not several and (typed := cli.typed(cfg.CURVE)):
         raise cli.BadInput(f"{cli.flag(typed[0])} is for a curve over --ema-length: leave it out")
     for length in (*cfg.ema_lengths, *cfg.ema_length):
         gamma_of(length, "--ema-lengths" if length in cfg.ema_lengths else "--ema-length")

@@ -134,7 +134,7 @@ def of_training(cfg, ds, world, steps=1500):
         except BadInput as error:
             if kind == "inception":
                 raise
-            why = f"--metric-every: {ds.name} has no classes to train a classifier on"
+            why = f"no scores: {ds.name} has no classes to train a classifier on"
             why += f", and Inception's weights are not there: {error}"
             wanted = "a labelled data set of such images"
             raise BadInput(f"{why}; or type --metric-data NAME, {wanted}") from None

@@ -55,8 +55,12 @@ def _is_zero(value):
 
 
 def needed(cfg, name):
-    """(setting, values, whether it must be off instead of on) that `name` needs: see Script."""
-    other, _, values = cfg.NEEDS.get(name, "").partition("=")
+    """(setting, values, whether it must be off instead of on) that `name` needs: see Script.
+
+    What it needs in one task, such as --sample, stands under "sample:name".
+    """
+    needs = cfg.NEEDS.get(f"{cfg.task()}:{name}", cfg.NEEDS.get(name, ""))
+    other, _, values = needs.partition("=")
     return other.removeprefix("!"), values, other.startswith("!")
 
 

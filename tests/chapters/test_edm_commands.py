@@ -61,6 +61,10 @@ def test_several_lengths_are_a_curve(run, tmp_path):
     done = succeed("edm", *asked, "--ema-length", 0.05, 0.28, "--out", tmp_path)
     told = [line.split()[-1] for line in done.out.splitlines() if "Fréchet distance" in line]
     assert len(set(told)) == 2 and (tmp_path / "ema-length.png").exists()
+    line = refused("edm", *asked, "--ema-length", 0.05, "--metric-data", "glyphs")
+    assert "--metric-data is for a curve over --ema-length: leave it out" in line
+    of_another = ["--metric-data", tmp_path / "none"]  # of which the distance would be
+    assert "none" in refused("edm", *asked, "--ema-length", 0.05, 0.28, *of_another)
 
 
 def test_the_checkpoint_says_which_snapshots_count(run, tmp_path):
