@@ -62,7 +62,8 @@ def last_samples(cfg, world, names, draw):
     end = replace(cfg, sample=str(Path(cfg.out, "ckpt.pt")), classes="")
     end, n = replace(end, seeds="") if cfg.n_eval else end, max(cfg.n, cfg.n_eval)
     if not drawn_before(end, names, n, world):
-        draw(end, world, n)
+        with world.from_first(end.sample) as path:
+            draw(replace(end, sample=str(path)), world, n)
 
 
 def score(cfg, ds, script):

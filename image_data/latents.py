@@ -16,6 +16,7 @@ and log-variance of q(z|x), from which each step draws its own z, as if it had e
 
 from runtime.commandline import BadInput
 from runtime.files import atomic_write
+from runtime.nodes import Disks, fingerprint
 from runtime.plan import Method, cost_of, forms_of
 from runtime.processes import exact
 from runtime.rehearsal import Rehearsal
@@ -23,7 +24,7 @@ from runtime.rehearsal import Rehearsal
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,15 +97,32 @@ def cache_latents(folder, world, ds, encode, *, z_channels, factor, made_of, fli
     folder = Path(folder)
     made_of = {"data_key": ds.key, **made_of, "flip": flip}
     manifest, path = folder / "manifest.json", folder / "moments.npy"
+    disks = Disks(folder, world)
     scale = _kept_scale(manifest, path, made_of, world)
-    if scale is None:
-        world.barrier()  # every rank has read the old manifest before it goes
+    # Every rank has read its manifest before one goes.
+    kept = world.gather(scale and (scale, fingerprint(np.load(path, mmap_mode="r"))))
+    first = next(filter(None, kept), None)  # where machines differ, these are for all
+    lacking = [rank for rank in set(disks.of) if kept[rank] != first or not first]
+    if lacking:
         z_shape = (ds.shape[1] // factor, ds.shape[2] // factor, 2 * z_channels)
-        if world.is_main:
+        if world.rank in lacking:
             _make_room(folder, manifest, path, (len(ds) * (1 + flip), *z_shape))
         world.barrier()
-        scale = _encode_all(path, world, ds, encode, flip, batch)
-        if world.is_main:
+        if first:
+            scale = first[0]
+            parts = [(kept.index(first), slice(0, len(ds) * (1 + flip)))]
+        else:
+            scale = _encode_all(path, world, ds, encode, flip, batch)
+            shares = [replace(world, rank=rank).share(len(ds)) for rank in range(world.size)]
+            views = (0, len(ds)) if flip else (0,)
+            parts = [
+                (rank, slice(share.start + view, share.stop + view))
+                for rank, share in enumerate(shares)
+                for view in views
+            ]
+        mode = "r+" if disks.of[world.rank] in lacking else "r"
+        disks.fill(np.load(path, mmap_mode=mode), parts, lacking)
+        if world.rank in lacking:
             with atomic_write(manifest) as temporary:
                 temporary.write_text(json.dumps({"made_of": made_of, "scale": scale}))
         world.barrier()

@@ -112,19 +112,20 @@ class RunFolder:
         if self.resume == "never":
             return None
         if self.resume != "auto":
-            return load_checkpoint(self.resume, self.script)
+            with self.world.from_first(self.resume) as path:
+                return load_checkpoint(path, self.script)
         damaged = None
         for name in ("ckpt.pt", "ckpt-previous.pt"):
-            path = self.path / name
-            if path.exists():
-                try:
-                    state = load_checkpoint(path, self.script)
-                except DamagedCheckpoint as error:
-                    damaged = error
-                else:
-                    if damaged and self.world.is_main:
-                        print(f"warning: {damaged}; going on from {path}", file=sys.stderr)
-                    return state
+            with self.world.from_first(self.path / name) as path:
+                if path.exists():
+                    try:
+                        state = load_checkpoint(path, self.script)
+                    except DamagedCheckpoint as error:
+                        damaged = error
+                    else:
+                        if damaged and self.world.is_main:
+                            print(f"warning: {damaged}; going on from {path}", file=sys.stderr)
+                        return state
         if damaged:
             raise BadInput(f"{damaged}, and none before it is whole; --resume never starts over")
         return None

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -176,6 +177,14 @@ class World:
     def barrier(self):
         if self.size > 1:
             dist.barrier()
+
+    def from_first(self, path):
+        """with world.from_first(path) as path: what rank 0 has there, which this machine may not"""
+        if self.nodes == 1:
+            return contextlib.nullcontext(Path(path))
+        from runtime.nodes import from_first
+
+        return from_first(path, self)
 
     def gather(self, thing):
         """[thing of each rank], of plain values, on every rank."""

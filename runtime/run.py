@@ -156,6 +156,12 @@ class Run:
     ):
         self.cfg, self.world, self.ds, self.net = cfg, world, ds, net
         self.keep, self.facts = keep or {}, facts or {}
+        made_of = {"data_key": ds.key} | (made_of or {})
+        if world.size > 1:
+            from runtime.nodes import fingerprint
+
+            rows = fingerprint(ds.moments if hasattr(ds, "moments") else ds.images)
+            world.agree(made_of | {"copy of the data": rows + fingerprint(ds.labels)})
         self.device, self.share = world.device, world.share(cfg.batch_size)
         self.disk = RunFolder(
             cfg.out,
@@ -163,7 +169,7 @@ class Run:
             cfg,
             world,
             free=cfg.FREE,
-            made_of={"data_key": ds.key} | (made_of or {}),
+            made_of=made_of,
             resume=cfg.resume,
             keep_every=cfg.keep_every,
             track=[name for name in ("tensorboard", "wandb") if getattr(cfg, name)],
