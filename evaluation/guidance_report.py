@@ -15,6 +15,7 @@ FIGURES = {
     "class accuracy": "class_accuracy",
 }
 VARIANCES = {"small": "beta_tilde", "large": "beta", "learned": "learned"}
+STRENGTH = "s, or w"
 FREE = "classifier-free"  # the way whose strength is w; that of others is s
 
 
@@ -42,16 +43,30 @@ def table(ways):
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def curves(ways):
-    """Panels of plot_lines: each figure that all rows have, over the strength of each way."""
-    return {
-        title: {
-            way: ([strength(way, row)[1] for row in rows], [row[key] for row in rows])
-            for way, rows in ways.items()
-        }
-        for title, key in FIGURES.items()
-        if all(row.get(key) is not None for rows in ways.values() for row in rows)
-    }
+def figures_of(row):
+    """Settings and figures of a row of the store; no class accuracy where no class was asked for.
+
+    None is where the network is not told one (w = -1) and the classifier does not push (s = 0).
+    """
+    found = row["made_by"] | row["figures"]
+    nobody = found["scale"] == 0 and found["guidance"] == -1
+    return found | {"class_accuracy": None} if nobody else found
+
+
+def curves(lines, x):
+    """Panels of plot_lines from {name: rows}: each figure over column x, of the rows that have it.
+
+    A figure that no row of a line has, has no panel.
+    """
+    panels = {}
+    for title, key in FIGURES.items():
+        known = {n: [row for row in rows if row.get(key) is not None] for n, rows in lines.items()}
+        if all(known.values()):
+            panels[title] = {
+                name: ([row[x] for row in rows], [row[key] for row in rows])
+                for name, rows in known.items()
+            }
+    return panels
 
 
 def sheet(ways, pictures):
@@ -72,7 +87,7 @@ def save(folder, facts, found, picture):
     facts: what holds for all rows; found: {way: rows of compare_samplers.Store}; picture(row) is
     the grid of a row, uint8 (H,W,3) or (H,W).
     """
-    ways = {way: [row["made_by"] | row["figures"] for row in rows] for way, rows in found.items()}
+    ways = {way: [figures_of(row) for row in rows] for way, rows in found.items()}
     pictures = {way: [picture(row) for row in rows] for way, rows in found.items()}
     scales = {name: [strength(name, row)[1] for row in rows] for name, rows in ways.items()}
     facts = facts | {"scales": scales}
@@ -84,8 +99,10 @@ def save(folder, facts, found, picture):
         path.write_text("\n".join(lines) + "\n")
     with atomic_write(folder / f"{name}.json") as path:
         path.write_text(json.dumps({"facts": facts, "ways": ways}, indent=1) + "\n")
+    drawn = {w: [row | {STRENGTH: strength(w, row)[1]} for row in rows] for w, rows in ways.items()}
+    panels = curves(drawn, STRENGTH)
     cells, titles = sheet(ways, pictures)
     path = folder / f"{name}.png"
-    draw_cells(path, cells, curves(ways), "s, or w", titles)
+    draw_cells(path, cells, panels, STRENGTH, titles)
     print("\n".join(lines))
     print(f"kept in {folder}: {name}.md, {name}.json, {name}.png")

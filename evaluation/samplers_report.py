@@ -5,7 +5,7 @@ from runtime.plots import draw_cells, draw_lines
 
 import numpy as np
 
-from evaluation.guidance_report import FIGURES, VARIANCES, sampler_name
+from evaluation.guidance_report import FIGURES, VARIANCES, curves, sampler_name
 
 BETA = """\
 Both variances of an ancestral step are those of DDPM, section 3.2: beta_tilde is right for data
@@ -141,22 +141,6 @@ def told(key, value):
     if isinstance(value, str):
         return VARIANCES.get(value, value)
     return f"{value:.3f}" if key in FIGURES.values() else f"{value:g}"
-
-
-def curves(lines, x):
-    """Panels of plot_lines from {name: rows}: each figure over column x, of the rows that have it.
-
-    A figure that no row of a line has, has no panel.
-    """
-    panels = {}
-    for title, key in FIGURES.items():
-        known = {n: [row for row in rows if row.get(key) is not None] for n, rows in lines.items()}
-        if all(known.values()):
-            panels[title] = {
-                name: ([row[x] for row in rows], [row[key] for row in rows])
-                for name, rows in known.items()
-            }
-    return panels
 
 
 # ------------------------------------------------------------------------------------ along a walk

@@ -194,6 +194,10 @@ def test_a_study_of_a_network_that_knows_classes(trained, tmp_path):
     ]
     figures = [row[3:] for row in rows]
     assert figures[0] == figures[4] and figures[2] == figures[5]  # the same samples, drawn once
+    accuracy = [
+        row[list(guidance_report.FIGURES.values()).index("class_accuracy") + 3] for row in rows
+    ]
+    assert [figure == "-" for figure in accuracy] == [True, *[False] * 3, True, *[False] * 2]
     assert len(read_log(tmp_path / "classifier-guidance.jsonl")) == 5
     with Image.open(tmp_path / "classifier-guidance.png") as picture:
         assert min(picture.size) > 300 and np.asarray(picture.convert("L")).std() > 5
@@ -226,6 +230,22 @@ def test_a_study_of_a_network_that_knows_none(trained, tmp_path):
     text = (tmp_path / "classifier-guidance.md").read_text()
     assert text.count("| classifier |") == 2 and "classifier-free" not in text
     assert "told y" not in text and "ddim, eta 0, 2 steps, N = 6" in text
+
+
+def test_no_class_is_read_where_none_was_asked_for():
+    def row(scale, guidance):
+        return {
+            "made_by": {"scale": scale, "guidance": guidance},
+            "figures": {"class_accuracy": 0.5},
+        }
+
+    asked = {
+        "classifier": [row(s, -1) for s in (0, 2)],
+        "classifier-free": [row(0, w) for w in (-1, 1)],
+    }
+    ways = {way: [guidance_report.figures_of(row) for row in rows] for way, rows in asked.items()}
+    expected = {"classifier": ([-1], [0.5]), "classifier-free": ([1], [0.5])}
+    assert guidance_report.curves(ways, "guidance") == {"class accuracy": expected}
 
 
 def test_the_cells_of_the_sheet_are_named_by_their_own_strength():
