@@ -100,8 +100,8 @@ class Config(cli.Command):
     batch_size: int = 256  # images at a time when features are computed
     layout: Literal["pytorch-fid", "adm"] = "pytorch-fid"  # of the file that `stats` writes
     out: str = ""
-    """the .npz that `stats` writes; the folder of a table, or of a checkpoint's samples, which else
-    lie beside it"""
+    """the .npz that `stats` writes; the folder of a table, and of checkpoints' samples, which else
+    lie beside them"""
     json: str = ""  # also write the JSON object into this file
 
 

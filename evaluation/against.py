@@ -33,7 +33,7 @@ def generated(cfg, name):
     if not is_checkpoint(name):
         return image_sets.read(name, cfg, cfg.n)
     script, _ = checkpoint_samples.checkpoint_settings(name)
-    how = cfg.n or 1000, cfg.gpus, cfg.sample_args, "" if cfg.a == "table" else cfg.out
+    how = cfg.n or 1000, cfg.gpus, cfg.sample_args, cfg.out
     found = checkpoint_samples.sampled(name, script, *how)
     names = checkpoint_samples.class_names(name)
     return replace(image_sets.read_file(str(found)), name=name, class_names=names)

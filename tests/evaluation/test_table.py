@@ -205,6 +205,7 @@ def test_samples_lie_in_out_and_without_guidance_have_no_classes(tabled, home, t
     assert 0 <= found["class_accuracy"] <= 1
     found, out, _ = tabled(*asked, "--sample-args=--guidance -1", word="run/ckpt.pt")
     assert found["class_accuracy"] is None and "class accuracy" not in out
+    tabled("run", "--n", "8", "--metrics", "frechet", "--out", "samples")  # of the first ones
     assert len(list((home / "samples").glob("eval-ckpt-*/samples.npz"))) == 2
     assert {p: p.stat().st_mtime_ns for p in (home / "run").rglob("*")} == before
     assert "--out means nothing" in refused("eval_fid", home / "one.npz", toy[1], "--out", "x")
