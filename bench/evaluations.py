@@ -13,7 +13,6 @@ evaluations.jsonl with a line for each finished row: the same command goes on wh
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ sys.path[0] = str(REPO)  # in place of bench/
 from runtime import commandline as cli  # noqa: E402
 from runtime.checkpoints import weights_hash  # noqa: E402
 from runtime.commandline import BadInput, at_home, default_gpus, entry  # noqa: E402
-from runtime.files import atomic_write, read_log  # noqa: E402
+from runtime.files import append_row, atomic_write, read_log  # noqa: E402
 from runtime.plots import plot_lines  # noqa: E402
 from runtime.processes import World  # noqa: E402
 
@@ -97,8 +96,7 @@ def rows_of(args, store):
                     numbers = None if labels is None else labels.numpy()
                     figures = evaluators[key](images.numpy(), numbers, world)
                     found = about | figures | {"protocol": evaluators[key].protocol}
-                    with open(store, "a") as file:
-                        file.write(json.dumps(found) + "\n")
+                    append_row(store, found)
                 yield found
 
 

@@ -10,7 +10,7 @@ Where two rows are about the same, the later one counts. A row {"stage": S, "don
 S need not run again.
 """
 
-from runtime.files import read_log
+from runtime.files import append_row, read_log
 
 import contextlib
 import dataclasses
@@ -30,10 +30,7 @@ def read(out):
 
 def append(out, **row):
     """One row, written at once: several processes may write to one file."""
-    path = Path(out) / FILE
-    torn = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
-    with open(path, "a") as file:
-        file.write("\n" * bool(torn) + json.dumps(row) + "\n")
+    append_row(Path(out) / FILE, row)
 
 
 def latest(rows, stage):

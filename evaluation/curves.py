@@ -10,7 +10,7 @@ It draws what lies in the runs: the loss and the scores in log.jsonl, those of
 
 from runtime.commandline import BadInput, entry, parse, split_list
 from runtime.files import save_json, save_text
-from runtime.plots import METRICS, against, plot_lines, whose
+from runtime.plots import METRICS, against, by_whom, plot_lines
 from runtime.result_folders import digest_of
 from runtime.scores import curve_of, known, read
 from runtime.seen import names_of, read_run
@@ -188,7 +188,7 @@ def label_of(figure, rows, each):
             FIGURES[figure], *(", ".join(map(str, some)) for some in told)
         )
     of = f", {against(rows)}" if each and figure in METRICS else ""
-    return FIGURES[figure] + whose(figure, rows) + of
+    return FIGURES[figure] + by_whom(figure, rows) + of
 
 
 def in_order(points):

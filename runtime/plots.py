@@ -235,7 +235,7 @@ def plot_metrics(folder):
     for name, label in METRICS.items():
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
-            panels[label + whose(name, rows)] = {"": tuple(zip(*points, strict=True))}
+            panels[label + by_whom(name, rows)] = {"": tuple(zip(*points, strict=True))}
     if panels:
         steps = [row["step"] for row in rows]
         ticks = steps if len(steps) <= 10 else None
@@ -243,7 +243,7 @@ def plot_metrics(folder):
         plot_lines(folder / "metric.png", panels, xlabel="step", title=title, xticks=ticks)
 
 
-def whose(name, rows):
+def by_whom(name, rows):
     """Whose features or logits a metric of rows of a log is of, to write behind its name."""
     told = {"frechet": "features", "inception_score": "logits"}.get(name)
     found = _values(rows, "metric_features")

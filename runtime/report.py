@@ -11,7 +11,7 @@ of them would take more than 8 MB; links to checkpoints lead to the files beside
 
 from runtime.commandline import BadInput, entry, parse
 from runtime.files import check_folder
-from runtime.plots import against, quarters, whose
+from runtime.plots import against, by_whom, quarters
 from runtime.scores import LABELS, compared_scores, curve_of, score_tables
 from runtime.seen import is_run, names_of, read_run
 from runtime.webpage import (
@@ -92,7 +92,7 @@ def curves(seen):
         label = words[f"loss_{part}"] if base != name else "all" if f"{name}_q1" in names else name
         panels.setdefault(base, {})[label] = points(seen.rows, name)
     charts = [
-        chart(title_of(name) + whose(name, seen.rows), lines, linear=name in LINEAR)
+        chart(title_of(name) + by_whom(name, seen.rows), lines, linear=name in LINEAR)
         for name, lines in panels.items()
     ]
     kept = curve_of(seen.folder)
@@ -307,7 +307,7 @@ def curves_over_each_other(runs):
     agreed = words[0] if all(word == words[0] for word in words) else {}
     charts = []
     for name in names:
-        title = title_of(name) + whose(name, [row for seen in runs for row in seen.rows])
+        title = title_of(name) + by_whom(name, [row for seen in runs for row in seen.rows])
         title = f"loss, {agreed[name]}" if name in agreed else title
         lines = {seen.name: points(seen.rows, name) for seen in runs}
         if len(runs) == 1 or len({repr(line) for line in lines.values()}) > 1:
