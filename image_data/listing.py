@@ -57,12 +57,12 @@ ENCRYPTED, UTF8 = 0x1, 0x800  # bits of a zip entry's flags
 class Listing:
     """images: {name: the name to open it by}, in the order of their folders' and their own names.
 
-    others: names of other files. folders: every folder, with '/' at its end, but those of which
+    others: the same of other files. folders: every folder, with '/' at its end, but those of which
     nothing is listed because it is left out. left_out: what is said of that.
     """
 
     images: dict[str, str]
-    others: tuple[str, ...]
+    others: dict[str, str]
     folders: frozenset[str]
     left_out: str = ""
 
@@ -156,7 +156,7 @@ def listing(path):
         names = _zip_names(path)
     named = [(_plain(path, text), text[-1:] in ("/", "\\"), stored) for text, stored in names]
     kinds = _kinds(name for name, *_ in named)
-    images, others, folders = {}, [], set()
+    images, others, folders = {}, {}, set()
     fates, entered = {}, set()  # of folders, each looked at once
     for name, is_folder, stored in named:
         parent, _, last = name.rpartition("/")
@@ -180,7 +180,7 @@ def listing(path):
         if is_folder:
             continue
         if not is_image(name):
-            others.append(name)
+            others[name] = stored
         elif name in images:
             raise BadInput(f"{path} holds {name} twice; remove one of them")
         else:
@@ -190,7 +190,7 @@ def listing(path):
     # A folder runs/ that holds runs/a/ alone is no class without images.
     folders -= _around(name for name, _ in left_out) - _around((*images, *others))
     images = {name: images[name] for name in ordered}
-    return Listing(images, tuple(others), frozenset(folders), told_of(left_out))
+    return Listing(images, others, frozenset(folders), told_of(left_out))
 
 
 def _around(names):

@@ -14,7 +14,8 @@ Splits              Folders named train or training; test, testing, eval or eval
 Classes             The first folders below a split, or of all where there are no splits. Numbers
                     are sorted by value, other names by their letters. Both splits have the same
                     classes, those of train and test together. Cat/ in train and cat/ in test are
-                    one class. Images without class folders have no classes.
+                    one class. Images without class folders have no classes. The labels in a
+                    dataset.json that StyleGAN's or EDM's dataset_tool.py wrote are the classes.
 Both                A split's name among two or more other folders of images is a class: car, bus
                     and train are three classes, for a train is a thing. Where there are train/cat
                     and test/cat, other folders beside them, and loose images, are not used.
@@ -44,10 +45,11 @@ from pathlib import Path
 
 import numpy as np
 
+from image_data.label_table import Table, stamps, table_of
 from image_data.listing import files, listing, ours, shortened, told_of
 from image_data.source import Contents, Source, stamp
 
-RULE = 3  # of what is said above: what an earlier one understood is prepared anew
+RULE = 4  # of what is said above: what an earlier one understood is prepared anew
 WORDS = {
     "train": ("train", "training"),
     "test": ("test", "testing", "eval", "evaluation"),
@@ -73,7 +75,7 @@ def tree_source(path, split, walked=None):
         found, left_out = walked or walk_of(path)
         digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
         _refuse_ours(Path(path))
-        wanted = [where, digest, split, RULE]
+        wanted = [where, digest, split, RULE, *stamps(path, [name for name, *_ in found])]
         told = told_of(left_out)
     else:
         wanted = [where, *stamp(path), split, RULE]
@@ -103,15 +105,26 @@ def _refuse_ours(folder):
 
 @dataclass(frozen=True)
 class _Part:
-    """The images of one split: `names` below `folder`, which ends with '/' or is ''."""
+    """The images of one split: `names` below `folder`, which ends with '/' or is ''.
+
+    table: that of their labels, in which names have `around` in front, or None for class folders.
+    """
 
     folder: str
     names: list[str]
+    table: Table | None = None
+    around: str = ""
+
+    def class_of(self, name):
+        """The class of one of the images, '' for none."""
+        if self.table:
+            return self.table.class_of(f"{self.around}{self.folder}{name}")
+        return _class_of(name)
 
     @cached_property
     def counts(self):
-        """{class: number of its images}; {} where there are no class folders."""
-        found = Counter(map(_class_of, self.names))
+        """{class: number of its images}; {} where there are no classes."""
+        found = Counter(map(self.class_of, self.names))
         return {} if "" in found else found
 
     def told(self, class_names):
@@ -131,8 +144,9 @@ def tree_contents(path, found, split):
         raise BadInput(_no_images(path, found))
     prefix, names = _unwrap("", list(found.images), lambda at: _is_around(at, found))
     folders, notes = _splits(path, prefix, names, found.folders)
-    train, test = (_part(path, folder, _below(folder, names)) for folder in folders)
-    if train.counts and len(test.counts) == 1 and not _same_names(train) & _same_names(test):
+    train, test = (_part(path, found, prefix, folder, _below(folder, names)) for folder in folders)
+    is_other = len(test.counts) == 1 and not _same_names(train) & _same_names(test)
+    if train.counts and is_other and not test.table:
         folder, below = _unwrap(test.folder, test.names, lambda at: True)  # val/images/1.png
         notes.append(f"{folder} is no class of {train.folder}: its images have no classes")
         test = _Part(folder, below)
@@ -143,7 +157,7 @@ def tree_contents(path, found, split):
 
     wanted = train if split == "train" else test
     number = {_same(name): i for i, name in enumerate(class_names)} if wanted.counts else {}
-    labels = [number.get(_same(_class_of(name)), 0) for name in wanted.names]
+    labels = [number.get(_same(wanted.class_of(name)), 0) for name in wanted.names]
     told = [f"{path}: {train.told(class_names)}"]
     told += [f"test split {test.told(class_names)}"] if test.folder != train.folder else []
     return Contents(
@@ -165,7 +179,7 @@ def _no_images(path, found):
         if Path(path).is_dir() and where.suffix == ".zip":
             hint = f"did you mean {where}?"
     elif found.others:
-        hint = f"files such as {found.others[0]} are of other kinds"
+        hint = f"files such as {next(iter(found.others))} are of other kinds"
     else:
         hint = found.left_out or "it is empty"
     return f"{path} holds no images, expected files such as cat/1.png or 1.jpg in it; {hint}"
@@ -309,10 +323,12 @@ def _inside(folder, names):
     return _unwrap(folder, names, lambda at: _split_of(at.rpartition("/")[2]) == mine)
 
 
-def _part(path, folder, names):
+def _part(path, found, prefix, folder, names):
     """The images of a split; BadInput for a layout that has no one meaning."""
     if folder:
         folder, names = _inside(folder, names)
+    if table := table_of(path, found, [f"{prefix}{folder}{name}" for name in names]):
+        return _Part(folder, names, table, prefix)
     tops = {_class_of(name) for name in names}
     if "" in tops and len(tops) > 1:
         stray = next(name for name in names if "/" not in name)
@@ -361,7 +377,8 @@ def _class_names(path, train, test, notes):
     if train.counts and (more := _same_names(test) - _same_names(train)):
         names = sorted(spelled[name] for name in more)
         notes.append(f"{train.folder} has no images of {shortened(names)}")
-    deep = next((n for part in (train, test) for n in part.names if n.count("/") > 1), "")
+    by_folder = [part for part in (train, test) if not part.table]
+    deep = next((n for part in by_folder for n in part.names if n.count("/") > 1), "")
     if deep and train.counts:
         notes.append(f"classes are the first folders: {deep} is of class {_class_of(deep)}")
     pair = {name.casefold() for name in train.counts}
@@ -387,9 +404,12 @@ def _not_used(prefix, found, names, train, test):
             f for f in found.folders if f.startswith(prefix + folder) and f.count("/") == depth
         ]
         bare = {f[len(prefix + folder) :] for f in below} - {f"{name}/" for name in part.counts}
-        if part.counts and bare:
+        if part.counts and bare and not part.table:
             notes.append(f"without images: {shortened([folder + f for f in sorted(bare)])}")
-    if others := sorted(found.others, key=lambda n: (not n.lower().endswith(TABLES), n)):
+    tables = {part.table.name: part.table for part in parts.values() if part.table}
+    notes += [table.told for table in tables.values()]
+    others = found.others.keys() - tables.keys()
+    if others := sorted(others, key=lambda n: (not n.lower().endswith(TABLES), n)):
         more = f" and {len(others) - 1} more" * (len(others) > 1)
         why = " (classes are the names of folders)" * others[0].lower().endswith(TABLES)
         notes.append(f"not read: {others[0]}{more}{why}")
