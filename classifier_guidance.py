@@ -241,7 +241,7 @@ def train(cfg, world):
     run = Run(cfg, world, ds, net=net, optimizer=make)
     noisy, held_out = partial(q_sample, alpha_bar=alpha_bar), held_out_of(cfg, ds)
     run.say(f"{ds.name}: {len(ds)} images {ds.shape}, {ds.num_classes} classes; classifier")
-    if held_out.key == ds.key:
+    if held_out.key == ds.key and not cfg.dry_run:
         say_once(f"note: {ds.name} has no test images; what is called held-out is trained on")
 
     def read(ds):  # the share that is read right at some timesteps

@@ -38,8 +38,12 @@ FASHION = (
 
 
 def idx_path(folders, stem):
-    """The first file of that name in one of the folders, gzipped or not; None without one."""
-    paths = (Path(folder) / name for folder in folders for name in _spellings(stem))
+    """The first file of that name in one of the folders, gzipped or not; None without one.
+
+    Some programs unpack a file into a folder of its name.
+    """
+    names = [*_spellings(stem), *(f"{stem}/{name}" for name in _spellings(stem))]
+    paths = (Path(folder) / name for folder in folders for name in names)
     return next((path for path in paths if path.is_file()), None)
 
 

@@ -57,6 +57,7 @@ WORDS = {
 }
 FILLERS = ("set", "dataset", "data", "images", "image", "imgs", "img", "pictures", "photos")
 JOINED = re.compile(f"({'|'.join(sum(WORDS.values(), ()))})(?:{'|'.join(FILLERS)})")
+PARTS = re.compile(r"0\d{3,}|\d{5,}")  # 00000, 01000, 02000: as FFHQ comes, in parts of a thousand
 MORE = frozenset(["extra", "unlabeled", "unlabelled", "unsup", "pred", "other", "others", "rest"])
 PICTURES = frozenset(["image", "images", "img", "imgs"])
 MASKS = frozenset(["label", "labels", "mask", "masks", "annotations", "gt", "segmentation"])
@@ -381,6 +382,9 @@ def _class_names(path, train, test, notes):
     deep = next((n for part in by_folder for n in part.names if n.count("/") > 1), "")
     if deep and train.counts:
         notes.append(f"classes are the first folders: {deep} is of class {_class_of(deep)}")
+    if len(train.counts) > 1 and not train.table and all(map(PARTS.fullmatch, train.counts)):
+        parts = shortened(sorted(train.counts))
+        notes.append(f"{parts} become classes by their folders; is that meant?")
     pair = {name.casefold() for name in train.counts}
     if len(pair) == 2 and pair & PICTURES and pair & MASKS:
         notes.append(f"{' and '.join(sorted(train.counts))} become two classes; is that meant?")

@@ -77,8 +77,10 @@ def check_alpha_bar(alpha_bar, config, whose=""):
     """BadInput for a table (T,), of a chapter's settings by name, that is no schedule.
 
     Also for one that leaves nothing of the image at T, where eps would tell nothing of it. The
-    message begins with `whose` it is, by default with the flags.
+    message begins with `whose` it is, by default with the flags, which are none of a checkpoint's.
     """
+    if config.get("sample") and not whose:
+        return
     ends = config.get("beta_start") or config.get("beta_end")
     flags = "--beta-end, --beta-start" if ends else "--alpha-min, --timesteps"
     if config.get("trained_betas"):

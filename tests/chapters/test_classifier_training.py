@@ -120,6 +120,12 @@ def test_held_out_images_are_those_of_the_test_split(tmp_path):
         guide.held_out_of(cfg, others)
 
 
+def test_a_plan_reads_no_test_images_and_says_nothing_of_them(tmp_path, toy, tiny):
+    given = [*tiny["classifier_guidance"], *toy, "--steps", 3, "--dry-run", "--out", tmp_path / "r"]
+    out = succeed("classifier_guidance", *given).out
+    assert "training" in out and "held-out" not in out
+
+
 def test_the_gradient_is_drawn_towards_the_next_class(monkeypatch, toy):
     cfg = guide.Config(data=toy[1], data_root=toy[3])
     ds, seen = datasets.of(cfg), []

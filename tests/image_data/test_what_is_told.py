@@ -99,6 +99,12 @@ SPLITS = ["train/a/1.png", "train/b/2.png", "test/a/3.png", "test/b/4.png"]
             [],
             "val/images/ is no class of train/: its images have",
         ),
+        (
+            ["00000/1.png", "01000/2.png"],
+            [],
+            "00000, 01000 become classes by their folders; is that meant",
+        ),
+        (["2019/1.png", "2020/2.png"], [], "train and test are the same images$"),
         (["images/1.png", "masks/1.png"], [], "images and masks become two classes; is that meant"),
     ],
 )
@@ -221,6 +227,21 @@ def test_torchvisions_mnist_as_a_path(tmp_path, where, given):
     ds = datasets.load(tmp_path / "data" / given, tmp_path / "d")
     assert (ds.images[..., 0] == images).all() and (ds.labels == labels).all()
     assert ds.class_names == (arrays.FASHION if "Fashion" in where else arrays.DIGITS)
+
+
+@pytest.mark.parametrize("below", ["{0}/{0}", "{0}/{1}", "{1}"])
+@pytest.mark.parametrize("where, given", [("raw", "mnist"), ("mnist", "mnist"), ("any", "{}/any")])
+def test_unpacked_mnist_files_in_folders_of_their_names(tmp_path, offline, where, given, below):
+    """As some programs unpack them, and with the dot that others write in their names."""
+    where = tmp_path / ("MNIST/raw" if where == "raw" else where)
+    images, labels = write_mnist(where, zipped=False)["train"]
+    for path in list(where.iterdir()):
+        other = where / below.format(path.name, path.name.replace("-idx", ".idx"))
+        moved = path.rename(where / "moving")
+        other.parent.mkdir(exist_ok=True)
+        moved.rename(other)
+    ds = datasets.load(given.format(tmp_path), tmp_path)
+    assert (ds.images[..., 0] == images).all() and (ds.labels == labels).all()
 
 
 def test_a_path_with_both_is_refused(tmp_path):
