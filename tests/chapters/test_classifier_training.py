@@ -6,6 +6,7 @@ from runtime.finite import NotFinite
 from runtime.processes import World
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,10 +121,19 @@ def test_held_out_images_are_those_of_the_test_split(tmp_path):
         guide.held_out_of(cfg, others)
 
 
-def test_a_plan_reads_no_test_images_and_says_nothing_of_them(tmp_path, toy, tiny):
-    given = [*tiny["classifier_guidance"], *toy, "--steps", 3, "--dry-run", "--out", tmp_path / "r"]
-    out = succeed("classifier_guidance", *given).out
-    assert "training" in out and "held-out" not in out
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_plan_reads_no_test_images_and_says_nothing_of_them(monkeypatch, toy, capsys, dry_run):
+    class Stop(Exception):
+        pass
+
+    def steps():
+        raise Stop
+
+    monkeypatch.setattr(guide, "Run", lambda *_, **__: SimpleNamespace(say=print, steps=steps))
+    cfg = guide.Config(data=toy[1], data_root=toy[3], dry_run=dry_run, model_channels=8)
+    with pytest.raises(Stop):
+        guide.train(cfg, World())
+    assert ("has no test images" in capsys.readouterr().out) is not dry_run  # toy has none
 
 
 def test_the_gradient_is_drawn_towards_the_next_class(monkeypatch, toy):
