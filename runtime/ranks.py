@@ -30,6 +30,7 @@ import torch.distributed as dist
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = 300.0  # seconds in which all must have come
 NOTE = 10.0  # seconds after which a line says who is waited for
+BEAT = 1.0  # seconds between two signs of life
 GRACE = 2.0  # seconds in which a rank that has lost another may end by itself
 SILENT = 75  # exit code of a rank that leaves it to the parent to say what happened
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,9 +252,14 @@ class Party:
                 link.settimeout(GRACE)
                 ready.register(link, selectors.EVENT_READ, rank)
             while ready.get_map():
-                for key, _ in ready.select():
-                    told = read_line(key.fileobj)
-                    rank = key.data
+                found = ready.select(BEAT)
+                for key in list(ready.get_map().values()) if not found else ():
+                    with contextlib.suppress(OSError):
+                        send(key.fileobj)
+                for key, _ in found:
+                    told, rank = read_line(key.fileobj), key.data
+                    if told == {}:
+                        continue
                     if not told or told["rank"] == rank:  # it says no more
                         ready.unregister(key.fileobj)
                     told = told or {"rank": rank, "how": "died"}
@@ -272,9 +278,10 @@ class Party:
         if self.nodes > 1:
             who += f" (on {self.machines[rank]})"
         orderly, died = told["how"] == "stopped", told["how"] == "died"
-        again = "; type the same again to go on from the last checkpoint"
-        how = f"stopped: {line}" if orderly else "died" if died else "failed, as is said there"
-        self.line, self.code = f"error: {who} {how}" + again * died, 2 if orderly else 1
+        how = f"stopped: {line}" if orderly else "failed, as is said there"
+        if died:
+            how = "died or is out of reach; type the same again to go on from the last checkpoint"
+        self.line, self.code = f"error: {who} {how}", 2 if orderly else 1
         self.lost.set()
         if not died:  # perhaps this rank has met the same, and says so
             time.sleep(GRACE)
@@ -365,39 +372,45 @@ def opened(where, until):
 
 
 def kept_alive(link):
-    """A socket whose other machine must answer every two seconds, at the third time at the latest.
+    """A socket whose other machine must answer within six seconds, whether it is written to or not.
 
     The kernels do this; how busy the processes are does not matter.
     """
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     how = {"TCP_KEEPIDLE": 2, "TCP_KEEPALIVE": 2, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 2}
-    for name, value in (how | {"TCP_USER_TIMEOUT": 6000}).items():
+    for name, value in (how | {"TCP_USER_TIMEOUT": 5000}).items():
         if hasattr(socket, name):  # systems have some of them
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return link
 
 
-def send(link, told):
-    link.sendall(json.dumps(told).encode() + b"\n")
+def send(link, told=None):
+    """A dictionary, or a sign of life: what the other kernel must answer."""
+    link.sendall((json.dumps(told).encode() if told else b"") + b"\n")
 
 
 def read_line(link):
-    """What `send` has sent; None where the link has ended. TimeoutError only before it begins."""
+    """What `send` has sent, {} for a sign of life; None where the link has ended.
+
+    TimeoutError only before it begins.
+    """
     parts = []
     while True:
         try:
             part = link.recv(1)
-        except TimeoutError:
-            if parts:
-                continue
-            raise
-        except OSError:
-            return None
+        except OSError as error:
+            if error.errno is not None:  # ETIMEDOUT is one: the other machine does not answer
+                return None
+            if not parts:
+                raise
+            continue
         if not part:
             return None
         if part == b"\n":
             break
         parts.append(part)
+    if not parts:
+        return {}
     try:
         told = json.loads(b"".join(parts))
     except ValueError:

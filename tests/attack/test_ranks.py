@@ -23,7 +23,8 @@ def test_a_rank_that_is_killed_ends_the_other(where):
     (survivor, killed), seconds = ended("killed", where)
     assert killed.code == -9 and survivor.code == 1 and seconds < 10
     assert survivor.err.splitlines() == [
-        "error: rank 1 of 2 died; type the same again to go on from the last checkpoint"
+        "error: rank 1 of 2 died or is out of reach; type the same again to go on from the last "
+        "checkpoint"
     ]
 
 
