@@ -1,42 +1,153 @@
-"""Files that are written whole or not at all, and by one process at a time."""
+"""Files that are written whole or not at all, and by one process at a time.
+
+Disks that are full, and folders that may not be written to, are one line.
+"""
 
 from runtime.commandline import BadInput
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
+import re
+import shutil
 import tempfile
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+FAILED = (*FULL, *CLOSED, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENXIO)
+FAILED += (errno.EEXIST, errno.ENOTEMPTY, errno.ESTALE, errno.ENODEV, errno.ELOOP)
+UNSYNCED = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of mounts without fsync
+# Names of atomic_write and of evaluation.checkpoint_samples.pinned, and of which process.
+TEMPORARY = re.compile(r"\.(?:.+(\.\w+)\.(\d+)\.tmp\1|ckpt[\w-]*-(\d+)\.tmp\.pt)")
+
+
+class Unwritable(BadInput):
+    """What a disk or a file system did not take."""
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Inside, Unwritable is raised where a file `path` cannot be written, in one line."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        if not (number := _failure(error, Path(path).parent)):
+            raise
+        mend = "choose another name"
+        if number in FULL:
+            mend = "free some space and type the same again"
+        elif number in CLOSED:
+            mend = "allow that, or choose another folder"
+        raise Unwritable(f"cannot write {path} ({os.strerror(number)}): {mend}") from error
+
+
+def _failure(error, folder):
+    """Which errno keeps a file from being written, if that raised `error`; else None.
+
+    torch, numpy, Pillow and safetensors raise errors without one where a disk is full.
+    """
+    of = getattr(error, "filename", None)
+    if of and Path(os.fsdecode(of)).parent != folder:  # it was about another file
+        return None
+    if getattr(error, "errno", None) in FAILED:
+        return error.errno
+    if not getattr(error, "errno", None):
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(folder).free < 1 << 16:
+                return errno.ENOSPC
+    return None
 
 
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary Path beside `path`; on success it is flushed to disk and takes its name.
 
-    Raises BadInput where the folder cannot be made.
+    Raises Unwritable where the folder cannot be made, or the file cannot be written.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"cannot make the folder {path.parent} ({error.strerror})") from None
+        raise Unwritable(f"cannot make the folder {path.parent} ({error.strerror})") from None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    with writing(path):
+        try:
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def flush(path):
+    """See a file, or the names in a folder, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
     try:
-        yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSYNCED:
+            raise
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def left_over(folder):
+    """Temporary files in `folder` whose processes are gone, from this machine at least."""
+    for path in Path(folder).glob(".*.tmp*"):
+        if (found := TEMPORARY.fullmatch(path.name)) and path.is_file():
+            if not _runs(int(found[2] or found[3])):
+                yield path
+
+
+def _runs(process):
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+def reserve(file, size, flag="--data-root"):
+    """Have the disk set aside `size` bytes for an open file, from its start on.
+
+    Whoever writes to a memory map on a full disk is killed; Unwritable comes before that.
+    """
+    try:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except AttributeError:  # on a Mac: ask, and hope
+            _fill(file, size)
+        except OSError as error:
+            if error.errno not in UNSYNCED:
+                raise
+            _fill(file, size)
+    except OSError as error:
+        told = f"{size >> 20} MiB are needed in {Path(str(file.name)).parent}"
+        raise Unwritable(f"{told} ({error.strerror}): free some, or type another {flag}") from None
+
+
+def _fill(file, size):
+    """Write zeros, where a file system can set nothing aside."""
+    file.seek(0)
+    for start in range(0, size, 1 << 24):
+        file.write(bytes(min(1 << 24, size - start)))
+    file.flush()
+    file.seek(0)
 
 
 def check_folder(folder, flag="--out"):
     """Make a folder, if it is not there; BadInput where nobody can write to it."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
     except OSError as error:
         raise BadInput(f"{flag} {folder} cannot be written to ({error.strerror})") from None
 
@@ -59,35 +170,48 @@ def read_lines(path, flag):
 
 
 def also_named(path, name):
-    """Give the file `path` a second name in its folder, at once, whatever had that name before."""
+    """Give the file `path` a second name in its folder, at once, whatever had that name before.
+
+    Where a file system has no second names, it is a copy.
+    """
     link = name.with_suffix(".link")
-    link.unlink(missing_ok=True)
-    os.link(path, link)
-    os.replace(link, name)
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+    except OSError:
+        with atomic_write(name) as copy:
+            shutil.copyfile(path, copy)
+    else:
+        with writing(name):
+            os.replace(link, name)
 
 
 @contextlib.contextmanager
-def locked(path):
+def locked(path, flag="--data-root"):
     """Only one process is inside for a given `path`, a file made for this; the others wait.
 
     The lock is gone when its process is, however it ended. Raises BadInput where it cannot write.
     """
+    from runtime.locks import Lock
+
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115
+        lock = Lock(path)
+        lock.take(wait=True)
     except OSError as error:
-        raise BadInput(
-            f"cannot write in {path.parent} ({error.strerror}); choose another --data-root"
+        raise Unwritable(
+            f"cannot write in {path.parent} ({error.strerror}); choose another {flag}"
         ) from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def append_row(path, row):
     """Add an object to a file of JSON lines, and see it onto the disk; read_log reads it."""
-    with open(path, "a") as f:
+    with writing(path), open(path, "a") as f:
         # A kill may have torn the line before this one: start on a new line.
         f.write(("\n" if f.tell() else "") + json.dumps(row))
         f.flush()
@@ -103,6 +227,14 @@ def save_text(path, lines):
 def save_json(path, told):
     """Write a JSON file, with a line for each thing that it says."""
     save_text(path, [json.dumps(told, indent=1)])
+
+
+def read_json(path):
+    """What a JSON file of ours says; None where there is none, or it is damaged."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def read_log(path):

@@ -1,9 +1,9 @@
 """A run directory: config.yaml, log.jsonl, ckpt.pt and the one before it, whole at any time; and
 pictures, and report.html, which shows them."""
 
-from runtime.checkpoints import DamagedCheckpoint, differing, load_checkpoint, plain
+from runtime.checkpoints import DamagedCheckpoint, differing, identity, load_checkpoint, plain
 from runtime.commandline import BadInput
-from runtime.files import also_named, atomic_write, read_log
+from runtime.files import Unwritable, also_named, atomic_write, left_over, read_log, writing
 
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import yaml
 
+STEP = r"(\d{6,})"  # in names of what is of a step
 DEFAULTS = "# The rest is as by default."  # in config.yaml, between what is not and what is
 
 
@@ -60,6 +62,7 @@ class RunFolder:
         self.log_path = self.path / "log.jsonl"
         self.track, self.trackers, self.about, self.logged = track, [], about, 0
         self.started, self.seen = time.perf_counter(), None
+        self.origin, self.fallen_back = None, False
         if world.is_main:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -70,11 +73,15 @@ class RunFolder:
     def restore(self):
         """The state to continue from, or None for a fresh start; cuts the log back to its step.
 
-        'auto' takes ckpt.pt, or with a warning the one before it when that is damaged. Raises
-        BadInput for a checkpoint of another script or configuration, naming what differs, for one
+        'auto' takes ckpt.pt, or with a warning the one before it when that is damaged. So does a
+        path from which the run here went on before. Raises BadInput while another process trains
+        here, for a checkpoint of another script or configuration, naming what differs, for one
         beyond --steps, and when there are checkpoints but none is whole.
         """
-        state = self._choose()
+        if self.world.is_main:
+            self._hold()
+        state, named = self._choose()
+        self.world.barrier()  # all have read it before there is another
         if state is not None:
             others = differing(state["config"], self.config, self.free, self.kind)
             if others:
@@ -89,14 +96,23 @@ class RunFolder:
             raise BadInput(f"{told}; type at least that, or --resume never to start over")
         if self.world.is_main:
             rows = [row for row in read_log(self.log_path) if state and is_until(row, step)]
-            for left_over in self.path.glob(".*.tmp*"):
-                left_over.unlink()
-            for kept in self.path.glob("ckpt-[0-9]*.pt"):  # of a future that is now another
-                if int(kept.stem.split("-")[1]) > step and (state or self.resume == "never"):
-                    kept.unlink()
-            if self.resume not in ("auto", "never"):  # this is where the run is now
+            for path in left_over(self.path):
+                path.unlink(missing_ok=True)
+            if state or self.resume == "never":  # of a future that is now another
+                for kind in ("ckpt-{}.pt", "samples-{}.png"):
+                    for at, path in of_steps(self.path, kind).items():
+                        if at > step:
+                            path.unlink()
+            if self.resume == "never":  # the last one goes last: until then it is the old run
+                for name in ("ckpt-previous.pt", "ckpt.pt"):
+                    (self.path / name).unlink(missing_ok=True)
+            if self.fallen_back:  # else the next save would name the damaged one as the one before
+                also_named(self.path / "ckpt-previous.pt", self.path / "ckpt.pt")
+            if named:  # this is where the run is now
                 with atomic_write(self.path / "ckpt.pt") as path:
                     shutil.copyfile(self.resume, path)
+            if state and step not in of_steps(self.path, "ckpt-{}.pt"):
+                self._keep(step)  # a kill came before it had its second name
             with atomic_write(self.log_path) as path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             self._write_config()
@@ -108,12 +124,35 @@ class RunFolder:
         self.world.barrier()
         return state
 
+    def _hold(self):
+        """Be the only one who trains here. A network disk may be full, or not for us to write."""
+        from runtime.locks import hold
+
+        with writing(self.path / ".lock"):
+            hold(self.path)
+
     def _choose(self):
+        """(the state to continue from or None, whether that is in the checkpoint --resume names)"""
         if self.resume == "never":
-            return None
-        if self.resume != "auto":
-            with self.world.from_first(self.resume) as path:
-                return load_checkpoint(path, self.script)
+            return None, False
+        if self.resume == "auto":
+            return self._last(), False
+        own = None
+        with self.world.from_first(self.resume) as path:
+            load_checkpoint(path, self.script, facts=True)
+            origin = identity(path)
+            with contextlib.suppress(BadInput):  # whatever lies here, PATH is asked for
+                own = self._last(quiet=True)
+            self.origin = origin
+            if not own or own.get("resumed") != origin:
+                return load_checkpoint(path, self.script), True
+        if self.world.is_main:
+            told = f"this run went on from {self.resume} before, to step {own['step']}: it goes on"
+            print(f"note: {told} there; to start there again, remove {self.path}/ckpt*.pt")
+        return own, False
+
+    def _last(self, quiet=False):
+        """The last whole state here, None without any."""
         damaged = None
         for name in ("ckpt.pt", "ckpt-previous.pt"):
             with self.world.from_first(self.path / name) as path:
@@ -123,8 +162,10 @@ class RunFolder:
                     except DamagedCheckpoint as error:
                         damaged = error
                     else:
-                        if damaged and self.world.is_main:
+                        if damaged and self.world.is_main and not quiet:
                             print(f"warning: {damaged}; going on from {path}", file=sys.stderr)
+                        self.origin = state.get("resumed")
+                        self.fallen_back = name != "ckpt.pt" and not quiet
                         return state
         if damaged:
             raise BadInput(f"{damaged}, and none before it is whole; --resume never starts over")
@@ -154,17 +195,22 @@ class RunFolder:
         path, previous = self.path / "ckpt.pt", self.path / "ckpt-previous.pt"
         with atomic_write(path) as temporary:
             made_by = {"script": self.script, "config": self.config, "step": step}
+            made_by |= {"resumed": self.origin} if self.origin else {}
             torch.save(made_by | state, temporary)
             if path.exists():  # a second name for the old file, so that ckpt.pt never is missing
                 also_named(path, previous)
+        self._keep(step)
+
+    def _keep(self, step):
+        """Give the checkpoint of this step its name that stays, where it shall have one."""
         if self.keep_every and step % self.keep_every == 0:
-            also_named(path, self.path / f"ckpt-{step:06d}.pt")
+            also_named(self.path / "ckpt.pt", self.path / f"ckpt-{step:06d}.pt")
 
     def log(self, step, **values):
         """Append one object to log.jsonl, and tell the trackers."""
         if not self.world.is_main:
             return
-        with open(self.log_path, "a") as f:
+        with writing(self.log_path), open(self.log_path, "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
         self.logged = step
         for tracker in self.trackers:
@@ -176,7 +222,8 @@ class RunFolder:
         try:
             yield
         except BadInput as error:
-            self.log(step, stopped=str(error))
+            with contextlib.suppress(Unwritable):
+                self.log(step, stopped=str(error))
             self.report()
             raise
 
@@ -206,6 +253,13 @@ class RunFolder:
             tracker.close()
         self.trackers = []
         self.report()
+        self.leave()
+
+    def leave(self):
+        """Let another process train here."""
+        from runtime.locks import leave
+
+        leave(self.path)
 
     def rate(self, images):
         """Images per second since the last call, from the count so far in this process."""
@@ -213,6 +267,13 @@ class RunFolder:
         then, before = self.seen or (self.started, 0)
         self.seen = (now, images)
         return round((images - before) / max(now - then, 1e-9), 1)
+
+
+def of_steps(folder, kind):
+    """{step: path} of the files in `folder` that a run names so, of kind "ckpt-{}.pt"."""
+    kind = re.compile(kind.replace(".", r"\.").format(STEP))
+    found = {path: kind.fullmatch(path.name) for path in sorted(Path(folder).iterdir())}
+    return {int(name[1]): path for path, name in found.items() if name and path.is_file()}
 
 
 def is_until(row, step):

@@ -87,6 +87,7 @@ def save_rest(folder):
     for step in range((state["step"] if state else 0) + 1, 4):
         run.log(step, loss=1 / step)
         run.save(step, weights=torch.full((1000,), float(step)))
+    run.leave()
 
 
 def _save_and_die(folder, at):
