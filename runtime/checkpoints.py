@@ -99,7 +99,7 @@ def check_expanded(state, path):
             total += part.numel() * part.element_size()
         elif isinstance(part, dict | list | tuple):
             parts.extend(part.values() if isinstance(part, dict) else part)
-    if total > EXPANDED * Path(path).stat().st_size + 2**26:
+    if total > EXPANDED * Path(path).stat().st_size + 2**28:
         raise BadInput(f"{path} holds tensors of {total / 1e9:.3g} GB in a file of less: not read")
 
 

@@ -82,6 +82,8 @@ def _fits(value, kind):
         if not isinstance(value, list | tuple):
             return False
         kinds = inner[:1] * len(value) if inner[-1:] == (...,) else inner
+        # Published networks may have 1.5 times as many channels.
+        kinds = [float if one is int else one for one in kinds]
         return len(kinds) == len(value) and all(map(_fits, value, kinds))
     return _is(value, kind)
 

@@ -1,6 +1,6 @@
 """The files of published networks: where they lie, weights, and settings in JSON."""
 
-from runtime.checkpoints import load_mapped
+from runtime.checkpoints import check_expanded, check_sums, load_mapped
 from runtime.commandline import BadInput
 from runtime.files import atomic_write
 from runtime.processes import say_once
@@ -110,8 +110,13 @@ def weights_in(folder, names, index_first):
 
 def say(line):
     """Print a line once, but not where only a plan is made."""
-    if torch.get_default_device().type != "meta":
+    if not is_planned():
         say_once(line)
+
+
+def is_planned():
+    """Whether nothing is computed now, only a plan made: tensors have no memory."""
+    return torch.get_default_device().type == "meta"
 
 
 def read_weights(path, marks=()):
@@ -189,7 +194,14 @@ def read_content(path):
         raise BadInput(f"{path} {told}")
     try:
         with torch.device("cpu"):
-            return load_parts(path) if tensors_only or named else load_mapped(path, BESIDE)
+            if tensors_only or named:
+                return load_parts(path)
+            found = load_mapped(path, BESIDE)
+        check_expanded(found, path)
+        check_sums(path, tensors=not is_planned())
+        return found
+    except BadInput:
+        raise
     except SafetensorError as error:
         raise BadInput(f"{path} is no safetensors file, or a torn one: {error}") from None
     except Exception as error:  # a torn pickle makes torch.load raise nearly anything

@@ -13,6 +13,7 @@ from run_folders import assert_same
 
 from evaluation.classifier import classifier_of
 from networks.autoencoders import own_checkpoint
+from networks.published.files import read_weights
 
 STATE = {
     "script": "toy",
@@ -46,7 +47,7 @@ def test_every_flip_is_noticed_or_changes_nothing(tmp_path, mapped):
             assert str(path) in str(error) and "\n" not in str(error)
             noticed += 1
         else:
-            assert_same(found, STATE)  # in what fills the file up between the tensors
+            assert_same(dict(found), STATE)  # in what fills the file up between the tensors
     assert noticed > 150
 
 
@@ -112,3 +113,16 @@ def test_one_number_that_fills_gigabytes(tmp_path):
     for how in ({}, {"mapped": True}, {"facts": True}):
         with pytest.raises(BadInput, match=r"a.pt holds tensors of 400 GB in a file of less"):
             load_checkpoint(tmp_path / "a.pt", **how)
+
+
+def test_published_weights(tmp_path):
+    """Others' files, too: what is read is what was written, and no more than the file holds."""
+    path = tmp_path / "model.pt"
+    torch.save(STATE["model"], path)
+    assert_same(dict(read_weights(path)), STATE["model"])
+    flip(path, places(path, STATE["model"]["layer.3"]) + 2, 6)
+    with pytest.raises(BadInput, match="model.pt is damaged: Bad CRC-32"):
+        read_weights(path)
+    torch.save({"weight": torch.zeros(1).expand(10**6, 10**5)}, path)
+    with pytest.raises(BadInput, match="model.pt holds tensors of 400 GB"):
+        read_weights(path)
