@@ -246,6 +246,14 @@ def process_count(gpus):
     return ranks.number("WORLD_SIZE", 1, 10**6)
 
 
+def check_shares(gpus, batch_size):
+    """BadInput where the processes of a command cannot share a batch."""
+    if batch_size % (size := process_count(gpus)):
+        lower, upper = batch_size // size * size, -(-batch_size // size) * size
+        told = f"--batch-size {batch_size} cannot be divided among {size} processes; try {upper}"
+        raise BadInput(told + (f" or {lower}" if lower else ""))
+
+
 def meet(cfg):
     """Where others do the same command: wait for them, and see that they do; before long work."""
     if os.environ.get("RANK") and not getattr(cfg, "dry_run", False):
@@ -288,8 +296,6 @@ def launch(fn, cfg):
 
 def start_here(fn, cfg, count):
     """Call fn(cfg, world) in `count` new processes; one that is killed ends all, with one line."""
-    from runtime import ranks
-
     logging.getLogger(torch.multiprocessing.spawn.__module__).setLevel(logging.ERROR)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     try:
@@ -298,11 +304,10 @@ def start_here(fn, cfg, count):
     except torch.multiprocessing.ProcessExitedException as error:
         if error.exit_code in (2, 130):  # the rank has already said what was wrong
             sys.exit(error.exit_code)
-        if error.exit_code >= 0 and error.exit_code != ranks.SILENT:
+        if error.exit_code >= 0:
             raise
-        how = f"by {error.signal_name}" if error.exit_code < 0 else "while others waited for it"
-        told = f"error: a process of {count} was ended {how}; type the same again to go on from"
-        print(f"{told} the last checkpoint", file=sys.stderr)
+        told = f"error: a process of {count} was ended by {error.signal_name}; type the same again"
+        print(f"{told} to go on from the last checkpoint", file=sys.stderr)
         sys.exit(1)
 
 

@@ -32,7 +32,6 @@ PATIENCE = 300.0  # seconds in which all must have come
 NOTE = 10.0  # seconds after which a line says who is waited for
 BEAT = 1.0  # seconds between two signs of life
 GRACE = 2.0  # seconds in which a rank that has lost another may end by itself
-SILENT = 75  # exit code of a rank that leaves it to the parent to say what happened
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "runtime", "image_data", "networks", "evaluation")
 PLACES = frozenset({"config", "out", "data_root"})  # may differ among machines
@@ -287,8 +286,8 @@ class Party:
             time.sleep(GRACE)
         if not self.leaving:
             self._say()
-            time.sleep(GRACE)
-            os._exit(SILENT if self.place.parent else self.code)
+            self._linger()
+            os._exit(self.code)
 
     def _say(self):
         with self.lock:
@@ -298,6 +297,10 @@ class Party:
                 for stream in (sys.stdout, sys.stderr):
                     stream.flush()
             self.said = True
+
+    def _linger(self):
+        """Time to end otherwise: a parent shall see first who has begun, and end the rest."""
+        time.sleep(PATIENCE if self.place.parent else GRACE)
 
     def _tell(self, told):
         for rank, link in self.links.items():
@@ -321,7 +324,9 @@ class Party:
             # torch.distributed raises RuntimeErrors, before it is known here who is gone.
             if isinstance(error, RuntimeError) and self.lost.wait(GRACE) or self.lost.is_set():
                 self._say()
-                raise SystemExit(SILENT if self.place.parent else self.code) from None
+                if self.place.parent:
+                    self._linger()
+                raise SystemExit(self.code) from None
         self.leaving = True
         self._tell({"rank": self.place.rank, "how": how, "line": line})
 
