@@ -162,6 +162,10 @@ def entry(main):
         main()
     except BadInput as error:
         _stop(f"error: {error}", 2)
+        if os.environ.get("RANK") or os.environ.get("WORLD_SIZE"):
+            from runtime.ranks import together
+
+            main = together(main)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
 
@@ -183,7 +187,7 @@ def parse(config_class, doc, args=None, preset=""):
     that does nothing (see Script), and for the ~ of nobody. A run's folder becomes its ckpt.pt
     where a checkpoint is named.
     """
-    from runtime.typed_flags import check_finite, check_typed, one_line
+    from runtime.typed_flags import check_finite, check_typed, check_words, one_line
     from runtime.yaml_settings import yaml_settings
 
     import tyro
@@ -192,6 +196,7 @@ def parse(config_class, doc, args=None, preset=""):
     typed, error_text = _names(args), io.StringIO()
     try:
         with contextlib.redirect_stderr(error_text):
+    check_words(args, config_class)
             cfg = tyro.cli(config_class, description=doc, args=args)
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -409,13 +414,9 @@ def check_processes(gpus, batch_size, planned=False, precision="auto"):
     if precision == "bf16" and 0 < gpus <= have and torch.cuda.get_device_capability() < (8, 0):
         name = torch.cuda.get_device_name()
         raise BadInput(f"--precision bf16: {name} would emulate it slowly; type fp16, or auto")
-    size = int(os.environ.get("WORLD_SIZE", max(gpus, 1)))
-    if batch_size % size:
-        lower, upper = batch_size // size * size, -(-batch_size // size) * size
-        raise BadInput(
-            f"--batch-size {batch_size} cannot be divided among {size} processes; "
-            f"try {upper}" + (f" or {lower}" if lower else "")
-        )
+    from runtime.processes import check_shares
+
+    check_shares(gpus, batch_size)
 
 
 def check_run(cfg):
