@@ -5,13 +5,47 @@ from runtime.commandline import BadInput, flag, typed
 import dataclasses
 import math
 import re
+import typing
 from pathlib import Path
 
 import torch
 
 MOST = torch.finfo(torch.float32).max
 MOST_GUIDANCE = 2.0**24  # above it float32 does not tell 1 + w from w
+DASHES = dict.fromkeys([*range(0x2010, 0x2016), 0x2212], "-")  # other dashes, and minus
+TRUTH = frozenset(["true", "false", "yes", "no", "on", "off", "0", "1"])
 EVERYWHERE = frozenset({"config", "out", "smoke", "gpus"})  # they have a part in all
+
+
+def check_words(args, config_class):
+    """Raise BadInput for a flag in other dashes than two hyphens, and for a switch with a value.
+
+    Word processors and web pages make one long dash of two hyphens, with which a flag would be a
+    text: one more of --prompt's.
+    """
+    kinds = {f.name: f.type for f in dataclasses.fields(config_class)}
+    places = {name for name, kind in kinds.items() if typing.get_origin(kind) is typing.Annotated}
+    switches = {name for name, kind in kinds.items() if kind is bool}
+    known = {*kinds} - places | {f"no_{name}" for name in switches}
+    for word, after in zip(args, [*args[1:], ""], strict=False):
+        name, _, value = word.partition("=")
+        plain = name.translate(DASHES)
+        setting = plain.lstrip("-").replace("-", "_")
+        if not plain.startswith("-"):
+            continue
+        wrong = f"{name}: two hyphens are in front of a setting"
+        if setting not in known:
+            hint = closest(f"--{setting}", {*map(flag, known)}) if plain != name else ""
+            if hint.removeprefix("; see --help"):
+                raise BadInput(wrong + hint)
+            continue
+        if plain != name or not re.match("--[^-]", plain):
+            raise BadInput(f"{wrong}: type {flag(setting)}")
+        on = setting if setting in switches else setting.removeprefix("no_")
+        value = value or ("" if places else after)
+        if on in switches and value.casefold() in TRUTH:
+            told = f"a switch takes no value, type {flag(on)} or {flag(f'no_{on}')}"
+            raise BadInput(f"{name} {value}: {told}")
 
 
 def check_typed(cfg, given):
