@@ -31,7 +31,7 @@ Each leaves reconstructions.png. ldm_cfg.py --ae runs/ae-vq-mnist/ckpt.pt trains
 
 from runtime import checkpoints
 from runtime import commandline as cli
-from runtime.files import atomic_write
+from runtime.files import atomic_write, read_json
 from runtime.finite import WEIGHTS, check_finite
 from runtime.pictures import save_grid, to_uint8
 from runtime.precision import LossScaler
@@ -390,7 +390,7 @@ def report(ae, cfg, world, folder, batch=64):
     made_by = {"autoencoder": checkpoints.weights_hash(ae), "data": images.key, "n": count}
     known = False
     if world.is_main and path.exists() and path.with_suffix(".npz").exists():
-        known = made_by.items() <= json.loads(path.read_text()).items()
+        known = made_by.items() <= read_json(path).items()
     if world.sum(torch.tensor(float(known), device=world.device)) > 0:
         return
     chosen = np.linspace(0, len(images) - 1, count).astype(np.int64)  # of all classes

@@ -155,7 +155,8 @@ class Store:
 
     def __init__(self, path, cells):
         self.path, self.cells = path, cells
-        self.rows = [row for row in read_log(path) if (cells / row["cell"]).exists()]
+        rows = [row for row in read_log(path) if {"made_by", "figures", "cell"} <= row.keys()]
+        self.rows = [row for row in rows if (cells / str(row["cell"])).exists()]
 
     def find(self, made_by):
         """The row that was made by just this, or None."""

@@ -3,6 +3,7 @@
 from runtime import checkpoints
 from runtime.commandline import BadInput
 from runtime.files import locked
+from runtime.folder import of_steps
 from runtime.processes import run_alone, say_once
 
 import ast
@@ -108,7 +109,9 @@ def of_runs(cfg):
 
 def of_run(folder):
     """The checkpoints that a run kept, and its last one, by their steps: {step: path}."""
-    kept = {int(path.stem.split("-")[1]): str(path) for path in folder.glob("ckpt-[0-9]*.pt")}
+    if not folder.is_dir():
+        raise BadInput(f"--curve: {folder} is no folder; expected that of a run")
+    kept = {step: str(path) for step, path in of_steps(folder, "ckpt-{}.pt").items()}
     last = folder / "ckpt.pt"
     if last.is_file():
         kept.setdefault(checkpoints.load_checkpoint(last, facts=True)["step"], str(last))
@@ -140,7 +143,9 @@ def sampled(checkpoint, script, n, gpus, arguments="", out=""):
             drawn = ["--sample", path, "--n", n, "--out", folder, "--gpus", gpus]
             return [sys.executable, str(ROOT / f"{script}.py"), *arguments, *map(str, drawn)]
 
-        with locked(folder.with_name(f".{folder.name}.lock")):
+        if kept := next(filter(Path.exists, files), None):
+            return kept
+        with locked(folder.with_name(f".{folder.name}.lock"), "--out"):
             if not any(map(Path.exists, files)):
                 failed = run_alone(command(own), stdout=sys.stderr)
                 if failed or not any(map(Path.exists, files)):

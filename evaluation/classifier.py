@@ -7,7 +7,7 @@ It reads classes as well: how many samples look like what was asked for.
 
 from runtime.checkpoints import check_sums, load_copied
 from runtime.commandline import BadInput
-from runtime.files import atomic_write, locked
+from runtime.files import Unwritable, atomic_write, locked
 from runtime.processes import exact, progress
 from runtime.run import indices
 
@@ -130,8 +130,14 @@ def classifier(ds_train, ds_test, root, seed=0, *, steps=1500, device="cpu", fla
         raise BadInput(f"{ds_train.name}: images are {shape_text(ds_train.images)}, need 8 pixels")
     path = Path(root) / f"classifier-{ds_train.key}-{steps}-{seed}.pt"
     recipe = {"steps": steps, "seed": seed, "tested_on": ds_test.key}
-    with locked(path.with_suffix(".lock")):  # one process trains it, the others wait and read
-        net, facts = _read(path, recipe, ds_train) or _make(path, recipe, ds_train, ds_test, device)
+    try:
+        with locked(path.with_suffix(".lock")):  # one process trains it, the others wait and read
+            found = _read(path, recipe, ds_train)
+            found = found or _make(path, recipe, ds_train, ds_test, device)
+    except Unwritable:
+        if not (found := _read(path, recipe, ds_train)):
+            raise
+    net, facts = found
     return net.to(device, memory_format=torch.channels_last).eval(), facts
 
 

@@ -278,7 +278,11 @@ def save_statistics(path, side, **more):
 
     more: further arrays, such as ADM's mu_s, sigma_s and arr_0.
     """
+    with atomic_write(path) as temporary:
+        write_statistics(temporary, side, **more)
+
+
+def write_statistics(path, side, **more):
     facts = {"n": side.n, "protocol": side.protocol, "feature_hash": side.feature_hash}
     facts = {key: value for key, value in facts.items() if value is not None}
-    with atomic_write(path) as temporary:
-        np.savez(temporary, mu=side.mu, sigma=side.sigma, **more, **facts)
+    np.savez(path, mu=side.mu, sigma=side.sigma, **more, **facts)

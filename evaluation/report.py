@@ -86,7 +86,7 @@ def finish(cfg, found):
     """The last lines: the command, and one JSON object, which goes into cfg.json too."""
     print(f"command            {shlex.join(['python', *sys.argv])}, seed {cfg.seed}")
     line = json.dumps(found)
+    print(line, flush=True)  # first: the file may find no room
     if cfg.json:
         with atomic_write(cfg.json) as temporary:
             temporary.write_text(line + "\n")
-    print(line)

@@ -5,7 +5,7 @@ autoencoder. Which of its settings decide a sample is said by the chapter.
 """
 
 from runtime.commandline import BadInput
-from runtime.files import atomic_write
+from runtime.files import atomic_write, read_json
 from runtime.processes import run_alone
 
 import json
@@ -21,6 +21,7 @@ from evaluation.choice import PATIENCE
 from evaluation.words import whose
 from networks.inception import find_weights
 
+SAID = {"frechet", "n_generated", "class_accuracy"}  # by figures that are kept
 ALWAYS = ("seeds", "classes")  # settings of every chapter that draws samples
 
 
@@ -47,7 +48,7 @@ def drawn_before(cfg, names, n, world):
     """Whether samples.npz in cfg.out is what would be drawn now; rank 0 decides for all."""
     note, known = Path(cfg.out) / "samples.json", False
     if world.is_main and note.is_file() and note.with_name("samples.npz").is_file():
-        known = json.loads(note.read_text()) == drawn_by(cfg, names, n)
+        known = read_json(note) == drawn_by(cfg, names, n)
     return world.sum(torch.tensor(float(known), device=world.device)).item() > 0
 
 
@@ -148,7 +149,8 @@ def known_figures(result, images, features):
     """Those in the file `result`, if of these images by these `features`, else None."""
     if not result.is_file() or result.stat().st_mtime_ns < images.stat().st_mtime_ns:
         return None
-    found = json.loads(result.read_text())
+    if not (found := read_json(result)).keys() >= SAID:
+        return None
     unknown = "Inception" if found.get("class_accuracy") is None else ""
     by = "inception" if found.get("network", unknown) == "Inception" else "classifier"
     return found if by == features else None

@@ -5,9 +5,10 @@ with the number of images.
 """
 
 from runtime.commandline import BadInput
-from runtime.files import atomic_write
+from runtime.files import CLOSED, Unwritable, atomic_write, reserve
 from runtime.processes import World
 
+import math
 import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,10 +41,33 @@ class Side:
 
 
 def scratch(folder, shape, dtype):
-    """An array in a file without a name: gone with the process, however that ends."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the map keeps it open)
+    """An array in a file without a name: gone with the process, however that ends.
+
+    Where `folder` may not be written to, it lies where temporary files do.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the map keeps it open)
+    except OSError as error:
+        if error.errno not in CLOSED:
+            raise Unwritable(
+                f"--data-root {folder} cannot be written to: {error.strerror}"
+            ) from None
+        folder, file = tempfile.gettempdir(), tempfile.TemporaryFile()  # noqa: SIM115
+    reserve(file, math.prod(shape) * np.dtype(dtype).itemsize, folder)
     return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def keep_for_later(path, write):
+    """write(temporary) makes the file `path`; where nothing can be written, a line says so.
+
+    The figures are the same, and made again the next time.
+    """
+    try:
+        with atomic_write(path) as temporary:
+            write(temporary)
+    except Unwritable as error:
+        warn(f"not kept for the next time: {error}")
 
 
 def look(
@@ -69,8 +93,7 @@ def look(
         extractor, source.images, batch_size, world, store=store, name=source.name
     )
     if path and world.is_main:
-        with atomic_write(path) as temporary:
-            np.save(temporary, feats)
+        keep_for_later(path, partial(np.save, arr=feats))
     known = source.statistics if reference else None
     fits = known is not None and len(known.mu) == feats.shape[1]
     return Side(source, feats, logits, known if fits else None)
@@ -98,7 +121,7 @@ def kept_statistics(source, extractor, root, statistics, *, batch_size=256, worl
     facts = {"protocol": extractor.protocol, "feature_hash": extractor.feature_hash}
     made = Statistics(source.name, *statistics(side.feats), n=side.n, **facts)
     if world.is_main:
-        image_sets.save_statistics(path, made)
+        keep_for_later(path, partial(image_sets.write_statistics, side=made))
     return made
 
 

@@ -91,7 +91,8 @@ class Store:
 
     def __init__(self, path):
         self.path = path
-        self.rows = {digest_of(row["made_by"]): row["figures"] for row in read_log(path)}
+        rows = [row for row in read_log(path) if {"made_by", "figures"} <= row.keys()]
+        self.rows = {digest_of(row["made_by"]): row["figures"] for row in rows}
 
     def __contains__(self, made_by):
         return digest_of(made_by) in self.rows

@@ -10,7 +10,7 @@ folder or zip of images. Where raw files are looked for is told in image_data/so
 """
 
 from runtime.commandline import BadInput, class_list, split_list
-from runtime.files import locked
+from runtime.files import locked, read_json
 from runtime.processes import meet, say_once
 
 import hashlib
@@ -57,11 +57,12 @@ def load(name, root="data", *, split="train", size=0, classes=(), workers=None):
     if size is not None and size < 1:
         raise BadInput(f"--size {size} must be at least 1, or 0 for the images' own")
     source, name, folder = _place(str(name), root, split, size, classes)
-    if not (folder / "manifest.json").exists():
+    if not (found := _kept(folder)):
         with locked(folder.with_name(f".{folder.name}.lock")):
-            if not (folder / "manifest.json").exists():  # another process may have been faster
+            if not (found := _kept(folder)):  # another process may have been faster
                 prepare.prepare(source, folder, split, size, classes, workers or _cores(), name)
-    manifest = json.loads((folder / "manifest.json").read_text())
+                found = prepare.read(folder)
+    images, labels, manifest = found
     if like_training:
         _compare(trained_on, manifest["key"], f"--data {trained_on}")
     told = prepare.told_of(source, manifest.get("told"))
@@ -70,11 +71,22 @@ def load(name, root="data", *, split="train", size=0, classes=(), workers=None):
             say_once(line)
     return Dataset(
         name,
-        np.load(folder / "images.npy", mmap_mode="r"),
-        np.load(folder / "labels.npy"),
+        images,
+        labels,
         tuple(manifest["class_names"]),
         manifest | {"folder": str(folder)},
     )
+
+
+def _kept(folder):
+    """What prepare.read gives; None, and a line, where it is damaged."""
+    from image_data import prepare
+
+    try:
+        return prepare.read(folder)
+    except prepare.Damaged as error:
+        say_once(f"note: the prepared data in {folder} are damaged, and made again ({error})")
+        return None
 
 
 def _place(name, root, split, size, classes):
@@ -116,15 +128,16 @@ def check_trained_on(name, root, otherwise=""):
     nor those of the training, a line says that they are not compared. otherwise: what to type to
     take those images.
     """
+    from image_data.prepare import is_manifest
+
     _check_there(name)
     if (settings := _settings_of(name)) is None:
         return
     size, classes = settings
     source, _, folder = _place(str(name), root, "train", size or None, classes)
     otherwise = otherwise or f"--data {name}"
-    if (folder / "manifest.json").exists():
-        found = json.loads((folder / "manifest.json").read_text())["key"]
-        _compare(name, found, otherwise)
+    if is_manifest(manifest := read_json(folder / "manifest.json")):
+        _compare(name, manifest["key"], otherwise)
     elif changed := _has_changed(name, root, source):
         _compare(name, "unknown", otherwise)
     elif changed is None:
@@ -140,10 +153,14 @@ def _has_changed(name, root, source):
     def files_of(stamp):  # without the version of the rule by which they are read
         return [part for part in json.loads(json.dumps(stamp)) if not isinstance(part, int)]
 
+    from image_data.prepare import is_manifest
+
     changed = None
     for path in sorted(Path(root).glob("*-train-*/manifest.json")):
-        known = json.loads(path.read_text())
-        if (known.get("key"), known.get("source")) == (name.data_key, source.origin):
+        known = read_json(path)
+        if not is_manifest(known):
+            continue
+        if (known["key"], known["source"]) == (name.data_key, source.origin):
             if files_of(known["stamp"]) == files_of(source.stamp):
                 return False
             changed = True

@@ -15,7 +15,8 @@ and log-variance of q(z|x), from which each step draws its own z, as if it had e
 """
 
 from runtime.commandline import BadInput
-from runtime.files import atomic_write
+from runtime.files import atomic_write, read_json, reserve, writing
+from runtime.locks import alone
 from runtime.nodes import Disks, fingerprint
 from runtime.plan import Method, cost_of, forms_of
 from runtime.processes import exact
@@ -96,21 +97,40 @@ def cache_latents(folder, world, ds, encode, *, z_channels, factor, made_of, fli
         return _rehearsed(folder, world, ds, encode, z_channels, factor, flip, batch)
     folder = Path(folder)
     made_of = {"data_key": ds.key, **made_of, "flip": flip}
+    shape = (ds.shape[1] // factor, ds.shape[2] // factor, 2 * z_channels)
+    shape = (len(ds) * (1 + flip), *shape)
+    with alone(folder, world):
+        scale = _made(folder, world, ds, encode, made_of, shape, flip, batch)
+    moments = np.load(folder / "moments.npy", mmap_mode="r")  # (N * views, h, w, 2z)
+    h, w, _ = moments.shape[1:]
+    return Latents(
+        name=ds.name,
+        moments=moments_on(moments, world.device),
+        labels=np.asarray(ds.labels),
+        class_names=tuple(ds.class_names),
+        shape=tuple(ds.shape),
+        z_shape=(z_channels, h, w),
+        scale=scale,
+        key=ds.key,
+    )
+
+
+def _made(folder, world, ds, encode, made_of, shape, flip, batch):
+    """The scale of the latents in `folder`, which are made where there are none of just this."""
     manifest, path = folder / "manifest.json", folder / "moments.npy"
     disks = Disks(folder, world)
-    scale = _kept_scale(manifest, path, made_of, world)
+    scale = _kept_scale(manifest, path, made_of, shape, world)
     # Every rank has read its manifest before one goes.
     kept = world.gather(scale and (scale, fingerprint(np.load(path, mmap_mode="r"))))
     first = next(filter(None, kept), None)  # where machines differ, these are for all
     lacking = [rank for rank in set(disks.of) if kept[rank] != first or not first]
     if lacking:
-        z_shape = (ds.shape[1] // factor, ds.shape[2] // factor, 2 * z_channels)
         if world.rank in lacking:
-            _make_room(folder, manifest, path, (len(ds) * (1 + flip), *z_shape))
+            _make_room(folder, manifest, path, shape)
         world.barrier()
         if first:
             scale = first[0]
-            parts = [(kept.index(first), slice(0, len(ds) * (1 + flip)))]
+            parts = [(kept.index(first), slice(0, shape[0]))]
         else:
             scale = _encode_all(path, world, ds, encode, flip, batch)
             shares = [replace(world, rank=rank).share(len(ds)) for rank in range(world.size)]
@@ -126,18 +146,7 @@ def cache_latents(folder, world, ds, encode, *, z_channels, factor, made_of, fli
             with atomic_write(manifest) as temporary:
                 temporary.write_text(json.dumps({"made_of": made_of, "scale": scale}))
         world.barrier()
-    moments = np.load(path, mmap_mode="r")  # (N * views, h, w, 2z)
-    h, w, _ = moments.shape[1:]
-    return Latents(
-        name=ds.name,
-        moments=moments_on(moments, world.device),
-        labels=np.asarray(ds.labels),
-        class_names=tuple(ds.class_names),
-        shape=tuple(ds.shape),
-        z_shape=(z_channels, h, w),
-        scale=scale,
-        key=ds.key,
-    )
+    return scale
 
 
 @torch.no_grad()
@@ -165,11 +174,16 @@ def _rehearsed(folder, world, ds, encode, z_channels, factor, flip, batch):
     )
 
 
-def _kept_scale(manifest, path, made_of, world):
+def _kept_scale(manifest, path, made_of, shape, world):
     """The scale of the latents on the disk, or None where there are none of just this."""
     if not (manifest.exists() and path.exists()):
         return None
-    kept = json.loads(manifest.read_text())
+    kept, where = read_json(manifest), manifest.parent
+    found = _shape(kept, path)
+    if not found or kept["made_of"] == made_of and found != shape:
+        if world.is_main:
+            print(f"latents: made anew, those in {where} are damaged")
+        return None
     if kept["made_of"] == made_of:
         return kept["scale"]
     words = {"data_key": "other images", "flip": "another --flip"}
@@ -179,9 +193,21 @@ def _kept_scale(manifest, path, made_of, world):
         if kept["made_of"].get(name) != value
     ]
     if world.is_main:
-        where = manifest.parent
         print(f"latents: made anew, those in {where} are of {' and of '.join(others)}")
     return None
+
+
+def _shape(kept, path):
+    """The shape of the numbers at `path`; None where they or what a manifest says are damaged."""
+    scale = kept.get("scale")
+    if not isinstance(scale, float) or not isinstance(kept.get("made_of"), dict):
+        return None
+    try:
+        found = np.load(path, mmap_mode="r")
+        whole = found.dtype == np.float32 and found.offset + found.nbytes == path.stat().st_size
+    except (OSError, EOFError, ValueError, AttributeError):
+        return None
+    return found.shape if whole and 0 < scale < math.inf else None
 
 
 def _make_room(folder, manifest, path, shape):
@@ -189,16 +215,20 @@ def _make_room(folder, manifest, path, shape):
 
     It is asked first, because a full disk kills whoever writes a memory map.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest.unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     need, free = 4 * math.prod(shape), shutil.disk_usage(folder).free
     if free < need:
         raise BadInput(
             f"{folder} needs {need >> 20} MiB for latents and has {free >> 20}: free some, or type "
             "another --out"
         )
-    np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+    with writing(path):
+        np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+        with open(path, "r+b") as file:
+            reserve(file, path.stat().st_size, folder, "--out")
 
 
 @torch.no_grad()

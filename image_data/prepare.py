@@ -1,6 +1,7 @@
 """From raw images to the folder that data.load() maps: images.npy, labels.npy, manifest.json."""
 
 from runtime.commandline import BadInput, parse_classes
+from runtime.files import CLOSED, FAILED, flush, read_json
 from runtime.processes import progress, say_once
 
 import errno
@@ -16,6 +17,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -26,7 +28,46 @@ from image_data.listing import shortened
 PROTOCOL = "shorter side to size with Lanczos, centre crop; 16-bit high byte; alpha on white; v1"
 CHUNK = 128  # images a worker prepares at a time, fewer where they would exceed CHUNK_BYTES
 CHUNK_BYTES = 8 << 20
+KINDS = {"name": str, "source": str, "stamp": list, "count": int, "shape": list}
+KINDS |= {"class_names": list, "key": str}  # of what a manifest says
 DARK = 1 / 4  # of the range of values: a set that stays below is told of
+
+
+class Damaged(Exception):
+    """What lies there is no prepared set, or no longer."""
+
+
+def read(folder):
+    """(images, labels, manifest) of a prepared set; None where there is none. Else Damaged."""
+    if not (folder / "manifest.json").exists():
+        return None
+    manifest = read_json(folder / "manifest.json")
+    if not manifest:
+        raise Damaged("manifest.json cannot be read")
+    for name, kind in KINDS.items():
+        if not isinstance(manifest.get(name), kind):
+            raise Damaged(f"manifest.json says no {name}, as another version's may")
+    images, labels = _array(folder / "images.npy"), _array(folder / "labels.npy")
+    classes, count = len(manifest["class_names"]), manifest["count"]
+    if images.dtype != np.uint8 or list(images.shape) != [count, *manifest["shape"]]:
+        raise Damaged("images.npy is of another form than manifest.json says")
+    if labels.dtype != np.int64 or labels.shape != (count,):
+        raise Damaged("labels.npy is of another form than manifest.json says")
+    if classes and not 0 <= labels.min() <= labels.max() < classes:
+        raise Damaged(f"labels.npy has labels beyond 0 to {classes - 1}")
+    return images, np.array(labels), manifest
+
+
+def _array(path):
+    """The array in an .npy file, mapped."""
+    try:
+        found = np.load(path, mmap_mode="r")
+        if not isinstance(found, np.memmap) or found.offset + found.nbytes != path.stat().st_size:
+            raise ValueError("it is not as long as its header says")
+        return found
+    except (OSError, EOFError, ValueError) as error:
+        told = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
+        raise Damaged(f"{path.name}: {told}") from None
 
 
 def prepare(source, folder, split, size, classes, workers, name):
@@ -43,8 +84,8 @@ def prepare(source, folder, split, size, classes, workers, name):
             manifest = _write_all(source, temporary, split, size, classes, workers, name)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
             for path in [*temporary.iterdir(), temporary]:
-                _fsync(path)
-            shutil.rmtree(folder, ignore_errors=True)  # without a manifest: not ours to keep
+                flush(path)
+            shutil.rmtree(folder, ignore_errors=True)  # without a manifest, or damaged
             os.replace(temporary, folder)
         _tell_older(folder, manifest)
     except BrokenProcessPool:
@@ -57,16 +98,25 @@ def prepare(source, folder, split, size, classes, workers, name):
             raise BadInput(
                 f"no space left in {folder.parent} for {name}: free some or change --data-root"
             ) from None
-        raise
+        if error.errno not in FAILED or folder.parent not in Path(error.filename or "").parents:
+            raise
+        mend = "choose another --data-root" if error.errno in CLOSED else f"delete {folder}"
+        raise BadInput(f"cannot write {folder} ({error.strerror}): {mend}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_manifest(what):
+    """Whether that is what the manifest of a prepared set says."""
+    return all(isinstance(what.get(name), kind) for name, kind in KINDS.items())
 
 
 def _tell_older(folder, manifest):
     """A line about the sets that were prepared from what the raw files of this one have been."""
     older, size = [], 0
     for path in sorted(folder.parent.glob("*/manifest.json")):
-        other = json.loads(path.read_text())
+        if not is_manifest(other := read_json(path)):
+            continue
         named = path.parent.name.rpartition("-")[0] == folder.name.rpartition("-")[0]
         if named and other["source"] == manifest["source"] and other["stamp"] != manifest["stamp"]:
             older.append(str(path.parent))
@@ -226,14 +276,6 @@ def _write_images(path, parts, shape, labels, bar):
             lowest, highest = min(lowest, int(part.min())), max(highest, int(part.max()))
             bar.update(len(part))
     return content.hexdigest(), lowest, highest
-
-
-def _fsync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --------------------------------------------------------------------------------- many processes

@@ -33,6 +33,7 @@ depths differ or there is but one, and reads labels from metadata.csv.
 """
 
 from runtime.commandline import BadInput
+from runtime.files import read_json
 
 import hashlib
 import json
@@ -93,8 +94,8 @@ def _refuse_ours(folder):
     """BadInput for a folder that this program wrote; it says what to type."""
     kind = ours({found.name for found in folder.iterdir()})
     if kind == "a prepared set":
-        manifest = json.loads((folder / "manifest.json").read_text())
-        hint = f"type what it was made from: {manifest.get('source')}"
+        known = read_json(folder / "manifest.json").get("source", "see its manifest.json")
+        hint = f"type what it was made from: {known}"
     else:
         readable = (folder / name for name in ("samples.npz", "reconstructions.npz", "ckpt.pt"))
         found = [str(path) for path in readable if path.is_file()]

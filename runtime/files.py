@@ -99,9 +99,9 @@ def flush(path):
 def left_over(folder):
     """Temporary files in `folder` whose processes are gone, from this machine at least."""
     for path in Path(folder).glob(".*.tmp*"):
-        if (found := TEMPORARY.fullmatch(path.name)) and path.is_file():
-            if not _runs(int(found[2] or found[3])):
-                yield path
+        found = TEMPORARY.fullmatch(path.name)
+        if found and path.is_file() and not _runs(int(found[2] or found[3])):
+            yield path
 
 
 def _runs(process):
@@ -114,8 +114,8 @@ def _runs(process):
     return process != os.getpid()
 
 
-def reserve(file, size, flag="--data-root"):
-    """Have the disk set aside `size` bytes for an open file, from its start on.
+def reserve(file, size, folder, flag="--data-root"):
+    """Have the disk set aside `size` bytes for an open file in `folder`, from its start on.
 
     Whoever writes to a memory map on a full disk is killed; Unwritable comes before that.
     """
@@ -125,12 +125,12 @@ def reserve(file, size, flag="--data-root"):
         except AttributeError:  # on a Mac: ask, and hope
             _fill(file, size)
         except OSError as error:
-            if error.errno not in UNSYNCED:
+            if error.errno in FULL:
                 raise
             _fill(file, size)
     except OSError as error:
-        told = f"{size >> 20} MiB are needed in {Path(str(file.name)).parent}"
-        raise Unwritable(f"{told} ({error.strerror}): free some, or type another {flag}") from None
+        told = f"{size / 2**20:.3g} MiB are needed in {folder} ({error.strerror})"
+        raise Unwritable(f"{told}: free some, or type another {flag}") from None
 
 
 def _fill(file, size):
@@ -230,11 +230,12 @@ def save_json(path, told):
 
 
 def read_json(path):
-    """What a JSON file of ours says; None where there is none, or it is damaged."""
+    """The dictionary in a JSON file; {} where there is none, or the file is damaged."""
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        found = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_log(path):

@@ -79,7 +79,9 @@ class RunFolder:
         beyond --steps, and when there are checkpoints but none is whole.
         """
         if self.world.is_main:
-            self._hold()
+            from runtime.locks import hold
+
+            hold(self.path)
         state, named = self._choose()
         self.world.barrier()  # all have read it before there is another
         if state is not None:
@@ -123,13 +125,6 @@ class RunFolder:
                 self.trackers = opened(self.track, self.path, self.settings, step)
         self.world.barrier()
         return state
-
-    def _hold(self):
-        """Be the only one who trains here. A network disk may be full, or not for us to write."""
-        from runtime.locks import hold
-
-        with writing(self.path / ".lock"):
-            hold(self.path)
 
     def _choose(self):
         """(the state to continue from or None, whether that is in the checkpoint --resume names)"""

@@ -5,6 +5,7 @@ number into it every BEAT seconds, and whoever sees none come for PATIENCE secon
 """
 
 from runtime.commandline import BadInput
+from runtime.files import writing
 
 import atexit
 import contextlib
@@ -137,7 +138,10 @@ def hold(folder, flag="--out"):
     path = Path(folder, ".lock").resolve()
     if (key := (os.getpid(), path)) not in HELD:
         lock = Lock(path)
-        if who := lock.take():
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            who = lock.take()
+        if who:
             raise BadInput(
                 f"{folder} is written by {who}: wait until that ends, or type another {flag}"
             )
@@ -150,3 +154,15 @@ def leave(folder):
     """Let others write in a folder that this process holds."""
     if lock := HELD.pop((os.getpid(), Path(folder, ".lock").resolve()), None):
         lock.release()
+
+
+@contextlib.contextmanager
+def alone(folder, world):
+    """Inside, the first process of a World holds `folder`."""
+    if world.is_main:
+        hold(folder)
+    try:
+        yield
+    finally:
+        if world.is_main:
+            leave(folder)

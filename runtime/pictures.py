@@ -91,6 +91,20 @@ def save_samples(folder, images, labels, columns=None):
         np.savez(temporary, *arrays)
 
 
+def _numbered(folder):
+    """0000.png, 0001.png, ... in a folder, as far as save_told has written them."""
+    i = 0
+    while (path := folder / f"{i:04d}.png").is_file():
+        try:
+            with Image.open(path) as picture:
+                ours = bool(getattr(picture, "text", {}))
+        except OSError:  # torn
+            ours = True
+        if ours:
+            yield path
+        i += 1
+
+
 def save_told(folder, images, told, film=False):
     """samples.png and .npz, and each of images (N,H,W,C) uint8 as 0000.png, 0001.png, ...
 
@@ -99,9 +113,8 @@ def save_told(folder, images, told, film=False):
     """
     folder = Path(folder)
     stale = [folder / name for name in ("interpolation.gif", "interpolation.png", "attention.png")]
-    for path in [*folder.glob("[0-9]" * 4 + "*.png"), *stale]:
-        if path in stale or path.stem.isdecimal():
-            path.unlink(missing_ok=True)
+    for path in [*_numbered(folder), *stale]:
+        path.unlink(missing_ok=True)
     save_samples(folder, images, None)
     for i, (image, texts) in enumerate(zip(np.asarray(images), told, strict=True)):
         info = PngImagePlugin.PngInfo()

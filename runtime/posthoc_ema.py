@@ -24,11 +24,12 @@ would do, but a shorter mean is a difference of snapshots: for 0.02 it has 20 ti
 
 from runtime.checkpoints import load_mapped
 from runtime.commandline import BadInput
-from runtime.files import atomic_write
+from runtime.files import atomic_write, left_over
 from runtime.processes import say_once
 
 import copy
 import math
+import re
 import zipfile
 from pathlib import Path
 
@@ -150,9 +151,10 @@ class PowerEMA:
             about = {"step": step, "lengths": self.lengths}
             torch.save({**about, "means": means, "buffers": buffers}, path)
         kept = {_snapshot(folder, s) for s in self.snapshots}
-        for path in (*folder.glob("snapshot-*.pt"), *folder.glob(".snapshot-*.tmp.pt")):
+        ours = [p for p in folder.glob("snapshot-*.pt") if re.fullmatch(r"\w+-\d{7,}", p.stem)]
+        for path in (*ours, *left_over(folder)):
             if path not in kept:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def _snapshot(folder, step):

@@ -10,7 +10,7 @@ of them would take more than 8 MB; links to checkpoints lead to the files beside
 """
 
 from runtime.commandline import BadInput, entry, parse
-from runtime.files import check_folder
+from runtime.files import Unwritable, check_folder
 from runtime.plots import against, by_whom, quarters
 from runtime.scores import LABELS, compared_scores, curve_of, score_tables
 from runtime.seen import is_run, names_of, read_run
@@ -337,9 +337,9 @@ def refresh(folder):
         return
     try:
         write_run(folder)
-    except OSError as error:
-        told = f"note: {Path(folder, 'report.html')} was not written ({error.strerror})"
-        print(told, file=sys.stderr)
+    except (OSError, Unwritable) as error:
+        why = getattr(error, "strerror", None) or error
+        print(f"note: {Path(folder, 'report.html')} was not written ({why})", file=sys.stderr)
     except Exception:
         traceback.print_exc()
         told = f"note: a bug: {Path(folder, 'report.html')} was not written; all else is done"

@@ -36,6 +36,8 @@ def test_files_of_an_earlier_call_are_removed_and_foreign_ones_stay(tmp_path):
     foreign = (
         "fox.png",
         "7.png",
+        "0007.png",
+        "10000.png",
         "2024-holiday.png",
         "notes.txt",
         "0000.txt",
@@ -45,14 +47,14 @@ def test_files_of_an_earlier_call_are_removed_and_foreign_ones_stay(tmp_path):
     for name in foreign:
         (tmp_path / name).write_text("mine")
     (tmp_path / "attention.png").write_text("of an earlier call")
-    (tmp_path / "10000.png").write_text("of an earlier call")
+    told = {"prompt": "a fox"}
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    save_told(tmp_path, images, [{}] * 4, film=True)
+    save_told(tmp_path, images, [told] * 4, film=True)
     film = {"interpolation.gif", "interpolation.png"}
     samples = {"samples.png", "samples.npz"}
     each = {f"000{i}.png" for i in range(4)}
     assert {path.name for path in tmp_path.iterdir()} == {*foreign, *film, *samples, *each}
-    save_told(tmp_path, images[2:], [{}] * 2)
+    save_told(tmp_path, images[2:], [told] * 2)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {*foreign, *samples, "0000.png", "0001.png"}
     assert all((tmp_path / name).read_text() == "mine" for name in foreign)
