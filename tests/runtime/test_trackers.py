@@ -131,6 +131,16 @@ def test_a_run_that_goes_on_is_the_same_one_there(fake, tmp_path):
     assert [row["step"] for row in third.rows][0] == 1
 
 
+def test_a_tracker_that_fails_at_the_end_leaves_the_report(fake, tmp_path):
+    run = finished(tmp_path, wandb=True, stop=9)
+    (tmp_path / "report.html").unlink(missing_ok=True)
+    (tracker,) = run.disk.trackers
+    tracker.run.finish = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run.disk.finish()
+    assert "</html>" in (tmp_path / "report.html").read_text()
+
+
 def test_only_the_first_process_tells(fake, tmp_path):
     make(tmp_path, world=Alone(rank=1, size=2), wandb=True)
     assert not fake.runs and not names(tmp_path)
