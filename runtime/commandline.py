@@ -159,13 +159,13 @@ def entry(main):
         if hasattr(stream, "reconfigure"):  # a notebook's is another
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
-    except BadInput as error:
-        _stop(f"error: {error}", 2)
         if os.environ.get("RANK") or os.environ.get("WORLD_SIZE"):
             from runtime.ranks import together
 
             main = together(main)
+        main()
+    except BadInput as error:
+        _stop(f"error: {error}", 2)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
 
@@ -193,10 +193,10 @@ def parse(config_class, doc, args=None, preset=""):
     import tyro
 
     args = list(sys.argv[1:] if args is None else args)
+    check_words(args, config_class)
     typed, error_text = _names(args), io.StringIO()
     try:
         with contextlib.redirect_stderr(error_text):
-    check_words(args, config_class)
             cfg = tyro.cli(config_class, description=doc, args=args)
     except SystemExit as stop:
         if stop.code in (0, None):
