@@ -319,6 +319,7 @@ class Evaluator:
         own = extractor or classifier_of(name, root, size=size, steps=steps, device=device)[0]
         self.extractor, self.protocol, self.network = own, own.protocol, own.network
         self.batch_size, self.world, self.told = batch_size, world or World(), set()
+        self.world.agree({"feature network": getattr(own, "feature_hash", None)})
         theirs = list(getattr(own, "class_names", ()))
         known = [theirs.index(n) for n in class_names if n in theirs]
         self.classes = np.array(known, np.int64)
