@@ -29,7 +29,7 @@ for classes, or numbers the classes of each split by itself; it sorts 10 before 
 folders without images, which a line tells of here. So does imagefolder of Hugging Face's datasets:
 it takes train among car and bus for a split and leaves the others out, knows no Train, takes a
 split's name in a file's name for a split, calls the last folder the class, knows no class where
-depths differ or there is but one, and reads labels from metadata.csv.
+depths differ or there is but one, and reads labels from metadata.csv. Neither reads dataset.json.
 """
 
 from runtime.commandline import BadInput

@@ -161,6 +161,10 @@ CASES = {
     ),
     "split_in_the_names_of_files": Case("train_1 test_2", ":1,2", "!", ":1 | :2"),
     "metadata": Case("metadata.csv cat/1 dog/2", "cat:1 dog:2", "cat:1 dog:2", ":1,2"),
+    "parts_of_dataset_tool": Case(  # without its dataset.json
+        "00000/img00000000 00000/img00000001 00001/img00000002",
+        *["00000:img00000000,img00000001 00001:img00000002"] * 3,
+    ),
     "train_and_training": Case(
         "train/a/1 training/a/2",
         "!train/ and training/ both name the train split; join them",
