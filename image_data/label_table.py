@@ -74,8 +74,14 @@ def _read(path, stored, whose, images):
     """{image: class} of a table of labels, {} of one that says that there are none; else None."""
     if Path(path).is_dir():
         file = Path(path, stored)
+        if not file.is_file():  # a pipe would be waited for
+            return None
         check_unpacked(whose, file.stat().st_size)
-        text = file.read_bytes()
+        try:
+            text = file.read_bytes()
+        except OSError as error:
+            wrong = f"{whose} cannot be read ({error.strerror}); repair or remove it"
+            raise BadInput(wrong) from None
     else:
         text = read_member(archive(path), stored)
     try:

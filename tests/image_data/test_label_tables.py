@@ -5,6 +5,7 @@ from runtime.commandline import BadInput
 
 import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -168,6 +169,27 @@ def test_labels_that_no_image_can_have_are_refused(labels, told, made):
     with pytest.raises(BadInput, match=f"set(.zip)?: dataset.json .*{told}") as error:
         made({"dataset.json": table(labels)})
     assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_read_is_no_table_or_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "set", dict.fromkeys(IMAGES, noise((2, 2))), {})
+    os.mkfifo(path / "dataset.json")
+    assert "not read: dataset.json" in tree_source(path, "train").contents().told
+    (path / "dataset.json").unlink()
+    write(path, {}, {"dataset.json": table(LABELS)})
+    monkeypatch.setenv("DIFFUSION_UNPACKED_GB", "1e-7")
+    with pytest.raises(BadInput, match="set: dataset.json takes .* more than the 1e-07 GB"):
+        tree_source(path, "train").contents()
+    monkeypatch.delenv("DIFFUSION_UNPACKED_GB")
+
+    def forbidden(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "read_bytes", forbidden)
+    with pytest.raises(
+        BadInput, match=r"set: dataset.json cannot be read \(Permission denied\); re"
+    ):
+        tree_source(path, "train").contents()
 
 
 def test_another_table_of_the_same_images_is_another_set(tmp_path):
