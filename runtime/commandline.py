@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from tqdm import tqdm
 
 # Settings that name a checkpoint: the folder of a run means its ckpt.pt.
 CHECKPOINTS = ("sample", "nll", "encode", "interpolate", "study", "classifier", "checkpoint")
@@ -25,6 +24,9 @@ TEXTS = frozenset({"negative", "classes", "seeds", "metrics", "sample_args"})  #
 
 class BadInput(Exception):
     """The user can mend this; one line: what was wrong, what was expected, what to type."""
+
+    def __init__(self, told):
+        super().__init__(" ".join(filter(None, map(str.strip, str(told).splitlines()))))
 
 
 # What drawing samples takes in every chapter, beside what the chapter names.
@@ -153,28 +155,11 @@ class ScoredConfig(RunConfig):
 def entry(main):
     """Run main(); BadInput becomes one line and exit code 2, a bug keeps its traceback.
 
-    A character that the terminal's encoding lacks is printed as its number: that ends no work.
+    What else may happen at the edges of a program, edges.py knows.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's is another
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        if os.environ.get("RANK") or os.environ.get("WORLD_SIZE"):
-            from runtime.ranks import together
+    from runtime.edges import run
 
-            main = together(main)
-        main()
-    except BadInput as error:
-        _stop(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        _stop("interrupted", 130)
-
-
-def _stop(message, code):
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # else the message would stand at the end of its line
-    print(message, file=sys.stderr)
-    sys.exit(code)
+    run(main)
 
 
 def parse(config_class, doc, args=None, preset=""):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 MOST = torch.finfo(torch.float32).max
+MOST_WHOLE, MOST_SEED = 2**31 - 1, 2**63 - 1
 MOST_GUIDANCE = 2.0**24  # above it float32 does not tell 1 + w from w
 DASHES = dict.fromkeys([*range(0x2010, 0x2016), 0x2212], "-")  # other dashes, and minus
 TRUTH = frozenset(["true", "false", "yes", "no", "on", "off", "0", "1"])
@@ -131,22 +132,38 @@ def inwards(x, way):
     return way(x / unit) * unit
 
 
-def beyond(value):
-    """Those numbers of a setting, which may hold several, that float32 does not hold."""
+def beyond(value, most=MOST_WHOLE):
+    """Those numbers of a setting, which may hold several, that are too large.
+
+    A float is one that float32 does not hold, a whole number one above `most`.
+    """
     numbers = value if isinstance(value, tuple) else (value,)
-    return [v for v in numbers if isinstance(v, float) and not abs(v) <= MOST]
+    limits = {float: MOST, int: most}
+    return [v for v in numbers if type(v) in limits and not abs(v) <= limits[type(v)]]
 
 
 def check_finite(cfg):
     """Raise BadInput for a number that float32 does not hold, unless that is its default.
 
-    Also for guidance so large that a clamp would hide what becomes of it.
+    Also for whole numbers of more than 31 bits, of a seed of more than 63, and for guidance so
+    large that a clamp would hide what becomes of it.
     """
     for name, value in vars(cfg).items():
-        if (bad := beyond(value)) and value != getattr(type(cfg), name, None):
+        if not (bad := beyond(value, MOST_SEED if name == "seed" else MOST_WHOLE)):
+            continue
+        if isinstance(bad[0], int):
+            raise BadInput(
+                f"{flag(name)} {_short(bad[0])}: expected a whole number of fewer digits"
+            )
+        if value != getattr(type(cfg), name, None):
             raise BadInput(f"{flag(name)} {bad[0]:g}: expected a finite number, below {MOST:.1g}")
     if abs(w := getattr(cfg, "guidance", 0.0)) > MOST_GUIDANCE:
         raise BadInput(f"--guidance {w:g}: expected a number up to {MOST_GUIDANCE:.2g}, such as 3")
+
+
+def _short(number):
+    text = str(number)
+    return text if len(text) <= 24 else f"{text[:20]}... ({len(text)} digits)"
 
 
 def one_line(box, config_class):

@@ -1,0 +1,141 @@
+"""What a machine does to a command: one line and an exit code; a bug keeps its traceback."""
+
+from runtime.commandline import BadInput, entry
+from runtime.edges import escaped
+from runtime.files import save_json
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from launching import refused
+
+NAME = "a\x1b]0;title\x07\x1b[2J\x9b\u202eb"  # sets a title, clears the screen, turns the writing
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+ENDS = {
+    "a full disk": (
+        OSError(errno.ENOSPC, "", "x/ckpt.pt"),
+        "x/ckpt.pt: No space left on device; make",
+    ),
+    "a closed folder": (
+        PermissionError(errno.EACCES, "", "x"),
+        "x: Permission denied; name a file",
+    ),
+    "a disk that is only read": (OSError(errno.EROFS, "", "x"), "x: Read-only file system; name a"),
+    "a long name": (OSError(errno.ENAMETOOLONG, "", "x"), "x: File name too long; type a shorter"),
+    "no memory": (MemoryError(), "memory has ended (a large object); type a smaller --batch-size"),
+    "numpy's": (
+        MemoryError("Unable to allocate 9 PiB"),
+        "memory has ended (Unable to allocate 9 PiB)",
+    ),
+    "torch's": (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nx"),
+        "memory has ended ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried)",
+    ),
+    "a GPU's": (
+        torch.OutOfMemoryError("CUDA out of memory."),
+        "memory has ended (CUDA out of memory.)",
+    ),
+    "several lines": (BadInput("one\n  two\n"), "one two"),
+}
+
+
+@pytest.mark.parametrize("error, message", ENDS.values(), ids=ENDS)
+def test_what_the_machine_does_is_one_line(error, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        entry(raising(error))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith(f"error: {message}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "", "x"),
+        RuntimeError("shapes differ"),
+        OverflowError("int too large"),
+        RecursionError(),
+        KeyError("x"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        entry(raising(error))
+
+
+def test_names_from_files_steer_no_terminal(capsys):
+    def main():
+        print("\x1b[1mbold\x1b[0m", NAME, "über 猫\tx")
+        print("\x1b[A\rbar", NAME, file=sys.stderr)
+        raise BadInput(f"{NAME}\bno")
+
+    with pytest.raises(SystemExit):
+        entry(main)
+    said = capsys.readouterr()
+    plain = r"a\x1b]0;title\x07\x1b[2J\x9b\u202eb"
+    assert said.out == f"\x1b[1mbold\x1b[0m {plain} über 猫\tx\n"
+    assert said.err == f"\x1b[A\rbar {plain}\nerror: {plain}\\x08no\n"
+    assert escaped("über 猫 a b") == "über 猫 a b"
+
+
+def test_a_hostile_name_of_a_data_set_is_refused_in_text():
+    assert r"\x1b]0;title\x07" in refused("ddpm_pixel", "--data", NAME)
+
+
+FULL = Path("/dev/full")  # Linux has it
+on_linux = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+PRINTS = "import sys; sys.path.insert(0, {root!r}); from runtime.commandline import entry; "
+PRINTS += "entry(lambda: print('line ' * 10**5))"
+
+
+@on_linux
+def test_a_reader_that_leaves_and_streams_that_are_closed():
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    program = f'"{sys.executable}" -c "{PRINTS.format(root=root)}"'
+    line = f"({program} | head -c 1; echo ${{PIPESTATUS[0]}}) ; {program} >&- 2>&-; echo $?; "
+    line += f"{program} > /dev/full; echo $?"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.stdout.split() == ["l141", "0", "2"]
+    assert done.stderr == "error: No space left on device; make room, and type the same again\n"
+
+
+@on_linux
+def test_devices_and_pipes_are_written_to_and_not_replaced(tmp_path):
+    """--json /dev/full became a file of that name."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        save_json(pipe, {"a": 1})
+        assert json.loads(read.result(timeout=20)) == {"a": 1}
+    assert pipe.is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    with pytest.raises(BadInput, match=r"cannot write /dev/full .No space left on device"):
+        save_json(FULL, {"a": 1})
+    assert FULL.is_char_device()
+    save_json("/dev/null", {"a": 1})
+
+
+def test_huge_numbers_are_refused():
+    for number in (2**31, -(2**31), 10**30):
+        line = refused("ddpm_pixel", "--steps", number)
+        assert (
+            f"--steps {number}"[:15] in line and "expected a whole number of fewer digits" in line
+        )
+    assert "(31 digits)" in line
+    assert "fewer digits" in refused("ddpm_pixel", "--channel-mult", 1, 10**30)
+    assert "fewer digits" in refused("ddpm_pixel", "--seed", 2**63)
