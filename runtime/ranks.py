@@ -7,7 +7,8 @@ that happens, and answers for it as long as it lives; a machine that is gone ans
 rank waits for one that will not come, and none is taken for dead because it is busy.
 """
 
-from runtime.commandline import BadInput, _stop, flag
+from runtime.commandline import BadInput, flag
+from runtime.edges import stop
 
 import contextlib
 import datetime
@@ -293,7 +294,7 @@ class Party:
         with self.lock:
             if not self.said and not self.place.parent:
                 with contextlib.suppress(SystemExit):
-                    _stop(self.line, self.code)
+                    stop(self.line, self.code)
                 for stream in (sys.stdout, sys.stderr):
                     stream.flush()
             self.said = True
