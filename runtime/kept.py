@@ -23,7 +23,7 @@ KINDS = {
     "settings": (dict, "settings by name"),
     "ae": (dict, "settings by name"),
     "autoencoder": (dict, "tensors by name"),
-    "scale": (float, "a number"),
+    "scale": (int | float, "a number"),
 }
 # More of these no network here has. A network is built without memory before it is built, but that
 # takes its time, too.
