@@ -6,6 +6,8 @@ from runtime.processes import progress
 
 import hashlib
 import os
+import shutil
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -13,6 +15,8 @@ from http.client import HTTPException
 from pathlib import Path
 
 TIMEOUT = 30  # seconds without an answer before the next mirror is tried
+MOST = 50e9  # bytes of a file; the largest that is fetched has half a gigabyte
+PATIENCE, SLOWEST = 60, 2000  # seconds after which that many bytes a second must have come
 
 
 class Unavailable(BadInput):
@@ -81,12 +85,22 @@ def _fault(part, checksums):
             return f"{algorithm} {found}, expected {expected}"
     if any(checksums.values()):
         return ""
-    whole = not part.name.endswith(".zip.part") or zipfile.is_zipfile(part)
-    return "" if whole else "what arrived is not a zip"
+    if not part.name.endswith(".zip.part"):
+        return ""
+    try:
+        with zipfile.ZipFile(part) as archive:
+            damaged = archive.testzip()  # by its own sums: pieces of two files may be joined
+        return f"{damaged} in it is damaged" if damaged else ""
+    except Exception:  # a torn zip raises nearly anything
+        return "what arrived is not a zip"
 
 
 def _append(address, part):
-    """Download `address` onto the end of `part`; raises OSError if less arrives than promised."""
+    """Download `address` onto the end of `part`.
+
+    OSError where less arrives than promised, or more than MOST; where it is slower than SLOWEST
+    after PATIENCE; where the disk has not room for it.
+    """
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -98,14 +112,32 @@ def _append(address, part):
     with answer:
         if answer.status != 206:  # a server that cannot resume sends everything
             have = 0
+        elif not answer.headers.get("Content-Range", f"bytes {have}-").startswith(f"bytes {have}-"):
+            raise OSError(f"it sent another part than the one from byte {have} on")
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
+        _check_room(total or have, have, part)
         bar = progress(total, part.stem, initial=have, unit="B")
+        start, size = time.monotonic(), have
         with bar, open(part, "ab" if have else "wb") as f:
-            while piece := answer.read(1 << 16):
+            while piece := answer.read1(1 << 16):  # what is there, also of a server that drips
                 f.write(piece)
                 bar.update(len(piece))
+                size += len(piece)
+                _check_room(size, size, part)
+                seconds = time.monotonic() - start
+                if seconds > PATIENCE and size - have < SLOWEST * seconds:
+                    raise OSError(f"slower than {SLOWEST} bytes/s, {size} bytes have come")
             f.flush()
             os.fsync(f.fileno())
     if total is not None and part.stat().st_size != total:
         raise OSError(f"the connection ended after {part.stat().st_size} of {total} bytes")
+
+
+def _check_room(total, have, part):
+    """OSError for a file of more than MOST bytes, or more than the disk can hold."""
+    if total > MOST:
+        raise OSError(f"more than {MOST / 1e9:g} GB, expected less")
+    if total - have > (free := shutil.disk_usage(part.parent).free):
+        needed = f"{(total - have) / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+        raise OSError(f"{part.parent} has no room for {needed}")
