@@ -10,8 +10,8 @@ folder or zip of images. Where raw files are looked for is told in image_data/so
 """
 
 from runtime.commandline import BadInput, class_list, split_list
-from runtime.files import locked, read_json
-from runtime.processes import meet, say_once
+from runtime.files import check_writable, locked, read_json
+from runtime.processes import is_first_process, meet, say_once
 
 import hashlib
 import json
@@ -228,9 +228,14 @@ def prepared(cfg):
 
 
 def _check_out(cfg):
-    """BadInput where the folder --out holds images of --data: a run there would be left out."""
+    """BadInput where the folder --out holds images of --data: a run there would be left out.
+
+    And where nobody can write to it: what is prepared first takes long.
+    """
     from image_data.listing import ours, walk
 
+    if cfg.out and is_first_process() and not getattr(cfg, "dry_run", False):
+        check_writable(cfg.out)
     if cfg.out and Path(cfg.out).is_dir() and Path(cfg.data).is_dir() and cfg.data not in KNOWN:
         out, data = Path(cfg.out).resolve(), Path(cfg.data).resolve()
         inside = data in (out, *out.parents) and not ours({found.name for found in out.iterdir()})

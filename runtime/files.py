@@ -66,13 +66,18 @@ def _failure(error, folder):
 def atomic_write(path):
     """Yield a temporary Path beside `path`; on success it is flushed to disk and takes its name.
 
-    Raises Unwritable where the folder cannot be made, or the file cannot be written.
+    A device or a pipe, such as /dev/stdout, is written to as it is. Raises Unwritable where the
+    folder cannot be made, or the file cannot be written.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Unwritable(f"cannot make the folder {path.parent} ({error.strerror})") from None
+    if path.exists() and not path.is_file():
+        with writing(path):
+            yield path
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     with writing(path):
         try:
@@ -150,6 +155,16 @@ def check_folder(folder, flag="--out"):
             file.write(b"0")
     except OSError as error:
         raise BadInput(f"{flag} {folder} cannot be written to ({error.strerror})") from None
+
+
+def check_writable(folder, flag="--out"):
+    """BadInput where a folder, or the nearest one above it that is there, takes no files."""
+    found = Path(folder).absolute()
+    while not os.path.lexists(found):
+        found = found.parent
+    if not found.is_dir() or not os.access(found, os.W_OK | os.X_OK):
+        why = "it may not be written to" if found.is_dir() else "it is no folder"
+        raise BadInput(f"{flag} {folder}: {found}: {why}; type another {flag}")
 
 
 def read_text(path, flag):

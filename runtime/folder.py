@@ -115,6 +115,9 @@ class RunFolder:
                     shutil.copyfile(self.resume, path)
             if state and step not in of_steps(self.path, "ckpt-{}.pt"):
                 self._keep(step)  # a kill came before it had its second name
+            if not state:
+                self._set_aside("config.yaml", lambda text: "torch" in text.partition(DEFAULTS)[0])
+                self._set_aside("log.jsonl", lambda text: not text.strip() or '"step"' in text)
             with atomic_write(self.log_path) as path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             self._write_config()
@@ -125,6 +128,13 @@ class RunFolder:
                 self.trackers = opened(self.track, self.path, self.settings, step)
         self.world.barrier()
         return state
+
+    def _set_aside(self, name, is_ours):
+        """Keep a file of this name that no run has written, by another name."""
+        path, kept = self.path / name, self.path / f"before-{name}"
+        if path.is_file() and not is_ours(path.read_text("utf-8", errors="replace")):
+            os.replace(path, kept)
+            print(f"note: {path} is of no run here, and is now called {kept.name}")
 
     def _choose(self):
         """(the state to continue from or None, whether that is in the checkpoint --resume names)"""
@@ -240,14 +250,14 @@ class RunFolder:
             refresh(self.path)
 
     def finish(self):
-        """What is due when all of the run is done: its last grid for the trackers, report.html."""
+        """What is due when all of the run is done: report.html, its last grid for the trackers."""
+        self.report()  # first: a tracker's server may fail
         last = self.path / "samples.png"
         for tracker in self.trackers:
             if last.is_file():
                 tracker.show(self.logged, "samples", last)
             tracker.close()
         self.trackers = []
-        self.report()
         self.leave()
 
     def leave(self):

@@ -335,6 +335,9 @@ def refresh(folder):
     """
     if not is_run(folder):
         return
+    if (page := Path(folder, "report.html")).exists() and not is_ours(page):
+        print(f"note: {page} is no report of a run, and stays; delete it to have one")
+        return
     try:
         write_run(folder)
     except (OSError, Unwritable) as error:
