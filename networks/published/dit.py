@@ -21,6 +21,7 @@ from networks.published.files import (
     folder_of,
     read_json,
     read_weights,
+    whole_number,
 )
 from networks.published.schedule import name_of, read_schedule
 from networks.published.unet_names import joined, size_of
@@ -77,9 +78,8 @@ def read_dit(path, sizes, positions, num_heads=None):
         path = folder_of(path, "transformer_ema", "transformer")
         config = read_json(path / "config.json")
         path = find_weights(path)
-    state = read_weights(path, MARKS)
+    state, beside = read_weights(path, MARKS), path.with_name("config.json")
     if MARKS[1] in state:
-        beside = path.with_name("config.json")
         config = read_json(beside) if beside.is_file() else {}
         state = _from_diffusers(state, config, path)
     else:  # copied: the file, which is mapped, may change while the network lives
@@ -94,7 +94,8 @@ def read_dit(path, sizes, positions, num_heads=None):
     hidden_size, channels, patch_size = (size("x_embedder.proj.weight", i) for i in range(3))
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     known = {(width, blocks): heads for width, blocks, heads in sizes}
-    num_heads = num_heads or config.get("num_attention_heads") or known.get((hidden_size, depth))
+    told = whole_number(config, "num_attention_heads", beside)
+    num_heads = num_heads or told or known.get((hidden_size, depth))
     if not num_heads:
         raise BadInput(
             f"{path} has hidden size {hidden_size} and depth {depth}, none of the published sizes: "
@@ -103,7 +104,7 @@ def read_dit(path, sizes, positions, num_heads=None):
     if "pos_embed" in state:
         rows, columns = _grid(state["pos_embed"], hidden_size, positions, path)
     else:
-        rows = columns = config.get("sample_size", 32) // patch_size
+        rows = columns = whole_number(config, "sample_size", beside, 32) // patch_size
     outputs = size("final_layer.linear.weight", 0)
     settings = dict(
         hidden_size=hidden_size,

@@ -305,6 +305,16 @@ def read_json(path):
     return value
 
 
+def whole_number(config, name, path, otherwise=None):
+    """The setting `name` of a config.json at `path`, from 1 to 65536; `otherwise` without one."""
+    value = config.get(name)
+    if value is None:
+        return otherwise
+    if type(value) is not int or not 0 < value <= 2**16:
+        raise BadInput(f"{path}: {name} {value!r} must be a whole number from 1 to {2**16}")
+    return value
+
+
 def write_json(path, value):
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")

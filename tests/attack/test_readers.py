@@ -21,9 +21,11 @@ import pytest
 import torch
 from data_files import noise, python2_pickle, write_cifar, write_mnist
 from PIL import Image
+from reference_metrics import import_references
 from safetensors.torch import save_file
 
 import ddpm_pixel
+import dit
 from evaluation.image_sets import read_file
 from image_data import arrays, decode
 from image_data.cifar_pickle import read_batch
@@ -31,9 +33,10 @@ from image_data.kaggle import kaggle_zip
 from image_data.listing import listing
 from image_data.trees import tree_contents
 from networks.adm_unet import UNet
+from networks.autoencoders import load_autoencoder
 from networks.clip_tokens import Tokenizer
 from networks.published.files import read_weights
-from networks.published.stable_diffusion import write_vocabulary
+from networks.published.stable_diffusion import read_pipeline, write_tiny, write_vocabulary
 from networks.published.unet import load_published, save_diffusers
 
 IMAGES = {"PNG": "png", "JPEG": "jpg", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp"}
@@ -194,9 +197,65 @@ READERS = {
 }
 
 
+def diffusers_folder(kind, **settings):
+    """make(folder): a network of diffusers with random weights, written by itself."""
+
+    def make(folder):
+        import_references()
+        import diffusers
+
+        torch.manual_seed(0)
+        getattr(diffusers, kind)(**settings).save_pretrained(folder)
+
+    return make
+
+
+LEVELS = dict(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+BLOCKS = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+KL = diffusers_folder(
+    "AutoencoderKL", down_block_types=BLOCKS[0], up_block_types=BLOCKS[1], **LEVELS
+)
+DIT = diffusers_folder(
+    "DiTTransformer2DModel",
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=1,
+    sample_size=8,
+)
+
+
+def head_of(raw, rng):
+    """Changes where names, types, shapes and places of tensors are written."""
+    size = 8 + int.from_bytes(raw[:8], "little")
+    return mutations.of_bytes(raw[:size], rng) + raw[size:]
+
+
+# What takes seconds to be made or read: in `make test-all` only.
+OTHERS = {
+    "autoencoder": Reader(KL, load_autoencoder, "*.safetensors", head_of),
+    "autoencoder's config": Reader(KL, load_autoencoder, "config.json", mutations.of_json),
+    "tiny autoencoder's config": Reader(
+        diffusers_folder("AutoencoderTiny", latent_channels=4),
+        load_autoencoder,
+        "config.json",
+        mutations.of_json,
+    ),
+    "dit's config": Reader(DIT, dit.load_published, "config.json", mutations.of_json),
+    "dit": Reader(DIT, dit.load_published, "*.safetensors", head_of),
+    "stable diffusion": Reader(
+        write_tiny,
+        lambda folder: read_pipeline(
+            folder / "tiny.safetensors", folder / "tiny-vocabulary.txt.gz"
+        ),
+        "*.safetensors",
+        head_of,
+    ),
+}
+
+
 def faults(name, folder, count):
     """What readings of `count` changed files raised besides BadInput: (number, traceback)."""
-    reader, found = READERS[name], []
+    reader, found = (READERS | OTHERS)[name], []
     folder.mkdir()
     reader.make(folder)
     path = next(iter(sorted(p for p in folder.glob(reader.file) if p.is_file())))
@@ -229,7 +288,10 @@ def test_some_changed_files(tmp_path, name):
     check(name, tmp_path / "a", 30)
 
 
+SLOW = ("checkpoint", "checkpoint's values", "unet", "unet's config", "scheduler", *OTHERS)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", [*READERS, *OTHERS])
 def test_many_changed_files(tmp_path, name):
-    check(name, tmp_path / "a", 800 if name.startswith(("checkpoint", "unet", "sch")) else 4000)
+    check(name, tmp_path / "a", 800 if name in SLOW else 4000)
