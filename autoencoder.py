@@ -31,7 +31,7 @@ Each leaves reconstructions.png. ldm_cfg.py --ae runs/ae-vq-mnist/ckpt.pt trains
 
 from runtime import checkpoints
 from runtime import commandline as cli
-from runtime.files import atomic_write, read_json
+from runtime.files import atomic_write, read_json, remove
 from runtime.finite import WEIGHTS, check_finite
 from runtime.pictures import save_grid, to_uint8
 from runtime.precision import LossScaler
@@ -412,8 +412,8 @@ def report(ae, cfg, world, folder, batch=64):
     words = code_use(world.sum(hits)) if book else {}
     if not world.is_main:
         return
-    for stale in ("reconstructions.json", "reconstructions.npz", "eval.json"):
-        (path.parent / stale).unlink(missing_ok=True)  # figures must never be of other images
+    # Figures must never be of other images.
+    remove(path.parent, "reconstructions.json", "reconstructions.npz", "eval.json")
     shown = np.linspace(0, count - 1, min(50, count)).astype(np.int64)
     x, _ = images.batch(chosen[shown])
     save_grid(pairs(x, made[shown].permute(0, 3, 1, 2) / 127.5 - 1), path.with_suffix(".png"), 10)

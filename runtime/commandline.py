@@ -317,7 +317,7 @@ def folder_of(cfg, path):
     """Where the results of a command over the checkpoint `path` go: --out, or beside it."""
     from runtime.result_folders import beside
 
-    return Path(cfg.out) if cfg.out else beside(cfg, path)
+    return beside(cfg, path)
 
 
 def smoke(cfg, **own):

@@ -81,6 +81,7 @@ def atomic_write(path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     with writing(path):
         try:
+            temporary.touch()  # where that is refused, torch and safetensors would say it oddly
             yield temporary
             flush(temporary)
             os.replace(temporary, path)
@@ -99,6 +100,13 @@ def flush(path):
             raise
     finally:
         os.close(descriptor)
+
+
+def remove(folder, *names):
+    """Remove files of these names from a folder, where they are there."""
+    for name in names:
+        with writing(path := Path(folder, name)):
+            path.unlink(missing_ok=True)
 
 
 def left_over(folder):

@@ -1,6 +1,6 @@
 """Grids and GIFs of uint8 images."""
 
-from runtime.files import atomic_write
+from runtime.files import atomic_write, remove
 
 from pathlib import Path
 
@@ -83,8 +83,7 @@ def save_samples(folder, images, labels, columns=None):
     What was written down of the samples that lay there before is removed first.
     """
     folder = Path(folder)
-    for stale in ("samples.json", "eval.json"):
-        (folder / stale).unlink(missing_ok=True)
+    remove(folder, "samples.json", "eval.json")
     save_grid(images[:100], folder / "samples.png", columns)
     arrays = [np.asarray(images)] + ([] if labels is None else [np.asarray(labels)])
     with atomic_write(folder / "samples.npz") as temporary:
@@ -101,7 +100,7 @@ def _numbered(folder):
         except OSError:  # torn
             ours = True
         if ours:
-            yield path
+            yield path.name
         i += 1
 
 
@@ -112,9 +111,8 @@ def save_told(folder, images, told, film=False):
     as frames, and .png. Such files of an earlier call are removed.
     """
     folder = Path(folder)
-    stale = [folder / name for name in ("interpolation.gif", "interpolation.png", "attention.png")]
-    for path in [*_numbered(folder), *stale]:
-        path.unlink(missing_ok=True)
+    stale = ("interpolation.gif", "interpolation.png", "attention.png")
+    remove(folder, *_numbered(folder), *stale)
     save_samples(folder, images, None)
     for i, (image, texts) in enumerate(zip(np.asarray(images), told, strict=True)):
         info = PngImagePlugin.PngInfo()

@@ -6,6 +6,8 @@ it was, and the same command draws into the same folder again.
 """
 
 from runtime.commandline import flag, typed
+from runtime.files import check_writable
+from runtime.processes import is_first_process
 
 import dataclasses
 import hashlib
@@ -24,7 +26,17 @@ SAME = frozenset(
 
 
 def beside(cfg, path):
-    """The folder for what the task of cfg makes of the checkpoint (or published folder) `path`."""
+    """The folder for what the task of cfg makes of the checkpoint (or published folder) `path`.
+
+    That is --out, or lies beside it. BadInput where nobody can write there.
+    """
+    folder = Path(cfg.out) if cfg.out else _beside(cfg, path)
+    if is_first_process():
+        check_writable(folder)
+    return folder
+
+
+def _beside(cfg, path):
     path, task = Path(path), cfg.task()
     folder = path if path.is_dir() else path.parent
     if task in OWN_NAMES:
