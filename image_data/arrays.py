@@ -1,9 +1,10 @@
 """Data sets that come as arrays: the drawn glyphs, MNIST's idx files, CIFAR-10's batches."""
 
 from runtime.commandline import BadInput
-from runtime.limits import check_unpacked, read_whole
+from runtime.limits import check_unpacked
 
 import gzip
+import math
 import tarfile
 import zlib
 from pathlib import Path
@@ -62,13 +63,15 @@ def _read_idx(path, ndim):
     """An idx file (LeCun's format): magic 0 0 8 ndim, big-endian sizes, bytes."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            raw = read_whole(file, path)
-        sizes = np.frombuffer(raw, ">i4", ndim, 4).astype(int)
-        if raw[:4] != bytes([0, 0, 8, ndim]):
-            raise ValueError(f"it does not start as an idx file of {ndim} dimensions does")
-        if min(sizes) < 1:
-            raise ValueError(f"it says that it holds {'x'.join(map(str, sizes))} numbers")
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(sizes)
+            head = file.read(4 + 4 * ndim)
+            if head[:4] != bytes([0, 0, 8, ndim]):
+                raise ValueError(f"it does not start as an idx file of {ndim} dimensions does")
+            sizes = np.frombuffer(head, ">i4", ndim, 4).tolist()
+            if min(sizes) < 1:
+                raise ValueError(f"it says that it holds {'x'.join(map(str, sizes))} numbers")
+            check_unpacked(path, math.prod(sizes))
+            raw = file.read(math.prod(sizes) + 1)  # a zipped file may go on for terabytes
+        return np.frombuffer(raw, np.uint8).reshape(sizes)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise BadInput(f"{path} is not a whole idx file ({error}); replace it") from None
 

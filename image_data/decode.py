@@ -72,7 +72,7 @@ def _file(container, item):
             raise ValueError("it is no regular file")
         return open(path, "rb")
     packed = archive(container)
-    check_unpacked(f"{container}/{item}", packed.getinfo(item).file_size)
+    check_unpacked("it", packed.getinfo(item).file_size)
     return packed.open(item)
 
 
