@@ -18,6 +18,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 FAILED = (*FULL, *CLOSED, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENXIO)
 FAILED += (errno.EEXIST, errno.ENOTEMPTY, errno.ESTALE, errno.ENODEV, errno.ELOOP)
+WORDS = ("stopped", "metric_features", "metric_reference")  # in a run's log; all else is a number
 UNSYNCED = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of mounts without fsync
 # Names of atomic_write and of evaluation.checkpoint_samples.pinned, and of which process.
 TEMPORARY = re.compile(r"\.(?:.+(\.\w+)\.(\d+)\.tmp\1|ckpt[\w-]*-(\d+)\.tmp\.pt)")
@@ -264,8 +265,18 @@ def read_json(path):
 def read_log(path):
     """The rows of a log.jsonl; a line torn by a kill, or damaged, is left out."""
     rows = []
-    if Path(path).exists():
+    if Path(path).is_file():
         for line in Path(path).read_text("utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
+
+
+def read_run_log(path):
+    """The rows of a run's log that have a step, and of each what is a number, or one of WORDS."""
+    found = [row for row in read_log(path) if type(row.get("step")) is int and row["step"] < 2**53]
+    return [{k: v for k, v in row.items() if type(v) in _kinds(k)} for row in found]
+
+
+def _kinds(name):
+    return (str,) if name in WORDS else (int, float, type(None))

@@ -3,7 +3,7 @@ pictures, and report.html, which shows them."""
 
 from runtime.checkpoints import DamagedCheckpoint, differing, identity, load_checkpoint, plain
 from runtime.commandline import BadInput
-from runtime.files import Unwritable, also_named, atomic_write, left_over, read_log, writing
+from runtime.files import Unwritable, also_named, atomic_write, left_over, read_run_log, writing
 
 import contextlib
 import dataclasses
@@ -97,7 +97,8 @@ class RunFolder:
             told = f"--steps {most}: the run in {self.path} is at step {step} already"
             raise BadInput(f"{told}; type at least that, or --resume never to start over")
         if self.world.is_main:
-            rows = [row for row in read_log(self.log_path) if state and is_until(row, step)]
+            rows = read_run_log(self.log_path) if state else []
+            rows = [row for row in rows if row["step"] <= step]
             for path in left_over(self.path):
                 path.unlink(missing_ok=True)
             if state or self.resume == "never":  # of a future that is now another
@@ -279,11 +280,6 @@ def of_steps(folder, kind):
     kind = re.compile(kind.replace(".", r"\.").format(STEP))
     found = {path: kind.fullmatch(path.name) for path in sorted(Path(folder).iterdir())}
     return {int(name[1]): path for path, name in found.items() if name and path.is_file()}
-
-
-def is_until(row, step):
-    """Whether a row of a log is of this step or of one before it."""
-    return isinstance(row.get("step"), int) and row["step"] <= step
 
 
 def usual_settings(kind):

@@ -1,6 +1,6 @@
 """Curves and sheets of pictures in PNG files."""
 
-from runtime.files import atomic_write, read_log
+from runtime.files import atomic_write, read_run_log
 
 import math
 import textwrap
@@ -231,7 +231,7 @@ def plot_metrics(folder):
     log does.
     """
     folder, panels = Path(folder), {}
-    rows = [row for row in read_log(folder / "log.jsonl") if METRICS.keys() & row.keys()]
+    rows = [row for row in read_run_log(folder / "log.jsonl") if METRICS.keys() & row.keys()]
     for name, label in METRICS.items():
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
@@ -256,7 +256,7 @@ def against(rows):
     if n := _values(rows, "metric_n"):
         found.append(f"N = {' and '.join(n)}")
     if reference := _values(rows, "metric_reference"):
-        count = "".join(f" ({int(n):,} images)" for n in _values(rows, "n_reference")[:1])
+        count = "".join(f" ({float(n):,.0f} images)" for n in _values(rows, "n_reference")[:1])
         found.append(f"against {' and '.join(reference)}{count}")
     return ", ".join(found)
 
@@ -270,13 +270,13 @@ def _values(rows, name):
 def plot_loss(folder):
     """Draw loss.png of a run: the loss, and its quarters of the timestep range if logged."""
     folder = Path(folder)
-    rows = [row for row in read_log(folder / "log.jsonl") if "loss" in row]
+    rows = [row for row in read_run_log(folder / "log.jsonl") if row.get("loss") is not None]
     if not rows:
         return
     names = {"loss": "loss", **quarters(settings_of(folder))}
     lines = {}
     for key, name in names.items():
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             lines[name] = tuple(zip(*points, strict=True))
     how = {"logy": ("loss",), "thin": [name for key, name in names.items() if key != "loss"]}
@@ -284,9 +284,12 @@ def plot_loss(folder):
 
 
 def settings_of(folder):
-    """The settings of a run by name, of its config.yaml; {} where there is none."""
-    path = Path(folder, "config.yaml")
-    return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+    """The settings of a run by name, of its config.yaml; {} where there is none, or it is torn."""
+    try:
+        found = yaml.safe_load(Path(folder, "config.yaml").read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def quarters(settings):

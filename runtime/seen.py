@@ -1,6 +1,6 @@
 """What lies in the folder of a run, read back for those who show it."""
 
-from runtime.files import read_log
+from runtime.files import read_run_log
 from runtime.folder import DEFAULTS
 
 import re
@@ -51,8 +51,7 @@ def read_run(folder):
     """The Seen of a folder."""
     seen = Seen(Path(folder), name=Path(folder).resolve().name)
     try:
-        rows = [row for row in read_log(seen.folder / "log.jsonl") if isinstance(row, dict)]
-        seen.rows = [row for row in rows if isinstance(row.get("step"), int)]
+        seen.rows = read_run_log(seen.folder / "log.jsonl")
     except (OSError, ValueError) as error:
         seen.notes.append(f"log.jsonl cannot be read: {error}")
     try:
