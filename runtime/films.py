@@ -6,6 +6,9 @@ SIDE pixels. Of more than ROWS images K so many are shown, evenly spaced, and a 
 
 from runtime.files import atomic_write
 
+import contextlib
+import functools
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -37,7 +40,7 @@ def one_each(labels, n, names=()):
         first = np.arange(min(n, 8))
     kept = first[_evenly(len(first), ROWS)]
     note = f"{len(kept)} of {len(first)} classes" if len(kept) < len(first) else ""
-    return kept, [names[i] if i < len(names) else f"class {i}" for i in labels[kept]], note
+    return kept, [_named(names, i) for i in labels[kept]], note
 
 
 def marks_of(steps):
@@ -272,9 +275,29 @@ def _font(text, size):
     """Letters for the text: Pillow's, which are ASCII, or those of matplotlib's figures."""
     if text.isascii():
         return ImageFont.load_default(size=size)
-    import matplotlib
+    return ImageFont.truetype(_file_for(frozenset(text)) or _file_for(frozenset()), size)
 
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+@functools.lru_cache
+def _file_for(letters):
+    """A font that has all of these letters: matplotlib's own or one of this machine's, or None."""
+    from matplotlib import font_manager, get_data_path
+    from matplotlib.ft2font import FT2Font
+
+    own = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    found = sorted(font.fname for font in font_manager.fontManager.ttflist)
+    for path in (own, *(name for name in found if "LastResort" not in name)):  # boxes for all
+        with contextlib.suppress(OSError, RuntimeError):
+            font = FT2Font(path)
+            if all(font.get_char_index(ord(letter)) for letter in letters):
+                return path
+    return None
+
+
+def _named(names, i):
+    """The name of class i, or where there are no letters for it or no names, "class 7"."""
+    named = i < len(names) and (names[i].isascii() or _file_for(frozenset(names[i])))
+    return names[i] if named else f"class {i}"
 
 
 def _broken(text, size, width):

@@ -329,3 +329,9 @@ def test_a_forward_film_has_an_image_of_each_class(tmp_path, monkeypatch):
         noisy = ddpm_pixel.q_sample(x0, torch.full((3,), t), eps, alpha_bar)
         assert torch.equal(film[i], pictures.to_uint8(noisy)) and marks[i] == f"t = {t}, {i} %"
     assert marks[0] == "x_0, 0 %" and len(no_rows) == 0 and unnamed[""][0].shape[0] == 5
+
+
+def test_a_class_whose_letters_no_font_has_is_named_by_its_number():
+    names = ["cat", "\U0010fffd", "кот", "über"]
+    _, rows, _ = films.one_each(np.arange(5), 5, names)
+    assert rows == ["cat", "class 1", "кот", "über", "class 4"]
