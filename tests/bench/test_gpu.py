@@ -66,6 +66,7 @@ def rehearsal(gpu, tmp_path_factory):
     return ended.value.code, out
 
 
+@pytest.mark.slow  # a minute, for all that use the rehearsal
 def test_every_stage_comes_to_its_end(gpu, rehearsal):
     code, out = rehearsal
     rows = read(out)
@@ -80,6 +81,7 @@ def test_every_stage_comes_to_its_end(gpu, rehearsal):
     assert all(f"## {name}, " in text for name in gpu.STAGES if name != "compiled")
 
 
+@pytest.mark.slow  # a minute, for all that use the rehearsal
 def test_each_way_to_compute_has_its_number(rehearsal):
     rows = read(rehearsal[1])
     kernels = {of for of, row in latest(rows, "kernels").items() if row.get("us", 0) > 0}
@@ -106,6 +108,7 @@ def test_each_way_to_compute_has_its_number(rehearsal):
     assert len(list(rehearsal[1].iterdir())) <= 8  # as many as some machines give back
 
 
+@pytest.mark.slow  # a minute, for all that use the rehearsal
 def test_started_again_nothing_is_run_again(gpu, quiet, rehearsal, capsys):
     before = read(rehearsal[1])
     with pytest.raises(SystemExit) as ended:
