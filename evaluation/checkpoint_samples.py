@@ -150,7 +150,8 @@ def sampled(checkpoint, script, n, gpus, arguments="", out=""):
                 failed = run_alone(command(own), stdout=sys.stderr)
                 if failed or not any(map(Path.exists, files)):
                     typed = shlex.join(command(checkpoint))
-                    raise BadInput(f"no samples of {checkpoint}; the command was {typed}")
+                    why = f"no samples of {checkpoint}: {failed or 'it left none'}"
+                    raise BadInput(f"{why}; the command was {typed}")
     return next(filter(Path.exists, files))
 
 

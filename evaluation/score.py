@@ -91,8 +91,9 @@ def score(cfg, ds, script):
         if found is None:
             command = command_of(cfg, script, images, result, features)
             quiet = subprocess.DEVNULL if images.stem == "reconstructions" else None
-            if run_alone(command, quiet):
-                raise BadInput(f"the evaluation failed; its command was {shlex.join(command)}")
+            if failed := run_alone(command, quiet):
+                told = f"the evaluation failed: {failed}"
+                raise BadInput(f"{told}; its command was {shlex.join(command)}")
             found = json.loads(result.read_text())
         right = found["class_accuracy"]
         right = "" if right is None else f"class accuracy {100 * right:.1f} %, "

@@ -172,7 +172,7 @@ def parse(config_class, doc, args=None, preset=""):
     that does nothing (see Script), and for the ~ of nobody. A run's folder becomes its ckpt.pt
     where a checkpoint is named.
     """
-    from runtime.typed_flags import check_finite, check_typed, check_words, one_line
+    from runtime.typed_flags import check_finite, check_texts, check_typed, check_words, one_line
     from runtime.yaml_settings import yaml_settings
 
     import tyro
@@ -190,16 +190,17 @@ def parse(config_class, doc, args=None, preset=""):
     if preset and "config" not in typed and not cfg.task():
         beside = Path(sys.modules[config_class.__module__].__file__).resolve().parent
         path = beside / preset.format(data=cfg.data)
-        cfg.config = str(path) if path.is_file() else ""
+        cfg.config = str(path) if os.path.isfile(path) else ""
     lower = yaml_settings(getattr(cfg, "config", ""), config_class)
     cfg = dataclasses.replace(cfg, **{name: lower[name] for name in lower.keys() - typed})
     check_finite(cfg)
+    check_texts(cfg)
     if isinstance(cfg, Script):
         check_typed(cfg, typed)
     paths = {k: v for k, v in vars(cfg).items() if isinstance(v, str) and k not in TEXTS}
     paths = {k: at_home(v, flag(k)) for k, v in paths.items()}
     for name in CHECKPOINTS:
-        if (run := paths.get(name)) and Path(run, "ckpt.pt").is_file():
+        if (run := paths.get(name)) and os.path.isfile(Path(run, "ckpt.pt")):
             paths[name] = str(Path(run, "ckpt.pt"))
     return dataclasses.replace(cfg, **paths)
 

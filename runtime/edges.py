@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import sys
+import tempfile
 
 import torch
 from tqdm import tqdm
@@ -39,6 +40,8 @@ LESS = "type a smaller --batch-size, or use a machine with more memory"
 STEERS = r"\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069"
 IN_TEXT = re.compile(rf"[\r{STEERS}]|\x1b(?!\[[0-9;]*m)")
 IN_BARS = re.compile(rf"[{STEERS}]|\x1b(?!\[(?:[0-9;]*m|A))")
+LONG = re.compile(r"(.{1000}).{100,}(.{400})")  # what is shown of a long message
+LISTENER = "DIFFUSION_LAST_LINE"  # names the file for the last line of a command that we start
 IN_MESSAGE = re.compile(rf"[\r\n\t\x1b{STEERS}]")
 
 
@@ -112,10 +115,25 @@ def stop(message, code):
     """Print a message in one line, below all progress bars, and end."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # else the message would stand at the end of its line
+    message = LONG.sub(r"\1...\2", escaped(message))
     with contextlib.suppress(OSError, ValueError):  # nobody may listen
-        print(escaped(message), file=sys.stderr)
-        sys.stderr.flush()
+        if listener := os.environ.get(LISTENER):
+            with open(listener, "a") as file:
+                print(message, file=file)
+        else:
+            print(message, file=sys.stderr)
+            sys.stderr.flush()
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def heard():
+    """Yield (environment, what_was_said): a command that is run in it says its last line to us.
+
+    So its refusal is a part of ours and is not printed twice.
+    """
+    with tempfile.NamedTemporaryFile("r", prefix="refusal-") as file:
+        yield os.environ | {LISTENER: file.name}, lambda: " ".join(file.read().split())
 
 
 def quiet():

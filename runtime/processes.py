@@ -423,7 +423,14 @@ def progress(total, desc, *, over=None, initial=0, unit="it", quiet=False):
 
 
 def run_alone(command, stdout=None):
-    """The exit code of a command that is no rank of ours, though torchrun started this process."""
+    """Run a command that is no rank of ours, though torchrun started this process.
+
+    "" where it ends well, else its refusal, or its exit code in words.
+    """
+    from runtime.edges import heard
+
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
-    own = {key: value for key, value in os.environ.items() if key not in ranks}
-    return subprocess.run(command, env=own, stdout=stdout).returncode
+    with heard() as (env, said):
+        own = {key: value for key, value in env.items() if key not in ranks}
+        code = subprocess.run(command, env=own, stdout=stdout).returncode
+        return (said().removeprefix("error: ") or f"exit code {code}") if code else ""

@@ -2,9 +2,12 @@
 
 from runtime.commandline import BadInput, flag, typed
 
+import contextlib
 import dataclasses
 import math
+import os
 import re
+import stat
 import typing
 from pathlib import Path
 
@@ -14,6 +17,9 @@ MOST = torch.finfo(torch.float32).max
 MOST_WHOLE, MOST_SEED = 2**31 - 1, 2**63 - 1
 MOST_GUIDANCE = 2.0**24  # above it float32 does not tell 1 + w from w
 DASHES = dict.fromkeys([*range(0x2010, 0x2016), 0x2212], "-")  # other dashes, and minus
+UNKEPT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of characters: bytes that are no UTF-8
+HANDED_OVER = ("/dev/stdin", "/dev/fd/")
+WRITTEN = frozenset({"out", "json"})
 TRUTH = frozenset(["true", "false", "yes", "no", "on", "off", "0", "1"])
 EVERYWHERE = frozenset({"config", "out", "smoke", "gpus"})  # they have a part in all
 
@@ -166,12 +172,34 @@ def _short(number):
     return text if len(text) <= 24 else f"{text[:20]}... ({len(text)} digits)"
 
 
+def check_texts(cfg):
+    """Raise BadInput for a text that cannot be kept, and for a device or a pipe that is read.
+
+    It could be neither the name of a file nor a line of config.yaml. A device might never end, and
+    a pipe might never begin; what the shell hands over as /dev/stdin or /dev/fd/63 does.
+    """
+    for name, value in vars(cfg).items():
+        for text in filter(UNKEPT.search, map(str, value if isinstance(value, tuple) else [value])):
+            told = "type it in UTF-8, without NUL; rename a file whose name is otherwise"
+            raise BadInput(f"{flag(name)} {text.encode('unicode_escape').decode()}: {told}")
+        if name in WRITTEN or not isinstance(value, str) or value.startswith(HANDED_OVER):
+            continue
+        with contextlib.suppress(OSError):
+            mode = os.stat(value).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise BadInput(f"{flag(name)} {value} is a device or a pipe: name a file or folder")
+
+
 def one_line(box, config_class):
-    """tyro explains in a box of many lines; keep what was wrong and add the closest flag."""
+    """tyro explains in a box of many lines; keep what was wrong and add the closest flag.
+
+    Where the terminal's encoding has no such lines, there is no box, and the title has a rule.
+    """
     lines = [re.sub(r"^\s*│\s?|\s*│\s*$", "", line).strip() for line in box.splitlines()]
     lines = [line for line in lines if line and line[0] not in "╭╰"]
-    end = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    text = " ".join(lines[:end])
+    rules = [i for i, line in enumerate(lines) if re.fullmatch("──+|-{9,}", line)]
+    begin = 0 if "╭" in box else rules.pop(0) + 1 if rules else 0
+    text = " ".join(lines[begin : rules[0] if rules else len(lines)])
     unknown = re.match(r"Unrecognized options: (--[\w-]+)", text)
     if unknown:
         fields = dataclasses.fields(config_class)

@@ -17,6 +17,7 @@ KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a nu
 LISTS = frozenset(
     {"classes", "seeds", "interpolate", "timestep_respacing"}
 )  # texts that commas part
+MOST_LINES = 10_000  # of settings, << included
 MERGE = "tag:yaml.org,2002:merge"  # of the key <<
 
 
@@ -78,6 +79,8 @@ def _pairs(path, text):
         if not isinstance(root, yaml.MappingNode):
             raise BadInput(f"--config {path}: expected lines of 'key: value'")
         own = sum(key.tag != MERGE for key, _ in root.value)
+        if _merged(root, {}) > MOST_LINES:
+            raise BadInput(f"--config {path}: << takes in too much; write the lines themselves")
         loader.flatten_mapping(root)
     except yaml.YAMLError as error:
         raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
@@ -93,6 +96,17 @@ def _pairs(path, text):
     return loader, pairs
 
 
+def _merged(node, known):
+    """How many pairs a node has once << is done, which doubles them with every alias of aliases."""
+    if id(node) not in known:
+        known[id(node)] = 0  # of one that takes in itself
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        parts = [value for key, value in pairs if key.tag == MERGE]
+        parts = node.value if isinstance(node, yaml.SequenceNode) else parts
+        known[id(node)] = len(pairs) + sum(_merged(part, known) for part in parts)
+    return known[id(node)]
+
+
 def _takes(kind):
     """What a setting of this type takes, in words; several in YAML's brackets."""
     words = ", ".join(KINDS.get(part, part) for part in get_args(kind) or (kind,))
@@ -106,9 +120,10 @@ def _of_nodes(kind, nodes, loader):
         kinds = parts[:1] * len(nodes) if parts[-1] is ... else parts
         return tuple(_of_nodes(k, [n], loader) for k, n in zip(kinds, nodes, strict=True))
     for node in nodes:  # a tag that is spelled out might change what is written
-        tag = loader.resolve(yaml.ScalarNode, str(node.value), (True, False))
-        same = node.tag in (tag, loader.DEFAULT_SCALAR_TAG)
-        if not (same and isinstance(node, yaml.ScalarNode)):
+        if not isinstance(node, yaml.ScalarNode):
+            raise ValueError
+        tag = loader.resolve(yaml.ScalarNode, node.value, (True, False))
+        if node.tag not in (tag, loader.DEFAULT_SCALAR_TAG):
             raise ValueError
     written = ",".join(node.value for node in nodes)
     if kind is str or written in parts:  # parts: of a choice

@@ -1,10 +1,13 @@
 """What a machine does to a command: one line and an exit code; a bug keeps its traceback."""
 
-from runtime.commandline import BadInput, entry
+from runtime.commandline import BadInput, entry, parse
 from runtime.edges import escaped
 from runtime.files import save_json
+from runtime.processes import run_alone
 
 import errno
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -17,6 +20,10 @@ import torch
 from launching import refused
 
 NAME = "a\x1b]0;title\x07\x1b[2J\x9b\u202eb"  # sets a title, clears the screen, turns the writing
+
+
+NO_FILE = "is a device or a pipe: name a file or folder"
+KEEPABLE = "type it in UTF-8, without NUL; rename a file whose name is otherwise"
 
 
 def raising(error):
@@ -128,6 +135,77 @@ def test_devices_and_pipes_are_written_to_and_not_replaced(tmp_path):
         save_json(FULL, {"a": 1})
     assert FULL.is_char_device()
     save_json("/dev/null", {"a": 1})
+
+
+def told(*arguments, script="ddpm_pixel"):
+    """What parse() says against a command line."""
+    with pytest.raises(BadInput) as refusal:
+        parse(importlib.import_module(script).Config, "", [str(word) for word in arguments])
+    return str(refusal.value)
+
+
+def test_a_device_or_a_pipe_is_read_by_nobody(tmp_path):
+    """A device may never end, and a pipe never begin; the shell's own are another thing."""
+    os.mkfifo(pipe := str(tmp_path / "pipe"))
+    for path in filter(os.path.exists, (pipe, "/dev/zero", "/dev/full")):
+        for name in ("sample", "resume", "data"):
+            assert told(f"--{name}", path) == f"--{name} {path} {NO_FILE}"
+        for name in ("weights", "vocabulary", "prompt-file", "image", "mask"):
+            assert told(f"--{name}", path, script="stable_diffusion").endswith(NO_FILE)
+    assert told(pipe, script="eval_fid") == f"--a {pipe} {NO_FILE}"
+    parse(importlib.import_module("eval_fid").Config, "", ["--json", pipe])
+    kept = importlib.import_module("stable_diffusion").Config
+    assert parse(kept, "", ["--prompt-file", "/dev/stdin"]).prompt_file == "/dev/stdin"
+
+
+def test_texts_that_no_file_could_hold_are_refused(tmp_path):
+    path = tmp_path / "some.yaml"
+    assert told("--out", "a\udcff") == r"--out a\udcff: " + KEEPABLE
+    assert told("--prompt", "a", "\udcff", script="stable_diffusion").endswith(KEEPABLE)
+    for text in ("a\\0b", "\\uD800", "~\\0"):
+        path.write_text(f'out: "{text}"\n')
+        assert told("--config", path).endswith(KEEPABLE)
+
+
+def test_aliases_of_aliases_take_no_memory(tmp_path):
+    """Thirty lines of << that double each other would be a billion settings."""
+    path, whole = tmp_path / "laughs.yaml", "{steps: 1}"
+    for i in range(30):
+        whole = f"{{<<: [&a{i} {whole}, *a{i}]}}"
+    path.write_text(f"<<: {whole}\n")
+    assert "takes in too much" in told("--config", path)
+    texts = "&a0 [x, x]"
+    for i in range(30):
+        texts = f"&a{i + 1} [{texts}, *a{i}]"
+    path.write_text(f"prompt: {texts}\n")
+    assert "--prompt takes [text, ...]" in told("--config", path, script="stable_diffusion")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_what_tyro_tells_is_one_line_in_every_encoding(encoding, monkeypatch):
+    """Where there are no lines to draw a box, its rules of hyphens stood in the message."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    assert told("--steps", "3", "4") == "Unrecognized options: 4; see --help"
+    assert told("--stepz", "3") == "unknown flag --stepz; did you mean --steps?"
+    assert told("--steps") == "Missing value for argument '--steps'. Expected 1 values.; see --help"
+    long = told("--steps", "3", "9" * 5000)
+    assert long.startswith("Unrecognized options: 999") and "--" not in long[:-10]
+
+
+def test_a_long_message_is_cut_in_its_middle(capsys):
+    with pytest.raises(SystemExit):
+        entry(raising(BadInput("begin " + 5000 * "9" + " end")))
+    said = capsys.readouterr().err
+    assert len(said) < 1500 and said.startswith("error: begin") and said.endswith(" end\n")
+
+
+def test_the_refusal_of_a_command_that_we_start_is_a_part_of_ours(capfd):
+    root = Path(__file__).resolve().parents[2]
+    say = f"import sys; sys.path.insert(0, {str(root)!r}); from runtime import edges; edges.stop"
+    assert run_alone([sys.executable, "-c", f"{say}('error: no', 2)"]) == "no"
+    assert run_alone([sys.executable, "-c", "exit(7)"]) == "exit code 7"
+    assert run_alone([sys.executable, "-c", ""]) == ""
+    assert capfd.readouterr().err == ""
 
 
 def test_huge_numbers_are_refused():

@@ -52,7 +52,7 @@ def test_a_checkpoint_that_draws_nothing_is_refused(tmp_path, checkpoint):
     torch.save({"script": "eval_fid", "config": {}}, tmp_path / "ae.pt")
     with pytest.raises(BadInput, match=r"written by eval_fid.*ddpm_pixel\.py or .*ldm_cfg\.py"):
         checkpoint_samples.checkpoint_settings(str(tmp_path / "ae.pt"))
-    with pytest.raises(BadInput, match="no samples of .*; the command was "):
+    with pytest.raises(BadInput, match="no samples of .*: unknown flag .*; the command was "):
         checkpoint_samples.sampled(checkpoint, "ddpm_pixel", 4, 0, "--no-such-flag 1")
     with pytest.raises(BadInput, match="no such file"):
         checkpoint_samples.checkpoint_settings(str(tmp_path / "none.pt"))

@@ -143,7 +143,9 @@ def test_a_row_that_fails_late_leaves_those_before_it(tabled, home, toy, capfd):
     asked = ["one.npz", "run", "--against", toy[1], "--out", "late", "--metrics", "frechet"]
     with pytest.raises(SystemExit) as stop:
         tabled(*asked, "--sample-args=--no-such-flag 1")
-    assert stop.value.code == 2 and "no samples of run/ckpt.pt" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert stop.value.code == 2 and "no samples of run/ckpt.pt: unknown flag --no-such" in said
+    assert said.count("--no-such-flag; see --help") == 1  # the other process's line, in ours
     (row,) = (home / "late" / "rows.jsonl").read_text().splitlines()
     assert json.loads(row)["figures"]["a"] == "one.npz"
 
