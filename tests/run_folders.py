@@ -54,7 +54,8 @@ def assert_same_run(whole, broken):
     """Checkpoint and log are equal, and nothing half-written is left."""
     a, b = saved(whole), saved(broken)
     for state in (a, b):
-        state["config"].pop("out", None)
+        for place in ("out", "data_root"):
+            state["config"].pop(place, None)
     assert {"model", "optimizer"} <= set(a)
     assert_same(a, b)
     assert rows(whole) == rows(broken)
