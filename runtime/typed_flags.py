@@ -206,7 +206,31 @@ def one_line(box, config_class):
         flags = [flag(f.name) for f in fields]
         flags += [flag(f"no_{f.name}") for f in fields if f.type is bool]
         return f"unknown flag {unknown[1]}{closest(unknown[1], flags)}"
-    return f"{text}; see --help"
+    return wrong_value(text, config_class) or f"{text}; see --help"
+
+
+def wrong_value(text, config_class):
+    """What a setting takes, where tyro's text is on a value that it does not take; else ""."""
+    named = re.search(r"(?:argument '|parsing )(--[\w-]+)", text)
+    kinds = {flag(f.name): f.type for f in dataclasses.fields(config_class)}
+    if not named or named[1] not in kinds:
+        return ""
+    name, kind = named[1], kinds[named[1]]
+    told = re.search(r"choice '(.*)' for|: '(.*)'|: \[(.*)\]", text)
+    word = re.sub("', '|^'|'$", " ", next(filter(None, told.groups()), "")).strip() if told else ""
+    choices = (
+        [*map(str, typing.get_args(kind))] if typing.get_origin(kind) is typing.Literal else []
+    )
+    first, several = next(iter(typing.get_args(kind)), kind), typing.get_origin(kind) is tuple
+    one, many = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers")}.get(
+        first, ("a text", "texts")
+    )
+    taken = f"one of {', '.join(choices)}" if choices else many if several else one
+    hint = near(word, choices)
+    hint = f"; did you mean {hint}?" if hint else ""
+    return (
+        f"{name} {word}: expected {taken}{hint}" if word else f"{name}: expected {taken} after it"
+    )
 
 
 def closest(word, words):

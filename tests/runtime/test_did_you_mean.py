@@ -72,6 +72,35 @@ def test_what_is_said_on_the_command_line_and_of_a_file(tmp_path):
         parse(config, "", ["--config", str(tmp_path / "a.yaml")])
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            "--schedule cosin",
+            "--schedule cosin: expected one of linear, cosine, sigmoid, sigmoid-beta; "
+            "did you mean cosine?",
+        ),
+        (
+            "--schedule x",
+            "--schedule x: expected one of linear, cosine, sigmoid, sigmoid-beta",
+        ),
+        ("--steps 3.5", "--steps 3.5: expected a whole number"),
+        ("--lr 1,5", "--lr 1,5: expected a number"),
+        ("--lr", "--lr: expected a number after it"),
+        ("--channel-mult 1 b", "--channel-mult 1 b: expected whole numbers"),
+        ("--data", "--data: expected a text after it"),
+        (
+            "--schedule",
+            "--schedule: expected one of linear, cosine, sigmoid, sigmoid-beta after it",
+        ),
+    ],
+)
+def test_a_value_that_a_setting_does_not_take_is_told_what_it_takes(words, said):
+    with pytest.raises(BadInput) as refused:
+        parse(config_of("ddpm_pixel"), "", words.split())
+    assert str(refused.value) == said
+
+
 def test_scripts_with_a_setting_have_it():
     have = {script: set(names_of(script)) for script in SCRIPTS}
     bases = {script: config_of(script).__base__ for script in SCRIPTS}
