@@ -39,6 +39,18 @@ def generated(cfg, name):
     return replace(image_sets.read_file(str(found)), name=name, class_names=names)
 
 
+def form_of(name, cfg):
+    """Images or Statistics of A before any work: of a checkpoint one black image, of its size.
+
+    Raises BadInput for what cannot be read or drawn.
+    """
+    if not is_checkpoint(name):
+        return image_sets.read(name, cfg, cfg.n)
+    checkpoint_samples.checkpoint_settings(name)
+    channels, height, width = checkpoint_samples.shape(name)
+    return Images(name, np.zeros((1, height, width, channels), np.uint8))
+
+
 def reference(cfg):
     """Images or Statistics of B: all of it beside samples, and for a table."""
     drawn = is_checkpoint(cfg.a) or cfg.curve or cfg.a == "table"
@@ -158,12 +170,14 @@ class Reference:
 def against(cfg, world, names, scored):
     """The figures of each A of `names` against B, in turn; scored: see Reference.
 
-    The features are chosen by the first of them. To other processes than the first none are given.
+    The features are chosen by the first of them. What is wrong with B, or with the features, is
+    known before A is drawn. To other processes than the first none are given.
     """
-    b, seen = reference(cfg), None  # first: what is wrong with it is known before A is drawn
+    b, seen = reference(cfg), None
     for name in names:
-        a = generated(cfg, name)
-        seen = seen or Reference(cfg, world, b, [a], scored)
+        form = form_of(name, cfg)
+        seen = seen or Reference(cfg, world, b, [form], scored)
+        a = generated(cfg, name) if is_checkpoint(name) else form
         if found := seen.figures(name, a):
             yield found
 

@@ -32,8 +32,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation import checkpoint_samples, image_sets, report
-from evaluation.against import Reference, generated, reference
+from evaluation import checkpoint_samples, report
+from evaluation.against import Reference, form_of, generated, reference
 from evaluation.checkpoint_samples import is_checkpoint
 from evaluation.image_sets import Images, check_same_size
 from evaluation.words import warn, whose
@@ -107,18 +107,6 @@ class Store:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         append_row(self.path, {"made_by": made_by, "figures": figures})
-
-
-def form_of(name, cfg):
-    """Images or Statistics of a row before any work: of a checkpoint one black image, of its size.
-
-    Raises BadInput for what cannot be read or drawn.
-    """
-    if not is_checkpoint(name):
-        return image_sets.read(name, cfg, cfg.n)
-    checkpoint_samples.checkpoint_settings(name)
-    channels, height, width = checkpoint_samples.shape(name)
-    return Images(name, np.zeros((1, height, width, channels), np.uint8))
 
 
 def content_of(name, source):

@@ -218,19 +218,14 @@ def wrong_value(text, config_class):
     name, kind = named[1], kinds[named[1]]
     told = re.search(r"choice '(.*)' for|: '(.*)'|: \[(.*)\]", text)
     word = re.sub("', '|^'|'$", " ", next(filter(None, told.groups()), "")).strip() if told else ""
-    choices = (
-        [*map(str, typing.get_args(kind))] if typing.get_origin(kind) is typing.Literal else []
-    )
-    first, several = next(iter(typing.get_args(kind)), kind), typing.get_origin(kind) is tuple
-    one, many = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers")}.get(
-        first, ("a text", "texts")
-    )
-    taken = f"one of {', '.join(choices)}" if choices else many if several else one
-    hint = near(word, choices)
-    hint = f"; did you mean {hint}?" if hint else ""
-    return (
-        f"{name} {word}: expected {taken}{hint}" if word else f"{name}: expected {taken} after it"
-    )
+    parts, several = typing.get_args(kind) or (kind,), typing.get_origin(kind) is tuple
+    numbers = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers")}
+    taken, hint = numbers.get(parts[0], ("a text", "texts"))[several], ""
+    if typing.get_origin(kind) is typing.Literal:
+        taken, hint = f"one of {', '.join(map(str, parts))}", near(word, [*map(str, parts)])
+    if not word:
+        return f"{name}: expected {taken} after it"
+    return f"{name} {word}: expected {taken}" + f"; did you mean {hint}?" * bool(hint)
 
 
 def closest(word, words):

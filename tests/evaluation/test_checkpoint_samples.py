@@ -4,14 +4,17 @@ from runtime.checkpoints import DamagedCheckpoint, load_checkpoint
 from runtime.commandline import BadInput
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_files import write_images
 from launching import run as start
 from launching import start_ranks, succeed
 
+import eval_fid
 from evaluation import checkpoint_samples
 
 
@@ -151,3 +154,17 @@ def test_the_folder_of_a_curve_must_be_a_run(tmp_path):
     done = start("eval_fid", tmp_path, "--curve")
     assert done.code == 2 and done.err.count("\n") == 1
     assert f"--curve: {tmp_path} holds no ckpt.pt" in done.err
+
+
+@pytest.mark.parametrize("how", [["--n", "4"], ["--curve"]])
+def test_what_cannot_be_scored_is_refused_before_samples_are_drawn(how, tmp_path, monkeypatch):
+    """Of data without classes no classifier gives features, and Inception is not for gray ones."""
+    write_images(tmp_path / "plain", 6, height=8, width=8, classes=())
+    config = {"data": str(tmp_path / "plain"), "data_root": str(tmp_path / "prepared")}
+    state = {"script": "ddpm_pixel", "config": config, "step": 3, "shape": [1, 8, 8]}
+    torch.save(state | {"class_names": []}, tmp_path / "ckpt.pt")
+    monkeypatch.setattr(checkpoint_samples, "sampled", None)
+    a = tmp_path if how == ["--curve"] else tmp_path / "ckpt.pt"
+    monkeypatch.setattr(sys, "argv", ["eval_fid.py", str(a), "--gpus", "0", *how])
+    with pytest.raises(BadInput, match="plain has no classes to train the feature classifier on"):
+        eval_fid.main()
