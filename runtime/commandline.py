@@ -181,7 +181,8 @@ def parse(config_class, doc, args=None, preset=""):
     check_words(args, config_class)
     typed, error_text = _names(args), io.StringIO()
     try:
-        with contextlib.redirect_stderr(error_text):
+        bare = getattr(sys.stdout, "bare", sys.stdout)  # --help has colours
+        with contextlib.redirect_stderr(error_text), contextlib.redirect_stdout(bare):
             cfg = tyro.cli(config_class, description=doc, args=args)
     except SystemExit as stop:
         if stop.code in (0, None):

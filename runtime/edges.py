@@ -35,27 +35,27 @@ OUTSIDE = {
     errno.ENOMEM: "type a smaller --batch-size, or use a machine with more memory",
 }
 LESS = "type a smaller --batch-size, or use a machine with more memory"
-# Control characters and those that turn the direction of writing. A colour is let through, and
-# where progress bars are drawn, what tqdm steers a terminal by.
-STEERS = r"\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069"
-IN_TEXT = re.compile(rf"[\r{STEERS}]|\x1b(?!\[[0-9;]*m)")
-IN_BARS = re.compile(rf"[{STEERS}]|\x1b(?!\[(?:[0-9;]*m|A))")
+# Control characters and those that turn the direction of writing. Where progress bars are drawn,
+# what tqdm steers a terminal by is let through.
+STEERS = r"\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
+IN_TEXT = re.compile(rf"[\r\x1b{STEERS}]")
+IN_BARS = re.compile(rf"[{STEERS}]|\x1b(?!\[A)")
 LONG = re.compile(r"(.{1000}).{100,}(.{400})")  # what is shown of a long message
 LISTENER = "DIFFUSION_LAST_LINE"  # names the file for the last line of a command that we start
 IN_MESSAGE = re.compile(rf"[\r\n\t\x1b{STEERS}]")
 
 
 class Shown:
-    """A stream of text that prints what `steers` finds as its numbers."""
+    """A stream of text that prints what `steers` finds as its numbers; `bare` does not."""
 
-    def __init__(self, stream, steers):
-        self._stream, self._steers = stream, steers
+    def __init__(self, bare, steers):
+        self.bare, self._steers = bare, steers
 
     def write(self, text):
-        return self._stream.write(escaped(text, self._steers))
+        return self.bare.write(escaped(text, self._steers))
 
     def __getattr__(self, name):
-        return getattr(self._stream, name)
+        return getattr(self.bare, name)
 
 
 def escaped(text, steers=IN_MESSAGE):

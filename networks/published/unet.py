@@ -168,6 +168,8 @@ def _of_layout(layout):
 def _typed(given, of_file, layout, path):
     """Keywords from a command line; BadInput for a typed one that the file tells, or that is 0."""
     found = {name: value for name, value in (given or {}).items() if name in ARCHITECTURE}
+    if below := [name for name, value in found.items() if value < 0]:
+        raise BadInput(f"{flag(below[0])} {found[below[0]]}: expected a number from 0 for {path}")
     for name in typed(found):
         own = of_file.get(name)
         same = name == "size" and found[name] in (own, min(own) if isinstance(own, tuple) else own)
