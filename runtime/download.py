@@ -4,9 +4,12 @@ from runtime.commandline import BadInput
 from runtime.files import locked
 from runtime.processes import progress
 
+import contextlib
 import hashlib
 import os
+import queue
 import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +20,7 @@ from pathlib import Path
 TIMEOUT = 30  # seconds without an answer before the next mirror is tried
 MOST = 50e9  # bytes of a file; the largest that is fetched has half a gigabyte
 PATIENCE, SLOWEST = 60, 2000  # seconds after which that many bytes a second must have come
+LONGEST = 12 * 3600  # seconds of a download
 
 
 class Unavailable(BadInput):
@@ -99,17 +103,21 @@ def _append(address, part):
     """Download `address` onto the end of `part`.
 
     OSError where less arrives than promised, or more than MOST; where it is slower than SLOWEST
-    after PATIENCE; where the disk has not room for it.
+    after PATIENCE, or takes LONGEST; where the disk has not room for it.
     """
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is left to send: the checksum will tell
+    with contextlib.ExitStack() as stack:
+        try:
+            answer, pieces = stack.enter_context(_arriving(request))
+        except urllib.error.HTTPError as error:
+            if error.code != 416 or not have:
+                raise
+            # Nothing is left to send: the checksum will tell, and the length, where it is said.
+            if error.headers.get("Content-Range", f"bytes */{have}") != f"bytes */{have}":
+                part.unlink()
+                _append(address, part)
             return
-        raise
-    with answer:
         if answer.status != 206:  # a server that cannot resume sends everything
             have = 0
         elif not answer.headers.get("Content-Range", f"bytes {have}-").startswith(f"bytes {have}-"):
@@ -120,7 +128,7 @@ def _append(address, part):
         bar = progress(total, part.stem, initial=have, unit="B")
         start, size = time.monotonic(), have
         with bar, open(part, "ab" if have else "wb") as f:
-            while piece := answer.read1(1 << 16):  # what is there, also of a server that drips
+            for piece in pieces:
                 f.write(piece)
                 bar.update(len(piece))
                 size += len(piece)
@@ -128,10 +136,52 @@ def _append(address, part):
                 seconds = time.monotonic() - start
                 if seconds > PATIENCE and size - have < SLOWEST * seconds:
                     raise OSError(f"slower than {SLOWEST} bytes/s, {size} bytes have come")
+                if seconds > LONGEST:
+                    raise OSError(
+                        f"not done in {LONGEST / 3600:g} hours, {size} bytes have come"
+                    )
             f.flush()
             os.fsync(f.fileno())
     if total is not None and part.stat().st_size != total:
         raise OSError(f"the connection ended after {part.stat().st_size} of {total} bytes")
+
+
+@contextlib.contextmanager
+def _arriving(request):
+    """Yield (the answer, an iterator over what comes); TimeoutError where PATIENCE brings nothing.
+
+    A server may send its headers, or the lengths of its pieces, a byte at a time: the thread that
+    waits for it is left to itself then.
+    """
+    things, ended = queue.Queue(8), threading.Event()
+
+    def bring():
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                things.put(answer)
+                while not ended.is_set() and (piece := answer.read1(1 << 16)):
+                    things.put(piece)
+            things.put(b"")
+        except Exception as error:
+            things.put(error)
+
+    def next_one():
+        try:
+            thing = things.get(timeout=PATIENCE)
+        except queue.Empty:
+            raise TimeoutError(f"nothing came for {PATIENCE} s") from None
+        if isinstance(thing, Exception):
+            raise thing
+        return thing
+
+    threading.Thread(target=bring, daemon=True).start()
+    try:
+        yield next_one(), iter(next_one, b"")
+    finally:
+        ended.set()
+        with contextlib.suppress(queue.Empty):
+            while True:  # what is full would keep the thread
+                things.get_nowait()
 
 
 def _check_room(total, have, part):

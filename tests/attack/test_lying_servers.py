@@ -121,6 +121,56 @@ def test_a_server_that_drips(server, tmp_path, monkeypatch):
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.parametrize("where", ["status", "headers", "pieces"])
+def test_a_server_that_drips_what_comes_before_the_bytes(where, server, tmp_path, monkeypatch):
+    """Each byte came in time, and the whole never."""
+    monkeypatch.setattr(download, "PATIENCE", 0.2)
+    first = {"status": "HTTP/1.", "headers": "HTTP/1.1 200 OK\r\nX-", "pieces": ""}[where]
+    first = first or "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;"
+
+    def answer(request):
+        request.wfile.write(first.encode())
+        for _ in range(100):
+            request.wfile.write(b"1")
+            request.wfile.flush()
+            time.sleep(0.02)
+
+    server.answer = answer
+    begun = time.monotonic()
+    assert "nothing came for 0.2 s" in refused(server, tmp_path)
+    assert time.monotonic() - begun < 1.5
+
+
+def test_a_download_takes_no_longer_than_a_limit(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "LONGEST", 0)
+    server.answer = lambda request: request.say(200, b"x" * 10**5, Content_Length=10**5)
+    assert "not done in 0 hours" in refused(server, tmp_path)
+    assert (tmp_path / "x.bin.part").stat().st_size  # to go on from
+
+
+def test_more_has_come_than_there_is(server, tmp_path):
+    """An older and longer file: nothing is left to send, and it is not the file."""
+    (tmp_path / "x.bin.part").write_bytes(b"older and longer")
+
+    def answer(request):
+        if request.headers.get("Range"):
+            request.say(416, Content_Range="bytes */5")
+        else:
+            request.say(200, b"newer", Content_Length=5)
+
+    server.answer = answer
+    assert download.fetch("x.bin", [server.base], tmp_path).read_bytes() == b"newer"
+
+
+@pytest.mark.parametrize("length", ["-5", "x", "9" * 5000, "1e3", ""])
+def test_lengths_that_are_none(length, server, tmp_path):
+    server.answer = lambda request: request.say(200, b"newer", Content_Length=length)
+    if length:
+        assert len(refused(server, tmp_path)) < 1000
+    else:
+        assert download.fetch("x.bin", [server.base], tmp_path).read_bytes() == b"newer"
+
+
 def test_a_disk_without_room(server, tmp_path, monkeypatch):
     server.answer = lambda request: request.say(200, b"x", Content_Length=10**9)
     room = types.SimpleNamespace(free=10**8)
