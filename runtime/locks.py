@@ -58,6 +58,7 @@ class Lock:
         """Give it back; its file goes."""
         if self.beating:
             self.beating.set()
+            self.thread.join()
         if self._read() == self.token["token"]:
             with contextlib.suppress(OSError):
                 self.path.unlink()
@@ -75,7 +76,8 @@ class Lock:
             time.sleep(5 * POLL)  # who took it over at the same moment has written by now
             if self._read() == self.token["token"]:
                 self.beating = threading.Event()
-                threading.Thread(target=self._go_on, daemon=True).start()
+                self.thread = threading.Thread(target=self._go_on, daemon=True)
+                self.thread.start()
                 return ""
 
     def _lives(self):
