@@ -219,8 +219,13 @@ class RunFolder:
         with writing(self.log_path), open(self.log_path, "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
         self.logged = step
-        for tracker in self.trackers:
-            tracker.log(step, values)
+        self._tell("log", step, values)
+
+    def _tell(self, what, *about):
+        if self.trackers:
+            from runtime.trackers import tell
+
+            tell(self.trackers, what, *about)
 
     @contextlib.contextmanager
     def last_words(self, step):
@@ -240,8 +245,7 @@ class RunFolder:
 
             path = self.path / f"samples-{step:06d}.png"
             save_grid(images, path, columns)
-            for tracker in self.trackers:
-                tracker.show(step, "samples", path)
+            self._tell("show", step, "samples", path)
 
     def report(self):
         """report.html of what lies here now."""
@@ -252,12 +256,11 @@ class RunFolder:
 
     def finish(self):
         """What is due when all of the run is done: report.html, its last grid for the trackers."""
-        self.report()  # first: a tracker's server may fail
+        self.report()
         last = self.path / "samples.png"
-        for tracker in self.trackers:
-            if last.is_file():
-                tracker.show(self.logged, "samples", last)
-            tracker.close()
+        if last.is_file():
+            self._tell("show", self.logged, "samples", last)
+        self._tell("close")
         self.trackers = []
         self.leave()
 

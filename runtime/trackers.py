@@ -1,9 +1,10 @@
 """--tensorboard and --wandb: what a run logs, and its grids, for those who watch runs there.
 
     trackers = opened({"wandb"}, folder, settings, step)     a run that goes on at `step`
-    tracker.log(step, values); tracker.show(step, name, picture); tracker.close()
+    tell(trackers, "log", step, values), "show", step, name, picture or "close"
 
-The first process alone opens them. The packages are extras: check() says so before any work.
+The first process alone opens them. The packages are extras: check() says so before any work. One
+that fails later, as by its server or a full disk, ends no training: it is told nothing more.
 """
 
 from runtime.commandline import BadInput
@@ -13,6 +14,8 @@ from runtime.processes import is_first_process
 import math
 import os
 import secrets
+import sys
+import traceback
 from pathlib import Path
 
 NAMES = ("tensorboard", "wandb")
@@ -52,6 +55,23 @@ def opened(names, folder, settings, step):
     return [kinds[name](Path(folder), settings, step) for name in sorted(names)]
 
 
+def tell(trackers, what, *about):
+    """Call the method `what` of each of the list; one that fails leaves the list, with a note.
+
+    What the machine says is a line, a bug has its traceback above it.
+    """
+    for tracker in [*trackers]:
+        try:
+            getattr(tracker, what)(*about)
+        except Exception as error:
+            trackers.remove(tracker)
+            if not isinstance(error, OSError):
+                traceback.print_exc()
+            why = getattr(error, "strerror", None) or " ".join(str(error).split())
+            told = f"note: {tracker.flag} failed ({why}) and is told nothing more; all else goes on"
+            print(told, file=sys.stderr)
+
+
 def numbers(values):
     """Those of the values that are finite numbers."""
     known = {name: value for name, value in values.items() if isinstance(value, (int, float))}
@@ -60,6 +80,8 @@ def numbers(values):
 
 class TensorBoard:
     """Its files in the run's folder."""
+
+    flag = "--tensorboard"
 
     def __init__(self, folder, settings, step):
         from torch.utils.tensorboard import SummaryWriter
@@ -90,6 +112,8 @@ class WandB:
     Its project is $WANDB_PROJECT, or else diffusion-book. With $WANDB_MODE=offline nothing leaves
     this machine, and `wandb sync FOLDER/wandb/offline-*` uploads it later.
     """
+
+    flag = "--wandb"
 
     def __init__(self, folder, settings, step):
         import wandb

@@ -131,14 +131,32 @@ def test_a_run_that_goes_on_is_the_same_one_there(fake, tmp_path):
     assert [row["step"] for row in third.rows][0] == 1
 
 
-def test_a_tracker_that_fails_at_the_end_leaves_the_report(fake, tmp_path):
-    run = finished(tmp_path, wandb=True, stop=9)
-    (tmp_path / "report.html").unlink(missing_ok=True)
-    (tracker,) = run.disk.trackers
-    tracker.run.finish = lambda: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        run.disk.finish()
-    assert "</html>" in (tmp_path / "report.html").read_text()
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Failure("no server")])
+@pytest.mark.parametrize("when", ["log", "Image", "finish"])
+def test_a_tracker_that_fails_ends_no_training(when, error, fake, tmp_path, monkeypatch, capsys):
+    """At a row, a grid, its end; the other tracker is told all, and the report is whole."""
+    board = types.SimpleNamespace(flag="--tensorboard", told=[])
+    for name in ("log", "show", "close"):
+        setattr(board, name, lambda *about, name=name: board.told.append((name, *about[:1])))
+    monkeypatch.setattr(trackers, "TensorBoard", lambda *about: board)
+
+    def fails(*about):
+        raise error
+
+    run = make(tmp_path, wandb=True, tensorboard=True)
+    _, told = run.disk.trackers
+    monkeypatch.setattr(*((fake, when) if when == "Image" else (told.run, when)), fails)
+    train(run, each=grid)
+    Image.fromarray(np.full((6, 6), 99, np.uint8)).save(run.folder / "samples.png")
+    run.disk.finish()
+    rows = [("log", step) for step in range(1, 11)]
+    assert [row for row in board.told if row[0] == "log"] == rows and board.told[-1] == ("close",)
+    assert [row for row in board.told if row[0] == "show"] == [("show", s) for s in (4, 8, 10)]
+    assert "</html>" in (tmp_path / "report.html").read_text() and (tmp_path / "ckpt.pt").is_file()
+    said = capsys.readouterr().err
+    why = "No space left on device" if isinstance(error, OSError) else "no server"
+    line = f"note: --wandb failed ({why}) and is told nothing more; all else goes on\n"
+    assert said.count(line) == 1 and ("Traceback" in said) is isinstance(error, Failure)
 
 
 def test_only_the_first_process_tells(fake, tmp_path):
