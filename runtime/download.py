@@ -137,9 +137,7 @@ def _append(address, part):
                 if seconds > PATIENCE and size - have < SLOWEST * seconds:
                     raise OSError(f"slower than {SLOWEST} bytes/s, {size} bytes have come")
                 if seconds > LONGEST:
-                    raise OSError(
-                        f"not done in {LONGEST / 3600:g} hours, {size} bytes have come"
-                    )
+                    raise OSError(f"not done in {LONGEST / 3600:g} hours, {size} bytes have come")
             f.flush()
             os.fsync(f.fileno())
     if total is not None and part.stat().st_size != total:
