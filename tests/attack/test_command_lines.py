@@ -132,7 +132,7 @@ def try_many(count):
 
 
 def test_some_command_lines(still):
-    try_many(200)
+    try_many(80)
 
 
 @pytest.mark.slow

@@ -177,10 +177,10 @@ def test_a_damaged_log_blocks_no_checkpoint(run, tmp_path, place):
     assert_same(saved(whole)["model"], saved(broken)["model"])
 
 
-def test_every_byte_of_a_log(run, tmp_path):
+def test_bytes_of_a_log(run, tmp_path):
     rng = np.random.default_rng(0)
     log = (run / "log.jsonl").read_bytes()
-    for i, place in enumerate(rng.integers(len(log), size=60)):
+    for i, place in enumerate(rng.integers(len(log), size=20)):
         flipped = bytearray(log)
         flipped[place] ^= 1 << rng.integers(8)
         (run / "log.jsonl").write_bytes(flipped)

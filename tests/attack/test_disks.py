@@ -20,7 +20,7 @@ from evaluation.sides import keep_for_later, scratch
 SPAWN = multiprocessing.get_context("forkserver")
 
 
-@pytest.mark.parametrize("kind", ["full", "closed"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "closed"])
 def test_everything_that_writes(tmp_path, kind):
     write_images(tmp_path / "images", 200)
     disk, queue = tmp_path / "disk", SPAWN.Queue()

@@ -1,6 +1,6 @@
 """Trainings that are killed at random moments, in any stage, end as those that never were.
 
-`make test` kills every chapter once; `make test-all` KILLS times in all (140 unless that is in the
+`make test` kills two chapters once; `make test-all` KILLS times in all (140 unless that is in the
 environment), prints how many were tried and lost, and where they came.
 """
 
@@ -140,7 +140,11 @@ def unbroken(script, given, folder):
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("script", TRAININGS)
+QUICK = ("ddpm_pixel", "ldm_cfg")  # in `make test`; one with stages
+ALL = [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in TRAININGS]
+
+
+@pytest.mark.parametrize("script", ALL)
 def test_killed_once(script, tiny, tmp_path):
     images = write_images(tmp_path / "images", 64)
     given = [*tiny[script], "--data", images, *flags(script, **SETTINGS | FEW)]
