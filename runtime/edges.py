@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import re
+import select
 import sys
 import tempfile
 
@@ -89,7 +90,9 @@ def run(main):
             stop(f"error: {error}", 2)
         except KeyboardInterrupt:
             stop("interrupted", 130)
-        except BrokenPipeError:  # as | head -1 closes it
+        except BrokenPipeError:  # as | head -1 closes it; that of a connection is something else
+            if not reader_is_gone():
+                raise
             quiet()
             sys.exit(128 + 13)
         except MemoryError as error:
@@ -134,6 +137,17 @@ def heard():
     """
     with tempfile.NamedTemporaryFile("r", prefix="refusal-") as file:
         yield os.environ | {LISTENER: file.name}, lambda: " ".join(file.read().split())
+
+
+def reader_is_gone():
+    """Whether nobody reads any more what is printed."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a test's stream is no file
+            poll.register(stream.fileno(), 0)
+    return any(what & (select.POLLERR | select.POLLHUP) for _, what in poll.poll(0))
 
 
 def quiet():

@@ -73,6 +73,7 @@ def test_what_the_machine_does_is_one_line(error, message, capsys):
     "error",
     [
         FileNotFoundError(errno.ENOENT, "", "x"),
+        BrokenPipeError(errno.EPIPE, "of a connection, while all that is printed is read"),
         RuntimeError("shapes differ"),
         OverflowError("int too large"),
         RecursionError(),
