@@ -48,7 +48,7 @@ for path in [*REPO.glob("*.py"), *(p for room in ROOMS for p in (REPO / room).rg
     importlib.import_module(".".join(path.relative_to(REPO).with_suffix("").parts))
 OURS = [m for m in sys.modules.values() if REPO in Path(getattr(m, "__file__", "") or "/").parents]
 
-REPEAT = {"config.yaml", "report.html", "compare.md", "along.md", "classifier-guidance.md"}
+REPEAT = re.compile(r"config\.yaml|report\.html|(compare|along|classifier-guidance|curves)\.md")
 NAMED = re.compile(r"-[0-9a-f]{8}\b|_[\w-]+=\S+(?=\.\w)")  # settings in names of files
 TIMES = re.compile(NAMED.pattern + r"|\d+\.\d+ s\b|\b\d+\.\d{4}(?= \|)|(?m:\d+\.\d+(?= \|$))")
 
@@ -191,7 +191,7 @@ def digests(case, folder):
 
 def digest(case, path):
     """Of what a file says, without times and repeated settings; "" for one that says only these."""
-    if NAMED.sub("", path.name) in REPEAT or ".lock" in path.name:
+    if REPEAT.fullmatch(NAMED.sub("", path.name)) or ".lock" in path.name:
         return ""
     if zipfile.is_zipfile(path):  # a checkpoint or arrays: all tensors, but not the settings
         kept = r"/data/\d+$|\.npy$" + r"|/data\.pkl$" * case.settings

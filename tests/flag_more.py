@@ -8,6 +8,7 @@ from runtime import commandline as cli
 
 import dataclasses
 import functools
+import json
 
 import numpy as np
 import openai_unet
@@ -147,6 +148,25 @@ def scores(a, folder):
     return Case("eval_fid", name, base, beside, VALUES | values, **more)
 
 
+@functools.cache
+def logged(folder, name, *losses):
+    """The folder of a run of which a log and a setting are left."""
+    run = folder / name
+    run.mkdir()
+    (run / "config.yaml").write_text("timesteps: 50\n")
+    rows = ({"step": step, "loss": loss} for step, loss in enumerate(losses, 1))
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(run)
+
+
+def shows(script, line, folder):
+    """`python -m evaluation.curves` and `python -m runtime.report`; line: of a YAML file."""
+    run, other = logged(folder, "one", 3.0, 1.0, 2.0), logged(folder, "two", 4.0, 2.0, 3.0)
+    values = {"runs": other, "over": "timesteps", "names": "other", "config": yaml(folder, line)}
+    values["out"] = "other" if script == "evaluation.curves" else "other.html"
+    return Case(script, "", {"runs": run}, {}, values)
+
+
 # -------------------------------------------------------------------------------- Stable Diffusion
 
 
@@ -234,6 +254,8 @@ def cases():
     for kind in ("noise", "image", "mask", "interpolate"):
         found[f"stable_diffusion {kind}"] = functools.partial(from_sentences, kind)
     found["improved_ddpm plot_schedule"] = plots_schedules
+    found["evaluation.curves"] = functools.partial(shows, "evaluation.curves", "best: true")
+    found["runtime.report"] = functools.partial(shows, "runtime.report", "out: third.html")
     for name in ("", "along"):
         made = functools.partial(compares, name)
         found[f"compare_samplers {name or 'tables'}"] = made

@@ -11,7 +11,7 @@ import importlib
 import openai_unet
 import pytest
 import torch
-from flag_cases import Case, names, run, verdict
+from flag_cases import REPO, ROOMS, Case, names, run, verdict
 from flag_more import CASES, LET_PASS, SLOW, is_slow, openai
 from flag_tables import SIDE, checkpoint, pictures, trained
 from tiny_runs import COMMANDS
@@ -60,6 +60,11 @@ def test_every_task_of_every_script_has_a_case():
     for script in COMMANDS:
         for task in Case(script, "", {}).module.Config.USES:
             assert (script, task) in tried
+    rooms = (path for room in ROOMS for path in (REPO / room).rglob("*.py"))
+    mains = [path.relative_to(REPO) for path in rooms if "entry(main)\n" in path.read_text()]
+    names = {".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in mains}
+    assert names <= {script for script, *_ in tried}
+    assert len(mains) > 3
 
 
 # ------------------------------------------------------------- what needs another setting to be on
