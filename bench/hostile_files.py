@@ -126,45 +126,74 @@ def expanded(path):
 # name: (file, how it is made, what a reader imports, what it calls)
 FILES = {
     "PNG of 60,000x1, scaled to 256": (
-        "a.png", lambda p: png(p, 60_000, 1), PICTURE, "read({folder!r}, ['a.png'], 256, 3)"
+        "a.png",
+        lambda p: png(p, 60_000, 1),
+        PICTURE,
+        "read({folder!r}, ['a.png'], 256, 3)",
     ),
     "PNG of 30,000x30,000": (
-        "a.png", lambda p: png(p, 30_000, 30_000), PICTURE, "read({folder!r}, ['a.png'], 256, 3)"
+        "a.png",
+        lambda p: png(p, 30_000, 30_000),
+        PICTURE,
+        "read({folder!r}, ['a.png'], 256, 3)",
     ),
     "zip entry of 4 GB of zeros": (
-        "a.zip", lambda p: zipped(p, "1.png", 4 * GB), PICTURE, "read({path!r}, ['1.png'], 64, 3)"
+        "a.zip",
+        lambda p: zipped(p, "1.png", 4 * GB),
+        PICTURE,
+        "read({path!r}, ['1.png'], 64, 3)",
     ),
-    "gzipped idx of 3 GB": (
-        "", idx, MNIST, "idx_source([{folder!r}], 'train').contents()"
-    ),
+    "gzipped idx of 3 GB": ("", idx, MNIST, "idx_source([{folder!r}], 'train').contents()"),
     "tar member of 3 GB": (
-        "cifar-10-python.tar.gz", tar, MNIST, "cifar_source({folder!r}, 'train').contents()"
+        "cifar-10-python.tar.gz",
+        tar,
+        MNIST,
+        "cifar_source({folder!r}, 'train').contents()",
     ),
     "CIFAR batch whose array holds objects": (
-        "data_batch_1", pickle_of_an_address, "from image_data.cifar_pickle import read_batch",
+        "data_batch_1",
+        pickle_of_an_address,
+        "from image_data.cifar_pickle import read_batch",
         "read_batch(open({path!r}, 'rb').read())",
     ),
     "npz with labels of 3 GB": (
-        "a.npz", lambda p: npz(p, "arr_1", 3 * GB), SETS, "read_file({path!r})"
+        "a.npz",
+        lambda p: npz(p, "arr_1", 3 * GB),
+        SETS,
+        "read_file({path!r})",
     ),
     "npz with an unused member of 3 GB": (
-        "a.npz", lambda p: npz(p, "notes", 3 * GB), SETS, "read_file({path!r})"
+        "a.npz",
+        lambda p: npz(p, "notes", 3 * GB),
+        SETS,
+        "read_file({path!r})",
     ),
     "checkpoint, one number as 400 GB": (
-        "ckpt.pt", expanded, CHECKPOINTS, "load_checkpoint({path!r})"
+        "ckpt.pt",
+        expanded,
+        CHECKPOINTS,
+        "load_checkpoint({path!r})",
     ),
     "weights, one number as 400 GB": (
-        "a.pt", expanded, WEIGHTS, "read_weights(__import__('pathlib').Path({path!r}))"
+        "a.pt",
+        expanded,
+        WEIGHTS,
+        "read_weights(__import__('pathlib').Path({path!r}))",
     ),
     "YAML of 2^60 words by aliases": (
-        "a.yaml", laughs, YAML, "yaml_settings({path!r}, ddpm_pixel.Config)"
+        "a.yaml",
+        laughs,
+        YAML,
+        "yaml_settings({path!r}, ddpm_pixel.Config)",
     ),
     "JSON of 100,000 lists in each other": (
-        "a.json", lambda p: p.write_text("[" * 100_000), WEIGHTS,
+        "a.json",
+        lambda p: p.write_text("[" * 100_000),
+        WEIGHTS,
         "__import__('networks.published.files').published.files.read_json("
         "__import__('pathlib').Path({path!r}))",
     ),
-}  # fmt: skip
+}
 PROGRAM = """
 import json, resource, sys
 sys.path.insert(0, {root!r})

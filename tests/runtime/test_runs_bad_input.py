@@ -233,8 +233,9 @@ def test_numbers_that_are_typed_are_finite(bad, refuses):
 
 @pytest.mark.parametrize("script", TRAININGS)
 def test_batch_that_processes_cannot_share(script, toy, tiny, monkeypatch, refuses):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    where = {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 9}
+    for name, value in where.items():
+        monkeypatch.setenv(name, str(value))
     line = refuses(script, *tiny[script], *toy, "--batch-size", 7)
     assert "--batch-size 7" in line and "2 processes" in line and "6" in line and "8" in line
 
