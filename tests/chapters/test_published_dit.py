@@ -219,7 +219,7 @@ def test_a_checkpoint_is_replaced_when_the_new_one_is_whole(tmp_path, small, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(BadInput, match="No space left on device"):
         convert(tmp_path / "DiT", out=str(out))
     assert [path.name for path in out.iterdir()] == ["ckpt.pt"]
     assert (out / "ckpt.pt").read_bytes() == before
