@@ -15,6 +15,7 @@ at the same x_T.
     python compare_samplers.py runs/pixel-mnist/ckpt.pt --n 1000 --compare-steps 5,10,20,50
     python compare_samplers.py runs/pixel-mnist/ckpt.pt --sampler dpmpp --sample-steps 10
     python compare_samplers.py runs/pixel-mnist/ckpt.pt --along 10,50,250 --sampler ddpm
+    python compare_samplers.py runs/T50 runs/T200 --along 1000 --sampler ddpm    all T steps of each
     python compare_samplers.py runs/pixel-mnist/ckpt.pt --smoke
 
 The first draws 20,000 images for a table of samplers and 6,000 for one of guidance, with the
@@ -33,7 +34,8 @@ checkpoint, or in --out,
 
 --along looks into the walks of one sampler: how good are x_t, and the x0_hat that the network makes
 of it, after each tenth of the way, in few steps and in many? along.md, .json, .png (curves) and
-along-strip.png. Settings other than the default ones are in the names of the files.
+along-strip.png, of several checkpoints in one. Settings other than the default ones are in the
+names of the files.
 """
 
 from runtime import checkpoints
@@ -62,7 +64,8 @@ import ddim
 import ddpm_pixel
 import dpm_solver
 from ddim import at, noise, numbers_of, subsequence
-from evaluation import samplers_report, study_names
+from evaluation import samplers_report, study_names, table
+from evaluation.checkpoint_samples import meant
 from evaluation.guidance_report import sampler_name
 from evaluation.manifold import manifold
 from evaluation.sides import look
@@ -79,6 +82,8 @@ PLACES = 10  # parts of a walk that --along looks at
 class Config(cli.NetworkCommand):
     checkpoint: Annotated[str, tyro.conf.Positional] = ""
     """a checkpoint of ddpm_pixel.py or improved_ddpm.py, or a published network"""
+    more: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """with --along: further ones, such as of other T, in the same figure"""
     along: str = ""
     """numbers of steps, such as 10,50,250: instead of the tables, how good x_t and x0_hat are on
     the way, along a walk of each"""
@@ -105,7 +110,7 @@ class Config(cli.NetworkCommand):
     IDLE = cli.names("seed")
     DECIDE = cli.names("checkpoint n seeds classes batch_size precision sampler guidance spacing")
     DECIDE |= cli.names("clip_denoised eta variance data")
-    USES = {"along": DECIDE | {"data_root"}}
+    USES = {"along": DECIDE | cli.names("data_root more")}
     NEEDS = {"variance": "sampler=ddpm"}
 
 
@@ -306,7 +311,8 @@ class Study:
     def facts(self, **more):
         """(what decides all in a report, and what else it says)."""
         command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-        return self.common | more, {"checkpoint": self.cfg.checkpoint, "command": command}
+        told = {"checkpoint": self.cfg.checkpoint, "command": command}
+        return self.common | more, told | {"network": getattr(self.evaluator, "network", None)}
 
 
 def compare(cfg, world):
@@ -392,50 +398,64 @@ def seen_along(walk, x, places, tick):
     return torch.stack(pair, dim=1)
 
 
-def along(cfg, world):
-    """The quality of x_t and of x0_hat over the walk, for each number of steps."""
-    study = Study(cfg, world)
+def walked(study, steps):
+    """The row of a walk in so many steps: computed, unless the store has it."""
+    cfg, places, w = study.cfg, places_of(steps), study.cfg.guidance
     variance = study.trained.variance if cfg.sampler == "ddpm" else ""
-    T, w, device = study.trained.timesteps, cfg.guidance, world.device
+    made_by = study.about(cfg.sampler, variance, steps, w, along=places)
+    if found := study.store.find(made_by):
+        return found
+    walk = study.walk(cfg.sampler, variance, steps, w)
+    world, desc = study.world, f"{sampler_name(made_by)}, {steps} steps"
 
-    def row(steps):
-        places = places_of(steps)
-        made_by = study.about(cfg.sampler, variance, steps, w, along=places)
-        if found := study.store.find(made_by):
-            return found
-        walk, desc = (
-            study.walk(cfg.sampler, variance, steps, w),
-            f"{sampler_name(made_by)}, {steps} steps",
-        )
+    def images(part, tick):
+        seeds = study.seeds[part]
+        y = None if study.labels is None else study.labels[part].to(world.device)
+        way_down = watched(walk(seeds.to(world.device), y), seeds, steps, desc)
+        return seen_along(way_down, noise(seeds.to(world.device), study.shape), places, tick)
 
-        def images(part, tick):
-            seeds = study.seeds[part]
-            y = None if study.labels is None else study.labels[part].to(device)
-            way_down = watched(walk(seeds.to(device), y), seeds, steps, desc)
-            return seen_along(way_down, noise(seeds.to(device), study.shape), places, tick)
+    start = time.perf_counter()
+    with world.autocast():
+        seen = world.in_parts(images, len(study.seeds), cfg.batch_size, steps, desc).numpy()
+    figures = study.costs(cfg.sampler, steps, w, time.perf_counter() - start)
+    figures["x_t"] = [study.score(seen[:, 0, k], w) for k in range(len(places))]
+    figures["x0_hat"] = [study.score(seen[:, 1, k], w) for k in range(len(places) - 1)]
+    figures["x0_hat"].append(figures["x_t"][-1])
+    shown = seen[0].reshape(-1, *seen.shape[3:])  # of one seed: x_t, and below it x0_hat
+    return study.store.add(made_by, figures, shown, len(places), write=world.is_main)
 
-        start = time.perf_counter()
-        with world.autocast():
-            seen = world.in_parts(images, len(study.seeds), cfg.batch_size, steps, desc).numpy()
-        figures = study.costs(cfg.sampler, steps, w, time.perf_counter() - start)
-        figures["x_t"] = [study.score(seen[:, 0, k], w) for k in range(len(places))]
-        figures["x0_hat"] = [study.score(seen[:, 1, k], w) for k in range(len(places) - 1)]
-        figures["x0_hat"].append(figures["x_t"][-1])
-        shown = seen[0].reshape(-1, *seen.shape[3:])  # of one seed: x_t, and below it x0_hat
-        return study.store.add(made_by, figures, shown, len(places), write=world.is_main)
 
-    wanted = sorted({min(k, T) for k in numbers_of(cfg.along, "--along")})
-    rows = [row(steps) for steps in wanted]
+def along(cfg, world):
+    """The quality of x_t and of x0_hat over the walk, of each checkpoint and number of steps."""
+    paths = (cfg.checkpoint, *cfg.more)
+    names = table.short_names(paths) if cfg.more else [""]
+    studies = [Study(replace(cfg, checkpoint=path), world) for path in paths]
+    first, numbers = studies[0], numbers_of(cfg.along, "--along")
+    for path, study in zip(paths, studies, strict=True):
+        if any(study.common[key] != first.common[key] for key in ("protocol", "reference_key")):
+            told = f"{study.evaluator.reference} and {first.evaluator.reference}"
+            raise cli.BadInput(f"{path}, {paths[0]}: scored against {told}; name one with --data")
+    wanted = [sorted({min(k, study.trained.timesteps) for k in numbers}) for study in studies]
+    found = []
+    for name, study, some in zip(names, studies, wanted, strict=True):
+        found += [(name, study, walked(study, steps)) for steps in some]
     if not world.is_main:
         return
-    decides, told = study.facts(along=wanted, sampler=cfg.sampler, variance=variance)
+    decides, told = first.facts(along=wanted[0], sampler=cfg.sampler)
+    decides |= {"variance": found[0][2]["made_by"].get("variance", "")}
     decides |= {"guidance": cfg.guidance, "eta": cfg.eta}
-    suffix = suffix_of(study_names.changed(cfg, [*Config.DECIDE, "along"]))
-    suffix, _ = study_names.name_for(study.folder, "along", suffix, decides)
-    strips = [untiled(cell(study.store, row), 2, study.shape) for row in rows]
-    names = samplers_report.write_along(study.folder, suffix, decides | told, rows, strips)
-    print((study.folder / names[0]).read_text())
-    samplers_report.last_line(study.folder, names)
+    more = {}
+    if cfg.more:
+        decides |= {"runs": names, "all": [row["made_by"] for *_, row in found]}
+        told |= {"checkpoint": ", ".join(paths)}
+        more = {"with": ",".join(names[1:])}
+    suffix = suffix_of(study_names.changed(cfg, [*Config.DECIDE, "along"]) | more)
+    suffix, _ = study_names.name_for(first.folder, "along", suffix, decides)
+    strips = [untiled(cell(study.store, row), 2, study.shape) for _, study, row in found]
+    rows = [{"run": name} | row["made_by"] | row["figures"] for name, _, row in found]
+    names = samplers_report.write_along(first.folder, suffix, decides | told, rows, strips)
+    print((first.folder / names[0]).read_text())
+    samplers_report.last_line(first.folder, names)
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -450,6 +470,10 @@ def check(cfg):
     cli.check_ranges(cfg, positive="n sample_steps batch_size", fraction="eta")
     if len(cli.parse_seeds(cfg.seeds, cfg.n)) < 2:
         raise cli.BadInput("--n, --seeds: at least 2 images, a covariance is compared")
+    if cfg.more and not cfg.along:
+        raise cli.BadInput(f"{cfg.more[0]}: the tables are of one checkpoint; several take --along")
+    if len(cfg.more) >= len({cfg.checkpoint, *cfg.more}):
+        raise cli.BadInput("--along: the same checkpoint twice; name each once")
     numbers_of(cfg.compare_steps, "--compare-steps")
     numbers_of(cfg.compare_guidance, "--compare-guidance", float)
     if cfg.along:
@@ -465,6 +489,7 @@ def main():
     if cfg.smoke:
         tiny = {"n": 8, "sample_steps": 4, "compare_steps": "2,4", "compare_guidance": "0,1"}
         cfg = cli.smaller(cfg, **tiny)
+    cfg = replace(cfg, more=tuple(map(meant, cfg.more)))
     check(cfg)
     launch(along if cfg.along else compare, cfg)
 

@@ -95,13 +95,13 @@ class Config(cli.Command):
     seed: int = 0  # of the classifier's training, of the draw of --n images, of KID's subsets
     classifier_steps: int = 1500  # its training steps, of 128 images each
     sqrtm: bool = False  # the distance through scipy's sqrtm, slow: a check of the eigenvalue form
-    curve: bool = False  # A is a run: score each of its checkpoints; draws curve.png there
+    curve: bool = False  # A is a run: score each of its checkpoints; curve.png there, or in --out
     sample_args: str = ""  # flags for sampling a checkpoint: --sample-args="--sampler ddim"
     batch_size: int = 256  # images at a time when features are computed
     layout: Literal["pytorch-fid", "adm"] = "pytorch-fid"  # of the file that `stats` writes
     out: str = ""
-    """the .npz that `stats` writes; the folder of a table, and of checkpoints' samples, which else
-    lie beside them"""
+    """the .npz that `stats` writes; the folder of a table or curve, and of checkpoints' samples,
+    which else lie beside them"""
     json: str = ""  # also write the JSON object into this file
 
 

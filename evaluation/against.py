@@ -190,16 +190,17 @@ def compare(cfg, world, scored):
 
 
 def curve(cfg, world, scored):
-    """Every kept checkpoint of the run A against B: curve.png and curve.json in its folder."""
-    folder, rows = Path(cfg.a), []
-    kept = checkpoint_samples.of_run(folder)
+    """Every kept checkpoint of the run A against B: curve.png and .json in its folder, or --out."""
+    folder, rows = Path(cfg.out or cfg.a), []
+    kept, path = checkpoint_samples.of_run(Path(cfg.a)), None
     for step, figures in zip(kept, against(cfg, world, kept.values(), scored), strict=False):
-        rows.append({"step": step, **figures})
+        rows.append({"step": step, **figures, "sample_args": cfg.sample_args})
         print(f"step {step}")
         report.show(figures)
-        report.draw_curve(folder, rows)
+        path = path or report.curve_path(folder, rows[0])
+        report.draw_curve(path, cfg.a, rows)
     if rows:
-        report.finish(cfg, {"curve": rows, "figure": str(folder / "curve.png")})
+        report.finish(cfg, {"curve": rows, "figure": f"{path}.png"})
 
 
 def save(cfg, world, statistics):

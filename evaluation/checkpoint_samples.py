@@ -89,20 +89,18 @@ def as_trained(cfg, checkpoint):
     return replace(cfg, b=cfg.b or f"{trained['data']}:test")
 
 
+def meant(name):
+    """The last checkpoint of a run whose folder this is, and a line; other names as they are."""
+    path = Path(name, "ckpt.pt")
+    if name and path.is_file():
+        say_once(f"{name} is the folder of a run: {path} is meant")
+        return str(path)
+    return name
+
+
 def of_runs(cfg):
-    """cfg, but where a side that is compared is the folder of a run, its last checkpoint is meant.
-
-    A line says so. B of one comparison is a reference, and no run.
-    """
+    """cfg, but a side that is compared is what is meant(); B of one comparison is no run."""
     sides = {"a": cfg.a} if cfg.a != "table" else {"b": cfg.b, "more": cfg.more}
-
-    def meant(name):
-        path = Path(name, "ckpt.pt")
-        if name and path.is_file():
-            say_once(f"{name} is the folder of a run: {path} is meant")
-            return str(path)
-        return name
-
     found = {k: meant(v) if isinstance(v, str) else tuple(map(meant, v)) for k, v in sides.items()}
     return replace(cfg, **found)
 

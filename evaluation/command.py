@@ -63,8 +63,8 @@ def check(cfg):
     stats, tabled = cfg.a == "stats", cfg.a == "table"
     if stats and cfg.out[-4:] != ".npz":
         raise BadInput("`stats` needs the name of a file: eval_fid.py stats B --out F.npz")
-    if cfg.out and not (stats or tabled or is_checkpoint(cfg.a) and not cfg.curve):
-        raise BadInput("--out means nothing without `stats`, `table`, or a checkpoint as A")
+    if cfg.out and not (stats or tabled or cfg.curve or is_checkpoint(cfg.a)):
+        raise BadInput("--out means nothing without `stats`, `table`, or a checkpoint or run as A")
     if cfg.out and not stats:
         check_folder(cfg.out)
     if cfg.more and not tabled:

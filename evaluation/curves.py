@@ -25,6 +25,8 @@ from typing import Annotated
 
 import tyro
 
+from evaluation.study_names import name_for
+
 FIGURES = {"loss": "loss", **METRICS, "bits_per_dim": "bits per dimension"}
 RISING = ("inception_score", "class_accuracy")  # the best is the largest
 # What decides a score, in the words of log.jsonl, and bits per dimension.
@@ -280,13 +282,15 @@ def main():
     found = {figure: lines for figure, lines in found.items() if lines}
     folder, facts = folder_of(cfg, short), facts_of(runs, found, cfg.over, cfg.best)
     lines = table(facts, found, cfg.best)
-    draw(folder / "curves.png", runs, found, cfg.over, cfg.best)
+    about = {"runs": [str(run.folder) for run in runs.values()], "over": cfg.over, "best": cfg.best}
+    path = folder / f"curves{name_for(folder, 'curves', '', about)[0]}"
+    draw(f"{path}.png", runs, found, cfg.over, cfg.best)
     command = shlex.join(["python", "-m", "evaluation.curves", *sys.argv[1:]])
-    text = ["# Curves of runs", "", f"    {command}", "", *lines, "", "![curves](curves.png)"]
-    save_text(folder / "curves.md", text)
+    text = ["# Curves of runs", "", f"    {command}", "", *lines, "", f"![curves]({path.name}.png)"]
+    save_text(f"{path}.md", text)
     said = {"command": command, "over": cfg.over, "best": cfg.best, "runs": facts}
-    save_json(folder / "curves.json", said)
-    print(*lines, f"the curves: {folder / 'curves.png'}, with .md and .json", sep="\n")
+    save_json(f"{path}.json", said | {"facts": about})
+    print(*lines, f"the curves: {path}.png, with .md and .json", sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from runtime.plots import draw_cells
 import json
 
 from evaluation.study_names import name_for
+from evaluation.words import markdown
 
 FIGURES = {
     "Fréchet distance": "frechet",
@@ -33,14 +34,13 @@ def strength(way, row):
 
 def table(ways):
     """Markdown lines of {way: [row]}; a figure that is not known is a dash."""
-    columns = ["guidance", "s", "w", *FIGURES, "seconds per image"]
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for way, rows in ways.items():
         for row in rows:
             numbers = [row.get(key) for key in (*FIGURES.values(), "seconds_per_image")]
             told = ["-" if number is None else f"{number:.3f}" for number in numbers]
             lines.append([way, f"{row['scale']:g}", f"{row['guidance']:g}", *told])
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return markdown(["guidance", "s", "w", *FIGURES, "seconds per image"], lines)
 
 
 def figures_of(row):
@@ -93,8 +93,8 @@ def save(folder, facts, found, picture):
     facts = facts | {"scales": scales}
     name = "classifier-guidance" + name_for(folder, "classifier-guidance", "", facts)[0]
     how = f"{sampler_name(facts)}, {facts['steps']} steps, N = {facts['n']}"
-    title = f"# Guidance compared: {how}, against {facts['reference']}"
-    lines = [title, "", facts["protocol"], "", *table(ways)]
+    about = f"{how}, against {facts['reference']}"
+    lines = [f"# Guidance compared: {about}", "", facts["protocol"], "", *table(ways)]
     with atomic_write(folder / f"{name}.md") as path:
         path.write_text("\n".join(lines) + "\n")
     with atomic_write(folder / f"{name}.json") as path:
@@ -103,6 +103,6 @@ def save(folder, facts, found, picture):
     panels = curves(drawn, STRENGTH)
     cells, titles = sheet(ways, pictures)
     path = folder / f"{name}.png"
-    draw_cells(path, cells, panels, STRENGTH, titles)
+    draw_cells(path, cells, panels, STRENGTH, titles, f"{about}\n{facts['protocol']}")
     print("\n".join(lines))
     print(f"kept in {folder}: {name}.md, {name}.json, {name}.png")

@@ -1,5 +1,6 @@
 """Curves over t: how well a classifier reads noisy images, and what schedules leave of an image."""
 
+from runtime.files import save_json, save_text
 from runtime.films import save_strip
 from runtime.finite import WEIGHTS, NotFinite
 from runtime.pictures import to_uint8
@@ -12,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from image_data import datasets
-from image_data.batches import spaced
+from evaluation.words import markdown
+from image_data import datasets, glyphs
+from image_data.batches import Dataset, spaced
 from kernels import gaussian
 
 TIMES = 20  # timesteps of a curve, five in each quarter
@@ -121,25 +123,56 @@ def noised(x0, tables, q_sample):
     return columns
 
 
+def first_image(cfg):
+    """The first of the training images that the settings name, (1,C,H,W) in [-1, 1].
+
+    What is drawn here is not prepared for it.
+    """
+    if cfg.data == "glyphs" and not (cfg.size or cfg.classes):
+        return Dataset.floats(torch.from_numpy(glyphs.draw("train", [0])))
+    return datasets.of(cfg).batch(np.arange(1))[0]
+
+
+def rows_of(tables):
+    """[{"schedule", "share", "t", "beta", "alpha_bar", "log SNR"}] at PARTS of T, but for 0."""
+    found = []
+    for name, alpha_bar in tables.items():
+        curves = {title: lines[name][1] for title, lines in panels_of({name: alpha_bar}).items()}
+        for part in PARTS[1:]:
+            t = max(round(part * len(alpha_bar)) - 1, 0)
+            told = {title: float(ys[t]) for title, ys in curves.items() if t < len(ys)}
+            found.append({"schedule": name, "share": part, "t": t} | told)
+    return found
+
+
 def save_schedules(cfg, make_alpha_bar, q_sample):
-    """schedules.png: curves of all schedules; schedules-noised.png: an image under each of them.
+    """schedules.png: curves of all schedules, some of their values in .md and .json;
+    schedules-noised.png: an image under each of them.
 
     The image is the first of --data. In --out, or runs; where settings are not the defaults, they
     are in the names of the files. make_alpha_bar and q_sample are ddpm_pixel's.
     """
-    ds, tables = datasets.of(cfg), schedules(cfg, make_alpha_bar)
-    folder, chain = (
-        Path(cfg.out or "runs"),
-        _changed(cfg, "timesteps alpha_min beta_start beta_end"),
-    )
+    x0, tables = first_image(cfg), schedules(cfg, make_alpha_bar)
+    folder = Path(cfg.out or "runs")
+    chain = _changed(cfg, "timesteps alpha_min beta_start beta_end")
     curves = folder / f"schedules{suffix_of(chain)}.png"
     image = suffix_of(chain | _changed(cfg, "data size classes"))
     pictures = folder / f"schedules-noised{image}.png"
     xlabel = f"t / T, T = {cfg.timesteps}"
     plot_lines(curves, panels_of(tables), xlabel=xlabel, logy=("beta",), xticks=QUARTERS)
-    x0, note = ds.batch(np.arange(1))[0], f"the first image of {ds.name}; columns: t / T"
+    note = f"the first image of {Path(cfg.data).name}; columns: t / T, T = {cfg.timesteps}"
     save_strip(pictures, noised(x0, tables, q_sample), list(tables), note)
-    print(f"schedules: {curves}; an image under each: {pictures}")
+    rows, titles = rows_of(tables), ("beta", "alpha_bar", "log SNR")
+    cells = [
+        [row["schedule"], f"{100 * row['share']:.0f} %", str(row["t"])]
+        + [f"{row[title]:.4g}" if title in row else "-" for title in titles]
+        for row in rows
+    ]
+    lines = [f"# Schedules, T = {cfg.timesteps}", ""]
+    lines += markdown(["schedule", "t / T", "t", *titles], cells)
+    save_text(curves.with_suffix(".md"), lines)
+    save_json(curves.with_suffix(".json"), {"timesteps": cfg.timesteps, "schedules": rows})
+    print(f"schedules: {curves}, with .md and .json; an image under each: {pictures}")
 
 
 def _changed(cfg, names):

@@ -1,13 +1,16 @@
 """What eval_fid.py prints and draws: a table for people, one JSON object, curves over training."""
 
 from runtime.files import atomic_write
-from runtime.plots import plot_lines
+from runtime.plots import plot_lines, short
+from runtime.result_folders import digest_of
+from runtime.scores import curve_of
 
 import json
 import shlex
 import sys
+from pathlib import Path
 
-from evaluation.words import whose
+from evaluation.words import images_of, whose
 
 # Label, format of a line for people; it is left out where one of its figures is missing.
 LINES = (
@@ -46,6 +49,9 @@ CURVES = {
     "share": {"precision": "precision", "recall": "recall"},
     "class accuracy": {"class accuracy": "class_accuracy"},
 }
+CURVED = {name for lines in CURVES.values() for name in lines.values()}
+# What decides the figures of a curve, beside the run.
+CURVE_IS_OF = ("b", "n_generated", "n_reference", "feature_hash", "seed", "sample_args")
 
 
 def show(found):
@@ -62,8 +68,19 @@ def show(found):
         shown.add(label)
 
 
-def draw_curve(folder, rows):
-    """curve.png and curve.json in `folder`: rows of figures, each with the "step" it is of."""
+def curve_path(folder, row):
+    """Where a curve that begins with this row lies, without an ending: it replaces no other's."""
+
+    def about(row):
+        told = {name: row.get(name) or "" for name in CURVE_IS_OF}
+        return told | {"run": str(Path(row["a"]).parent), "figures": sorted(CURVED & row.keys())}
+
+    other = any(about(first) != about(row) for first in curve_of(folder)[:1])
+    return folder / (f"curve-{digest_of(about(row))}" if other else "curve")
+
+
+def draw_curve(path, run, rows):
+    """PATH.png and .json of a run: rows of figures, each with the "step" it is of."""
     panels, steps = {}, [row["step"] for row in rows]
     for title, lines in CURVES.items():
         known = {label: key for label, key in lines.items() if rows[-1].get(key) is not None}
@@ -74,11 +91,13 @@ def draw_curve(folder, rows):
             panels[whole] = {
                 label: (steps, [row[key] for row in rows]) for label, key in known.items()
             }
-    title = f"{folder}, N = {rows[-1]['n_generated']}, against {rows[-1]['b']}"
+    last = rows[-1]
+    title = f"{short(run)}, N = {last['n_generated']}, "
+    title += f"against {images_of(last['b'], last['n_reference'])}"
     title += f"\n{whose(rows[-1].get('network'))} features"
     ticks = steps if len(steps) <= 12 else None
-    plot_lines(folder / "curve.png", panels, xlabel="step", title=title, xticks=ticks)
-    with atomic_write(folder / "curve.json") as temporary:
+    plot_lines(f"{path}.png", panels, xlabel="step", title=title, xticks=ticks)
+    with atomic_write(f"{path}.json") as temporary:
         temporary.write_text(json.dumps(rows) + "\n")
 
 

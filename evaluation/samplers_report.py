@@ -6,6 +6,7 @@ from runtime.plots import draw_cells, draw_lines
 import numpy as np
 
 from evaluation.guidance_report import FIGURES, VARIANCES, curves, sampler_name
+from evaluation.words import images_of, markdown, whose
 
 BETA = """\
 Both variances of an ancestral step are those of DDPM, section 3.2: beta_tilde is right for data
@@ -55,18 +56,22 @@ def write(folder, suffix, facts, found, guided, picture):
     about = {"xlabel": "network evaluations per image", "xticks": ticks, "logx": True}
     draw_panels(folder / names[2], rows, title, **about)
     titles = [(sampler_name(row), f"{row['steps']} steps") for row in plain]
-    draw_cells(folder / names[3], dict(zip(titles, map(picture, found), strict=True)))
+    cells, title = dict(zip(titles, map(picture, found), strict=True)), "the same seeds in each"
+    draw_cells(folder / names[3], cells, title=f"{title}, w = {plain[0]['guidance']:g}")
     if over_w:
         names.append(f"guidance{suffix}.png")
         about = f"{sampler_name(over_w[0])}, {over_w[0]['steps']} steps"
         titles = [(about, f"w = {row['guidance']:g}") for row in over_w]
         cells = dict(zip(titles, map(picture, guided), strict=True))
-        draw_cells(folder / names[4], cells, curves({about: over_w}, "guidance"))
+        panels = curves({about: over_w}, "guidance")
+        draw_cells(folder / names[4], cells, panels, title=cases(facts))
     return names
 
 
 def cases(facts):
-    return f"N = {facts['n']}, against {facts['n_reference']} images of {facts['reference']}"
+    """What figures are of, as a title."""
+    of = images_of(facts["reference"], facts["n_reference"])
+    return f"N = {facts['n']}, against {of}, by {whose(facts['network'])} features and logits"
 
 
 def head(facts, title):
@@ -111,9 +116,8 @@ def too_noisy(row):
 
 def table(rows, *keys):
     """Markdown lines: the columns `keys`, what it costs, and the figures."""
-    costs = ["network evaluations", "s per image"]
     return markdown(
-        [[key for key in keys], costs, list(FIGURES)],
+        [*keys, "network evaluations", "s per image", *FIGURES],
         [
             [
                 *(told(key, row.get(key)) for key in keys),
@@ -124,12 +128,6 @@ def table(rows, *keys):
             for row in rows
         ],
     )
-
-
-def markdown(columns, rows):
-    """Lines of a table with these columns, in groups, and rows of texts."""
-    columns = [title for group in columns for title in group]
-    return [f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows]]
 
 
 def told(key, value):
@@ -146,21 +144,23 @@ def told(key, value):
 # ------------------------------------------------------------------------------------ along a walk
 
 
-def write_along(folder, suffix, facts, found, strips):
+def write_along(folder, suffix, facts, rows, strips):
     """along.md, .json, .png and along-strip.png in `folder`; returns their names.
 
-    found: a row of the Store for each number of steps, with its figures after each of the steps
-    "along"; strips: of each uint8 (2,K,H,W,C), x_t and x0_hat of one seed at these K places.
+    rows: of each walk what made it, its figures after each of the steps "along", and "run", the
+    name of its checkpoint where there are several; strips: of each uint8 (2,K,H,W,C), x_t and
+    x0_hat of one seed at these K places.
     """
     from runtime.films import save_strip
 
-    rows = [row["made_by"] | row["figures"] for row in found]
     names = [f"along{suffix}.{kind}" for kind in ("md", "json", "png")]
     names.append(f"along-strip{suffix}.png")
-    about = f"{sampler_name(rows[0])}, guidance w = {rows[0]['guidance']:g}"
+    about = " and ".join(unique(map(sampler_name, rows)))
+    about += f", guidance w = {rows[0]['guidance']:g}"
+    facts = facts | {"spacing": " and ".join(unique(row["spacing"] for row in rows))}
     lines = [*head(facts, "Along the walk"), *f"{about}. {ALONG}".splitlines()]
     for row in rows:
-        lines += ["", f"## {row['steps']} steps", "", *along_table(row)]
+        lines += ["", f"## {walk_name(row)}", "", *along_table(row)]
     save_text(folder / names[0], lines)
     save_json(folder / names[1], {"facts": facts, "walks": rows})
     draw_along(folder / names[2], rows, f"{about}, {cases(facts)}")
@@ -170,18 +170,24 @@ def write_along(folder, suffix, facts, found, strips):
         for share, column in zip(shares, columns.values(), strict=True):
             near = np.abs(np.array(row["along"]) / row["steps"] - share).argmin()
             column += [strip[0, near], strip[1, near]]
-    titles = [f"{row['steps']} steps, {what}" for row in rows for what in ("x_t", "x0_hat")]
-    note = "of fewer than ten steps: the nearest one" if rows[0]["steps"] < 10 else ""
+    titles = [f"{walk_name(row)}, {what}" for row in rows for what in ("x_t", "x0_hat")]
+    few = any(row["steps"] < 10 for row in rows)
+    note = "of fewer than ten steps: the nearest one" if few else ""
     save_strip(folder / names[3], {k: np.stack(v) for k, v in columns.items()}, titles, note)
     return names
+
+
+def walk_name(row):
+    """ "50 steps", or "T200, 50 steps" of one of several checkpoints."""
+    return ", ".join(filter(None, [row["run"], f"{row['steps']} steps"]))
 
 
 def along_table(row):
     """Markdown lines: a line for each place of a walk, the figures of x_t, then of x0_hat."""
     keys = [(title, key) for title, key in FIGURES.items() if key in row["x_t"][0]]
-    titles = [[f"{title}, {what}" for title, _ in keys] for what in ("x_t", "x0_hat")]
+    titles = [f"{title}, {what}" for what in ("x_t", "x0_hat") for title, _ in keys]
     return markdown(
-        [["after steps", "share"], *titles],
+        ["after steps", "share", *titles],
         [
             [
                 str(place),
@@ -201,7 +207,7 @@ def draw_along(path, rows, title):
             (
                 f"{label} of {what}",
                 {
-                    f"{row['steps']} steps": (
+                    walk_name(row): (
                         [100 * place / row["steps"] for place in row["along"]],
                         [figures[key] for figures in row[what]],
                     )

@@ -36,7 +36,7 @@ from evaluation import checkpoint_samples, report
 from evaluation.against import Reference, form_of, generated, reference
 from evaluation.checkpoint_samples import is_checkpoint
 from evaluation.image_sets import Images, check_same_size
-from evaluation.words import warn, whose
+from evaluation.words import images_of, warn, whose
 
 METRICS = "frechet,is,prdc"  # where none are typed
 ROOT = Path("runs", "tables")
@@ -233,7 +233,8 @@ def markdown(rows):
 def notes(rows):
     """Sentences that the figures need: whose, of what, and what cannot be compared."""
     first, counts = rows[0], sorted({row["n_generated"] for row in rows if row["n_generated"]})
-    found = [f"Against {first['b']}, {first['n_reference']} images. Features: {first['features']}."]
+    b = images_of(first["b"], first["n_reference"])
+    found = [f"Against {b}. Features: {first['features']}."]
     if parts := [row["inception_score_parts"] for row in rows if row.get("inception_score_parts")]:
         numbers = " to ".join(map(str, sorted({min(parts), max(parts)})))
         how = f"{numbers} part{'s' * (max(parts) > 1)}"
@@ -324,7 +325,9 @@ def draw(path, rows):
         axis.set_yticks(places, names, fontsize=9)
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].invert_yaxis()
-    figure.suptitle(wrapped(f"against {short(rows[0]['b'])}", size[0]), fontsize=10)
+    about = f"against {images_of(short(rows[0]['b']), rows[0]['n_reference'])}"
+    about += f", by {whose(rows[0].get('network'))} features"
+    figure.suptitle(wrapped(about, size[0]), fontsize=10)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)

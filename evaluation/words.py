@@ -24,6 +24,16 @@ def warn_of_few(name, n, dim=0, told=None):
         warn(f"{name}: N = {n} does not exceed the {dim} features", f"dim {n}", told)
 
 
+def images_of(name, n):
+    """'10,000 images of mnist:test'; the name alone where their number n is not known."""
+    return f"{n:,} images of {name}" if n else name
+
+
+def markdown(columns, rows):
+    """Lines of a table with these columns, and rows of texts."""
+    return [f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows]]
+
+
 def shape_text(images):
     """'28x28x1' of images (N, H, W, C)."""
     return "x".join(map(str, images.shape[1:]))

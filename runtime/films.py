@@ -5,6 +5,7 @@ SIDE pixels. Of more than ROWS images K so many are shown, evenly spaced, and a 
 """
 
 from runtime.files import atomic_write
+from runtime.processes import say_once
 
 import contextlib
 import functools
@@ -296,8 +297,11 @@ def _file_for(letters):
 
 def _named(names, i):
     """The name of class i, or where there are no letters for it or no names, "class 7"."""
-    named = i < len(names) and (names[i].isascii() or _file_for(frozenset(names[i])))
-    return names[i] if named else f"class {i}"
+    if i < len(names) and (names[i].isascii() or _file_for(frozenset(names[i]))):
+        return names[i]
+    if i < len(names):
+        say_once("note: no font here has the letters of some classes' names: they are numbers")
+    return f"class {i}"
 
 
 def _broken(text, size, width):

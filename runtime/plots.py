@@ -86,6 +86,8 @@ def draw_lines(axes, lines, *, logx=False, logy=False, xticks=None, thin=(), ord
             axis.set_ticks([float(x) for x in xticks])
         elif log:
             axis.set_ticks(log_ticks(low, high))
+        elif hasattr(form := axis.get_major_formatter(), "set_useOffset"):  # not that of texts
+            form.set_useOffset(False)  # 1.00002, not 2 beside "1e-5 + 1"
         if log or axis is axes.xaxis and xticks is not None:
             axis.set_ticks([], minor=True)
             axis.set_major_formatter(lambda value, _: f"{value:.10g}")
@@ -169,25 +171,28 @@ def _part_labels(axes):
         axes.set_xticks(axes.get_xticks(), [t if t in kept else "" for t in texts])
 
 
-def draw_cells(path, cells, panels=None, xlabel="guidance w", titles=None):
+def draw_cells(path, cells, panels=None, xlabel="guidance w", titles=None, title=""):
     """A sheet of pictures {(row title, column title): picture}, and below it curves over w.
 
-    panels: those of plot_lines; titles: a title of each cell, in place of those of columns.
+    panels: those of plot_lines; titles: a title of each cell, in place of those of columns; title:
+    of the whole sheet.
     """
     plt = _pyplot()
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     extra = 2 if panels else 0  # the curves are as high as two rows
-    wide = max(2.2 * len(columns), 2.8 * len(panels or ()))  # numbers stand between the curves
-    figure = plt.figure(figsize=(wide, 2.3 * (len(rows) + extra)))
+    wide = max(2.2 * len(columns), 3.2 * len(panels or ()))  # numbers stand between the curves
+    title = wrapped(title, wide)
+    high = 2.3 * (len(rows) + extra) + ROW * len(title.splitlines())
+    figure = plt.figure(figsize=(wide, high), layout="constrained")
     outer = figure.add_gridspec(len(rows) + extra, 1)
     for i, row in enumerate(rows):
-        strip = outer[i].subgridspec(1, len(columns), wspace=0.05)
+        strip = outer[i].subgridspec(1, len(columns))
         for j, column in enumerate(columns):
             axes = figure.add_subplot(strip[j])
             axes.set(xticks=[], yticks=[])
             if titles or i == 0:
-                title = titles.get((row, column), "") if titles else column
-                axes.set_title(wrapped(title, 3), fontsize=9)
+                above = titles.get((row, column), "") if titles else column
+                axes.set_title(wrapped(above, 3), fontsize=9)
             if j == 0 and row.strip():
                 axes.set_ylabel(wrapped(row, 2))
             if (row, column) in cells:
@@ -195,20 +200,17 @@ def draw_cells(path, cells, panels=None, xlabel="guidance w", titles=None):
             elif titles:  # no table: the last row is shorter
                 axes.set_axis_off()
     if panels:
-        strip = outer[len(rows) :].subgridspec(1, len(panels), wspace=0.3)
-        for j, (title, lines) in enumerate(panels.items()):
+        strip = outer[len(rows) :].subgridspec(1, len(panels))
+        for j, (name, lines) in enumerate(panels.items()):
             axes = figure.add_subplot(strip[j])
             values = sorted({x for xs, _ in lines.values() for x in xs})
             draw_lines(axes, lines, xticks=values if len(values) <= 12 else None)
-            axes.set_title(title, fontsize=9)
+            axes.set_title(name, fontsize=9)
             axes.set(xlabel=xlabel)
         if len(lines) > 1:  # one for all panels, below them
             names = figure.axes[-1].get_legend_handles_labels()
-            below = (
-                figure.subplotpars.bottom - 0.6 / figure.get_figheight()
-            )  # the axis has 0.6 inches
-            where = {"loc": "upper center", "bbox_to_anchor": (0.5, below)}
-            figure.legend(*names, ncols=len(lines), fontsize=9, **where)
+            figure.legend(*names, ncols=len(lines), fontsize=9, loc="outside lower center")
+    figure.suptitle(title)
     _save(figure, path, 110)
 
 

@@ -155,9 +155,50 @@ def test_a_walk_is_made_once(scored, tmp_path, monkeypatch):
     assert len(list((tmp_path / "run").glob("along_*.json"))) == 4
 
 
+def test_walks_of_several_checkpoints_lie_in_one_figure(scored, tmp_path, monkeypatch):
+    drawn, save_strip = [], []
+    draw = lambda path, panels, title, **how: drawn.append((panels, title))  # noqa: E731
+    monkeypatch.setattr(samplers_report, "draw_panels", draw)
+    monkeypatch.setattr(films, "save_strip", lambda *a: save_strip.append(a))
+    paths = [checkpoint(tmp_path / name, seed=i)[0] for i, name in enumerate(("one", "two"))]
+
+    def call(**changes):
+        scored.clear()
+        compare_samplers.along(settings(paths[0], along="2,99", **changes), World())
+        return list(scored)
+
+    assert call() == [2, T] and call(more=(paths[1],)) == [2, T]  # the first is known
+    names = [f"{run}, {k} steps" for run in ("one", "two") for k in (2, T)]
+    assert list(drawn[-1][0][0][0][1]) == names and list(drawn[0][0][0][0][1]) == [
+        "2 steps",
+        "6 steps",
+    ]
+    assert "N = 3, against 7 images of nothing:test" in drawn[-1][1]
+    assert save_strip[-1][2] == [f"{n}, {what}" for n in names for what in ("x_t", "x0_hat")]
+    (both,) = (tmp_path / "one").glob("along*with=two.json")
+    walks = json.loads(both.read_text())["walks"]
+    assert [(row["run"], row["steps"]) for row in walks] == [
+        (r, k) for r in ("one", "two") for k in (2, T)
+    ]
+    assert len({row["weights"] for row in walks}) == 2
+    assert len([*(tmp_path / "one").glob("along*.json")]) == 2 and call(more=(paths[1],)) == []
+    assert not [*(tmp_path / "two").glob("along*")]
+
+    class Other(Evaluator):
+        def __init__(self, name, root, **how):
+            super().__init__(name, root, **how)
+            self.protocol = f"brightness {len(self.made)}"
+
+    monkeypatch.setattr(eval_fid, "Evaluator", Other)
+    with pytest.raises(BadInput, match="two/ckpt.pt, .*scored against"):
+        call(more=(paths[1],))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ("b", "b: the tables are of one checkpoint; several take --along"),
+        ("b b --along 2", "the same checkpoint twice"),
         ("--along 0", "--along 0: expected numbers"),
         ("--along ten", "--along ten: expected numbers"),
         ("--along 2 --compare-steps 3", "--compare-steps has no part in --along"),

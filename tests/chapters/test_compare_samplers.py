@@ -249,6 +249,22 @@ def test_the_report_says_what_made_it_and_the_figures_are_there(drawn, tmp_path,
         assert min(picture.shape) > 100 and picture.std() > 5
 
 
+def test_figures_say_what_their_numbers_are_of(drawn, tmp_path, monkeypatch):
+    titles = {}
+    for name, place in (("draw_panels", 2), ("draw_cells", 5)):
+
+        def seen(path, *args, title="", place=place, **how):
+            titles[re.split("[_.]", path.name)[0]] = title or args[place - 1]
+
+        monkeypatch.setattr(samplers_report, name, seen)
+    monkeypatch.setattr(Evaluator, "network", "toy classifier", raising=False)
+    path, _ = checkpoint(tmp_path / "run")
+    compare_samplers.compare(settings(path, compare_steps="2"), World())
+    of = "N = 3, against 7 images of nothing:test, by the toy classifier's features and logits"
+    assert titles["guidance"] == of and titles["compare"] == f"{of}, guidance w = 0"
+    assert titles["compare-grids"] == "the same seeds in each, w = 0"
+
+
 def test_a_second_call_computes_only_what_is_missing(drawn, tmp_path, monkeypatch):
     for figure in ("draw_panels", "draw_cells"):
         monkeypatch.setattr(samplers_report, figure, lambda *args, **kwargs: None)

@@ -17,6 +17,7 @@ import classifier_guidance
 import ddpm_pixel as ch1
 import improved_ddpm as ch2
 from evaluation import over_time
+from image_data import glyphs
 from image_data.batches import Dataset
 from kernels import gaussian
 from networks.published.schedule import read_schedule
@@ -118,10 +119,32 @@ def test_other_settings_draw_into_other_files(monkeypatch, tmp_path):
     (curves, panels), (strip, columns, rows, note) = found[0]
     assert (curves.name, strip.name) == ("schedules.png", "schedules-noised.png")
     assert rows == list(panels["beta"]) == ["linear", "cosine", "sigmoid", "sigmoid-beta"]
-    assert all(len(images) == len(rows) for images in columns.values()) and "gray" in note
+    assert all(len(images) == len(rows) for images in columns.values()) and "glyphs" in note
     both = drawn(monkeypatch, tmp_path, beta_start=1e-4, beta_end=0.02, timesteps=100)[0][1]
     typed = both["alpha_bar"]["linear, beta 0.0001 to 0.02"][1]
     assert typed[-1] > 0.3 and both["alpha_bar"]["linear"][1][-1] < 1e-3  # 1000/T is in the latter
+
+
+def test_what_is_drawn_here_is_not_prepared_for_one_image(monkeypatch, tmp_path):
+    cfg = ch2.Config(plot_schedule=True, data_root=str(tmp_path / "root"), out=str(tmp_path))
+    x0 = over_time.first_image(cfg)
+    assert not (tmp_path / "root").exists() and x0.shape == (1, 1, 32, 32)
+    expected = glyphs.draw("train", [0]).transpose(0, 3, 1, 2) / 127.5 - 1
+    assert np.abs(x0.numpy() - expected).max() < 1e-6
+
+
+def test_a_table_says_what_the_curves_are_at_tenths_of_the_way(monkeypatch, tmp_path):
+    drawn(monkeypatch, tmp_path, timesteps=50)
+    rows = json.loads((tmp_path / "schedules_timesteps=50.json").read_text())["schedules"]
+    alpha_bar = ch1.make_alpha_bar("cosine", 50).tolist()
+    (row,) = (row for row in rows if (row["schedule"], row["share"]) == ("cosine", 0.3))
+    a, before = alpha_bar[14], alpha_bar[13]
+    assert row["t"] == 14 and row["alpha_bar"] == pytest.approx(a)
+    assert row["beta"] == pytest.approx(1 - a / before)
+    assert row["log SNR"] == pytest.approx(math.log(a / (1 - a)))
+    table = (tmp_path / "schedules_timesteps=50.md").read_text()
+    assert f"| cosine | 30 % | 14 | {1 - a / before:.4g} | {a:.4g} | " in table
+    assert len(rows) == 40 == table.count(" % |")
 
 
 def test_schedules_are_drawn_of_the_data_that_is_named(toy, tmp_path):

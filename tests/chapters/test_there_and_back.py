@@ -3,6 +3,7 @@
 from runtime.commandline import BadInput
 from runtime.pictures import to_uint8
 
+import json
 import math
 from dataclasses import asdict
 
@@ -122,8 +123,22 @@ def test_pictures_are_drawn_and_nothing_else_is_touched(path, monkeypatch):
     asked = [*from_data(path, 2), "--n", 5]
     monkeypatch.setattr("sys.argv", ["ddim.py", *map(str, asked), "--gpus", "0"])
     ddim.main()
+    kept = {f"reverse-from-data.{kind}" for kind in ("png", "gif", "md", "json")}
     made = {p.name for p in path.parent.glob("*.*")} - {"ckpt.pt"}
-    assert {"reverse-from-data.png", "reverse-from-data.gif", "samples.png"} <= made
+    assert kept | {"samples.png"} <= made
+    found = json.loads((path.parent / "reverse-from-data.json").read_text())
+    own = found["facts"]["from_its_own"]
+    assert len(own) == 5 and found["mean"] == pytest.approx(np.mean(own), abs=1e-4)
+    table = (path.parent / "reverse-from-data.md").read_text()
+    bars = [v for v, label in zip(own, found["labels"], strict=True) if label == 0]
+    told = [f"{v:.3f}" for v in (np.mean(bars), min(bars), max(bars))]
+    assert f"| bars | {len(bars)} | {' | '.join(told)} |" in table and "| all | 5 |" in table
+    ddim.main()
+    assert len([*path.parent.glob("reverse-from-data*")]) == 4
+    monkeypatch.setattr("sys.argv", ["ddim.py", *map(str, asked), "--gpus", "0", "--eta", "1"])
+    ddim.main()  # other ends: other files
+    assert len([*path.parent.glob("reverse-from-data*")]) == 8
+    assert json.loads((path.parent / "reverse-from-data.json").read_text()) == found
     assert (path.parent / "samples.png").read_text() == "earlier"
     assert not {"reverse.png", "reverse.gif", "samples.npz"} & made
 

@@ -15,7 +15,7 @@ from launching import run as start
 from launching import start_ranks, succeed
 
 import eval_fid
-from evaluation import checkpoint_samples
+from evaluation import against, checkpoint_samples, report
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,28 @@ def test_a_curve_over_the_checkpoints_of_a_run(run, toy):
     assert {row["b"] for row in rows} == {f"{toy[1]}:test"}
     assert len({row["frechet"] for row in rows}) == 2
     assert (run / "curve.png").stat().st_size > 5000
+
+
+def test_a_curve_lies_in_out_and_replaces_none_of_other_settings(monkeypatch, tmp_path):
+    row = {"n_generated": 4, "n_reference": 9, "frechet": 2.0, "network": "toy", "b": "toy:test"}
+    kept = {5: "run/ckpt-000005.pt", 9: "run/ckpt.pt"}
+    monkeypatch.setattr(checkpoint_samples, "of_run", lambda folder: kept)
+    monkeypatch.setattr(report, "finish", lambda cfg, found: None)
+
+    def call(**changes):
+        rows = [row | {"a": path} | changes for path in kept.values()]
+        monkeypatch.setattr(against, "against", lambda *args: iter(rows))
+        against.curve(eval_fid.Config(a="run", curve=True, out=str(tmp_path)), None, None)
+        return {path.name: path.read_text() for path in tmp_path.glob("curve*.json")}
+
+    first = call()
+    assert first.keys() == {"curve.json"} and (tmp_path / "curve.png").exists()
+    assert [r["step"] for r in json.loads(first["curve.json"])] == [5, 9]
+    kept[12] = "run/ckpt-000012.pt"  # the training went on: the same curve, longer
+    assert call().keys() == first.keys() and len(json.loads(call()["curve.json"])) == 3
+    assert len(call(b="toy:train")) == 2 and len(call(n_generated=5)) == 3
+    kept[5] = "other/ckpt-000005.pt"
+    assert len(call()) == 4 and len(json.loads(call()["curve.json"])) == 3
 
 
 def test_the_folder_of_a_curve_must_be_a_run(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import yaml
@@ -61,14 +62,15 @@ def drawn(monkeypatch, tmp_path):
     """A function: what plot_lines gets for a command line, and the JSON it leaves."""
     seen = []
     monkeypatch.setattr(
-        curves, "plot_lines", lambda path, panels, **how: seen.append((panels, how))
+        curves, "plot_lines", lambda path, panels, **how: seen.append((panels, how, path))
     )
     monkeypatch.chdir(tmp_path)
 
     def call(*argv, out=tmp_path / "out"):
         monkeypatch.setattr("sys.argv", ["curves", *map(str, argv), "--out", str(out)])
         curves.main()
-        return *seen[-1], json.loads((out / "curves.json").read_text())
+        panels, how, path = seen[-1]
+        return panels, how, json.loads(Path(path).with_suffix(".json").read_text())
 
     return call
 
@@ -210,3 +212,10 @@ def test_scores_of_which_nothing_else_was_logged_say_so(tmp_path, drawn):
     *_, first, second = (tmp_path / "out" / "curves.md").read_text().split("\n\n!")[0].splitlines()
     assert first.startswith("| a\\|b |") and first.endswith("| N and reference were not logged |")
     assert second.endswith("| - | - |")
+
+
+def test_curves_of_other_runs_replace_no_others(runs, drawn, tmp_path):
+    first = drawn(*runs)[2]
+    assert drawn(*runs[:2])[2]["runs"].keys() == {"one", "two"}
+    assert json.loads((tmp_path / "out" / "curves.json").read_text()) == first
+    assert drawn(*runs)[2] == first and len([*(tmp_path / "out").glob("curves*.json")]) == 2

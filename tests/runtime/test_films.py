@@ -331,7 +331,9 @@ def test_a_forward_film_has_an_image_of_each_class(tmp_path, monkeypatch):
     assert marks[0] == "x_0, 0 %" and len(no_rows) == 0 and unnamed[""][0].shape[0] == 5
 
 
-def test_a_class_whose_letters_no_font_has_is_named_by_its_number():
-    names = ["cat", "\U0010fffd", "кот", "über"]
+def test_a_class_whose_letters_no_font_has_is_named_by_its_number(monkeypatch):
+    names, said = ["cat", "\U0010fffd", "кот", "über"], []
+    monkeypatch.setattr(films, "say_once", said.append)
     _, rows, _ = films.one_each(np.arange(5), 5, names)
     assert rows == ["cat", "class 1", "кот", "über", "class 4"]
+    assert len(said) == 1 and "no font here has the letters" in said[0]

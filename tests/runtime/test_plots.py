@@ -112,6 +112,18 @@ def test_no_name_covers_a_curve_and_no_text_is_cut(figures, tmp_path):
         assert not a.get_window_extent().overlaps(b.get_window_extent())
 
 
+def test_numbers_of_a_sheet_lie_beside_no_other_panel_and_a_title_says_what_of(figures, tmp_path):
+    cells = {("", f"w = {w}"): np.zeros((4, 4), np.uint8) for w in range(2)}
+    near = {"": ([0, 1], [0.80001, 0.80002])}
+    plots.draw_cells(tmp_path / "a.png", cells, {str(i): near for i in range(5)}, title="N = 7")
+    (figure,) = figures
+    assert figure._suptitle.get_text() == "N = 7"
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    for axes in panels(figure):  # whole numbers, without an offset elsewhere
+        assert axes.yaxis.get_offset_text().get_text() == ""
+
+
 def test_the_names_below_a_sheet_cover_nothing(figures, tmp_path):
     cells = {("", f"w = {w}"): np.zeros((4, 4), np.uint8) for w in range(4)}
     plots.draw_cells(tmp_path / "a.png", cells, {"distance": lines(3), "accuracy": lines(3)})
