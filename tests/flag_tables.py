@@ -249,7 +249,7 @@ def compares(task, folder):
     base |= {"along": "2"} if task else tables
     values = {"checkpoint": checkpoint(folder, "ddpm_pixel", 1)[0], "compare_steps": "3"}
     values |= {"compare_guidance": "0,2", "config": yaml(folder, "guidance: 0.5"), "batch_size": 2}
-    values |= {"data": pictures(folder, SIDE, 3), "along": "3"}
+    values |= {"data": pictures(folder, SIDE, 3), "along": "3", "more": values["checkpoint"]}
     beside = {"smoke": {"compare_steps": None, "compare_guidance": None}}
     beside = {"smoke": {"n": None}} if task else beside
     beside["variance"] = {"sampler": "ddpm"}
