@@ -15,7 +15,8 @@ import torch
 
 # Settings that some published networks leave to the command line; the others, and checkpoints, have
 # their own and refuse them.
-ARCHITECTURE = ("size", "num_heads", "num_head_channels", "norm_groups", "new_order")
+ARCHITECTURE = ("size", "num_heads", "num_head_channels", "norm_groups")
+ARCHITECTURE += ("new_order", "rescale_timesteps")  # of OpenAI's networks alone
 NOISE = ("schedule", "timesteps", "alpha_min", "beta_start", "beta_end")
 FORWARD = (*NOISE, "trained_betas", "prediction")
 UNSAID = frozenset(ARCHITECTURE + FORWARD)
@@ -131,7 +132,8 @@ def load_checkpoint(path, scripts=(), mapped=False, facts=False):
     scripts = (scripts,) if isinstance(scripts, str) else tuple(scripts)
     made_by = state.get("script") if isinstance(state, dict) else None
     if not isinstance(made_by, str) or not re.fullmatch(r"[a-z_]\w*", made_by):
-        raise BadInput(f"checkpoint {path} was written by none of these scripts")
+        told = f"was written by none of these scripts: it holds {held(state)}"
+        raise BadInput(f"checkpoint {path} {told}")
     # A copy of a chapter, under a name of its own, reads what it wrote.
     check_state(state, path)
     if scripts and made_by not in (*scripts, Path(sys.argv[0]).stem):
@@ -140,6 +142,16 @@ def load_checkpoint(path, scripts=(), mapped=False, facts=False):
     state = Kept(state)
     state.path = path
     return state
+
+
+def held(content):
+    """In a few words, what a file of others holds."""
+    if not isinstance(content, dict) or not content:
+        return f"a {type(content).__name__}" if content else "nothing"
+    if content.keys() >= {"state", "param_groups"}:
+        return "the state of an optimizer, no network: name the weights that were saved beside it"
+    names = [repr(str(name)[:60]) for name in content]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 class TrainedOn(str):
@@ -221,6 +233,7 @@ def restored(config_class, build, state, path, device, ema=None):
     net = built(lambda: build(shape, len(names), cfg), chosen_ema(state, path, ema), path)
     net = net.to(device, memory_format=torch.channels_last)
     net.null_label = state.get("null_label", True)  # whether it has learned to do without a label
+    net.time_scale = state.get("time_scale", 1.0)
     return net.eval(), cfg, shape, names
 
 
@@ -238,7 +251,11 @@ def as_trained(cfg, names, path, scripts=()):
 
 def typed_ema(cfg):
     """The decay that --ema names, or None where neither it nor --config gives one."""
-    return None if not_given(cfg, ("ema",)) else cfg.ema[0]
+    if not_given(cfg, ("ema",)):
+        return None
+    if not cfg.ema:
+        raise BadInput("--ema names no decay: type one behind it, or 0 for the weights as such")
+    return cfg.ema[0]
 
 
 def chosen_ema(state, path, decay=None):

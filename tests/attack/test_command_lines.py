@@ -4,12 +4,13 @@ Nothing is trained or drawn: what a command would do ends where it begins. Value
 of a setting's own type more often than of none, else all would end at the first.
 """
 
-from runtime import edges
+from runtime import edges, processes
 
 import contextlib
 import importlib
 import io
 import re
+import resource
 import sys
 import typing
 from dataclasses import fields
@@ -27,7 +28,7 @@ COMMANDS += ["image_data.__main__", "networks.published.__main__", "runtime.repo
 BEGINS = {"launch", "convert", "save_schedules", "write_tiny", "plan", "held_out_of", "run_stages"}
 BEGINS |= {"load"}
 
-WHOLE = ["0", "1", "-1", "2", "3", "7", "8", "64", "999", "2147483647", "-2147483648"]
+WHOLE = ["0", "1", "-1", "2", "3", "7", "8", "64", "2147483647", "-2147483648"]
 WHOLE += ["2147483648", "9223372036854775808", "1" * 30, "9" * 5000, "-" + "9" * 5000, "1_0", "+3"]
 NUMBERS = ["0", "-0.0", "1", "-1", "0.5", "0.999", "1e-3", "1e-45", "1e30", "1e39", "1e400", "nan"]
 NUMBERS += ["inf", "-inf", "-1e308", "2", "1000", "1e", "0,5"]
@@ -39,6 +40,9 @@ TEXTS += ["$HOME", "a b", "'", '"', "mnist", "glyphs", "none.pt", "x.yaml", "x.j
 TEXTS += ["http://127.0.0.1:9/x", "a/b:train", "a=b", "=", "--steps=3", "*", "[", "(", "\\"]
 FALSE = ["--", "-", "---", "--=", "--=3", "--no-", "-x", "--ü", "—steps", "--\x1b[2J", "--steps\n"]
 FALSE += ["-1", "--resum", "--no-steps", "--" + "a" * 5000, "--a.b", "--steps.x", "@x", "-h"]
+
+
+UNTRIED = {"gpus", "wandb", "tensorboard"}
 
 
 class Begun(BaseException):
@@ -71,7 +75,15 @@ def command_lines(draw):
     command = draw(st.sampled_from(COMMANDS))
     kinds = {f.name: f.type for f in fields(importlib.import_module(command).Config)}
     line = ["--smoke"] * (draw(st.integers(0, 9)) == 0 and "smoke" in kinds)
-    for name in draw(st.lists(st.sampled_from(sorted(kinds)), max_size=4, unique=True)):
+    names = draw(st.lists(st.sampled_from(sorted(kinds)), max_size=4, unique=True))
+    line += arguments(draw, {name: kinds[name] for name in names})
+    return command, line + draw(st.lists(st.sampled_from(FALSE), max_size=1)) * draw(st.booleans())
+
+
+def arguments(draw, kinds):
+    """[argument] of settings {name: type}."""
+    line = []
+    for name in kinds:
         flag, given = f"--{name.replace('_', '-')}", draw(values(kinds[name]))
         if typing.get_origin(kinds[name]) is typing.Annotated:
             line += given
@@ -81,7 +93,7 @@ def command_lines(draw):
             line.append(f"{flag}={given[0]}")
         else:
             line += [flag, *given]
-    return command, line + draw(st.lists(st.sampled_from(FALSE), max_size=1)) * draw(st.booleans())
+    return line
 
 
 def fault(command, line):
@@ -114,8 +126,8 @@ def still(monkeypatch, tmp_path):
         monkeypatch.setattr(datasets, name, begin)
 
 
-def try_many(count):
-    """Try that many command lines, the same ones each time."""
+def try_many(count, lines):
+    """Try that many of these command lines, the same ones each time."""
 
     @settings(
         max_examples=count,
@@ -124,7 +136,7 @@ def try_many(count):
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(command_lines())
+    @given(lines)
     def each(found):
         assert not fault(*found)
 
@@ -132,9 +144,42 @@ def try_many(count):
 
 
 def test_some_command_lines(still):
-    try_many(80)
+    try_many(80, command_lines())
 
 
 @pytest.mark.slow
 def test_many_command_lines(still):
-    try_many(5000)
+    try_many(5000, command_lines())
+
+
+@st.composite
+def changed(draw, cases):
+    """(command, [argument]) of a right command of flag_cases, with one setting or two changed."""
+    case = cases[draw(st.sampled_from(sorted(cases)))]
+    kinds = {name: field.type for name, field in case.fields.items() if name not in UNTRIED}
+    names = draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=2, unique=True))
+    beside = {k: v for name in names for k, v in case.beside.get(name, {}).items()}
+    base = {k: v for k, v in (case.base | beside).items() if k not in names}
+    kinds = {name: kinds[name] for name in names}
+    line = importlib.import_module("flag_cases").arguments(case, base)
+    return case.script, line + arguments(draw, kinds)
+
+
+@pytest.mark.slow
+def test_right_command_lines_with_a_hostile_value(monkeypatch, tmp_path):
+    """Checkpoints are read, data are there and networks are built; work ends at its first bar."""
+    import flag_cases
+    import flag_more
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    cases = {name: make(folder=tmp_path) for name, make in flag_more.CASES.items()}
+    for function in (processes.progress, processes.run_alone):
+        flag_cases.everywhere(monkeypatch, function, begin)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**31, before[1]))  # for networks too large
+    try:
+        try_many(500, changed(cases))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

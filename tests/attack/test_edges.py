@@ -1,7 +1,8 @@
 """What a machine does to a command: one line and an exit code; a bug keeps its traceback."""
 
+from runtime import checkpoints
 from runtime.commandline import BadInput, entry, parse
-from runtime.edges import escaped
+from runtime.edges import LISTENER, escaped
 from runtime.files import save_json
 from runtime.processes import run_alone
 
@@ -18,6 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 from launching import refused
+
+from networks.published import unet
 
 NAME = "a\x1b]0;title\x07\x1b[2J\x9b\u202eb"  # sets a title, clears the screen, turns the writing
 
@@ -200,13 +203,25 @@ def test_a_long_message_is_cut_in_its_middle(capsys):
     assert len(said) < 1500 and said.startswith("error: begin") and said.endswith(" end\n")
 
 
-def test_the_refusal_of_a_command_that_we_start_is_a_part_of_ours(capfd):
-    root = Path(__file__).resolve().parents[2]
-    say = f"import sys; sys.path.insert(0, {str(root)!r}); from runtime import edges; edges.stop"
-    assert run_alone([sys.executable, "-c", f"{say}('error: no', 2)"]) == "no"
+def test_the_refusal_of_a_command_that_we_start_is_a_part_of_ours(capfd, tmp_path, monkeypatch):
+    says = f"import os; open(os.environ[{LISTENER!r}], 'a').write('error: no\\n'); exit(2)"
+    assert run_alone([sys.executable, "-c", says]) == "no"
     assert run_alone([sys.executable, "-c", "exit(7)"]) == "exit code 7"
     assert run_alone([sys.executable, "-c", ""]) == ""
-    assert capfd.readouterr().err == ""
+    monkeypatch.setenv(LISTENER, str(tmp_path / "heard"))
+    with pytest.raises(SystemExit):
+        entry(raising(BadInput("no")))
+    assert (tmp_path / "heard").read_text() == "error: no\n" and capfd.readouterr().err == ""
+
+
+def test_values_that_no_network_takes(monkeypatch):
+    """--ema without a decay and --num-head-channels -1 were tracebacks."""
+    published = importlib.import_module("networks.published.__main__").Config
+    monkeypatch.setattr(sys, "argv", ["x", "--ema"])
+    with pytest.raises(BadInput, match="--ema names no decay"):
+        checkpoints.typed_ema(parse(published, ""))
+    with pytest.raises(BadInput, match="--num-head-channels -1: expected a number from 0 for x.pt"):
+        unet._typed({"num_head_channels": -1}, {}, "openai", "x.pt")
 
 
 def test_huge_numbers_are_refused():
