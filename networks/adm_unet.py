@@ -287,7 +287,10 @@ class UNet(nn.Module):
     norm_groups            of every GroupNorm, 0 chooses (sizes.groups_for); 32 in published ones
     use_checkpoint         in training, keep only the layers' inputs and compute the rest again
     BadInput for settings that do not fit each other. net.settings holds all but the last.
+    net.time_scale is what t is multiplied by, 1 but for networks that others trained so.
     """
+
+    time_scale = 1.0
 
     def __init__(
         self,
@@ -348,7 +351,7 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(c, outputs, 3, padding=1))
 
     def forward(self, x, t, y=None):
-        angles = timestep_embedding(t, self.model_channels, self.style)
+        angles = timestep_embedding(t * self.time_scale, self.model_channels, self.style)
         emb = self.time(angles.to(x.dtype))  # (B,4*model_channels)
         if self.label is not None:
             if y is None:

@@ -1,7 +1,8 @@
 """Write a U-Net as a pipeline of diffusers: unet/, scheduler/ and model_index.json.
 
     python -m networks.published runs/pixel-mnist/ckpt.pt --out FOLDER
-    python -m networks.published cifar10_uncond_50M_500K.pt --out FOLDER --schedule cosine
+    python -m networks.published cifar10_uncond_50M_500K.pt --out FOLDER --schedule cosine \\
+        --timesteps 4000
 
 Takes checkpoints of ddpm_pixel.py and improved_ddpm.py and published U-Nets.
 diffusers.DDPMPipeline.from_pretrained(FOLDER) samples it if it has no labels.
@@ -15,7 +16,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from networks.published.schedule import config_alpha_bar
+from networks.published.schedule import betas_of, config_alpha_bar
 from networks.published.unet import read_network, save_diffusers, settings_of
 
 SCRIPTS = ("ddpm_pixel", "improved_ddpm")
@@ -48,16 +49,34 @@ class Config:
     num_head_channels: int = 0  # channels of a head, instead of --num-heads
     norm_groups: int = 32  # groups of its norms, the same
     new_order: bool = False  # OpenAI's use_new_attention_order, the same
+    rescale_timesteps: bool = True
+    """OpenAI's, the same: of T timesteps the network sees t * 1000 / T. By default where its blocks
+    do not change the image's size, as in improved-diffusion"""
 
 
 def facts_of(state, config, path):
-    """What save_diffusers needs of the schedule, and how it should be sampled."""
+    """What save_diffusers needs of the schedule, and how it should be sampled.
+
+    A UNet2DModel sees t as it is: of T timesteps of which a network sees t * 1000 / T, those are
+    kept where that is 0, 1, ... 999. BadInput where there are none.
+    """
+    alpha_bar, T = config_alpha_bar(config, path), 1000
+    if state.get("time_scale", 1.0) != 1:
+        if len(alpha_bar) % T:
+            raise cli.BadInput(
+                f"UNet2DModel cannot express t * 1000 / {len(alpha_bar)}: expected --timesteps "
+                f"{T} or a multiple, or --no-rescale-timesteps"
+            )
+        every = len(alpha_bar) // T
+        config = config | {"trained_betas": betas_of(alpha_bar[::every]).tolist()}
+        alpha_bar = config_alpha_bar(config, path)
+        print(f"{path}: written as its {T} timesteps 0, {every}, ..., {every * (T - 1)}")
     clip = "clamp" if config.get("clip_denoised", True) else "none"
     notes = {name: config[name] for name in NOTED if name in config}
     if settings_of(state)["learn_sigma"] and config["variance"] in ("small", "large"):
         notes["variance"] = config["variance"]  # which DDPMScheduler draws of no such network
     return {
-        "alpha_bar": config_alpha_bar(config, path),
+        "alpha_bar": alpha_bar,
         "betas": config.get("trained_betas"),
         "schedule": "other" if config.get("trained_betas") else config["schedule"],
         "alpha_min": config.get("alpha_min", 0.001),

@@ -9,6 +9,7 @@ network() finds the tensors and says in a few words what it took and left. A rea
 that lead to a mark are never taken for a prefix.
 """
 
+from runtime.checkpoints import held
 from runtime.commandline import BadInput
 
 import re
@@ -137,6 +138,8 @@ def network(content, marks, path):
         raise BadInput(
             f"{path} is a checkpoint of {script}.py, trained here: expected published weights"
         )
+    if isinstance(content, dict) and content.keys() >= {"state", "param_groups"}:
+        raise BadInput(f"{path} holds {held(content)}")
     dictionaries, lists = list(walk(content)), list(nameless(content))
     found = [part for entry, inner in dictionaries for part in parts(entry, inner, marks)]
     found += [named for entry, means in lists for named in named_like(entry, means, found)]

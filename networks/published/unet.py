@@ -71,11 +71,13 @@ def load_published(
     norm_groups=None,
     dropout=None,
     new_order=None,
+    rescale_timesteps=None,
     null_label=None,
     given=None,
     flags=(),
 ):
-    """A published network: dict(settings, shape, num_classes, state, facts, null_label, taken).
+    """A published network, dict(settings, shape, num_classes, state, facts, null_label, taken,
+    rescale_timesteps).
 
     path     a diffusers folder (of a UNet2DModel, or of a pipeline with unet/ and scheduler/), one
              .safetensors or .bin in its names (config.json beside it is read), or OpenAI's .pt
@@ -94,11 +96,12 @@ def load_published(
              without (improved-diffusion)
     norm_groups   32.     dropout  0
     new_order   OpenAI's use_new_attention_order: true for resblock_updown at 64 pixels only
+    rescale_timesteps   OpenAI's: of T timesteps the network sees t * 1000 / T. True for the names
+             of improved-diffusion, where the published T is 4000; false with resblock_updown
     null_label  true for folders of save_diffusers: that the last row of labels means "no label"
     given    the same by name, of ARCHITECTURE, from a command line that has flags for it: a typed
              one is refused where config.json tells it, too, and no zero is a size or a group
     flags    names of the settings that this command line has, for hints
-    improved-diffusion trained T = 4000 with rescale_timesteps: call net(x, t * 1000 / 4000).
 
     BadInput, with the first names, for tensors or settings that are not those of such a network.
     """
@@ -118,6 +121,7 @@ def load_published(
         norm_groups=norm_groups,
         dropout=dropout,
         new_order=new_order,
+        rescale_timesteps=rescale_timesteps,
         null_label=null_label,
     )
     keywords = {name: value for name, value in keywords.items() if value is not None}
@@ -156,13 +160,14 @@ def load_published(
         state=ours,
         facts=read_scheduler(path, scheduler),
         null_label=bool(told["null_label"]),
+        rescale_timesteps=told["rescale_timesteps"],
         taken={k: told[k] for k in _of_layout(layout) if k not in of_file and k not in keywords},
     )
 
 
 def _of_layout(layout):
     """Those of ARCHITECTURE that mean something for a layout of names."""
-    return ARCHITECTURE if layout == "openai" else ARCHITECTURE[:-1]
+    return ARCHITECTURE if layout == "openai" else ARCHITECTURE[:-2]
 
 
 def _typed(given, of_file, layout, path):
@@ -229,8 +234,9 @@ def as_checkpoint(path, script="", given=None, flags=(), walk=None):
 
     A dictionary: script, config (the settings that the files say of the network, its schedule and
     its sampling, by the names of that chapter's Config; data is ""), shape, class_names, ema,
-    settings, alpha_bar float64 (T,) and null_label. Where there is no scheduler, it is Ho et al.'s:
-    linear, T = 1000, eps. Printed lines say what was understood. BadInput for what cannot be drawn.
+    settings, alpha_bar float64 (T,), null_label and time_scale, by which t is multiplied. Where
+    there is no scheduler, it is Ho et al.'s: linear, T = 1000, eps. Printed lines say what was
+    understood. BadInput for what cannot be drawn.
     """
     found = load_published(path, given=given, flags=flags)
     facts, settings = found["facts"], found["settings"]
@@ -246,7 +252,12 @@ def as_checkpoint(path, script="", given=None, flags=(), walk=None):
         said = said if not config["trained_betas"] else f"--trained-betas, {said}"
         other = _hint(path, ("schedule", "timesteps", "prediction"), flags)
         say_once(f"{path} has no scheduler: taken as {said}; where it has another, {other}")
-    if taken := found["taken"]:
+    taken, rescales = found["taken"], found["rescale_timesteps"]
+    if len(alpha_bar) == 1000:  # where t is what it would be
+        taken.pop("rescale_timesteps", None)
+        if typed(["rescale_timesteps"]):
+            raise BadInput("--rescale-timesteps does nothing where --timesteps is 1000")
+    if taken:
         size = "x".join(map(str, found["shape"][1:]))
         said = ", ".join(f"{k} {size if k == 'size' else v}" for k, v in taken.items())
         other = _hint(path, taken, flags)
@@ -261,6 +272,7 @@ def as_checkpoint(path, script="", given=None, flags=(), walk=None):
         settings=settings,
         alpha_bar=alpha_bar,
         null_label=found["null_label"],
+        time_scale=1000 / len(alpha_bar) if rescales else 1.0,
     )
 
 
@@ -413,6 +425,7 @@ def published_defaults(layout, s):
     """What names and shapes do not tell, as it was in the published networks."""
     told = dict(size=SIZES.get(channel_mult(s)), norm_groups=32, dropout=0.0)
     told.update(num_heads=1, num_head_channels=0, style="ddpm", new_order=True, null_label=False)
+    told.update(rescale_timesteps=layout == "openai" and not s.resblock_updown)
     if layout == "openai":
         told.update(style="adm", new_order=s.resblock_updown and told["size"] == 64)
         if s.resblock_updown and told["size"] != 128:
