@@ -64,8 +64,8 @@ def facts_of(state, config, path):
     if state.get("time_scale", 1.0) != 1:
         if len(alpha_bar) % T:
             raise cli.BadInput(
-                f"UNet2DModel cannot express t * 1000 / {len(alpha_bar)}: expected --timesteps "
-                f"{T} or a multiple, or --no-rescale-timesteps"
+                f"UNet2DModel cannot express t * {T} / {len(alpha_bar)}: expected --timesteps {T} "
+                "or a multiple, as many --trained-betas, or --no-rescale-timesteps"
             )
         every = len(alpha_bar) // T
         config = config | {"trained_betas": betas_of(alpha_bar[::every]).tolist()}

@@ -76,9 +76,7 @@ def test_a_pipeline_of_it_has_the_timesteps_of_which_it_sees_whole_numbers(files
 def test_what_no_pipeline_expresses_is_refused_or_typed_otherwise(files, tmp_path):
     how = [files["improved"][0], "--out", tmp_path / "a", "--size", 8]
     told = refused(PUBLISH, *how, "--timesteps", 400)
-    assert (
-        "cannot express t * 1000 / 400: expected --timesteps 1000 or a multiple, or --no-" in told
-    )
+    assert "cannot express t * 1000 / 400: expected --timesteps 1000 or a multiple, as" in told
     succeed(PUBLISH, *how, "--timesteps", 400, "--no-rescale-timesteps")
     config = json.loads((tmp_path / "a" / "scheduler" / "scheduler_config.json").read_text())
     assert config["num_train_timesteps"] == 400
