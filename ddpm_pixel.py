@@ -360,7 +360,7 @@ def timestep_pairs(T, steps, spacing="linear"):
     BadInput where steps exceed T.
     """
     if steps > T:
-        raise cli.BadInput(f"--sample-steps {steps} exceeds the chain's --timesteps {T}")
+        raise cli.BadInput(f"--sample-steps {steps} exceeds the chain's {T} timesteps")
     linear = np.linspace(0, T - 1, steps).round()[::-1] if steps > 1 else np.array([T - 1])
     leading = np.arange(steps)[::-1] * (T // steps)
     trailing = np.arange(T, 0, -T / steps)[:steps].round() - 1

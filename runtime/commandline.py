@@ -379,7 +379,7 @@ def check_sampling(cfg):
         raise BadInput("--no-class-cond: this network knows no labels; leave out --guidance")
     steps = getattr(cfg, "timesteps", math.inf)  # of the chain, if it is one
     if not cfg.sample and cfg.sample_steps > steps:  # a checkpoint has its own
-        raise BadInput(f"--sample-steps {cfg.sample_steps} exceeds the chain's --timesteps {steps}")
+        raise BadInput(f"--sample-steps {cfg.sample_steps} exceeds the chain's {steps} timesteps")
     if getattr(cfg, "n_eval", 0) and max(cfg.n, cfg.n_eval) < 2:
         raise BadInput("--n-eval must be 0, or at least 2: a covariance is compared")
     if getattr(cfg, "metric_every", 0) and cfg.metric_n < 2:

@@ -201,7 +201,7 @@ def reconstruct(folder, length, steps):
     """
     gamma, paths = gamma_of(length), [_snapshot(Path(folder), step) for step in sorted(steps)]
     if not paths:
-        told = "this network has no running means: train it with --ema-lengths 0.05 0.1"
+        told = "this network has no running means: edm.py --ema-lengths 0.05 0.1 trains with some"
         raise BadInput(f"--ema-length {length:g}: {told}")
     if gone := [path for path in paths if not path.is_file()]:
         raise BadInput(f"{gone[0]} is missing, of {len(paths)} snapshots: copy it there")

@@ -35,6 +35,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from told_flags import check_named, flag_of, names
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import eval_fid
@@ -174,6 +175,7 @@ def run(case, settings, folder, rows=()):
             case.module.main()
         except cli.BadInput as error:
             refused = str(error)
+            check_named(case.script, argv[1:], refused)
         except Differs:
             seen["log"] += 1
     files = {name: d for name, d in digests(case, folder).items() if before.get(name) != d}
@@ -439,12 +441,3 @@ def verdict(case, name, folder):
     if not names(found.refused, name) and not is_positional(case.fields[name]):
         return f"{told}: refused without its name: {found.refused}"
     return f"{told}: refused after {sorted(found.files)}" if found.files else ""
-
-
-def names(line, name):
-    """Whether a line names this setting's flag, or its --no- form."""
-    return re.search(rf"{flag_of(name)}(?![\w-])", line.replace("--no-", "--"))
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")

@@ -133,5 +133,12 @@ def refusal(done):
 
 
 def refused(script, *arguments, env=None):
-    """As run(), and it must refuse its input: the one line that says why."""
-    return refusal(run(script, *arguments, env=env))
+    """As run(), and it must refuse its input: the one line that says why.
+
+    It names no flag that this command would refuse, too.
+    """
+    from told_flags import check_named
+
+    line = refusal(run(script, *arguments, env=env))
+    check_named(script, arguments, line)
+    return line

@@ -102,7 +102,7 @@ def test_a_run_without_averages_has_no_other_length(toy, tiny, tmp_path):
     succeed("edm", *tiny["edm"], *toy, *flags("edm", ema_lengths=()), "--steps", 3, "--out", out)
     assert not (out / "power").exists()
     line = refused("edm", "--sample", out / "ckpt.pt", "--gpus", 0, "--ema-length", 0.1)
-    assert "--ema-length 0.1: " in line and "train it with --ema-lengths" in line
+    assert "--ema-length 0.1: " in line and "edm.py --ema-lengths" in line
 
 
 def test_a_published_pickle_is_sampled(tmp_path):

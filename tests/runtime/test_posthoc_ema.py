@@ -377,7 +377,7 @@ def test_lengths_that_are_there_twice_or_not_those_of_the_checkpoint():
 
 
 def test_missing_snapshots(tmp_path):
-    refused("no running means: train it with", reconstruct, tmp_path, 0.07)
+    refused("no running means: edm.py --ema-lengths", reconstruct, tmp_path, 0.07)
     tracked(trajectory(20), LENGTHS, tmp_path, 10)
     gone = "snapshot-0000015.pt is missing, of 3 snapshots"
     refused(gone, posthoc_ema.reconstruct, tmp_path, 0.07, [10, 15, 20])

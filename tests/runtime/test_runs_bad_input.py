@@ -153,7 +153,7 @@ SETTINGS = [  # flags, what the one line must name
     (["--seeds", "9-3"], ["--seeds 9-3"]),
     (["--seeds", ","], ["--seeds ,"]),
     (["--seeds", "99999999999999999999"], ["--seeds 99999999999999999999"]),
-    (["--sample-steps", 2000], ["--sample-steps 2000", "--timesteps 1000"]),
+    (["--sample-steps", 2000], ["--sample-steps 2000", "1000 timesteps"]),
     (["--gpus", 8], ["--gpus 8", "this machine has"]),
     (["--gpus", "-1"], ["--gpus -1"]),
     (["--sample", "/no/such/ckpt.pt"], ["/no/such/ckpt.pt"]),
