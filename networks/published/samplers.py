@@ -49,7 +49,8 @@ INSTEAD = {
     "spacing": "--spacing leading to leave it out",
 }
 NO_VARIANCE = ("ddim", "dpm_solver", "edm")  # in whose steps it has no part
-PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+# Pipelines, and the class that they make of any scheduler; "": they take it as it is.
+PIPELINES = {"DDPMPipeline": "", "DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
 CLIPS = {
     "clamp": "x0_hat clamped to [-1, 1]",
     "none": "x0_hat not clipped",
@@ -58,7 +59,7 @@ CLIPS = {
 
 
 def read_index(folder):
-    """The class of scheduler that a folder's model_index.json names, which is what counts, or "".
+    """The class of scheduler that a folder's model_index.json asks for, which counts, or "".
 
     BadInput for pipelines of other networks than pixel U-Nets.
     """
@@ -76,6 +77,8 @@ def read_index(folder):
         )
     if other := sorted({*parts} - {"unet", "scheduler"}):
         raise BadInput(f"{file}: its pipeline has {', '.join(other)}, expected unet and scheduler")
+    if PIPELINES.get(name):
+        return PIPELINES[name]
     scheduler = index.get("scheduler")
     named = isinstance(scheduler, list) and len(scheduler) == 2 and scheduler[1]
     return named if isinstance(named, str) else ""
@@ -159,8 +162,9 @@ def check_drawn(path, facts, script, walk=None):
     ddim = script in ("ddim", "compare_samplers") or walk.get("sampler") == "ddim"
     if kind.set_alpha_to_one and facts["fields"]["set_alpha_to_one"] is not True and ddim:
         raise BadInput(
-            f"{path}: set_alpha_to_one false is not supported: the last step ends at alpha_bar 1; "
-            "expected true"
+            f"{path}: set_alpha_to_one false is not supported: the last step ends at alpha_bar 1, "
+            f"expected true; for that, type python -m networks.published {path} --out FOLDER, and "
+            "use FOLDER"
         )
     if script == "dpm_solver" and name.startswith("DPMSolver") and "sampler" not in walk:
         for field, values in SOLVER.items():

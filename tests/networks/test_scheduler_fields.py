@@ -241,7 +241,8 @@ def test_what_ends_elsewhere_or_needs_a_percentile_is_refused(tmp_path):
     facts = read_schedule(write(tmp_path, _class_name="DDIMScheduler", set_alpha_to_one=False))
     last = ("ddim", {}), ("compare_samplers", {}), ("classifier_guidance", {"sampler": "ddim"})
     for script, walk in last:
-        with pytest.raises(BadInput, match="F: set_alpha_to_one false is not supported"):
+        told = "F: set_alpha_to_one false is not supported.* networks.published F --out FOLDER, and"
+        with pytest.raises(BadInput, match=told):
             check_drawn("F", facts, script, walk)
     for script in ("dpm_solver", "edm", "publish", "", "classifier_guidance"):
         check_drawn("F", facts, script)  # no last step of DDIM
@@ -307,6 +308,17 @@ def test_the_index_names_the_class_and_the_class_what_is_left_out(tmp_path):
     facts = load_published(tmp_path)["facts"]
     assert (facts["sampler"], facts["clip"]) == ("EulerDiscreteScheduler", "none")
     assert facts["spacing"] == "linear"
+
+
+@pytest.mark.parametrize("pipeline", ["DDIMPipeline", "PNDMPipeline"])
+def test_a_pipeline_of_one_sampler_makes_it_of_any_scheduler(pipeline, tmp_path):
+    export(tmp_path)
+    index, name = INDEX | {"_class_name": pipeline}, pipeline.replace("Pipeline", "Scheduler")
+    (tmp_path / "model_index.json").write_text(json.dumps(index))  # with DDPMScheduler
+    theirs = getattr(diffusers, pipeline).from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert type(theirs.scheduler).__name__ == name == load_published(tmp_path)["facts"]["sampler"]
+    with pytest.raises(BadInput, match=rf"asks for {name}: type python ddim\.py"):
+        read_network(tmp_path, script="ddpm_pixel")
 
 
 # ----------------------------------------------------------------------------------- UNet2DModel
