@@ -64,7 +64,6 @@ OF_CLASS = {
     "predict_x0": bool,
     "disable_corrector": list,
     "solver_p": object,
-    "interpolation_type": str,
     "flow_shift": float,  # of use_flow_sigmas
     "time_shift_type": str,  # of use_dynamic_shifting
     "tensor_format": str,  # until 2022; it decided nothing
@@ -81,6 +80,7 @@ NOT_USED = {
     "sigma_max": None,
     "shift_terminal": None,
     "timestep_type": "discrete",
+    "interpolation_type": "linear",  # others are the sigmas of no timesteps
     "final_sigmas_type": "zero",
     "timestep_values": None,
 }
