@@ -343,7 +343,7 @@ def load_pair(cfg, path, world):
     classifier.use_checkpoint = cfg.use_checkpoint
     pair, named = f"{cfg.classifier} and {path}", its_alpha_bar is not None
     if its_shape != shape:
-        told = "train one on the other's --data and --size"
+        told = "train one on the other's data and size"
         raise cli.BadInput(f"{pair}: images (C, H, W) {its_shape} and {shape}; {told}")
     differ = [two for two in zip(names, net_names, strict=False) if len({*two}) > 1]
     differ = differ if named and trained.data else []  # the published know numbers only

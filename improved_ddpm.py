@@ -438,7 +438,7 @@ def open_checkpoint(cfg, path, world):
     if cfg.nll and trained.dynamic_threshold:
         if not cli.typed(("clip_denoised",)):
             told = "type --clip-denoised for a clamp, --no-clip-denoised for none"
-            raise cli.BadInput(f"{path} has --dynamic-threshold, but the bound has none: {told}")
+            raise cli.BadInput(f"{path} thresholds dynamically, but the bound does not: {told}")
         trained = replace(trained, dynamic_threshold=False)
     trained = checkpoints.overlaid(trained, cfg, how - {"dynamic_threshold"} if cfg.nll else how)
     if cfg.nll and not fewer and not cfg.smoke:  # the whole bound

@@ -6,24 +6,27 @@ Each file is made in a temporary folder and read in a process of its own, as a c
 it. Memory is the peak above that of a process that has imported the reader.
 """
 
-import gzip
-import io
-import json
-import resource
-import struct
-import subprocess
 import sys
-import tarfile
-import tempfile
-import zipfile
-import zlib
 from pathlib import Path
-
-import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
+
+import runtime  # noqa: E402, F401  sets how threads wait, before torch is imported
+
+import gzip  # noqa: E402
+import io  # noqa: E402
+import json  # noqa: E402
+import resource  # noqa: E402
+import struct  # noqa: E402
+import subprocess  # noqa: E402
+import tarfile  # noqa: E402
+import tempfile  # noqa: E402
+import zipfile  # noqa: E402
+import zlib  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 GB = 10**9
 PICTURE = "from image_data.decode import decode as read; from image_data import listing"

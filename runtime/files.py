@@ -38,12 +38,17 @@ def writing(path):
     except Exception as error:
         if not (number := _failure(error, Path(path).parent)):
             raise
-        mend = "choose another name"
-        if number in FULL:
-            mend = "free some space and type the same again"
-        elif number in CLOSED:
-            mend = "allow that, or choose another folder"
-        raise Unwritable(f"cannot write {path} ({os.strerror(number)}): {mend}") from error
+        raise _unwritable(f"write {path}", number) from error
+
+
+def _unwritable(what, number):
+    """The Unwritable for what the system refused with this errno; it says what to do."""
+    mend = "choose another name"
+    if number in FULL:
+        mend = "free some space and type the same again"
+    elif number in CLOSED:
+        mend = "allow that, or choose another folder"
+    return Unwritable(f"cannot {what} ({os.strerror(number)}): {mend}")
 
 
 def _failure(error, folder):
@@ -74,7 +79,7 @@ def atomic_write(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Unwritable(f"cannot make the folder {path.parent} ({error.strerror})") from None
+        raise _unwritable(f"make the folder {path.parent}", error.errno) from None
     if path.exists() and not path.is_file():
         with writing(path):
             yield path

@@ -52,19 +52,21 @@ def foreign(script, args, line):
         if end:
             mine = own
         elif other or module:
-            mine = settings_of(other or module) or settings_of(f"{module}.__main__") or own
+            mine = settings_of(other or module) or own
         elif setting_of(flag) not in mine | OTHERS:
             found.append(f"--{flag}")
     return found
 
 
 def settings_of(script):
-    """Names of all settings of a script, or a module; nothing for what has none."""
-    try:
-        config = importlib.import_module(script).Config
-    except (ImportError, AttributeError):
-        return set()
-    return {field.name for field in dataclasses.fields(config)}
+    """Names of all settings of a script, a module or a package; nothing for what has none."""
+    for name in (script, f"{script}.__main__"):
+        try:
+            config = importlib.import_module(name).Config
+        except (ImportError, AttributeError):
+            continue
+        return {field.name for field in dataclasses.fields(config)}
+    return set()
 
 
 def check_named(script, args, line):

@@ -125,7 +125,7 @@ def test_others_wait_for_what_is_locked(tmp_path, mount):
 
 def test_a_command_in_a_folder_that_is_taken_is_one_line(toy, tiny, tmp_path):
     given = [*tiny["ddpm_pixel"], *toy, "--out", tmp_path, "--sample-every", 0]
-    first = Started("ddpm_pixel", *given, "--steps", 2000)
+    first = Started("ddpm_pixel", *given, "--steps", 100_000)
     while not (tmp_path / "log.jsonl").exists():
         assert first.process.is_alive()
         time.sleep(0.01)

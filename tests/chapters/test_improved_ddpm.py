@@ -323,7 +323,7 @@ def test_scores_on_the_way_are_logged_and_drawn(toy, tmp_path, monkeypatch):
         (["--num-heads", "3"], "--num-heads 3 must divide"),
         (["--sample", "a.pt", "--nll", "b.pt"], "one at a time"),
         (["--nll", "b.pt", "--plot-schedule"], "--nll and --plot-schedule"),
-        (["--plot-schedule", "--out", __file__], "it is no folder; type another --out"),
+        (["--plot-schedule", "--out", __file__], "(File exists): choose another name"),
     ],
 )
 def test_settings_out_of_range_are_named(flags, told, tmp_path):

@@ -36,7 +36,7 @@ def flags(toy, tiny):
         (["--ae", "some.pt"], ["--ae-steps does nothing without --ae kl"]),
         (["--keep-every", "2"], ["--keep-every 2", "--save-every 3"]),
         (["--eta", "0.5", "--sampler", "dpmpp"], ["--eta 0.5", "ddim, not dpmpp"]),
-        (["--sample-steps", "2000"], ["--sample-steps 2000", "--timesteps 1000"]),
+        (["--sample-steps", "2000"], ["--sample-steps 2000", "1000 timesteps"]),
         (["--resume", "nowhere.pt"], ["nowhere.pt: no such file"]),
         (["--dry-run", "--gpus", "3"], ["--batch-size 8", "3 processes"]),
         (["--dry-run", "--gpus", "-3"], ["--gpus -3"]),

@@ -141,7 +141,7 @@ def test_a_dynamic_threshold_has_no_bound(toy, tmp_path):
     path = trained(toy, tmp_path / "run", "--dynamic-threshold")
     for more in ([], ["--config", tmp_path / "run" / "config.yaml"]):
         line = refused("improved_ddpm", "--nll", path, *toy, "--gpus", 0, *more)
-        assert "--dynamic-threshold" in line and "type --clip-denoised" in line
+        assert "thresholds dynamically" in line and "type --clip-denoised" in line
         for clip in ("--clip-denoised", "--no-clip-denoised"):
             told = "x0_hat not clipped" if "no" in clip[:4] else "x0_hat clipped"
             assert told in measured(path, toy, tmp_path / "nll", clip, *more)[1]

@@ -108,7 +108,7 @@ def test_a_preset_is_for_training_alone(task, tmp_path):
 
 REFUSED = {
     "--stepz 3": "did you mean --steps?",
-    "--steps x": "'x'",
+    "--steps x": "--steps x: expected a whole number",
     "--mult 1.5": "1.5",
     "--schedule round": "round",
     "more": "more",
