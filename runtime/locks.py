@@ -16,6 +16,7 @@ import secrets
 import shlex
 import socket
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -117,7 +118,8 @@ class Lock:
 def me():
     """This process, for others to read."""
     command = shlex.join([Path(sys.executable).name, *sys.argv])
-    command = command if len(command) <= 120 else command[:117] + "..."
+    whole = {"break_on_hyphens": False, "break_long_words": False}  # no flag is cut in two
+    command = textwrap.shorten(command, 120, placeholder=" ...", **whole)
     return f"process {os.getpid()} on {socket.gethostname()} ({command})"
 
 

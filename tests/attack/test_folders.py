@@ -9,7 +9,9 @@ from runtime.processes import World
 import fcntl
 import multiprocessing
 import os
+import re
 import signal
+import sys
 import threading
 import time
 
@@ -123,9 +125,17 @@ def test_others_wait_for_what_is_locked(tmp_path, mount):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("before", range(0, 40, 3))
+def test_a_long_command_is_told_up_to_a_whole_flag(before, monkeypatch):
+    flags = ["--batch-size", "8", "--sample-every", "0", "--num-res-blocks", "1", "--steps", "9"]
+    monkeypatch.setattr(sys, "argv", ["x" * (60 + before), *flags])
+    told = re.search(r"\((\S+) (x+) (.*?)(| \.\.\.)\)$", locks.me()).group(3).split()
+    assert told == flags[: len(told)]
+
+
 def test_a_command_in_a_folder_that_is_taken_is_one_line(toy, tiny, tmp_path):
     given = [*tiny["ddpm_pixel"], *toy, "--out", tmp_path, "--sample-every", 0]
-    first = Started("ddpm_pixel", *given, "--steps", 100_000)
+    first = Started("ddpm_pixel", *given, "--steps", 2000)
     while not (tmp_path / "log.jsonl").exists():
         assert first.process.is_alive()
         time.sleep(0.01)
