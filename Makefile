@@ -10,6 +10,7 @@ PY = $(VENV)/bin/python
 INTERPRETED = tests/kernels/interpreter tests/kernels/test_kernels_attention.py \
 	tests/kernels/test_kernels_dispatch.py tests/kernels/test_kernels_group_norm_silu.py \
 	tests/kernels/test_kernels_sampling_update.py
+RUNS = tests/runtime tests/evaluation tests/image_data tests/attack
 INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: demo test test-all test-runs test-others test-interpreted bench clean
@@ -18,7 +19,8 @@ demo: $(VENV)/.installed
 	$(PY) ldm_cfg.py
 
 # Three times pytest, two side by side: whole runs, all else, and the kernels once more, for Triton
-# decides where a kernel is defined whether it is compiled or interpreted. EVERY adds the slow tests.
+# decides where a kernel is defined whether it is compiled or interpreted. EVERY adds the slow tests,
+# those that are marked and those that tests/slow.txt names.
 test: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(MAKE) -j2 test-runs test-others test-interpreted
@@ -27,10 +29,10 @@ test-all:
 	$(MAKE) test EVERY='-m ""'
 
 test-runs: $(VENV)/.installed
-	$(PY) -m pytest $(EVERY) tests/runtime
+	$(PY) -m pytest $(EVERY) $(RUNS)
 
 test-others: $(VENV)/.installed
-	$(PY) -m pytest $(EVERY) --ignore tests/runtime
+	$(PY) -m pytest $(EVERY) $(RUNS:%=--ignore=%)
 
 test-interpreted: $(VENV)/.installed
 	TRITON_INTERPRET=1 $(PY) -m pytest $(EVERY) $(INTERPRETED)

@@ -1,5 +1,6 @@
 """What several tests use: where the project and real data are, a tiny data set, a benchmark."""
 
+import fnmatch
 import importlib.util
 import os
 import sys
@@ -13,6 +14,16 @@ from tests.cases import reference_networks
 
 if importlib.util.find_spec("torchvision"):  # diffusers, too, imports it where it is installed
     reference_networks.import_references()
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are marked are left out
+def pytest_collection_modifyitems(config, items):
+    """Mark what tests/slow.txt names."""
+    lines = (config.rootpath / "tests" / "slow.txt").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    for item in items:
+        if any(fnmatch.fnmatchcase(item.nodeid, pattern) for pattern in patterns):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -284,6 +284,8 @@ SLOW = {
 }
 SLOW |= {"stable_diffusion interpolate", "improved_ddpm sample of ddpm_pixel"}
 SLOW |= {"improved_ddpm nll of ddpm_pixel"}
+SLOW |= {"compare_samplers tables", "compare_samplers along", "eval_fid table"}
+SLOW |= {f"{script} training" for script in ("ldm_cfg", "dit", "edm", "improved_ddpm")}
 SLOW |= {"edm sample of ddpm_pixel", "dpm_solver encode of ddpm_pixel"}
 SLOW |= {
     "improved_ddpm sample of ddpm_pixel published",

@@ -4,6 +4,7 @@ from runtime.commandline import RunConfig
 
 import ast
 import dataclasses
+import fnmatch
 import subprocess
 import sys
 import unicodedata
@@ -183,3 +184,12 @@ def test_ruff(command):
         text=True,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_what_is_said_to_be_slow_is_there():
+    for line in (REPO / "tests" / "slow.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            path, name = line.split("::")
+            tree = ast.parse((REPO / path).read_text())
+            tests = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+            assert fnmatch.filter(tests, name.split("?")[0]), line
