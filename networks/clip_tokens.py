@@ -318,7 +318,8 @@ def added_tokens(path):
     else:
         entries = told.get("added_tokens_decoder") or {}
         if isinstance(entries, dict) and all(isinstance(e, dict) for e in entries.values()):
-            entries = [e | {"id": int(i) if i.isdecimal() else i} for i, e in entries.items()]
+            whole = {i: int(i) for i in entries if i.isdecimal() and len(i) < 10}
+            entries = [e | {"id": whole.get(i, i)} for i, e in entries.items()]
     added = {}
     for entry in entries if isinstance(entries, list) else [entries]:
         entry = entry if isinstance(entry, dict) else {"content": entry}

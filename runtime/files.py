@@ -258,8 +258,15 @@ def save_json(path, told):
     save_text(path, [json.dumps(told, indent=1)])
 
 
+def is_number(value):
+    """Whether what a file says is a finite number that a float holds; a JSON has any integer."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
 def read_json(path):
     """The dictionary in a JSON file; {} where there is none, or the file is damaged."""
+    if not Path(path).is_file():  # one may wait at a pipe for ever
+        return {}
     try:
         found = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -280,8 +287,10 @@ def read_log(path):
 def read_run_log(path):
     """The rows of a run's log that have a step, and of each what is a number, or one of WORDS."""
     found = [row for row in read_log(path) if type(row.get("step")) is int and row["step"] < 2**53]
-    return [{k: v for k, v in row.items() if type(v) in _kinds(k)} for row in found]
+    return [{k: v for k, v in row.items() if _is_logged(k, v)} for row in found]
 
 
-def _kinds(name):
-    return (str,) if name in WORDS else (int, float, type(None))
+def _is_logged(name, value):
+    if type(value) is int:
+        return name not in WORDS and is_number(value)
+    return type(value) in ((str,) if name in WORDS else (float, type(None)))

@@ -1,5 +1,6 @@
 """The scores that lie in a run's folder, as tables: of its log, eval.json, curve.json, nll.json."""
 
+from runtime.files import is_number
 from runtime.webpage import joined, number, table, tag
 
 import json
@@ -156,8 +157,7 @@ def wilson(share, n):
 
 def known(value, other=None):
     """A finite number as it is, else the other."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if good and math.isfinite(value) else other
+    return value if is_number(value) else other
 
 
 def size(n):

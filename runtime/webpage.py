@@ -324,6 +324,8 @@ def page(path, title, *parts):
 def is_ours(path):
     """Whether a file is such a page."""
     try:
+        if not Path(path).is_file():  # one may wait at a pipe for ever
+            return False
         with open(path, encoding="utf-8", errors="replace") as f:
             return OURS in f.read(1000)
     except OSError:

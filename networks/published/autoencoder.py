@@ -12,6 +12,7 @@ modules carry.
 """
 
 from runtime.commandline import BadInput
+from runtime.files import is_number
 
 import re
 from pathlib import Path
@@ -297,9 +298,9 @@ def published_scaling(kind, config, scale, path):
         scaling, shift = config.get("scaling_factor"), config.get("shift_factor")
         scaling = (1.0 if kind == "tiny" else SCALING) if scaling is None else scaling
         shift = 0.0 if shift is None else shift
-        if not _is_number(scaling) or scaling <= 0:
+        if not is_number(scaling) or scaling <= 0:
             raise BadInput(f"{path}: scaling_factor {scaling!r} must be a number above 0")
-        if not _is_number(shift):
+        if not is_number(shift):
             raise BadInput(f"{path}: shift_factor {shift!r} must be a number")
         return scaling, shift
     if kind == "tiny":
@@ -307,10 +308,6 @@ def published_scaling(kind, config, scale, path):
     if scale is None:
         return None, None
     scaling = scale.item() if scale.numel() == 1 else scale.tolist()
-    if not _is_number(scaling) or scaling <= 0:
+    if not is_number(scaling) or scaling <= 0:
         raise BadInput(f"{path}: scale_factor {str(scaling)[:60]} must be one number above 0")
     return float(scaling), 0.0
-
-
-def _is_number(value):
-    return type(value) in (int, float) and abs(value) < 1e30

@@ -315,6 +315,13 @@ def whole_number(config, name, path, otherwise=None):
     return value
 
 
+def texts(value, name, path):
+    """The setting `name` of a config.json at `path`, a list of texts; an empty one for None."""
+    if not isinstance(value or [], list | tuple) or not all(type(v) is str for v in value or ()):
+        raise BadInput(f"{path}: {name} must be a list of texts, got {str(value)[:60]}")
+    return [*(value or ())]
+
+
 def write_json(path, value):
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")

@@ -7,6 +7,7 @@ Whether a script draws what such a file asks for, and what is said of it, stands
 """
 
 from runtime.commandline import BadInput
+from runtime.files import is_number
 
 import math
 from typing import NamedTuple
@@ -290,7 +291,7 @@ def read_fields(path):
 def _is_of(value, kind):
     """Whether a value has this type; numbers are finite, but for the limit that is none."""
     if kind is float:
-        return type(value) in (int, float) and (math.isfinite(value) or value == -math.inf)
+        return is_number(value) or value == -math.inf
     return type(value) is kind
 
 
@@ -394,7 +395,7 @@ def _clip(config, kind, path):
 
 NOTES = {
     "sample_steps": lambda v: type(v) is int and v > 0,
-    "guidance": lambda v: type(v) in (int, float) and math.isfinite(v),
+    "guidance": is_number,
     "timestep_respacing": lambda v: type(v) is str,
     "variance": ("small", "large").__contains__,
 }

@@ -12,7 +12,7 @@ from runtime.commandline import BadInput
 
 from pathlib import Path
 
-from networks.published.files import U_NET, find_files, read_json, read_weights
+from networks.published.files import U_NET, find_files, read_json, read_weights, texts
 from networks.published.unet_names import BLOCK, ENDS, joined, modules, structure
 
 TRANSFORMER_ENDS = (("norm", "norm"), ("proj_in", "proj_in"), ("proj_out", "proj_out"))
@@ -254,7 +254,8 @@ def _of_config(config, s, path):
         value = config.get(name, allowed[0])
         if value not in allowed:
             raise BadInput(f"{path}: {name} {value!r} is not supported, expected {allowed[0]!r}")
-    types = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
+    ways = ("down_block_types", "up_block_types")
+    types = {kind for way in ways for kind in texts(config.get(way), way, path)}
     if types - BLOCK_TYPES:
         raise BadInput(f"{path}: {', '.join(sorted(types - BLOCK_TYPES))} is not supported")
     # diffusers calls the number of heads attention_head_dim, as one number or one for each level.

@@ -2,6 +2,8 @@
 
 from runtime.commandline import BadInput
 
+from networks.published.files import texts
+
 # How UNet2DModel spells the two styles of networks/adm_unet.py.
 STYLES = {
     "ddpm": dict(flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, downsample_padding=0),
@@ -64,8 +66,9 @@ def of_config(config, s, path):
             )
     blocks = {"down": config.get("down_block_types"), "up": config.get("up_block_types")}
     for way, kinds in blocks.items():
-        for kind in kinds or ():
-            if str(kind).removeprefix("UNetRes") not in BLOCK_TYPES:
+        kinds = texts(kinds, f"{way}_block_types", path)
+        for kind in kinds:
+            if kind.removeprefix("UNetRes") not in BLOCK_TYPES:
                 raise BadInput(f"{path}: blocks of type {kind} are not supported")
         order = range(len(s.levels)) if way == "down" else reversed(range(len(s.levels)))
         attend = [i in s.attention for i in order]
