@@ -2,7 +2,7 @@
 
 from runtime import checkpoints
 from runtime.commandline import BadInput
-from runtime.files import locked
+from runtime.files import locked, temporary_of, writing
 from runtime.folder import of_steps
 from runtime.processes import run_alone, say_once
 
@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,8 +133,8 @@ def sampled(checkpoint, script, n, gpus, arguments="", out=""):
     except ValueError as error:
         raise BadInput(f"--sample-args {arguments}: {error}") from None
     with pinned(checkpoint) as own:
-        stat, place = own.stat(), [str(checkpoint.resolve())] if out else []
-        made_of = json.dumps([stat.st_size, stat.st_mtime_ns, n, shlex.join(arguments), *place])
+        place = [str(checkpoint.resolve())] if out else []
+        made_of = json.dumps([checkpoints.identity(own), n, shlex.join(arguments), *place])
         digest = hashlib.sha256(made_of.encode()).hexdigest()[:8]
         folder = Path(out or checkpoint.parent, f"eval-{checkpoint.stem}-{digest}")
         files = [folder / f"{kind}.npz" for kind in ("samples", "reconstructions")]
@@ -158,16 +160,16 @@ def pinned(checkpoint):
     """A name for the file that a checkpoint is now, in the same folder, while this is inside.
 
     A training that goes on gives ckpt.pt to another file; what is drawn is of the one that the
-    result names. Where no second name can be made, it is the checkpoint itself.
+    result names. Where no second name can be made, it is that of a copy.
     """
-    own = checkpoint.with_name(f".{checkpoint.stem}-{os.getpid()}.tmp.pt")
-    try:
-        own.unlink(missing_ok=True)
-        os.link(checkpoint, own)
-    except OSError:
-        own = checkpoint
-    try:
-        yield own
-    finally:
-        if own != checkpoint:
+    own = temporary_of(checkpoint, ".pinned")
+    with contextlib.ExitStack() as stack:
+        try:
             own.unlink(missing_ok=True)
+            os.link(checkpoint, own)
+        except OSError:
+            own = Path(stack.enter_context(tempfile.TemporaryDirectory())) / checkpoint.name
+            with writing(own):
+                shutil.copyfile(checkpoint, own)
+        stack.callback(own.unlink, missing_ok=True)
+        yield own

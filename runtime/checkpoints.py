@@ -5,6 +5,7 @@ from runtime.commandline import BadInput, not_given, typed
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import sys
 import zipfile
@@ -59,6 +60,20 @@ def load_mapped(path, allowed=()):
         return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
+def check_machine(error, path):
+    """BadInput where the machine, not what the file at `path` holds, is why it was not read.
+
+    So nobody takes a whole file for a damaged one, and writes over it.
+    """
+    told = ""
+    if isinstance(error, OSError) and error.errno:
+        told = os.strerror(error.errno)
+    elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        told = "memory has ended"
+    if told:
+        raise BadInput(f"{path} could not be read ({told}); it may be whole: try again") from None
+
+
 def check_sums(path, tensors=True):
     """WrongSums where a file of torch.save is not as it was written, by the sums in its zip.
 
@@ -70,11 +85,16 @@ def check_sums(path, tensors=True):
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED:  # a small file may hold gigabytes
+                    raise ValueError(
+                        f"{member.filename} is compressed, as torch.save has none"
+                    )
                 if tensors or "/data/" not in member.filename:
                     with archive.open(member) as stream:
                         while stream.read(1 << 20):
                             pass
     except Exception as error:  # a torn zip raises nearly anything
+        check_machine(error, path)
         told = str(error) or type(error).__name__
         raise WrongSums(f"{path} is damaged: {told}") from None
 
@@ -93,12 +113,13 @@ def check_expanded(state, path):
 
     A file of a kilobyte can say that one number fills a tensor of gigabytes.
     """
-    total, parts = 0, [state]
+    total, parts, seen = 0, [state], set()
     while parts:
         part = parts.pop()
         if isinstance(part, torch.Tensor):
             total += part.numel() * part.element_size()
-        elif isinstance(part, dict | list | tuple):
+        elif isinstance(part, dict | list | tuple) and id(part) not in seen:
+            seen.add(id(part))  # one may hold itself
             parts.extend(part.values() if isinstance(part, dict) else part)
     if total > EXPANDED * Path(path).stat().st_size + 2**28:
         raise BadInput(f"{path} holds tensors of {total / 1e9:.3g} GB in a file of less: not read")
@@ -124,11 +145,15 @@ def load_checkpoint(path, scripts=(), mapped=False, facts=False):
     except BadInput:
         raise
     except Exception as error:
+        check_machine(error, f"checkpoint {path}")
         reason = (str(error).strip() or "unreadable").splitlines()[0][:120]
         found = f"checkpoint {path} is truncated or not a checkpoint ({reason})"
         raise DamagedCheckpoint(found) from None
     from runtime.kept import check_state
 
+    if not zipfile.is_zipfile(path):
+        told = "has torch.save's old form, without sums, in which no script here writes"
+        raise BadInput(f"checkpoint {path} {told}: save it again with torch.save")
     scripts = (scripts,) if isinstance(scripts, str) else tuple(scripts)
     made_by = state.get("script") if isinstance(state, dict) else None
     if not isinstance(made_by, str) or not re.fullmatch(r"[a-z_]\w*", made_by):

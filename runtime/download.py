@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from http.client import HTTPException
 from pathlib import Path
 
@@ -95,8 +96,8 @@ def _fault(part, checksums):
         with zipfile.ZipFile(part) as archive:
             damaged = archive.testzip()  # by its own sums: pieces of two files may be joined
         return f"{damaged} in it is damaged" if damaged else ""
-    except Exception:  # a torn zip raises nearly anything
-        return "what arrived is not a zip"
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+        return "what arrived is not a zip"  # nor one without a password
 
 
 def _append(address, part):

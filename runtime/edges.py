@@ -119,11 +119,11 @@ def stop(message, code):
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # else the message would stand at the end of its line
     message = LONG.sub(r"\1...\2", escaped(message))
-    with contextlib.suppress(OSError, ValueError):  # nobody may listen
-        if listener := os.environ.get(LISTENER):
-            with open(listener, "a") as file:
-                print(message, file=file)
-        else:
+    try:
+        with open(os.environ[LISTENER], "a") as file:
+            print(message, file=file)
+    except (KeyError, OSError):  # nobody listens there
+        with contextlib.suppress(OSError, ValueError):
             print(message, file=sys.stderr)
             sys.stderr.flush()
     sys.exit(code)

@@ -7,10 +7,12 @@ from runtime.commandline import BadInput
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
@@ -20,8 +22,8 @@ FAILED = (*FULL, *CLOSED, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR, errno.ENO
 FAILED += (errno.EEXIST, errno.ENOTEMPTY, errno.ESTALE, errno.ENODEV, errno.ELOOP)
 WORDS = ("stopped", "metric_features", "metric_reference")  # in a run's log; all else is a number
 UNSYNCED = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of mounts without fsync
-# Names of atomic_write and of evaluation.checkpoint_samples.pinned, and of which process.
-TEMPORARY = re.compile(r"\.(?:.+(\.\w+)\.(\d+)\.tmp\1|ckpt[\w-]*-(\d+)\.tmp\.pt)")
+HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+TEMPORARY = re.compile(r"\..+(\.\w+)(?:\.pinned)?\.(\w{6})-(\d+)\.tmp\1")  # of temporary_of
 
 
 class Unwritable(BadInput):
@@ -68,6 +70,11 @@ def _failure(error, folder):
     return None
 
 
+def temporary_of(path, mark=""):
+    """A name beside `path` that says which process, of which machine, has this file for a while."""
+    return path.with_name(f".{path.name}{mark}.{HOST}-{os.getpid()}.tmp{path.suffix}")
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary Path beside `path`; on success it is flushed to disk and takes its name.
@@ -84,7 +91,7 @@ def atomic_write(path):
         with writing(path):
             yield path
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    temporary = temporary_of(path)
     with writing(path):
         try:
             temporary.touch()  # where that is refused, torch and safetensors would say it oddly
@@ -116,10 +123,10 @@ def remove(folder, *names):
 
 
 def left_over(folder):
-    """Temporary files in `folder` whose processes are gone, from this machine at least."""
+    """Temporary files in `folder` of processes of this machine that are gone."""
     for path in Path(folder).glob(".*.tmp*"):
         found = TEMPORARY.fullmatch(path.name)
-        if found and path.is_file() and not _runs(int(found[2] or found[3])):
+        if found and found[2] == HOST and path.is_file() and not _runs(int(found[3])):
             yield path
 
 
@@ -203,7 +210,7 @@ def also_named(path, name):
 
     Where a file system has no second names, it is a copy.
     """
-    link = name.with_suffix(".link")
+    link = temporary_of(name)
     try:
         link.unlink(missing_ok=True)
         os.link(path, link)

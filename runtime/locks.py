@@ -1,11 +1,12 @@
 """One writer at a time, named to the others; also where a file system knows no flock.
 
-A lock is a file. With flock the kernel ends it with its process. Elsewhere its holder writes a new
-number into it every BEAT seconds, and whoever sees none come for PATIENCE seconds takes it over.
+A lock is a file, and its holder writes a new number into it every BEAT seconds. With flock the
+kernel ends it with its process. Where there is no flock, or the file is of another machine, whoever
+sees no number come for PATIENCE seconds takes it over.
 """
 
 from runtime.commandline import BadInput
-from runtime.files import writing
+from runtime.files import HOST, temporary_of, writing
 
 import atexit
 import contextlib
@@ -30,29 +31,32 @@ class Lock:
 
     def __init__(self, path):
         self.path, self.file, self.beating = Path(path), None, None
-        self.token = {"who": me(), "token": secrets.token_hex(8)}
+        self.token = {"who": me(), "host": HOST, "token": secrets.token_hex(8)}
 
     def take(self, wait=False):
         """Take it; who has it, if that is another process. wait: until it is free."""
         while True:
-            self.file = open(self.path, "a+")  # noqa: SIM115
+            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                self.file.seek(0)
-                told = self.file.read(2000)
-                self.file.close()
+                told = self._text()
+                self._close()
                 return who_of(told)
             except OSError:  # there is no flock here
-                self.file.close()
+                self._close()
                 return self._take_by_beats(wait)
             with contextlib.suppress(FileNotFoundError):  # its last holder may have removed it
-                if os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):
-                    break
-            self.file.close()
-        self.file.truncate(0)
-        self.file.write(json.dumps(self.token))
-        self.file.flush()
+                if os.path.samestat(os.fstat(self.file), os.stat(self.path)):
+                    who = self._lives() if self._said("host") != HOST else ""
+                    if not who:
+                        break
+                    if not wait:
+                        self._close()
+                        return who
+            self._close()
+        self._beat(0)
+        self._begin()
         return ""
 
     def release(self):
@@ -60,12 +64,21 @@ class Lock:
         if self.beating:
             self.beating.set()
             self.thread.join()
-        if self._read() == self.token["token"]:
+        if self.is_ours():
             with contextlib.suppress(OSError):
                 self.path.unlink()
-        self.file.close()
+        self._close()
 
-    # ---- without flock
+    def is_ours(self):
+        """Whether nobody has taken it over, as one may where no number came for PATIENCE."""
+        return self._said("token") in (None, self.token["token"])
+
+    def _close(self):
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+    # ---- numbers
 
     def _take_by_beats(self, wait):
         while True:
@@ -75,10 +88,8 @@ class Lock:
                 continue
             self._beat(0)
             time.sleep(5 * POLL)  # who took it over at the same moment has written by now
-            if self._read() == self.token["token"]:
-                self.beating = threading.Event()
-                self.thread = threading.Thread(target=self._go_on, daemon=True)
-                self.thread.start()
+            if self.is_ours():
+                self._begin()
                 return ""
 
     def _lives(self):
@@ -90,16 +101,26 @@ class Lock:
                 return who_of(now) if now else ""
         return ""
 
+    def _begin(self):
+        self.beating = threading.Event()
+        self.thread = threading.Thread(target=self._go_on, daemon=True)
+        self.thread.start()
+
     def _go_on(self):
         beat = 0
-        while not self.beating.wait(BEAT) and self._read() == self.token["token"]:
+        while not self.beating.wait(BEAT) and self.is_ours():
             beat += 1
             with contextlib.suppress(OSError):
                 self._beat(beat)
 
     def _beat(self, beat):
-        own = self.path.with_name(f"{self.path.name}.json.{os.getpid()}.tmp.json")
-        own.write_text(json.dumps(self.token | {"beat": beat}))
+        told = json.dumps(self.token | {"beat": f"{beat:09}"}).encode()  # always of one length
+        if self.file is not None:  # another file would be another lock
+            os.pwrite(self.file, told, 0)
+            os.ftruncate(self.file, len(told))
+            return
+        own = temporary_of(self.path.with_name(f"{self.path.name}-{self.token['token']}.json"))
+        own.write_bytes(told)
         os.replace(own, self.path)
 
     def _text(self):
@@ -108,9 +129,10 @@ class Lock:
         except FileNotFoundError:
             return ""
 
-    def _read(self):
+    def _said(self, name):
+        """What its file says of its holder; None where nothing is said."""
         try:
-            return json.loads(self._text())["token"]
+            return json.loads(self._text())[name]
         except (OSError, ValueError, LookupError, TypeError):
             return None
 
@@ -152,6 +174,17 @@ def hold(folder, flag="--out"):
         HELD[key] = lock
         atexit.register(leave, folder)
     return HELD[key]
+
+
+def check_held(folder):
+    """BadInput where this process held `folder` and another one has taken it over.
+
+    So it may be after a sleep of the machine, where there is no flock.
+    """
+    lock = HELD.get((os.getpid(), Path(folder, ".lock").resolve()))
+    if lock and not lock.is_ours():
+        who = who_of(lock._text())
+        raise BadInput(f"{folder} was taken over by {who} while this one slept: it goes on there")
 
 
 def leave(folder):

@@ -24,6 +24,12 @@ TRUTH = frozenset(["true", "false", "yes", "no", "on", "off", "0", "1"])
 EVERYWHERE = frozenset({"config", "out", "smoke", "gpus"})  # they have a part in all
 
 
+def places(config_class):
+    """Names of the settings that are no flags: they are told by their place."""
+    kinds = {f.name: f.type for f in dataclasses.fields(config_class)}
+    return {name for name, kind in kinds.items() if typing.get_origin(kind) is typing.Annotated}
+
+
 def check_words(args, config_class):
     """Raise BadInput for a flag in other dashes than two hyphens, and for a switch with a value.
 
@@ -31,9 +37,8 @@ def check_words(args, config_class):
     text: one more of --prompt's.
     """
     kinds = {f.name: f.type for f in dataclasses.fields(config_class)}
-    places = {name for name, kind in kinds.items() if typing.get_origin(kind) is typing.Annotated}
     switches = {name for name, kind in kinds.items() if kind is bool}
-    known = {*kinds} - places | {f"no_{name}" for name in switches}
+    known = {*kinds} - places(config_class) | {f"no_{name}" for name in switches}
     for word, after in zip(args, [*args[1:], ""], strict=False):
         name, _, value = word.partition("=")
         plain = name.translate(DASHES)
@@ -202,7 +207,7 @@ def one_line(box, config_class):
     text = " ".join(lines[begin : rules[0] if rules else len(lines)])
     unknown = re.match(r"Unrecognized options: (--[\w-]+)", text)
     if unknown:
-        fields = dataclasses.fields(config_class)
+        fields = [f for f in dataclasses.fields(config_class) if f.name not in places(config_class)]
         flags = [flag(f.name) for f in fields]
         flags += [flag(f"no_{f.name}") for f in fields if f.type is bool]
         return f"unknown flag {unknown[1]}{closest(unknown[1], flags)}"
@@ -249,7 +254,7 @@ def scripts_with(word, words=()):
     if not name.isidentifier() or {name, flag(name)} & {*words}:
         return []
     chapters = sorted(Path(__file__).resolve().parent.parent.glob("*.py"))
-    line = re.compile(rf"^    {name}: [^\n]*=", re.MULTILINE)
+    line = re.compile(rf"^    {name}: (?!Annotated)[^\n]*=", re.MULTILINE)
     return [path.name for path in chapters if line.search(path.read_text("utf-8"))]
 
 

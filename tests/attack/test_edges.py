@@ -192,6 +192,7 @@ def test_what_tyro_tells_is_one_line_in_every_encoding(encoding, monkeypatch):
     assert told("--steps", "3", "4") == "Unrecognized options: 4; see --help"
     assert told("--stepz", "3") == "unknown flag --stepz; did you mean --steps?"
     assert told("--steps") == "--steps: expected a whole number after it"
+    assert told("a", "--more", "c", script="eval_fid") == "unknown flag --more; see --help"
     long = told("--steps", "3", "9" * 5000)
     assert long.startswith("Unrecognized options: 999") and "--" not in long[:-10]
 
@@ -201,6 +202,13 @@ def test_a_long_message_is_cut_in_its_middle(capsys):
         entry(raising(BadInput("begin " + 5000 * "9" + " end")))
     said = capsys.readouterr().err
     assert len(said) < 1500 and said.startswith("error: begin") and said.endswith(" end\n")
+
+
+def test_a_refusal_is_said_where_nobody_listens(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv(LISTENER, str(tmp_path / "gone" / "file"))
+    with pytest.raises(SystemExit):
+        entry(raising(BadInput("no")))
+    assert capsys.readouterr().err == "error: no\n"
 
 
 def test_the_refusal_of_a_command_that_we_start_is_a_part_of_ours(capfd, tmp_path, monkeypatch):

@@ -5,6 +5,10 @@ from runtime.commandline import BadInput
 from runtime.folder import RunFolder
 from runtime.processes import World
 
+import errno
+import os
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -126,3 +130,49 @@ def test_published_weights(tmp_path):
     torch.save({"weight": torch.zeros(1).expand(10**6, 10**5)}, path)
     with pytest.raises(BadInput, match="model.pt holds tensors of 400 GB"):
         read_weights(path)
+
+
+@pytest.mark.parametrize("how", [{}, {"mapped": True}])
+@pytest.mark.parametrize("where", ["checkpoints.torch.load", "checkpoints.zipfile.ZipFile.open"])
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "Input/output error"),
+        (MemoryError(), "memory has ended"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory has ended"),
+    ],
+)
+def test_a_machine_that_fails_is_no_damage(error, told, where, how, tmp_path, monkeypatch):
+    """Else a run would go back to the checkpoint before, and write over a whole one."""
+
+    def fail(*given, **named):
+        raise error
+
+    torch.save(STATE, tmp_path / "a.pt")
+    monkeypatch.setattr(f"runtime.{where}", fail)
+    with pytest.raises(BadInput, match=rf"a.pt could not be read \({told}\)") as found:
+        load_checkpoint(tmp_path / "a.pt", **how)
+    assert not isinstance(found.value, DamagedCheckpoint)
+
+
+def test_lists_that_hold_themselves_and_each_other(tmp_path):
+    inner = itself = []
+    itself.append(itself)
+    for _ in range(60):
+        inner = [inner, inner]
+    for number, value in enumerate((itself, inner)):
+        torch.save(STATE | {"notes": value}, tmp_path / f"{number}.pt")
+        assert load_checkpoint(tmp_path / f"{number}.pt")["step"] == 2
+
+
+def test_parts_that_are_compressed_and_the_form_without_sums(tmp_path):
+    path, packed = tmp_path / "a.pt", tmp_path / "packed.pt"
+    torch.save(STATE, path)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in whole.namelist():
+            new.writestr(name, whole.read(name))
+    with pytest.raises(DamagedCheckpoint, match="packed.pt is damaged: .* is compressed"):
+        load_checkpoint(packed)
+    torch.save(STATE, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(BadInput, match="a.pt has torch.save's old form, without sums"):
+        load_checkpoint(path)

@@ -125,6 +125,42 @@ def test_others_wait_for_what_is_locked(tmp_path, mount):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("here, there", [(True, False), (False, True), (True, True)])
+def test_machines_see_each_other_whichever_has_flock(here, there, tmp_path, monkeypatch):
+    """One mount of a folder may have flock and another none, or one of its own machine alone."""
+    for name, seconds in {"BEAT": 0.05, "PATIENCE": 0.5, "POLL": 0.02}.items():
+        monkeypatch.setattr(locks, name, seconds)
+    flock = {True: lambda file, how: None, False: refuse}
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock[there])
+        patch.setattr(locks, "HOST", "0ther0")
+        theirs = locks.Lock(tmp_path / ".lock")
+        assert theirs.take() == ""
+    monkeypatch.setattr(fcntl, "flock", flock[here])
+    ours = locks.Lock(tmp_path / ".lock")
+    assert ours.take().startswith(f"process {os.getpid()} on ")
+    theirs.beating.set()  # it is killed
+    theirs.thread.join()
+    assert ours.take() == "" and ours.is_ours() and not theirs.is_ours()
+    ours.release()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_holder_that_slept_too_long_stops(tmp_path, monkeypatch):
+    without(monkeypatch.setattr)
+    ours = locks.hold(tmp_path)
+    locks.check_held(tmp_path)
+    ours.beating.set()  # the machine sleeps
+    ours.thread.join()
+    other = locks.Lock(tmp_path / ".lock")
+    assert other.take() == ""
+    with pytest.raises(BadInput, match=f"{tmp_path} was taken over by process {os.getpid()} on"):
+        locks.check_held(tmp_path)
+    locks.leave(tmp_path)
+    assert other.is_ours() and (tmp_path / ".lock").exists()
+    other.release()
+
+
 @pytest.mark.parametrize("before", range(0, 40, 3))
 def test_a_long_command_is_told_up_to_a_whole_flag(before, monkeypatch):
     flags = ["--batch-size", "8", "--sample-every", "0", "--num-res-blocks", "1", "--steps", "9"]
@@ -263,15 +299,17 @@ def test_what_is_not_ours_stays_and_stops_nothing(tmp_path, resume, capsys):
     dead = SPAWN.Process(target=int)
     dead.start()
     dead.join()
-    for name in (f".ckpt.pt.{dead.pid}.tmp.pt", f".ckpt-{dead.pid}.tmp.pt"):
-        (run / name).write_text("left by a kill")
-    (run / ".eval.json.1.tmp.json").write_text("of a process that runs")
+    for mark in ("", ".pinned"):
+        (run / f".ckpt.pt{mark}.{files.HOST}-{dead.pid}.tmp.pt").write_text("left by a kill")
+    (run / f".eval.json.{files.HOST}-1.tmp.json").write_text("of a process that runs")
+    elsewhere = run / f".ckpt.pt.pinned.0ther0-{dead.pid}.tmp.pt"  # it may run, on another machine
+    elsewhere.write_text("pinned")
     given = {"resume": str(run / "ckpt-000003.pt") if resume == "PATH" else resume}
     train(make(run, keep_every=3, **given))
     for name in FOREIGN:
         assert (run / name).read_text() == "mine"
-    assert not list(left_over(run)) and (run / ".eval.json.1.tmp.json").exists()
-    assert [p.name for p in run.glob(".ckpt*")] == []
+    assert not list(left_over(run)) and list(run.glob(".eval.json.*"))
+    assert [*run.glob(".ckpt*")] == [elsewhere]
     assert sorted(folder.of_steps(run, "ckpt-{}.pt")) == [3, 6, 9]
 
 

@@ -82,6 +82,18 @@ def test_a_spliced_zip_is_noticed_and_fetched_anew(server, tmp_path):
     assert not (tmp_path / "x.zip.part").exists()
 
 
+def test_memory_that_ends_while_a_zip_is_looked_at_removes_nothing(server, tmp_path, monkeypatch):
+    def fail(archive):
+        raise MemoryError
+
+    whole = zipped(1)
+    server.answer = lambda request: request.say(200, whole, Content_Length=len(whole))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
+    with pytest.raises(MemoryError):
+        download.fetch("x.zip", [server.base], tmp_path)
+    assert (tmp_path / "x.zip.part").read_bytes() == whole
+
+
 def test_another_part_than_the_one_asked_for(server, tmp_path):
     (tmp_path / "x.bin.part").write_bytes(b"0123")
     server.answer = lambda request: request.say(
