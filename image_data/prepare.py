@@ -2,6 +2,7 @@
 
 from runtime.commandline import BadInput, parse_classes
 from runtime.files import CLOSED, FAILED, flush, read_json
+from runtime.parents import end_with_parent
 from runtime.processes import progress, say_once
 
 import errno
@@ -313,12 +314,7 @@ def _start_worker():
     """Leave Ctrl-C to the parent, end with it, and do not keep its handler of SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    end_with_parent()
 
 
 @contextmanager

@@ -349,7 +349,9 @@ def _world(cfg, *place, **among):
 def _started_here(rank, fn, cfg, size, port, said):
     """The process number `rank` of start_here."""
     from runtime import ranks
+    from runtime.parents import end_with_parent
 
+    end_with_parent(ranks.GRACE)
     keep_memory()
     SAID.update(said)
     where = ranks.Place(rank, size, rank, "127.0.0.1", port, parent=True)

@@ -1,13 +1,15 @@
 """Ranks that end as they are told: `rank_together HOW [FOLDER]`, HOW being that of rank 1.
 
 Rank 0 waits for it in a sum, or, with `alone`, outside of torch; `here`: both are started by one
-process, as by --gpus 2. WAIT in the environment shortens how long ranks wait for each other.
+process, as by --gpus 2; `forked`: so, fast, and all ignore SIGINT as in a script's background. WAIT
+in the environment shortens how long ranks wait for each other.
 """
 
 from runtime import processes, ranks
 from runtime.commandline import BadInput
 from runtime.processes import launch, start_here
 
+import functools
 import os
 import signal
 import sys
@@ -28,6 +30,8 @@ def end(cfg, world):
             raise ZeroDivisionError
         if cfg.how == "data":
             os.environ["DATA"] = "theirs"
+        if cfg.how == "waits":
+            time.sleep(60)
         if cfg.how == "done":
             return
     if cfg.how == "data":
@@ -43,7 +47,11 @@ def main():
     ranks.NOTE, ranks.GRACE = ranks.PATIENCE / 2, 0.5
     how, where = [*sys.argv[1:], "", ""][:2]
     cfg = SimpleNamespace(gpus=0, how=how, where=where, lr=float(os.environ.get("LR", 1)))
-    if where == "here":
+    if where == "forked":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        forks = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+        torch.multiprocessing.spawn = forks
+    if where in ("here", "forked"):
         start_here(end, cfg, 2)
     else:
         processes.meet(cfg)

@@ -3,8 +3,11 @@
 from runtime import ranks
 from runtime.commandline import BadInput
 
+import os
+import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 from launching import Started, free_port, refusal, refused, run, start_ranks
@@ -54,6 +57,26 @@ def test_a_process_that_dies_of_those_that_one_started():
         "error: a process of 2 was ended by SIGKILL; type the same again to go on from the last "
         "checkpoint"
     ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+def test_processes_end_with_the_one_that_started_them():
+    parent = Started("rank_together", "waits", "forked")
+    pid, ranks = parent.process.pid, []
+
+    def both():
+        listed = Path(f"/proc/{pid}/task/{pid}/children")
+        ranks[:] = listed.read_text().split() if listed.exists() else []
+        return len(ranks) == 2
+
+    parent.kill_when(both, delay=0.5)
+    until = time.monotonic() + 10
+    while left := [rank for rank in ranks if Path("/proc", rank).exists()]:
+        if time.monotonic() > until:
+            for rank in left:
+                os.kill(int(rank), signal.SIGKILL)
+            raise AssertionError("ranks live on")
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
