@@ -45,11 +45,9 @@ def writing(path):
 
 def _unwritable(what, number):
     """The Unwritable for what the system refused with this errno; it says what to do."""
-    mend = "choose another name"
-    if number in FULL:
-        mend = "free some space and type the same again"
-    elif number in CLOSED:
-        mend = "allow that, or choose another folder"
+    from runtime.edges import OUTSIDE
+
+    mend = OUTSIDE.get(number, "choose another name")
     return Unwritable(f"cannot {what} ({os.strerror(number)}): {mend}")
 
 
