@@ -41,6 +41,7 @@ right after another symbol.
 """
 
 from runtime.commandline import BadInput
+from runtime.files import check_file
 from runtime.limits import read_whole
 from runtime.processes import say_once
 
@@ -273,6 +274,7 @@ class Tokenizer:
 
 def read_text(path):
     """The text of a UTF-8 file, packed with gzip or not; BadInput where it is none."""
+    check_file(path)
     try:
         data = Path(path).read_bytes()
         if data[:2] == b"\x1f\x8b":

@@ -166,6 +166,12 @@ def _fill(file, size):
     file.seek(0)
 
 
+def check_file(path):
+    """BadInput for a pipe or device, which one may wait at for ever."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise BadInput(f"{path} is a device or a pipe, expected a file")
+
+
 def check_folder(folder, flag="--out"):
     """Make a folder, if it is not there; BadInput where nobody can write to it."""
     try:

@@ -109,6 +109,9 @@ def main():
         how.setdefault("dynamic_threshold", False)
     config = state["config"] | how
     weights = checkpoints.chosen_ema(state, cfg.checkpoint, ema)
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise cli.BadInput(f"{cfg.checkpoint}: {name} holds numbers that are not finite")
     classes = len(state["class_names"]) if config["class_cond"] else 0
     facts = facts_of(state, config, cfg.checkpoint)
     save_diffusers(cfg.out, settings_of(state), weights, state["shape"], classes, facts)

@@ -2,7 +2,7 @@
 
 from runtime.checkpoints import check_expanded, check_sums, load_mapped
 from runtime.commandline import BadInput
-from runtime.files import atomic_write
+from runtime.files import atomic_write, check_file
 from runtime.processes import say_once
 
 import itertools
@@ -296,6 +296,7 @@ def _reason(error):
 
 
 def read_json(path):
+    check_file(path)
     try:
         value = json.loads(path.read_text())
     except (ValueError, OSError, RecursionError) as error:

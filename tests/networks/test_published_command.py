@@ -2,12 +2,16 @@
 
 from runtime.commandline import BadInput
 
+import contextlib
 import json
+import os
+import signal
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from launching import run, succeed
+from safetensors.torch import load_file, save_file
 
 import ddpm_pixel
 import improved_ddpm
@@ -148,3 +152,34 @@ def test_alpha_bar_must_fall(tmp_path):
     flags = ["--schedule", "cosine", "--alpha-min", 1]
     done = run(COMMAND, tmp_path / "net" / "unet", "--out", tmp_path / "out", *flags)
     assert done.code == 2 and "alpha_bar must fall" in done.err
+
+
+def test_weights_that_are_no_numbers_are_not_written(tmp_path):
+    export(tmp_path / "net")
+    weights = tmp_path / "net" / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    first = next(name for name in state if "conv" in name)
+    state[first].view(-1)[3] = float("nan")
+    save_file(state, weights)
+    done = run(COMMAND, tmp_path / "net", "--out", tmp_path / "out")
+    assert done.code == 2 and "holds numbers that are not finite" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "scheduler/*.json", "unet/config.json"])
+def test_a_pipe_in_a_pipeline_is_not_waited_for(name, tmp_path):
+    def too_late(*about):
+        raise TimeoutError
+
+    export(tmp_path)
+    (path,) = tmp_path.glob(name)
+    path.unlink()
+    os.mkfifo(path)
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(20)
+    try:
+        with contextlib.suppress(BadInput):
+            read_network(tmp_path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
