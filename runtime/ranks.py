@@ -9,6 +9,7 @@ rank waits for one that will not come, and none is taken for dead because it is 
 
 from runtime.commandline import BadInput, flag
 from runtime.edges import stop
+from runtime.links import arrivals, kept_alive, read_line, send
 
 import contextlib
 import datetime
@@ -134,6 +135,17 @@ def code():
     return {path: hashlib.sha256(text).hexdigest()[:12] for path, text in hashes.items()}
 
 
+def misplaced(told, size, members):
+    """A line that says why who tells this is no rank of `size` beside the `members`, or ""."""
+    rank, other = told.get("rank"), told.get("size")
+    if other != size or rank not in range(1, size):
+        told = f"rank {rank} has WORLD_SIZE={other}, rank 0 WORLD_SIZE={size}"
+        return f"{told}: start all with the same, or another run with another MASTER_PORT"
+    if rank in members:
+        return f"RANK={rank} is given to two processes: start each of 0 to {size - 1} once"
+    return ""
+
+
 def differing(members):
     """A line that names what differs among what `about` said of each rank, or ""."""
     first, several = members[0], sum(member["local"] == 0 for member in members) > 1
@@ -181,11 +193,11 @@ class Party:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self.store = dist.PrefixStore(f"attempt {attempt}", store)
             found = self._gather(mine, until) if where.rank == 0 else self._join(mine, until)
+        if found["differing"]:
+            raise BadInput(found["differing"])
         self.nodes, self.machines = found["nodes"], found["machines"]
         if self.links:
             threading.Thread(target=self._watch, daemon=True).start()
-        if found["differing"]:
-            raise BadInput(found["differing"])
 
     @contextlib.contextmanager
     def _patience(self):
@@ -208,18 +220,25 @@ class Party:
         """Rank 0's part: what is told to all."""
         dual = socket.has_dualstack_ipv6()
         how = {"family": socket.AF_INET6, "dualstack_ipv6": True} if dual else {}
-        members, token = {0: mine}, secrets.token_hex(8)
+        members, token, wrong = {0: mine}, secrets.token_hex(8), ""
         with socket.create_server(("", 0), backlog=self.place.size, **how) as server:
             self.store.set("meeting", json.dumps([server.getsockname()[1], token]))
-            while len(members) < self.place.size:
-                server.settimeout(until.left())
-                with contextlib.suppress(TimeoutError):
-                    link, _ = server.accept()
-                    link.settimeout(until.left())
-                    told = read_line(link)
-                    if told and told.get("token") == token:
-                        members[told["rank"]] = told["about"]
-                        self.links[told["rank"]] = kept_alive(link)
+            came = arrivals(server, token, until)
+            while len(members) < self.place.size and not wrong:
+                link, told = next(came)
+                if told is None:
+                    (gone,) = [rank for rank, known in self.links.items() if known is link]
+                    del members[gone], self.links[gone]
+                elif wrong := misplaced(told, self.place.size, members):
+                    self._tell({"differing": wrong})
+                    send(link, {"differing": wrong})
+                else:
+                    members[told["rank"]] = told["about"]
+                    self.links[told["rank"]] = kept_alive(link)
+            came.close()
+            if wrong:
+                raise BadInput(wrong)
+            self.store.set("meeting", json.dumps(None))  # who comes later shall not wait
         members = [members[rank] for rank in range(self.place.size)]
         machines = [member.get("machine") for member in members]
         nodes = sum(member["local"] == 0 for member in members)
@@ -229,19 +248,34 @@ class Party:
 
     def _join(self, mine, until):
         """The part of all others: the same."""
-        while not self.store.check(["meeting"]):
+        by_hand, at = "TORCHELASTIC_RUN_ID" not in os.environ, self.place
+        while True:
+            met = self.store.check(["meeting"]) and json.loads(self.store.get("meeting"))
+            if met is None and by_hand:  # torchrun's store may tell of a meeting before a restart
+                told = f"rank {at.rank} of {at.size}: all ranks have come to {at.host}:{at.port}"
+                raise BadInput(
+                    f"{told} already; is RANK={at.rank} given twice? For another run name another "
+                    "MASTER_PORT"
+                )
+            if met and (told := self._introduced(*met, mine, until)):
+                return told
             until.left()
             time.sleep(0.02)
-        port, token = json.loads(self.store.get("meeting"))
-        link = socket.create_connection((self.place.host, port), until.left())
-        self.links[0] = kept_alive(link)
-        send(link, {"token": token, "rank": self.place.rank, "about": mine})
+
+    def _introduced(self, port, token, mine, until):
+        """What rank 0 says to this one at its meeting; None where that is over."""
+        hello = {"token": token, "rank": self.place.rank, "size": self.place.size, "about": mine}
+        seconds = until.left()
+        try:
+            link = kept_alive(socket.create_connection((self.place.host, port), seconds))
+            send(link, hello)
+        except OSError:
+            return None
+        self.links[0] = link
         while True:
             link.settimeout(until.left())
             with contextlib.suppress(TimeoutError):
-                if told := read_line(link):
-                    return told
-                raise EOFError
+                return read_line(link)
 
     # ---- until the end
 
@@ -372,53 +406,3 @@ def opened(where, until):
             raise
         told = f"MASTER_PORT={where.port} is in use on this machine"
         raise BadInput(f"{told}: name another one, to all processes") from None
-
-
-# ---------------------------------------------------------------------------------------- the links
-
-
-def kept_alive(link):
-    """A socket whose other machine must answer within six seconds, whether it is written to or not.
-
-    The kernels do this; how busy the processes are does not matter.
-    """
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    how = {"TCP_KEEPIDLE": 2, "TCP_KEEPALIVE": 2, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 2}
-    for name, value in (how | {"TCP_USER_TIMEOUT": 5000}).items():
-        if hasattr(socket, name):  # systems have some of them
-            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return link
-
-
-def send(link, told=None):
-    """A dictionary, or a sign of life: what the other kernel must answer."""
-    link.sendall((json.dumps(told).encode() if told else b"") + b"\n")
-
-
-def read_line(link):
-    """What `send` has sent, {} for a sign of life; None where the link has ended.
-
-    TimeoutError only before it begins.
-    """
-    parts = []
-    while True:
-        try:
-            part = link.recv(1)
-        except OSError as error:
-            if error.errno is not None:  # ETIMEDOUT is one: the other machine does not answer
-                return None
-            if not parts:
-                raise
-            continue
-        if not part:
-            return None
-        if part == b"\n":
-            break
-        parts.append(part)
-    if not parts:
-        return {}
-    try:
-        told = json.loads(b"".join(parts))
-    except ValueError:
-        return None
-    return told if isinstance(told, dict) else None

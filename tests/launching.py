@@ -49,10 +49,11 @@ class Started:
 
     def __init__(self, script, *arguments, env=None):
         self.folder = tempfile.TemporaryDirectory()
+        self.env = env or {}
         self.streams = [str(Path(self.folder.name) / name) for name in ("out", "err")]
         argv = [str(a) for a in arguments]
         self.process = context.Process(
-            target=_child, args=(script, argv, env or {}, *self.streams), daemon=False
+            target=_child, args=(script, argv, self.env, *self.streams), daemon=False
         )
         before = {name: os.environ.get(name) for name in ALONE}
         os.environ.update(ALONE)

@@ -1,15 +1,18 @@
 """Ranks that differ, die, never come, or are none: one line each, and nobody waits in vain."""
 
-from runtime import ranks
+from runtime import links, ranks
 from runtime.commandline import BadInput
 
+import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from launching import Started, free_port, refusal, refused, run, start_ranks
 
 RANKED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -164,6 +167,83 @@ def test_a_rank_waits_for_others_with_a_line_and_not_for_ever():
         assert done.code == 2 and note.startswith(waits) and "RANK and WORLD_SIZE are set" in note
         assert error.startswith(f"error: rank {rank} of 2: {other} did not come to 127.0.0.1:")
         assert "within 0.6 s" in error and error.endswith("type unset RANK WORLD_SIZE")
+
+
+# ------------------------------------------------------------------------ who comes to the meeting
+
+
+def refused_parties(*places):
+    """The lines that Parties of (rank, size) are refused with, all in this process."""
+    port, lines = free_port(), []
+
+    def come(rank, size):
+        with pytest.raises(BadInput) as error:
+            ranks.Party(ranks.Place(rank, size, 0, "127.0.0.1", port), {"local": 0})
+        lines.append(str(error.value))
+
+    threads = [threading.Thread(target=come, args=place) for place in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(lines) == len(places)
+    return set(lines)
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        ([(2, 3)], "rank 2 has WORLD_SIZE=3, rank 0 WORLD_SIZE=2: start all with the same"),
+        ([(1, 3)], "rank 1 has WORLD_SIZE=3, rank 0 WORLD_SIZE=2: start all with the same"),
+        ([(0, 3), (1, 3), (1, 3)], "RANK=1 is given to two processes: start each of 0 to 2 once"),
+    ],
+)
+def test_a_rank_of_another_size_and_a_rank_that_is_there(others, told):
+    (line,) = refused_parties(*([(0, 2), *others] if len(others) == 1 else others))
+    assert line.startswith(told)
+
+
+def test_one_that_comes_late_is_told_at_once():
+    both = start_ranks("rank_together", "waits", "alone")
+    met, until = [rank.streams[0] for rank in both], time.monotonic() + 30
+    while not all(Path(out).exists() and Path(out).read_text() for out in met):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    line = refusal(run("rank_together", env=both[0].env | {"RANK": "1"}, limit=10))
+    both[0].kill_when(lambda: True, others=both[1:])
+    assert line.startswith("error: rank 1 of 2: all ranks have come to 127.0.0.1:")
+    assert "is RANK=1 given twice?" in line
+
+
+def test_a_meeting_at_which_nobody_is(monkeypatch):
+    monkeypatch.setattr(ranks, "PATIENCE", 0.3)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    dist.PrefixStore("attempt 0", store).set("meeting", f'[{free_port()}, "token"]')
+    with pytest.raises(BadInput, match="rank 1 of 2: rank 0 did not come to .* within 0.3 s"):
+        ranks.Party(ranks.Place(1, 2, 0, "127.0.0.1", store.port), {"local": 0})
+
+
+def test_strangers_hold_up_nobody(monkeypatch):
+    monkeypatch.setattr(links, "HELLO", 0.2)
+    monkeypatch.setattr(links, "LONGEST", 1000)
+    hello = {"token": "ours", "rank": 1}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        came = links.arrivals(server, "ours", ranks.Wait("waits"))
+        said = [b"", b"[" * 900, b"x" * 5000, b"[1]\n", b'{"token": "none"}\n', b"[" * 900 + b"\n"]
+        strangers = [socket.create_connection(server.getsockname()) for _ in said]
+        for stranger, words in zip(strangers, said, strict=True):
+            stranger.sendall(words)
+        member = socket.create_connection(server.getsockname())
+        links.send(member, hello)
+        start = time.monotonic()
+        link, told = next(came)
+        assert told == hello and time.monotonic() - start < 1
+        threading.Timer(0.7, member.close).start()
+        assert next(came) == (link, None)
+        for stranger in strangers:  # all were let go
+            stranger.settimeout(1)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""
 
 
 def test_a_port_in_use_and_a_machine_that_is_none():
