@@ -414,7 +414,7 @@ def study(cfg, world):
     judge, facts = judge_of(cfg, trained, shape, names, world)
     folder, quick = cli.folder_of(cfg, cfg.study), world.for_sampling(net)
     store = Store(folder / "classifier-guidance.jsonl", folder / "classifier-guidance-cells")
-    world.barrier()  # every rank has read the store before one adds to it
+    store.rows = world.gather(store.rows)[0]  # of rank 0, whose disk it is
     walked = ("prediction", "variance", "clip_denoised", "batch_size", "timestep_respacing")
     facts |= {name: getattr(trained, name) for name in (*checkpoints.NOISE, *walked)}
     facts |= {name: getattr(cfg, name) for name in ("sampler", "eta", "seeds", "classes")}

@@ -229,7 +229,7 @@ class Study:
         self.real = None  # features (M,d) of what is compared with, when they are needed
         self.folder = cli.folder_of(cfg, cfg.checkpoint)
         self.store = Store(self.folder / "compare.jsonl", self.folder / "compare-cells")
-        world.barrier()  # every rank has read the store before one adds to it
+        self.store.rows = world.gather(self.store.rows)[0]  # of rank 0, whose disk it is
         self.quick = world.for_sampling(net)
         self.common = {
             "weights": checkpoints.weights_hash(net),

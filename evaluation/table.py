@@ -13,6 +13,7 @@ the rows, the reference and a digest of all that decides the figures, or in --ou
 Where another table lies in --out, this one's files are named table-DIGEST instead.
 """
 
+from runtime.checkpoints import identity
 from runtime.commandline import BadInput
 from runtime.files import (
     append_row,
@@ -110,9 +111,11 @@ class Store:
 
 
 def content_of(name, source):
-    """What tells the images at `name` from others: the key of a data set, or the file as it is."""
+    """What tells the images at `name` from others: a data set's key, a checkpoint's, or a file."""
     if getattr(source, "key", None):
         return source.key
+    if is_checkpoint(name):
+        return identity(name)
     file = Path(name).stat()
     return [str(Path(name).resolve()), file.st_size, file.st_mtime_ns]
 
@@ -140,7 +143,7 @@ def compare(cfg, world, scored):
     made = [made_by_of(cfg, *pair, seen) for pair in zip(cfg.more, forms, strict=True)]
     study = {"rows": made, "names": cfg.names}
     path = place(cfg, study, world)
-    world.barrier()  # every process has read the store before one adds to it
+    store.rows = world.gather(store.rows)[0]  # of rank 0, whose disk it is
     for i, (name, made_by) in enumerate(zip(cfg.more, made, strict=True)):
         if made_by not in store:
             pairs = path.with_name(f"{path.name}-nearest-{i + 1}.png")
