@@ -6,7 +6,7 @@ only bytes, a shape and a type of whole numbers are taken from the file and comp
 """
 
 from runtime.commandline import BadInput
-from runtime.pickle_steps import Kind, read_steps
+from runtime.pickle_steps import Kind, read_steps, shown
 
 import io
 import math
@@ -44,14 +44,14 @@ def described(name, arguments):
         case "numpy.dtype", (str(code), _, _) if code in INTEGERS:
             return Dtype(code)
         case "numpy.dtype", (code, *_):
-            raise BadInput(f"holds numbers of the type {code!r:.20}, expected whole numbers")
+            raise BadInput(f"holds numbers of the type {shown(code)}, expected whole numbers")
         case "_codecs.encode", (str(text), "latin1"):
             return text.encode("latin1")
         case _ if name in FROM_BYTES:
             match arguments:
                 case (bytes() | bytearray() as content, Dtype() as dtype, tuple(shape), order):
                     return Array(array_of(content, dtype, shape, order))
-    raise BadInput(f"calls {name!r:.60} in another way than CIFAR's files do")
+    raise BadInput(f"calls {shown(name)} in another way than CIFAR's files do")
 
 
 def completed(value, state):
@@ -87,10 +87,10 @@ def read_batch(raw):
     """
     try:
         return _arrays(read_steps(io.BytesIO(raw), BATCH))
-    except BadInput:
+    except (BadInput, MemoryError):
         raise
     except Exception as error:  # a torn pickle raises nearly anything
-        raise BadInput(f"torn: {type(error).__name__}: {error}") from None
+        raise BadInput(f"torn: {type(error).__name__}: {str(error)[:100]}") from None
 
 
 def _arrays(batch):

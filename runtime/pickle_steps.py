@@ -2,9 +2,9 @@
 
 Python's own reader imports what a file names and calls it, and what numpy does with a state that a
 file gives can read or write any memory. Here a name is a text, and each reader says what stands for
-a call of the few names that it knows. Instructions are counted, and lengths compared with what is
-there: a file cannot take more memory than a few times its own size, and some hundred bytes for each
-instruction.
+a call of the few names that it knows. Instructions are counted, lengths compared with what is
+there, and so is what calls are given, which may be one long text again and again: a file cannot
+take more memory than a few times its own size, and some hundred bytes for each instruction.
 """
 
 from runtime.commandline import BadInput
@@ -17,6 +17,7 @@ LITERALS = {
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE"),
     *("SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
+MOST_GIVEN = 4  # times the bytes that were read, and a megabyte: what calls may be given so far
 
 
 @dataclass(slots=True)
@@ -42,9 +43,20 @@ class Kind:
     longest: int
 
 
-def shown(text):
-    """Text of a file, short and on one line."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def shown(value):
+    """A text of a file, short and on one line, and of all else its type.
+
+    Of some hundred bytes that name each other a repr has more letters than there is memory.
+    """
+    if not isinstance(value, str):
+        return f"a {type(value).__name__}"
+    return repr(value if len(value) <= 60 else value[:57] + "...")
+
+
+def _length(given):
+    """How many letters and bytes a call is given: what it makes of them is no longer."""
+    given = given if isinstance(given, tuple) else (given,)
+    return sum(len(one) for one in given if isinstance(one, str | bytes | bytearray))
 
 
 def read_steps(stream, kind):
@@ -53,7 +65,7 @@ def read_steps(stream, kind):
     stream: its bytes, at hand as a whole, so that a length beyond their end reserves no memory.
     BadInput for what the Kind has not; torn ones raise nearly anything.
     """
-    stack, marks, memo = [], [], {}
+    stack, marks, memo, given = [], [], {}, 0
 
     def after_mark():
         start = marks.pop()
@@ -66,7 +78,14 @@ def read_steps(stream, kind):
         del stack[len(stack) - n :]
         return tuple(items)
 
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+    def give(arguments, position):
+        nonlocal given
+        given += _length(arguments)
+        if given > MOST_GIVEN * position + 1_000_000:
+            raise BadInput(f"gives {given:,} bytes to calls, far more than any {kind.what} has")
+        return arguments
+
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
         if count == kind.longest:
             raise BadInput(
                 f"has more than {kind.longest} instructions, more than any {kind.what} has"
@@ -118,9 +137,9 @@ def read_steps(stream, kind):
                 stack.append(Name(name))
             case "REDUCE" | "NEWOBJ":
                 function, arguments = pop(2)
-                stack.append(kind.described(function.name, arguments))
+                stack.append(kind.described(function.name, give(arguments, position)))
             case "BUILD":
                 (state,) = pop(1)
-                kind.completed(stack[-1], state)
+                kind.completed(stack[-1], give(state, position))
             case name:
                 raise BadInput(f"is no pickle of any {kind.what}: it has the instruction {name}")

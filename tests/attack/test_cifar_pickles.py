@@ -45,6 +45,16 @@ def test_the_batch_by_hand_is_one():
     assert data.tolist() == [[97, 98]] and labels.tolist() == [0]
 
 
+def again_and_again(n):
+    """A call that makes bytes of one text, n times."""
+    text = b"X" + (100_000).to_bytes(4, "little") + b"a" * 100_000
+    raw = b"\x80\x02(c_codecs\nencode\nq\x00" + text + b"q\x01X\x06\x00\x00\x00latin1q\x02"
+    return raw + b"h\x00h\x01h\x02\x86R" * n + b"l."
+
+
+# Tuples of one tuple twice, 40 deep: 2^40 brackets, if somebody writes them down.
+NESTED = b"\x80\x02%b)" + b"q\x00h\x00\x86" * 40 + b"K\x00K\x01\x87R."
+
 HOSTILE = {
     # An object array with flags 0 took the file's bytes as addresses of objects.
     "objects": (batch(b"cnumpy\ndtype\n(U\x02O8K\x00K\x01tR"), "type 'O8'"),
@@ -64,6 +74,10 @@ HOSTILE = {
         'no whole numbers as "labels"',
     ),
     "no dictionary": (pickle.dumps([1]), "torn"),
+    "a text again and again": (again_and_again(30), "gives 1,500,090 bytes to calls"),
+    "a type of nested tuples": (NESTED % b"cnumpy\ndtype\n", "numbers of the type a tuple"),
+    "a call of nested tuples": (NESTED % b"c_codecs\nencode\n", "in another way than CIFAR"),
+    "a long number": (b"\x80\x02I" + b"z" * 10_000 + b"\n.", "^torn: ValueError.{0,150}$"),
     "a length beyond the file": (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f", "torn"),
 }
 
