@@ -122,8 +122,16 @@ def about(cfg, where):
         return {"local": where.local}  # it was all handed over by one process
     settings = {flag(name): repr(value) for name, value in vars(cfg).items()}
     settings["script"] = Path(sys.argv[0]).name
-    found = {"local": where.local, "machine": socket.gethostname()}
+    found = {"local": where.local, "machine": socket.gethostname(), "boot": boot()}
+    found["LOCAL_RANK"] = os.environ.get("LOCAL_RANK") or "unset"
     return found | {"settings": settings, "code": code(), "torch": torch.__version__}
+
+
+def boot():
+    """What names a machine where several have one name: Linux draws it when it starts; else ""."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    return ""
 
 
 def code():
@@ -149,6 +157,8 @@ def misplaced(told, size, members):
 def differing(members):
     """A line that names what differs among what `about` said of each rank, or ""."""
     first, several = members[0], sum(member["local"] == 0 for member in members) > 1
+    if wrong := misnumbered(members):
+        return wrong
     for rank, other in enumerate(members):
         who = f"rank {rank} of {len(members)}"
         if several and "machine" in other:
@@ -165,6 +175,22 @@ def differing(members):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             told = f"{who} runs other code than rank 0: {', '.join(names[:3])}{more}"
             return f"{told}: copy the same to every machine"
+    return ""
+
+
+def misnumbered(members):
+    """A line that names a rank with a wrong number on its machine, of several machines; or ""."""
+    machines = [(member.get("machine"), member.get("boot")) for member in members]
+    if len(set(machines)) == 1:
+        return ""
+    for rank, (other, machine) in enumerate(zip(members, machines, strict=True)):
+        host = rank - other["local"]  # that would be the first one of its machine
+        if host < 0 or machines[host] != machine or members[host]["local"] != 0:
+            told = f"rank {rank} of {len(members)} (on {machine[0]}) has LOCAL_RANK "
+            return (
+                f"{told}{other['LOCAL_RANK']}, and there are several machines: it counts the ranks "
+                "of each from 0, which follow one another; set it, or start all with torchrun"
+            )
     return ""
 
 

@@ -120,6 +120,30 @@ def test_what_differs_is_named():
     assert ranks.differing(far).startswith("rank 1 of 2 (on b) has --lr 2 (rank 0: 1)")
 
 
+def on(machine, local, told=None, boot="1"):
+    return {"local": local, "machine": machine, "boot": boot, "LOCAL_RANK": told or str(local)}
+
+
+@pytest.mark.parametrize(
+    ("members", "wrong"),
+    [
+        ([on("a", 0, "unset"), on("b", 1, "unset")], "rank 1 of 2 (on b) has LOCAL_RANK unset, "),
+        ([on("a", 0), on("a", 1, boot="2")], "rank 1 of 2 (on a) has LOCAL_RANK 1, "),
+        ([on("a", 1), on("b", 0)], "rank 0 of 2 (on a) has LOCAL_RANK 1, "),
+        ([on("a", 0), on("b", 0), on("a", 1)], "rank 2 of 3 (on a) has LOCAL_RANK 1, "),
+        ([on("a", 0), on("b", 0), on("b", 2)], "rank 2 of 3 (on b) has LOCAL_RANK 2, "),
+        ([on("a", 0), on("b", 1), on("b", 2)], "rank 1 of 3 (on b) has LOCAL_RANK 1, "),
+        ([on("a", 0), on("a", 1), on("b", 0), on("b", 1)], ""),
+        ([on("a", 0, "unset"), on("a", 1, "unset")], ""),
+        ([on("a", 0), on("a", 0)], ""),  # as two machines
+        ([{"local": 0}, {"local": 1}], ""),  # that one process has started
+    ],
+)
+def test_a_number_on_a_machine_that_is_wrong(members, wrong):
+    told = ranks.differing(members)
+    assert told.startswith(wrong) and (": it counts the ranks of each from 0" in told) == bool(told)
+
+
 def test_data_that_differ_are_told():
     done, _ = ended("data")
     assert {refusal(d) for d in done} == {
