@@ -121,7 +121,10 @@ def _made(folder, world, ds, encode, made_of, shape, flip, batch):
     disks = Disks(folder, world)
     scale = _kept_scale(manifest, path, made_of, shape, world)
     # Every rank has read its manifest before one goes.
-    kept = world.gather(scale and (scale, fingerprint(np.load(path, mmap_mode="r"))))
+    mine = scale if disks.writes else None
+    if mine:
+        mine = scale, fingerprint(np.load(path, mmap_mode="r")) if disks.many else ""
+    kept = world.gather(mine)
     first = next(filter(None, kept), None)  # where machines differ, these are for all
     lacking = [rank for rank in set(disks.of) if kept[rank] != first or not first]
     if lacking:

@@ -158,10 +158,11 @@ class Run:
         self.keep, self.facts = keep or {}, facts or {}
         made_of = {"data_key": ds.key} | (made_of or {})
         if world.size > 1:
-            from runtime.nodes import fingerprint
+            world.agree(made_of)
+        if world.nodes > 1:
+            from runtime.nodes import agree_on_data
 
-            rows = fingerprint(ds.moments if hasattr(ds, "moments") else ds.images)
-            world.agree(made_of | {"copy of the data": rows + fingerprint(ds.labels)})
+            agree_on_data(ds, world)
         self.device, self.share = world.device, world.share(cfg.batch_size)
         self.disk = RunFolder(
             cfg.out,

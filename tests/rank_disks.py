@@ -1,23 +1,28 @@
 """Two machines, each with a folder of its own: `rank_disks FOLDER`, FOLDER/RANK being its disk.
 
-Each encodes a data set, again after the latents of rank 1 are gone or changed, and reads a file
-that rank 0 has alone, and one that it has not. What it saw goes to FOLDER/RANK.json.
+Each encodes a data set, again after the latents of rank 1 are gone or one number of them is
+another, and reads a file that rank 0 has alone, one that begins differently, and one that it has
+not; a pixel of its copy of the data is another. What it saw goes to FOLDER/RANK.json.
 """
 
-from runtime.nodes import Disks
+from runtime.commandline import BadInput
+from runtime.nodes import Disks, agree_on_data
 from runtime.processes import launch
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from toy_run import IMAGES
+from data_files import noise
 
+from image_data.batches import Dataset
 from image_data.latents import cache_latents
 
+IMAGES = Dataset("noise", noise((200, 4, 4, 1)), np.zeros(200, np.int64), ("a",), {"key": "these"})
 SEEN = []  # how many images were encoded
 
 
@@ -46,8 +51,18 @@ def see(cfg, world):
         (path.parent / "manifest.json").unlink()
     saw["gone"] = latents()
     if world.rank == 1:
-        np.load(path, mmap_mode="r+")[0] = 7
+        np.load(path, mmap_mode="r+")[37, 1, 0, 1] += 1  # one number of one image
     saw["changed"] = latents()
+    (disk / "other").write_bytes(bytes([world.rank]) + bytes(2 << 20))
+    with world.from_first(disk / "other") as path:
+        saw["other"] = path.read_bytes()[0]
+    (disk / "other").unlink()
+    copy = replace(IMAGES, images=IMAGES.images.copy())
+    copy.images[65, 2, 1, 0] ^= world.rank
+    try:
+        agree_on_data(copy, world)
+    except BadInput as error:
+        saw["copy"] = str(error)
     if world.rank == 0:
         (disk / "ckpt.pt").write_bytes(bytes(range(256)) * 1000)
     else:

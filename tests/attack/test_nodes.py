@@ -36,10 +36,12 @@ def test_disks_files_and_latents(tmp_path):
     assert first["of"] == other["of"] == [0, 1] and first["writes"] and other["writes"]
     assert first["common"] == other["common"] == [0, 0]
     made = first["first"]
-    assert made == other["first"] and made[0] == 20  # half of the images in both views each
+    assert made == other["first"] and made[0] == 200  # half of the images in both views each
     for name in ("again", "gone", "changed"):  # nothing is encoded, all have the same
         assert first[name] == other[name] == [0, *made[1:]]
     assert first["file"] == [True, True] and other["file"] == [False, True]
+    assert first["other"] == other["other"] == 0
+    assert first["copy"] == other["copy"] and "another copy of the data, " in first["copy"]
     assert not first["none"] and not other["none"]
     latents = ["latents/manifest.json", "latents/moments.npy"]
     assert first["left"] == ["ckpt.pt", *latents] and other["left"] == [*latents, "none"]
