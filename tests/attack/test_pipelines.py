@@ -170,11 +170,10 @@ def test_many_changed_settings(tmp_path, name):
     check(READERS[name], name, tmp_path / "a", 1500)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [5, True, [[1]], [1], ["DownBlock2D", 3], {"a": 1}, HUGE, "x"],
-    ids=lambda v: repr(v)[:9],
-)
+BLOCKS = [5, True, [[1]], [1], ["DownBlock2D", 3], {"a": 1}, HUGE, "x"]
+
+
+@pytest.mark.parametrize("value", BLOCKS, ids=lambda value: repr(value)[:9])
 @pytest.mark.parametrize("name", ["pixel U-Net", "latent U-Net"])
 def test_types_of_blocks_that_are_no_texts(name, value, tmp_path):
     reader = READERS[name]
