@@ -12,8 +12,9 @@ so that N does not matter.
 
 from runtime.commandline import BadInput
 from runtime.files import atomic_write
-from runtime.limits import check_unpacked
+from runtime.limits import open_member, read_member
 
+import io
 import itertools
 import math
 import os
@@ -28,6 +29,7 @@ from evaluation.words import shape_text
 from image_data import datasets
 
 USED = frozenset(["arr_1", "mu", "sigma", "n", "protocol", "feature_hash"])  # and arr_0
+LONGEST_HEADER = 1 << 14  # bytes of an array's description: numpy reads no more than 10,000
 
 
 @dataclass
@@ -192,7 +194,7 @@ def read_file(name):
             raise ValueError("mu and sigma are not real numbers")
     except FileNotFoundError:
         raise BadInput(f"{name}: no such file") from None
-    except BadInput:
+    except (BadInput, MemoryError):
         raise
     except Exception as error:  # a torn, foreign or lying file raises nearly anything
         raise BadInput(f"{name} is not a readable {name[-4:]} file ({error})") from None
@@ -218,46 +220,61 @@ def read_file(name):
 def _read_npz(name):
     """{key: array} of an .npz file: arr_0 as a memory map, of what is not used only the shape."""
     arrays = {}
-    with np.load(name, allow_pickle=False) as archive:
-        members = {member.filename: member for member in archive.zip.infolist()}
-        for key in archive.files:
-            if (member := members.get(f"{key}.npy")) is None:  # some other file
+    with zipfile.ZipFile(name) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+        for member in members.values():
+            key = member.filename.removesuffix(".npy")
+            if key == member.filename:  # some other file
                 continue
             if key == "arr_0":
-                arrays[key] = _mapped(name, member, archive.zip)
+                arrays[key] = _mapped(name, member, archive)
             elif key in USED:
-                check_unpacked(f"{name}/{key}", member.file_size)
-                arrays[key] = archive[key]
+                arrays[key] = _in_memory(read_member(archive, member.filename, f"{name}/{key}"))
             else:
-                with archive.zip.open(member) as file:
+                with open_member(archive, member.filename, limited=False) as file:
                     shape, _, dtype = _header(file)
                 arrays[key] = np.broadcast_to(np.empty((), dtype), shape)  # one number in memory
     return arrays
 
 
 def _header(file):
-    """(shape, whether in Fortran's order, dtype) of the array that a file holds from here on."""
-    first, formats = np.lib.format.read_magic(file) == (1, 0), np.lib.format
-    return (formats.read_array_header_1_0 if first else formats.read_array_header_2_0)(file)
+    """(shape, whether in Fortran's order, dtype) of the array that a file holds from here on.
+
+    A header says how long it is, which may be gigabytes.
+    """
+    start, first = file.tell(), io.BytesIO(file.read(LONGEST_HEADER))
+    formats = np.lib.format
+    old = formats.read_magic(first) == (1, 0)
+    found = (formats.read_array_header_1_0 if old else formats.read_array_header_2_0)(first)
+    file.seek(start + first.tell())
+    return found
+
+
+def _in_memory(raw):
+    """The array in the bytes of an .npy file; ValueError where they are not as many as it says."""
+    shape, fortran, dtype = _header(file := io.BytesIO(raw))
+    if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize != len(raw):
+        raise ValueError("an array in it holds objects, or is not as long as its header says")
+    return np.ndarray(shape, dtype, raw, file.tell(), order="F" if fortran else "C").copy()
 
 
 def _mapped(path, member, archive):
     """The array in a member of a zip, mapped: in place, or unpacked to a file that has no name.
 
-    It is read once in any case: the zip checks its CRC at the end.
+    It is read once in any case: its CRC is checked at the end.
     """
-    if member.compress_type == zipfile.ZIP_STORED:
-        with archive.open(member) as stream, open(os.devnull, "wb") as nowhere:
-            shutil.copyfileobj(stream, nowhere, 1 << 20)
-        file = open(path, "rb")  # noqa: SIM115 (the map keeps it open)
-        file.seek(member.header_offset + 26)
-        lengths = np.frombuffer(file.read(4), "<u2")  # of the name and the extra field that follow
-        file.seek(int(lengths.sum()), os.SEEK_CUR)
-    else:
-        file = tempfile.TemporaryFile()  # noqa: SIM115 (gone when the map is)
-        with archive.open(member) as stream:
+    with open_member(archive, member.filename, limited=False) as stream:
+        if member.compress_type == zipfile.ZIP_STORED:
+            with open(os.devnull, "wb") as nowhere:
+                shutil.copyfileobj(stream, nowhere, 1 << 20)
+            file = open(path, "rb")  # noqa: SIM115 (the map keeps it open)
+            file.seek(member.header_offset + 26)
+            lengths = np.frombuffer(file.read(4), "<u2")  # of name and extra field, which follow
+            file.seek(int(lengths.sum()), os.SEEK_CUR)
+        else:
+            file = tempfile.TemporaryFile()  # noqa: SIM115 (gone when the map is)
             shutil.copyfileobj(stream, file, 1 << 20)
-        file.seek(0)
+            file.seek(0)
     start = file.tell()
     shape, fortran, dtype = _header(file)
     if dtype.hasobject:

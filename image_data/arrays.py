@@ -135,6 +135,7 @@ CIFAR_NAMES = (
 CIFAR_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 CIFAR_FILES += (*(f"{name}.bin" for name in CIFAR_FILES), "cifar-10-python.tar.gz")
 CIFAR_FILES += ("cifar-10-binary.tar.gz",)
+HEADERS = 1 << 20  # bytes of its tar beside the batches, at most
 
 
 def cifar_source(folder, split, told=False):
@@ -178,11 +179,36 @@ def _has(folder, names):
 
 
 def _tar_members(path, names):
-    with tarfile.open(path) as tar:
-        members = {Path(m.name).name: m for m in tar if m.isfile()}
-        for name in names:
-            check_unpacked(f"{path}/{name}", members[name].size)
-        return [tar.extractfile(members[name]).read() for name in names]
+    """The bytes of some members of a tar, gzipped or not; BadInput where they are too many.
+
+    Names, headers and lists of gaps may be of any length, too, and are read whole: of CIFAR-10's
+    tar they are a few kilobytes.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    with (gzip.open if zipped else open)(path, "rb") as file:
+        counted = Counted(file, path, HEADERS)
+        with tarfile.open(fileobj=counted, mode="r:") as tar:
+            members = {Path(m.name).name: m for m in tar if m.isfile()}
+            for name in names:
+                check_unpacked(f"{path}/{name}", members[name].size)
+            counted.left += sum(members[name].size for name in names)
+            return [tar.extractfile(members[name]).read() for name in names]
+
+
+class Counted:
+    """A file of which `left` bytes are read at most; what is passed over does not count."""
+
+    def __init__(self, file, path, left):
+        self.file, self.path, self.left = file, path, left
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size):
+        if size > self.left:
+            raise BadInput(f"{self.path} has headers of {size:,} bytes, CIFAR-10's few")
+        found = self.file.read(size)
+        self.left -= len(found)
+        return found
 
 
 def _cifar_python(raw):

@@ -1,7 +1,7 @@
 """From image files of any kind to uint8 arrays of one size; what worker processes run."""
 
 from runtime.commandline import BadInput
-from runtime.limits import check_unpacked
+from runtime.limits import check_unpacked, open_member
 
 import functools
 import io
@@ -71,9 +71,7 @@ def _file(container, item):
         if not path.is_file() and path.exists():  # a pipe would be waited for
             raise ValueError("it is no regular file")
         return open(path, "rb")
-    packed = archive(container)
-    check_unpacked("it", packed.getinfo(item).file_size)
-    return packed.open(item)
+    return open_member(archive(container), item)
 
 
 def _opened(file):
