@@ -65,8 +65,10 @@ def check_machine(error, path):
 
     So nobody takes a whole file for a damaged one, and writes over it.
     """
+    from runtime.edges import OUTSIDE
+
     told = ""
-    if isinstance(error, OSError) and error.errno:
+    if isinstance(error, OSError) and error.errno in OUTSIDE:  # a zip that is cut has another
         told = os.strerror(error.errno)
     elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         told = "memory has ended"

@@ -3,10 +3,20 @@ pictures, and report.html, which shows them."""
 
 from runtime.checkpoints import DamagedCheckpoint, differing, identity, load_checkpoint, plain
 from runtime.commandline import BadInput
-from runtime.files import Unwritable, also_named, atomic_write, left_over, read_run_log, writing
+from runtime.files import (
+    Unwritable,
+    also_named,
+    atomic_write,
+    flush,
+    left_over,
+    read_run_log,
+    temporary_of,
+    writing,
+)
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -24,6 +34,9 @@ import torch
 import yaml
 
 STEP = r"(\d{6,})"  # in names of what is of a step
+OF_STEPS = ("ckpt-{}.pt", "samples-{}.png")
+NAMES = ("config.yaml", "log.jsonl", "report.html", "samples.png")
+OURS = re.compile(r"^# python \S+, torch \S+, numpy \S+$", re.MULTILINE)  # in config.yaml
 DEFAULTS = "# The rest is as by default."  # in config.yaml, between what is not and what is
 
 
@@ -81,6 +94,7 @@ class RunFolder:
         if self.world.is_main:
             from runtime.locks import hold
 
+            self._check_names()
             hold(self.path)
         state, named = self._choose()
         self.world.barrier()  # all have read it before there is another
@@ -99,26 +113,26 @@ class RunFolder:
         if self.world.is_main:
             rows = read_run_log(self.log_path) if state else []
             rows = [row for row in rows if row["step"] <= step]
+            if named:  # this is where the run is now
+                with writing(self.path / "ckpt.pt"):
+                    flush(self.pin)
+                    os.replace(self.pin, self.path / "ckpt.pt")
             for path in left_over(self.path):
                 path.unlink(missing_ok=True)
             if state or self.resume == "never":  # of a future that is now another
-                for kind in ("ckpt-{}.pt", "samples-{}.png"):
+                for kind in OF_STEPS:
                     for at, path in of_steps(self.path, kind).items():
-                        if at > step:
+                        if at > step and path.resolve() != Path(self.resume).resolve():
                             path.unlink()
             if self.resume == "never":  # the last one goes last: until then it is the old run
                 for name in ("ckpt-previous.pt", "ckpt.pt"):
                     (self.path / name).unlink(missing_ok=True)
             if self.fallen_back:  # else the next save would name the damaged one as the one before
                 also_named(self.path / "ckpt-previous.pt", self.path / "ckpt.pt")
-            if named:  # this is where the run is now
-                with atomic_write(self.path / "ckpt.pt") as path:
-                    shutil.copyfile(self.resume, path)
             if state and step not in of_steps(self.path, "ckpt-{}.pt"):
                 self._keep(step)  # a kill came before it had its second name
-            if not state:
-                self._set_aside("config.yaml", lambda text: "torch" in text.partition(DEFAULTS)[0])
-                self._set_aside("log.jsonl", lambda text: not text.strip() or '"step"' in text)
+            if not state and not self._is_ours():
+                self._set_aside("config.yaml", "log.jsonl")
             with atomic_write(self.log_path) as path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             self._write_config()
@@ -130,52 +144,95 @@ class RunFolder:
         self.world.barrier()
         return state
 
-    def _set_aside(self, name, is_ours):
-        """Keep a file of this name that no run has written, by another name."""
-        path, kept = self.path / name, self.path / f"before-{name}"
-        if path.is_file() and not is_ours(path.read_text("utf-8", errors="replace")):
-            os.replace(path, kept)
-            print(f"note: {path} is of no run here, and is now called {kept.name}")
+    def _check_names(self):
+        """BadInput where a folder or a pipe has a name that a file of this run will have."""
+        names = [self.path / name for name in (*NAMES, ".lock", "ckpt.pt", "ckpt-previous.pt")]
+        names += [path for kind in OF_STEPS for path in matching(self.path, kind).values()]
+        for path in names:
+            if os.path.lexists(path) and not path.is_file():
+                raise BadInput(f"{path} is no file, and a run writes one here: take it away")
+
+    def _is_ours(self):
+        """Whether what is called config.yaml was written by a run."""
+        path = self.path / "config.yaml"
+        return path.is_file() and bool(OURS.search(path.read_text("utf-8", errors="replace")))
+
+    def _set_aside(self, *names):
+        """Keep files of these names that no run has written, by names that are free."""
+        for path in [self.path / name for name in names if (self.path / name).is_file()]:
+            marks = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+            others = (path.with_name(f"before-{path.stem}{mark}{path.suffix}") for mark in marks)
+            kept = next(other for other in others if not os.path.lexists(other))
+            if path.stat().st_size:
+                os.replace(path, kept)
+                print(f"note: {path} is of no run here, and is now called {kept.name}")
 
     def _choose(self):
         """(the state to continue from or None, whether that is in the checkpoint --resume names)"""
         if self.resume == "never":
             return None, False
         if self.resume == "auto":
-            return self._last(), False
-        own = None
+            return self._gone_on(*self._last()), False
+        own = None, None
+        with contextlib.suppress(BadInput):  # whatever lies here, PATH is asked for
+            own = self._last()
+        with self._pinned() as path:
+            self.origin = identity(path)
+            if not own[0] or own[0].get("resumed") != self.origin:
+                state = load_checkpoint(path, self.script)
+                state.path = self.resume
+                return state, True
+        if self.world.is_main:
+            self.pin.unlink(missing_ok=True)
+            told = f"this run went on from {self.resume} before, to step {own[0]['step']}: it goes"
+            print(f"note: {told} on there; to start there again, remove {self.path}/ckpt*.pt")
+        return self._gone_on(*own), False
+
+    @contextlib.contextmanager
+    def _pinned(self):
+        """A copy, here, of the file that --resume names: a training that still runs replaces it."""
         with self.world.from_first(self.resume) as path:
             load_checkpoint(path, self.script, facts=True)
-            origin = identity(path)
-            with contextlib.suppress(BadInput):  # whatever lies here, PATH is asked for
-                own = self._last(quiet=True)
-            self.origin = origin
-            if not own or own.get("resumed") != origin:
-                return load_checkpoint(path, self.script), True
+        self.pin = temporary_of(self.path / "ckpt.pt", ".pinned")
         if self.world.is_main:
-            told = f"this run went on from {self.resume} before, to step {own['step']}: it goes on"
-            print(f"note: {told} there; to start there again, remove {self.path}/ckpt*.pt")
-        return own, False
+            with writing(self.pin):
+                shutil.copyfile(self.resume, self.pin)
+        self.pin = Path(self.world.gather(str(self.pin))[0])
+        try:
+            with self.world.from_first(self.pin) as path:
+                yield path
+        except BadInput as error:
+            if self.world.is_main:
+                self.pin.unlink(missing_ok=True)
+            raise type(error)(str(error).replace(str(path), str(self.resume))) from None
 
-    def _last(self, quiet=False):
-        """The last whole state here, None without any."""
+    def _last(self):
+        """(the last whole state here, None without any; the fault of the one after it, or None)"""
         damaged = None
         for name in ("ckpt.pt", "ckpt-previous.pt"):
             with self.world.from_first(self.path / name) as path:
                 if path.exists():
                     try:
-                        state = load_checkpoint(path, self.script)
+                        return load_checkpoint(path, self.script), damaged
                     except DamagedCheckpoint as error:
                         damaged = error
-                    else:
-                        if damaged and self.world.is_main and not quiet:
-                            print(f"warning: {damaged}; going on from {path}", file=sys.stderr)
-                        self.origin = state.get("resumed")
-                        self.fallen_back = name != "ckpt.pt" and not quiet
-                        return state
-        if damaged:
-            raise BadInput(f"{damaged}, and none before it is whole; --resume never starts over")
-        return None
+        if not damaged:
+            return None, None
+        for path in reversed(of_steps(self.path, "ckpt-{}.pt").values()):
+            try:
+                load_checkpoint(path, self.script, mapped=True)
+            except BadInput:
+                continue
+            raise BadInput(f"{damaged}; to go on from an older one: --resume {path}")
+        raise BadInput(f"{damaged}, and none before it is whole; --resume never starts over")
+
+    def _gone_on(self, state, damaged):
+        """The state, from which this run goes on though the checkpoint after it is damaged."""
+        if state:
+            self.origin, self.fallen_back = state.get("resumed"), bool(damaged)
+        if damaged and self.world.is_main:
+            print(f"warning: {damaged}; going on from {state.path}", file=sys.stderr)
+        return state
 
     def _write_config(self):
         """config.yaml: how it was made, as comments, and the settings, those first that differ from
@@ -198,6 +255,9 @@ class RunFolder:
         one at a multiple of keep_every as ckpt-STEP.pt."""
         if not self.world.is_main:
             return
+        from runtime.locks import check_held
+
+        check_held(self.path)
         path, previous = self.path / "ckpt.pt", self.path / "ckpt-previous.pt"
         with atomic_write(path) as temporary:
             made_by = {"script": self.script, "config": self.config, "step": step}
@@ -280,9 +340,15 @@ class RunFolder:
 
 def of_steps(folder, kind):
     """{step: path} of the files in `folder` that a run names so, of kind "ckpt-{}.pt"."""
-    kind = re.compile(kind.replace(".", r"\.").format(STEP))
-    found = {path: kind.fullmatch(path.name) for path in sorted(Path(folder).iterdir())}
-    return {int(name[1]): path for path, name in found.items() if name and path.is_file()}
+    return {step: path for step, path in matching(folder, kind).items() if path.is_file()}
+
+
+def matching(folder, kind):
+    """As of_steps, of all that has such a name; {} where there is no folder."""
+    kind, folder = re.compile(kind.replace(".", r"\.").format(STEP)), Path(folder)
+    paths = sorted(folder.iterdir()) if folder.is_dir() else ()
+    found = {path: kind.fullmatch(path.name) for path in paths}
+    return {int(name[1]): path for path, name in found.items() if name}
 
 
 def usual_settings(kind):

@@ -6,6 +6,7 @@ take any memory, loop for hours, or end in some line of a network.
 
 from runtime.commandline import BadInput
 
+import contextlib
 import math
 import types
 from dataclasses import fields
@@ -16,6 +17,9 @@ import torch
 KINDS = {
     "config": (dict, "settings by name"),
     "step": (int, "a whole number"),
+    "model": (dict, "tensors by name"),
+    "optimizer": (dict, "what torch's optimizers keep"),
+    "resumed": (str, "a text"),
     "class_names": (list, "names of classes"),
     "shape": (list, "(C, H, W)"),
     "ema": (dict, "tensors by name"),
@@ -41,7 +45,12 @@ def check_state(state, path):
         raise BadInput(f"{path}: its shape is {_short(shape)}, expected (C, H, W)")
     if not all(isinstance(name, str) for name in names):
         raise BadInput(f"{path}: its class_names are {_short(names)}, expected texts")
-    for name in ("ema", "autoencoder"):
+    if state.get("step", 0) < 0:
+        raise BadInput(f"{path}: its step is {state['step']}, expected a whole number from 0")
+    for name, value in state.get("config", {}).items():
+        if not isinstance(name, str) or not _is_plain(value):
+            raise BadInput(f"{path}: its config holds {_short(value)} under {_short(name)}")
+    for name in ("model", "ema", "autoencoder"):
         _check_tensors(state.get(name, {}), name, path)
     for mean in state.get("more_emas", []):
         _check_tensors(mean, "more_emas", path)
@@ -55,6 +64,40 @@ def _check_tensors(found, name, path):
             raise BadInput(f"{path}: its {name} holds {_short(value)}, expected tensors by name")
 
 
+def _is_plain(value, depth=0):
+    """Whether a value is one that settings have: of numbers, texts, lists and dictionaries."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        return depth < 9 and all(_is_plain(one, depth + 1) for one in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def load_networks(net, emas, state):
+    """Give a network and its running means what a checkpoint keeps of them.
+
+    BadInput where that is of another network, or holds numbers that are not finite.
+    """
+    kept = [state["model"], state["ema"], *state["more_emas"]]
+    for one, weights in zip([net, *emas], kept, strict=False):
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                told = f"{name} holds numbers that are not finite: name an earlier one by --resume"
+                raise BadInput(f"checkpoint {state.path}: its {told}")
+        with fitting(state, "network"):
+            one.load_state_dict(weights)
+
+
+@contextlib.contextmanager
+def fitting(state, what):
+    """Inside, what a checkpoint keeps is loaded; BadInput where it is of something else."""
+    try:
+        yield
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise BadInput(f"checkpoint {state.path}: its {what} is another one: {told}") from error
+
+
 def check_settings(config_class, values, path):
     """BadInput where a setting that a checkpoint keeps is none that `config_class` could have."""
     hints = get_type_hints(config_class, include_extras=True)
@@ -65,7 +108,7 @@ def check_settings(config_class, values, path):
         if most is not None and not 0 <= value <= most:
             raise BadInput(f"{path}: its setting {name} is {value}, expected at most {most}")
     levels = values.get("channel_mult", ())
-    if len(levels) > 16:
+    if isinstance(levels, list | tuple) and len(levels) > 16:
         raise BadInput(f"{path}: its setting channel_mult has {len(levels)} levels, expected 16")
 
 

@@ -197,12 +197,12 @@ class Run:
         The order matters: a network is loaded whole, then split; an optimizer is made of the split
         parameters.
         """
+        from runtime import kept
+
         state = self.disk.restore()
         if state:
             self.step = self.first = state["step"]
-            self.net.load_state_dict(state["model"])
-            for ema, saved in zip(self.emas, [state["ema"], *state["more_emas"]], strict=False):
-                ema.load_state_dict(saved)
+            kept.load_networks(self.net, self.emas, state)
         if getattr(self.cfg, "shard", False):
             from runtime import sharding
 
@@ -212,7 +212,8 @@ class Run:
         if state:
             from runtime.sharding import load_optimizer
 
-            load_optimizer(self.optimizer, state["optimizer"])
+            with kept.fitting(state, "optimizer"):
+                load_optimizer(self.optimizer, state["optimizer"])
             if self.scaler:
                 self.scaler.load_state_dict(state.get("scaler"))
             for name, thing in self.keep.items():

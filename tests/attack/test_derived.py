@@ -201,11 +201,20 @@ def test_other_files_of_a_run(run, tmp_path, name, how, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "ckpt.pt"])
+NAMES = ["config.yaml", "log.jsonl", "ckpt.pt", "ckpt-previous.pt", "ckpt-000009.pt", ".lock"]
+NAMES += ["samples-000006.png", "report.html", "samples.png"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_folder_in_the_place_of_a_file_is_one_line(run, tmp_path, name):
     broken = shutil.copytree(run, tmp_path / "broken")
+    (broken / name).touch()
     change(broken / name, "folder")
-    with pytest.raises(BadInput, match=f"{name}: a folder|{name} .*Is a directory"):
+    with pytest.raises(BadInput, match=f"{name} is no file, and a run writes one here"):
+        make(broken)
+    (broken / name).rmdir()
+    os.mkfifo(broken / name)  # one would wait at it for ever
+    with pytest.raises(BadInput, match=f"{name} is no file, and a run writes one here"):
         make(broken)
 
 
