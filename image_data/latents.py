@@ -17,10 +17,11 @@ and log-variance of q(z|x), from which each step draws its own z, as if it had e
 from runtime.commandline import BadInput
 from runtime.files import atomic_write, read_json, reserve, writing
 from runtime.locks import alone
-from runtime.nodes import Disks, fingerprint
+from runtime.nodes import Disks
 from runtime.plan import Method, cost_of, forms_of
 from runtime.processes import exact
 from runtime.rehearsal import Rehearsal
+from runtime.sums import is_checked, mark_checked, sum_of
 
 import json
 import math
@@ -30,6 +31,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+FILES = ("moments.npy", "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -121,10 +124,8 @@ def _made(folder, world, ds, encode, made_of, shape, flip, batch):
     disks = Disks(folder, world)
     scale = _kept_scale(manifest, path, made_of, shape, world)
     # Every rank has read its manifest before one goes.
-    mine = scale if disks.writes else None
-    if mine:
-        mine = scale, fingerprint(np.load(path, mmap_mode="r")) if disks.many else ""
-    kept = world.gather(mine)
+    whole = scale and disks.writes and _sum_of_whole(folder)
+    kept = world.gather((scale, whole) if whole else None)
     first = next(filter(None, kept), None)  # where machines differ, these are for all
     lacking = [rank for rank in set(disks.of) if kept[rank] != first or not first]
     if lacking:
@@ -146,8 +147,8 @@ def _made(folder, world, ds, encode, made_of, shape, flip, batch):
         mode = "r+" if disks.of[world.rank] in lacking else "r"
         disks.fill(np.load(path, mmap_mode=mode), parts, lacking)
         if world.rank in lacking:
-            with atomic_write(manifest) as temporary:
-                temporary.write_text(json.dumps({"made_of": made_of, "scale": scale}))
+            told = {"made_of": made_of, "scale": scale}
+            _write_manifest(folder, told, _sum(told, path))
         world.barrier()
     return scale
 
@@ -198,6 +199,35 @@ def _kept_scale(manifest, path, made_of, shape, world):
     if world.is_main:
         print(f"latents: made anew, those in {where} are of {' and of '.join(others)}")
     return None
+
+
+def _sum_of_whole(folder):
+    """The sum of the latents in a folder; None, and a line, where they are damaged.
+
+    The manifest of an earlier version says none: it is added.
+    """
+    manifest, path = folder / "manifest.json", folder / "moments.npy"
+    told = read_json(manifest)
+    said = told.pop("sum", None)
+    if said and is_checked(folder, FILES):
+        return said
+    found = _sum(told, path)
+    if said not in (None, found):
+        print(f"latents: made anew, those in {folder} are damaged: their sum is another")
+        return None
+    _write_manifest(folder, told, found)
+    return found
+
+
+def _sum(told, path):
+    return sum_of([told["made_of"], told["scale"]], np.load(path, mmap_mode="r"))
+
+
+def _write_manifest(folder, told, its_sum):
+    """The manifest of latents, which are whole now."""
+    with atomic_write(folder / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(told | {"sum": its_sum}))
+    mark_checked(folder, FILES)
 
 
 def _shape(kept, path):

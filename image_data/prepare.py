@@ -4,12 +4,14 @@ from runtime.commandline import BadInput, parse_classes
 from runtime.files import CLOSED, FAILED, flush, read_json
 from runtime.parents import end_with_parent
 from runtime.processes import progress, say_once
+from runtime.sums import add, is_checked, mark_checked, sum_of
 
 import errno
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -31,6 +33,8 @@ CHUNK = 128  # images a worker prepares at a time, fewer where they would exceed
 CHUNK_BYTES = 8 << 20
 KINDS = {"name": str, "source": str, "stamp": list, "count": int, "shape": list}
 KINDS |= {"class_names": list, "key": str}  # of what a manifest says
+TEXTS = ("note", "told", "range", "pages")  # that it may have
+FILES = ("images.npy", "labels.npy", "manifest.json")
 DARK = 1 / 4  # of the range of values: a set that stays below is told of
 
 
@@ -39,15 +43,17 @@ class Damaged(Exception):
 
 
 def read(folder):
-    """(images, labels, manifest) of a prepared set; None where there is none. Else Damaged."""
+    """(images, labels, manifest) of a prepared set; None where there is none. Else Damaged.
+
+    The first time, and after a change, to the last byte.
+    """
     if not (folder / "manifest.json").exists():
         return None
     manifest = read_json(folder / "manifest.json")
     if not manifest:
         raise Damaged("manifest.json cannot be read")
-    for name, kind in KINDS.items():
-        if not isinstance(manifest.get(name), kind):
-            raise Damaged(f"manifest.json says no {name}, as another version's may")
+    if wrong := _wrong_in(manifest):
+        raise Damaged(f"manifest.json {wrong}")
     images, labels = _array(folder / "images.npy"), _array(folder / "labels.npy")
     classes, count = len(manifest["class_names"]), manifest["count"]
     if images.dtype != np.uint8 or list(images.shape) != [count, *manifest["shape"]]:
@@ -56,7 +62,37 @@ def read(folder):
         raise Damaged("labels.npy is of another form than manifest.json says")
     if classes and not 0 <= labels.min() <= labels.max() < classes:
         raise Damaged(f"labels.npy has labels beyond 0 to {classes - 1}")
-    return images, np.array(labels), manifest
+    labels = np.array(labels)
+    if not is_checked(folder, FILES):
+        if "sum" in manifest and manifest["sum"] != _sum_of(manifest):
+            raise Damaged("manifest.json is not as it was written")
+        digest = hashlib.sha256(labels.tobytes())
+        add(digest, images)
+        if digest.hexdigest()[:12] != manifest["key"]:
+            raise Damaged("images or labels are not those that its key names")
+        mark_checked(folder, FILES)
+    return images, labels, manifest
+
+
+def _wrong_in(manifest):
+    """What a manifest says that none does, '' where there is nothing."""
+    for name, kind in KINDS.items():
+        if not isinstance(manifest.get(name), kind):
+            return f"says no {name}, as another version's may"
+    numbers = [manifest["count"], *manifest["shape"]]
+    if len(numbers) != 4 or not all(type(n) is int and n > 0 for n in numbers):
+        return "says no count above 0, or no three sides"
+    if numbers[3] not in (1, 3):
+        return f"says {numbers[3]} channels, expected 1 or 3"
+    texts = [*manifest["class_names"], *(manifest.get(name, "") for name in TEXTS)]
+    if not all(isinstance(text, str) for text in texts):
+        return "has other things than texts as class names or notes"
+    return "" if re.fullmatch("[0-9a-f]{12}", manifest["key"]) else "says no key of twelve digits"
+
+
+def _sum_of(manifest):
+    """Of all else that a manifest says."""
+    return sum_of({name: value for name, value in manifest.items() if name != "sum"})
 
 
 def _array(path):
@@ -84,6 +120,7 @@ def prepare(source, folder, split, size, classes, workers, name):
             temporary.mkdir()
             manifest = _write_all(source, temporary, split, size, classes, workers, name)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            mark_checked(temporary, FILES)
             for path in [*temporary.iterdir(), temporary]:
                 flush(path)
             shutil.rmtree(folder, ignore_errors=True)  # without a manifest, or damaged
@@ -109,7 +146,7 @@ def prepare(source, folder, split, size, classes, workers, name):
 
 def is_manifest(what):
     """Whether that is what the manifest of a prepared set says."""
-    return all(isinstance(what.get(name), kind) for name, kind in KINDS.items())
+    return not _wrong_in(what)
 
 
 def _tell_older(folder, manifest):
@@ -168,7 +205,8 @@ def _write_all(source, folder, split, size, classes, workers, name):
         files = "1 file has" if len(pages) == 1 else f"{len(pages)} files have"
         told = f"note: {source.origin}: {files} several pages, up to {max(pages)}"
         said["pages"] = f"{told}; the first is taken"
-    return manifest | {name: line for name, line in said.items() if line}
+    manifest |= {name: line for name, line in said.items() if line}
+    return manifest | {"sum": _sum_of(manifest)}
 
 
 def _range_told(origin, count, deep, lowest, highest):

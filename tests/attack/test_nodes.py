@@ -43,7 +43,7 @@ def test_disks_files_and_latents(tmp_path):
     assert first["other"] == other["other"] == 0
     assert first["copy"] == other["copy"] and "another copy of the data, " in first["copy"]
     assert not first["none"] and not other["none"]
-    latents = ["latents/manifest.json", "latents/moments.npy"]
+    latents = [f"latents/{name}" for name in (".checked.json", "manifest.json", "moments.npy")]
     assert first["left"] == ["ckpt.pt", *latents] and other["left"] == [*latents, "none"]
 
 

@@ -61,7 +61,8 @@ def test_manifest_tells_what_made_it(tmp_path):
     assert manifest["class_names"] == ["3", "5"] and manifest["shape"] == [16, 16, 1]
     assert manifest["count"] == len(ds) and manifest["size"] == 16 and manifest["split"] == "train"
     assert "Lanczos" in manifest["protocol"] and "pillow" in manifest["made_with"]
-    assert sorted(p.name for p in folder.iterdir()) == ["images.npy", "labels.npy", "manifest.json"]
+    written = [".checked.json", "images.npy", "labels.npy", "manifest.json"]
+    assert visible(folder) == written
     assert folder.stat().st_mode & 0o777 == (tmp_path / "mnist").stat().st_mode & 0o777
 
 

@@ -1,0 +1,46 @@
+"""Files that are looked at to their last byte once, and not again before they change.
+
+A disk may flip a bit of what is kept for months. To read gigabytes at each start would take longer
+than the start, so a note beside files that were found whole says how they were: size and time.
+"""
+
+from runtime.files import Unwritable, atomic_write, read_json
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+NOTE = ".checked.json"
+
+
+def sum_of(told, *arrays):
+    """A SHA-256 of what JSON can say, and of the numbers of arrays, memory maps too."""
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for array in arrays:
+        add(digest, array)
+    return digest.hexdigest()
+
+
+def add(digest, array):
+    """Have a digest go on with the numbers of an array (N,...), a few megabytes at a time."""
+    rows = max(1, (8 << 20) // max(1, array[:1].nbytes))
+    for start in range(0, len(array), rows):
+        digest.update(array[start : start + rows].tobytes())
+
+
+def is_checked(folder, names):
+    """Whether files of a folder are as they were at mark_checked."""
+    known = read_json(Path(folder, NOTE))
+    return known == _states(folder, names)
+
+
+def mark_checked(folder, names):
+    """Note that these files of a folder are whole; nothing where it may not be written to."""
+    with contextlib.suppress(Unwritable), atomic_write(Path(folder, NOTE)) as path:
+        path.write_text(json.dumps(_states(folder, names)))
+
+
+def _states(folder, names):
+    found = {name: Path(folder, name).stat() for name in names}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
