@@ -86,11 +86,11 @@ def _scores(folder, last):
         if isinstance(row, dict) and {"frechet", "n_generated", "features"} <= row.keys():
             yield {
                 **{name: row.get(name) for name in METRICS},
-                "step": row.get("step", _step_of(str(row.get("a")), last)),
-                "metric_n": row["n_generated"],
-                "metric_features": row.get("network") or str(row["features"]).split(":")[0],
-                "metric_reference": row.get("b"),
-                "n_reference": row.get("n_reference"),
+                "step": known(row.get("step"), _step_of(str(row.get("a")), last)),
+                "metric_n": known(row["n_generated"]),
+                "metric_features": str(row.get("network") or row["features"]).split(":")[0],
+                "metric_reference": str(row["b"]) if row.get("b") else None,
+                "n_reference": known(row.get("n_reference")),
             }
 
 
@@ -98,7 +98,8 @@ def _bits(folder, last):
     """Rows of bits per dimension: of ckpt-STEP.pt, which the folder names, or of the last step."""
     for path in [folder / "nll.json", *sorted(folder.glob("*nll*/nll.json"))]:
         found = read(path)
-        if isinstance(found, dict) and {"bits_per_dim", "images", "terms"} <= found.keys():
+        told = isinstance(found, dict) and known(found.get("images")) is not None
+        if told and "bits_per_dim" in found and isinstance(found.get("terms"), list):
             yield {
                 "step": last if path.parent == folder else _step_of(path.parent.name, last),
                 "bits_per_dim": found["bits_per_dim"],

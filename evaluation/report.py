@@ -73,7 +73,8 @@ def curve_path(folder, row):
 
     def about(row):
         told = {name: row.get(name) or "" for name in CURVE_IS_OF}
-        return told | {"run": str(Path(row["a"]).parent), "figures": sorted(CURVED & row.keys())}
+        run = str(Path(str(row.get("a"))).parent)
+        return told | {"run": run, "figures": sorted(CURVED & row.keys())}
 
     other = any(about(first) != about(row) for first in curve_of(folder)[:1])
     return folder / (f"curve-{digest_of(about(row))}" if other else "curve")

@@ -5,7 +5,7 @@ autoencoder. Which of its settings decide a sample is said by the chapter.
 """
 
 from runtime.commandline import BadInput
-from runtime.files import atomic_write, read_json
+from runtime.files import atomic_write, is_number, read_json
 from runtime.processes import run_alone
 
 import json
@@ -150,8 +150,13 @@ def known_figures(result, images, features):
     """Those in the file `result`, if of these images by these `features`, else None."""
     if not result.is_file() or result.stat().st_mtime_ns < images.stat().st_mtime_ns:
         return None
-    if not (found := read_json(result)).keys() >= SAID:
+    found = read_json(result)
+    accuracy = found.get("class_accuracy", "")  # None where the data set has no classes
+    if not all(is_number(found.get(name)) for name in SAID - {"class_accuracy"}):
+        return None
+    if not (accuracy is None or is_number(accuracy)):
         return None
     unknown = "Inception" if found.get("class_accuracy") is None else ""
-    by = "inception" if found.get("network", unknown) == "Inception" else "classifier"
-    return found if by == features else None
+    network = found.get("network", unknown)
+    by = "inception" if network == "Inception" else "classifier"
+    return found if by == features and isinstance(network, str | None) else None

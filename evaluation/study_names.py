@@ -38,7 +38,8 @@ def name_for(folder, kind, suffix, facts):
         if not path.exists():
             return text, False
         found = read(path)
-        found = found.get("facts", {}) if isinstance(found, dict) else {}
-        if all(key in found and found[key] == value for key, value in wanted.items()):
+        found = found.get("facts") if isinstance(found, dict) else None
+        same = isinstance(found, dict)
+        if same and all(key in found and found[key] == value for key, value in wanted.items()):
             return text, True
     return text, False

@@ -132,7 +132,7 @@ class _Member(io.RawIOBase):
 def _unpacker(member, packed):
     """A function of n > 0: up to n further bytes of what the stream `packed` holds, b"" at the end.
 
-    NotImplementedError for a way of packing that is not known here.
+    ValueError for a way of packing that is not known here.
     """
     head = b""
     match member.compress_type:
@@ -148,7 +148,7 @@ def _unpacker(member, packed):
             size = 2**64 - 1 if member.flag_bits & ENDS_MARKED else member.file_size
             head = packed.read(length) + struct.pack("<Q", size)  # as .lzma files begin
         case number:
-            raise NotImplementedError(f"it is packed by method {number}; pack it anew by deflate")
+            raise ValueError(f"it is packed by method {number}; pack it anew by deflate")
 
     def unpack(n):
         nonlocal head

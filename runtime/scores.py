@@ -168,7 +168,7 @@ def curve_of(folder):
     """What eval_fid.py --curve has found of the checkpoints, by step."""
     rows = read(Path(folder) / "curve.json")
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return [row for row in rows if isinstance(row.get("step"), int)]
+    return [row for row in rows if type(row.get("step")) is int and is_number(row["step"])]
 
 
 def json_files(folder):
@@ -180,8 +180,8 @@ def json_files(folder):
 def read(path):
     """What a JSON file says; None for one that is missing, large or torn."""
     try:
-        if path.stat().st_size <= LARGEST:
+        if path.is_file() and path.stat().st_size <= LARGEST:  # at a pipe one would wait
             return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return None
