@@ -97,8 +97,8 @@ def _read(path, stored, whose, images):
         return None
     labels = {}
     for name, label in [(name.replace("\\", "/"), label) for name, label in rows]:
-        if type(label) is not int or label < 0:
-            told = f"the label {str(label)[:60]}, expected a whole number from 0"
+        if type(label) is not int or not 0 <= label < 2**31:
+            told = f"the label {str(label)[:60]}, expected a whole number from 0 to {2**31 - 1}"
             raise BadInput(f"{whose} gives {name} {told}; a class is one number here")
         if labels.setdefault(name, str(label)) != str(label):
             told = f"the labels {labels[name]} and {label}, expected one"

@@ -49,6 +49,7 @@ OURS = (  # what a folder is that this program writes, and files that all are in
 MARKS = frozenset().union(*(files for _, files in OURS))
 QUIET = frozenset(["__macosx", "thumbs.db", "desktop.ini"])  # in every second folder: not told
 SHOWN = 5  # names of a list that is printed
+LONG = re.compile(r"(.{140}).{20,}(.{50})", re.DOTALL)  # a name that no disk takes; a zip may
 ODD = re.compile(r"\\|//|\./|:/|^[./]|[./]$|^$")  # in names that are yet to be resolved
 ENCRYPTED, UTF8 = 0x1, 0x800  # bits of a zip entry's flags
 
@@ -81,7 +82,9 @@ def ours(names):
 
 
 def shortened(words):
-    return ", ".join(words[:SHOWN]) + ", ..." * (len(words) > SHOWN)
+    """The first names of a list, those that are endless without their middle."""
+    shown = [LONG.sub(r"\1...\2", word) for word in words[:SHOWN]]
+    return ", ".join(shown) + ", ..." * (len(words) > SHOWN)
 
 
 def told_of(left_out):

@@ -393,9 +393,13 @@ def _class_names(path, train, test, notes):
 
 
 def _sorted_classes(names):
-    """By name, numbers by value."""
-    numbers = all(name.isdecimal() for name in names)
-    return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
+    """By name, numbers by value, which may have more digits than int() takes."""
+
+    def value(name):
+        digits = "".join(str(unicodedata.decimal(letter)) for letter in name).lstrip("0")
+        return len(digits), digits, name
+
+    return tuple(sorted(names, key=value if all(map(str.isdecimal, names)) else None))
 
 
 def _not_used(prefix, found, names, train, test):

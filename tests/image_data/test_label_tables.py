@@ -158,7 +158,7 @@ def test_another_dataset_json_is_not_read_and_that_is_told(value, tmp_path):
         (dict(list(LABELS.items())[:-1]), f"has no label for {IMAGES[11]}; add them"),
         (dict(list(LABELS.items())[:2]), f"has no label for {IMAGES[2]} and 9 more; add"),
         (LABELS | {IMAGES[3]: 1.5}, f"gives {IMAGES[3]} the label 1.5, expected a whole number"),
-        (LABELS | {IMAGES[3]: [0, 1]}, r"the label \[0, 1\], expected a whole number from 0; a"),
+        (LABELS | {IMAGES[3]: [0, 1]}, r"the label \[0, 1\], expected a whole number from 0 to"),
         (LABELS | {IMAGES[3]: True}, "the label True"),
         (LABELS | {IMAGES[3]: -1}, "the label -1"),
         (LABELS | {IMAGES[3]: "cat"}, "the label cat"),
