@@ -5,7 +5,7 @@ here, once, with a fixed recipe and seed, kept beside the data, and named by a h
 It reads classes as well: how many samples look like what was asked for.
 """
 
-from runtime.checkpoints import check_sums, load_copied
+from runtime.checkpoints import WrongSums, check_machine, check_sums, load_copied
 from runtime.commandline import BadInput
 from runtime.files import Unwritable, atomic_write, locked
 from runtime.processes import exact, progress
@@ -156,17 +156,20 @@ def _read(path, recipe, ds):
     """(net, facts) from the file, or None where it is missing, of other settings, or broken."""
     if not path.exists():
         return None
+    net = Classifier(*ds.images.shape[1:], ds.num_classes)
     try:
         check_sums(path)
         saved = load_copied(path)
         if saved["recipe"] != recipe:
             return None
-        net = Classifier(*ds.images.shape[1:], ds.num_classes)
         net.load_state_dict(saved["net"])
         if (found := weights_hash(net)) != saved["facts"]["feature_hash"]:
             raise ValueError(f"its weights have the hash {found}, not the one that it says")
         return net, saved["facts"]
     except Exception as error:  # a torn file raises nearly anything
+        if isinstance(error, BadInput) and not isinstance(error, WrongSums):
+            raise
+        check_machine(error, path)
         reason = str(error).strip().split("\n")[0][:100]
         warn(f"{path} is not a classifier this program saved ({reason}): training it again")
         return None

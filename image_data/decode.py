@@ -90,6 +90,9 @@ def _formats():
 
 
 def _broken(container, item, error):
+    """What is raised for an error while an image is read: memory that ends is no fault of it."""
+    if isinstance(error, MemoryError):
+        return error
     why = f"its format is none of {', '.join(FORMATS)}"
     why = why if isinstance(error, UnidentifiedImageError) else error
     if isinstance(error, BadInput):
