@@ -21,7 +21,7 @@ from runtime.nodes import Disks
 from runtime.plan import Method, cost_of, forms_of
 from runtime.processes import exact
 from runtime.rehearsal import Rehearsal
-from runtime.sums import is_checked, mark_checked, sum_of
+from runtime.sums import check_disk, is_checked, mark_checked, sum_of
 
 import json
 import math
@@ -238,7 +238,8 @@ def _shape(kept, path):
     try:
         found = np.load(path, mmap_mode="r")
         whole = found.dtype == np.float32 and found.offset + found.nbytes == path.stat().st_size
-    except (OSError, EOFError, ValueError, AttributeError):
+    except (OSError, EOFError, ValueError, AttributeError) as error:
+        check_disk(error, path)
         return None
     return found.shape if whole and 0 < scale < math.inf else None
 

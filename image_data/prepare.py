@@ -4,7 +4,7 @@ from runtime.commandline import BadInput, parse_classes
 from runtime.files import CLOSED, FAILED, flush, read_json
 from runtime.parents import end_with_parent
 from runtime.processes import progress, say_once
-from runtime.sums import add, is_checked, mark_checked, sum_of
+from runtime.sums import add, check_disk, is_checked, mark_checked, sum_of
 
 import errno
 import hashlib
@@ -103,6 +103,7 @@ def _array(path):
             raise ValueError("it is not as long as its header says")
         return found
     except (OSError, EOFError, ValueError) as error:
+        check_disk(error, path)
         told = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
         raise Damaged(f"{path.name}: {told}") from None
 

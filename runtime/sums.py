@@ -41,6 +41,14 @@ def mark_checked(folder, names):
         path.write_text(json.dumps(_states(folder, names)))
 
 
+def check_disk(error, path):
+    """BadInput where a file that is there could not be read, which is no fault of what it holds."""
+    if not isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        from runtime.checkpoints import check_machine
+
+        check_machine(error, path)
+
+
 def _states(folder, names):
     found = {name: Path(folder, name).stat() for name in names}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}

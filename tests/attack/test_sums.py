@@ -1,9 +1,12 @@
 """Bits that flip in what is prepared and kept: it is made again with one line."""
 
 from runtime import sums
+from runtime.commandline import BadInput
 from runtime.processes import SAID, World
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +112,22 @@ def test_latents_that_are_not_as_they_were_written(tmp_path, capsys):
         told = f"latents: made anew, those in {tmp_path} are damaged"
         assert told in capsys.readouterr().out
         assert (found.moments == kept).all() and found.scale == whole.scale
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_what_a_disk_does_not_give_is_not_made_again(prepared, tmp_path, monkeypatch, number):
+    load, _, _ = prepared
+    cache(tmp_path / "latents")
+    before = (tmp_path / "latents" / "moments.npy").read_bytes()
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(np, "load", fail)
+    for read in (load, lambda: cache(tmp_path / "latents")):
+        with pytest.raises(BadInput, match="npy could not be read .*; it may be whole"):
+            read()
+    assert (tmp_path / "latents" / "moments.npy").read_bytes() == before
 
 
 def test_latents_are_looked_at_once_for_each_state(tmp_path, monkeypatch, capsys):
