@@ -88,9 +88,7 @@ def check_sums(path, tensors=True):
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.compress_type != zipfile.ZIP_STORED:  # a small file may hold gigabytes
-                    raise ValueError(
-                        f"{member.filename} is compressed, as torch.save has none"
-                    )
+                    raise ValueError(f"{member.filename} is compressed, as torch.save has none")
                 if tensors or "/data/" not in member.filename:
                     with archive.open(member) as stream:
                         while stream.read(1 << 20):

@@ -224,6 +224,7 @@ def also_named(path, name):
     else:
         with writing(name):
             os.replace(link, name)
+            link.unlink(missing_ok=True)  # rename leaves two names of one file as they are
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from runtime import commandline as cli
 from runtime import films, plots, processes, rehearsal
 from runtime import folder as folder_of_run
 from runtime import run as run_loop
+from runtime.sums import NOTE
 
 import collections
 import contextlib
@@ -193,7 +194,7 @@ def digests(case, folder):
 
 def digest(case, path):
     """Of what a file says, without times and repeated settings; "" for one that says only these."""
-    if REPEAT.fullmatch(NAMED.sub("", path.name)) or ".lock" in path.name:
+    if REPEAT.fullmatch(NAMED.sub("", path.name)) or ".lock" in path.name or path.name == NOTE:
         return ""
     if zipfile.is_zipfile(path):  # a checkpoint or arrays: all tensors, but not the settings
         kept = r"/data/\d+$|\.npy$" + r"|/data\.pkl$" * case.settings
