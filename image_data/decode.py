@@ -1,8 +1,9 @@
 """From image files of any kind to uint8 arrays of one size; what worker processes run."""
 
 from runtime.commandline import BadInput
-from runtime.limits import check_unpacked, open_member
+from runtime.limits import check_unpacked, most_unpacked, open_member
 
+import contextlib
 import functools
 import io
 import math
@@ -53,6 +54,26 @@ UPRIGHT = {  # what turns an image stored in EXIF orientation 2...8 upright
 }
 
 
+class Turns:
+    """Large pictures of processes that prepare together: one of them at a time.
+
+    Else each of 64 processes could take as much memory as one may.
+    """
+
+    lock, processes = contextlib.nullcontext(), 1
+
+    @classmethod
+    def share(cls, lock, processes):
+        """Have this process be one of some that share an RLock."""
+        cls.lock, cls.processes = lock, processes
+
+    @classmethod
+    def of(cls, size):
+        """What to be in while something takes that many bytes."""
+        large = size > most_unpacked() / cls.processes
+        return cls.lock if large else contextlib.nullcontext()
+
+
 def archive(path):
     """The zip at `path`, kept open. Not shared with a parent process, whose file position it would
     move, nor with an earlier file of that name."""
@@ -64,22 +85,29 @@ def _archive(path, process, mtime):
     return zipfile.ZipFile(path)
 
 
+@contextlib.contextmanager
 def _file(container, item):
     """A file to read: `item` is a path below the folder `container`, or a zip's entry."""
     if os.path.isdir(container):
         path = Path(container) / item
         if not path.is_file() and path.exists():  # a pipe would be waited for
             raise ValueError("it is no regular file")
-        return open(path, "rb")
-    return open_member(archive(container), item)
+        file, size = open(path, "rb"), path.stat().st_size  # noqa: SIM115 (closed below)
+    else:
+        packed = archive(container)
+        file, size = open_member(packed, item), packed.getinfo(item).file_size
+    with file, Turns.of(size):
+        yield file
 
 
+@contextlib.contextmanager
 def _opened(file):
     """The picture in a file, before its pixels are read; BadInput for too many of them."""
-    image = Image.open(file, formats=_formats())
-    told = f"a picture of {image.width}x{image.height}"
-    check_unpacked(told, BYTES_A_PIXEL * math.prod(image.size))
-    return image
+    with Image.open(file, formats=_formats()) as image:
+        told, size = f"a picture of {image.width}x{image.height}", math.prod(image.size)
+        check_unpacked(told, BYTES_A_PIXEL * size)
+        with Turns.of(BYTES_A_PIXEL * size):
+            yield image
 
 
 @functools.cache
@@ -197,8 +225,9 @@ def decode(container, items, size, channels):
     for item in items:
         try:
             with _file(container, item) as file:
-                whole = io.BytesIO(file.read())  # to its end, where a zip checks its CRC
-            arrays.append(to_array(_opened(whole), size, channels))
+                whole = io.BytesIO(file.read())  # to its end, where a zip's CRC is checked
+                with _opened(whole) as image:
+                    arrays.append(to_array(image, size, channels))
         except Exception as error:
             raise _broken(container, item, error) from None
     return np.stack(arrays)

@@ -331,7 +331,8 @@ def _pool(workers):
         yield lambda jobs: (fn(*arguments) for fn, *arguments in jobs)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
+    shared = context.RLock(), workers
+    with ProcessPoolExecutor(workers, context, _start_worker, shared) as pool:
 
         def run(jobs):
             waiting = deque()
@@ -349,8 +350,9 @@ def _pool(workers):
             raise
 
 
-def _start_worker():
+def _start_worker(lock, workers):
     """Leave Ctrl-C to the parent, end with it, and do not keep its handler of SIGTERM."""
+    decode.Turns.share(lock, workers)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent()

@@ -3,6 +3,8 @@
 from runtime.commandline import BadInput
 from runtime.limits import most_unpacked
 
+import concurrent.futures
+import contextlib
 import gzip
 import io
 import os
@@ -10,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 import zlib
 
@@ -20,6 +23,7 @@ from PIL import Image
 
 from evaluation.image_sets import read_file
 from image_data import datasets, decode
+from image_data.prepare import _pool
 from networks.clip_tokens import read_text
 
 
@@ -79,6 +83,41 @@ def test_pictures_of_too_many_pixels(tmp_path, monkeypatch):
     (tmp_path / "wide.png").write_bytes(png(2000, 1000))
     for read in (decode.inspect, lambda *which: decode.decode(*which, 8, 3)):
         refused(monkeypatch, 0.03, lambda read=read: read(tmp_path, ["wide.png"]), "2000x1000")
+
+
+@pytest.mark.parametrize("share, most", [(0.005, 1), (0.05, 2)])
+def test_large_pictures_are_read_one_at_a_time(tmp_path, monkeypatch, share, most):
+    """By processes that prepare together: 16 of them took 16 times as much as one may."""
+    names = [f"{i}.png" for i in range(2)]
+    for name in names:
+        (tmp_path / name).write_bytes(png(1000, 500))  # 8 MB, as is reckoned
+    inside, at_once, met = [], [], threading.Barrier(2)
+
+    def slow(*_):
+        inside.append(1)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.wait(0.2)  # where two are inside they meet
+        at_once.append(len(inside))
+        inside.pop()
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setenv("DIFFUSION_UNPACKED_GB", str(16 * share))
+    monkeypatch.setattr(decode, "to_array", slow)
+    monkeypatch.setattr(decode.Turns, "lock", threading.RLock())
+    monkeypatch.setattr(decode.Turns, "processes", 16)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: decode.decode(tmp_path, [name], 8, 3), names))
+    assert max(at_once) == most
+
+
+def test_processes_that_prepare_share_turns():
+    with _pool(3) as run:
+        found = list(run([(shares,)] * 4))
+    assert found == [(3, "RLock")] * 4 and decode.Turns.processes == 1
+
+
+def shares():
+    return decode.Turns.processes, type(decode.Turns.lock).__name__
 
 
 def test_entries_of_a_zip_that_declare_much(tmp_path, monkeypatch):
