@@ -7,6 +7,7 @@ with the number of images.
 from runtime.commandline import BadInput
 from runtime.files import CLOSED, Unwritable, atomic_write, reserve
 from runtime.processes import World
+from runtime.sums import mapped
 
 import math
 import tempfile
@@ -84,10 +85,10 @@ def look(
     path = Path(keep) / name if keep and source.key and "None" not in name else None
     if path and on_every_process(path, world):
         try:
-            feats = np.load(path, mmap_mode="r")
+            feats = mapped(path)
             if feats.shape == (len(source.images), extractor.dim):
                 return Side(source, feats)
-        except (OSError, EOFError, ValueError):
+        except ValueError:
             warn(f"{path} is damaged; its features are computed again")
     feats, logits = extract(
         extractor, source.images, batch_size, world, store=store, name=source.name

@@ -21,7 +21,7 @@ from runtime.nodes import Disks
 from runtime.plan import Method, cost_of, forms_of
 from runtime.processes import exact
 from runtime.rehearsal import Rehearsal
-from runtime.sums import check_disk, is_checked, mark_checked, sum_of
+from runtime.sums import is_checked, mapped, mark_checked, sum_of
 
 import json
 import math
@@ -236,12 +236,10 @@ def _shape(kept, path):
     if not isinstance(scale, float) or not isinstance(kept.get("made_of"), dict):
         return None
     try:
-        found = np.load(path, mmap_mode="r")
-        whole = found.dtype == np.float32 and found.offset + found.nbytes == path.stat().st_size
-    except (OSError, EOFError, ValueError, AttributeError) as error:
-        check_disk(error, path)
+        found = mapped(path)
+    except ValueError:
         return None
-    return found.shape if whole and 0 < scale < math.inf else None
+    return found.shape if found.dtype == np.float32 and 0 < scale < math.inf else None
 
 
 def _make_room(folder, manifest, path, shape):

@@ -4,7 +4,7 @@ from runtime.commandline import BadInput, parse_classes
 from runtime.files import CLOSED, FAILED, flush, read_json
 from runtime.parents import end_with_parent
 from runtime.processes import progress, say_once
-from runtime.sums import add, check_disk, is_checked, mark_checked, sum_of
+from runtime.sums import add, is_checked, mapped, mark_checked, sum_of
 
 import errno
 import hashlib
@@ -54,7 +54,10 @@ def read(folder):
         raise Damaged("manifest.json cannot be read")
     if wrong := _wrong_in(manifest):
         raise Damaged(f"manifest.json {wrong}")
-    images, labels = _array(folder / "images.npy"), _array(folder / "labels.npy")
+    try:
+        images, labels = mapped(folder / "images.npy"), mapped(folder / "labels.npy")
+    except ValueError as error:
+        raise Damaged(error) from None
     classes, count = len(manifest["class_names"]), manifest["count"]
     if images.dtype != np.uint8 or list(images.shape) != [count, *manifest["shape"]]:
         raise Damaged("images.npy is of another form than manifest.json says")
@@ -93,19 +96,6 @@ def _wrong_in(manifest):
 def _sum_of(manifest):
     """Of all else that a manifest says."""
     return sum_of({name: value for name, value in manifest.items() if name != "sum"})
-
-
-def _array(path):
-    """The array in an .npy file, mapped."""
-    try:
-        found = np.load(path, mmap_mode="r")
-        if not isinstance(found, np.memmap) or found.offset + found.nbytes != path.stat().st_size:
-            raise ValueError("it is not as long as its header says")
-        return found
-    except (OSError, EOFError, ValueError) as error:
-        check_disk(error, path)
-        told = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
-        raise Damaged(f"{path.name}: {told}") from None
 
 
 def prepare(source, folder, split, size, classes, workers, name):

@@ -11,6 +11,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
+
 NOTE = ".checked.json"
 
 
@@ -41,12 +43,25 @@ def mark_checked(folder, names):
         path.write_text(json.dumps(_states(folder, names)))
 
 
-def check_disk(error, path):
-    """BadInput where a file that is there could not be read, which is no fault of what it holds."""
-    if not isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
-        from runtime.checkpoints import check_machine
+def mapped(path):
+    """The array in an .npy file as a memory map; ValueError where it is none.
 
-        check_machine(error, path)
+    BadInput where the disk did not give it, which is no fault of what the file holds.
+    """
+    try:
+        found = np.load(path, mmap_mode="r")
+        if not isinstance(found, np.memmap) or found.offset + found.nbytes != path.stat().st_size:
+            raise ValueError("it is not as long as its header says")
+        return found
+    except (
+        Exception
+    ) as error:  # numpy reads a header as Python's text, which raises nearly anything
+        if not isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+            from runtime.checkpoints import check_machine
+
+            check_machine(error, path)
+        told = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
+        raise ValueError(f"{path.name}: {told}") from None
 
 
 def _states(folder, names):

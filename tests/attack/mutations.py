@@ -11,6 +11,7 @@ VALUES = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.0, -0.5, 1e300, float("nan")),
     *("", "x", "linear", "\x1b[31m", "ü" * 300, [], [1], [None], [[]], ["a", "b"], {}, {"a": 1}),
     *([2**40], [0, 0], [-1], [1e9] * 3),
+    *(10**400, {"1" * 5000: 1}, {"facts": 3}),  # more than a float holds, or int() reads
 )
 
 
@@ -87,7 +88,8 @@ def _other(value, rng):
             case 5:
                 return value.repeat([2] + [1] * (value.ndim - 1)) if value.ndim else value
     if isinstance(value, int | float) and not isinstance(value, bool) and rng.random() < 0.5:
-        near = [-value, value + 1, value - 1, 2 * value, value / 2, float(value), str(value)]
+        near = [-value, value + 1, value - 1, 2 * value, value // 2, str(value)]
+        near += [value / 2, float(value)] if abs(value) < 2**1000 else []
         return near[int(rng.integers(len(near)))]
     return copy.deepcopy(VALUES[int(rng.integers(len(VALUES)))])
 

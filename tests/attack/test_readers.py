@@ -6,11 +6,13 @@ Fast: some dozens of each in `make test`; `make test-all` does thousands.
 from runtime.checkpoints import load_checkpoint, trained_config
 from runtime.commandline import BadInput
 from runtime.files import read_log
+from runtime.sums import NOTE
 from runtime.yaml_settings import yaml_settings
 
 import gzip
 import io
 import json
+import os
 import traceback
 import warnings
 import zipfile
@@ -19,7 +21,7 @@ import mutations
 import numpy as np
 import pytest
 import torch
-from data_files import noise, python2_pickle, write_cifar, write_mnist
+from data_files import noise, python2_pickle, write_cifar, write_images, write_mnist
 from PIL import Image
 from reference_metrics import import_references
 from safetensors.torch import save_file
@@ -27,7 +29,7 @@ from safetensors.torch import save_file
 import ddpm_pixel
 import dit
 from evaluation.image_sets import read_file
-from image_data import arrays, decode
+from image_data import arrays, datasets, decode, prepare
 from image_data.cifar_pickle import read_batch
 from image_data.kaggle import kaggle_zip
 from image_data.listing import listing
@@ -78,9 +80,9 @@ def cifar(kind, packed):
     )
 
 
-def zipped(kaggle=False):
+def zipped(kaggle=False, method=zipfile.ZIP_STORED):
     def make(folder):
-        with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        with zipfile.ZipFile(folder / "a.zip", "w", method) as archive:
             for name in (
                 ("train.X1/n1/1.png", "val.X/n1/2.png") if kaggle else ("a/1.png", "b/2.png")
             ):
@@ -97,6 +99,29 @@ def zipped(kaggle=False):
         return made and decode.decode(path, made.items, 4, 1)
 
     return Reader(make, read)
+
+
+def prepared(folder):
+    """A prepared set, and the images that it is of."""
+    images = write_images(folder.parent / f"images of {folder.name}", 2)
+    made = datasets.load(str(images), folder, workers=1).manifest["folder"]
+    os.rename(made, folder / "set")
+    (folder / "set" / NOTE).unlink()
+
+
+def read_prepared(folder):
+    try:
+        return prepare.read(folder / "set")
+    except prepare.Damaged as error:
+        raise BadInput(str(error)) from None
+
+
+def labelled(folder):
+    for i in range(2):
+        (folder / "00000").mkdir(exist_ok=True)
+        Image.fromarray(noise((4, 4))).save(folder / "00000" / f"img0000000{i}.png")
+    rows = [[f"00000/img0000000{i}.png", i] for i in range(2)]
+    (folder / "dataset.json").write_text(json.dumps({"labels": rows}))
 
 
 def checkpoint(change):
@@ -147,9 +172,24 @@ READERS = {
     "cifar tar": cifar("python", True),
     "cifar binary": cifar("binary", False),
     "zip": zipped(),
+    "zip, deflate": zipped(method=zipfile.ZIP_DEFLATED),
+    "zip, bzip2": zipped(method=zipfile.ZIP_BZIP2),
+    "zip, lzma": zipped(method=zipfile.ZIP_LZMA),
     "kaggle": zipped(kaggle=True),
+    "manifest": Reader(prepared, read_prepared, "set/manifest.json", mutations.of_json),
+    "prepared labels": Reader(prepared, read_prepared, "set/labels.npy"),
+    "table of labels": Reader(
+        labelled,
+        lambda folder: tree_contents(folder, listing(folder), "train"),
+        "dataset.json",
+        mutations.of_json,
+    ),
     "npz": Reader(
         lambda folder: np.savez(folder / "a.npz", arr_0=noise((2, 4, 4, 3)), arr_1=np.arange(2)),
+        lambda folder: np.asarray(read_file(str(folder / "a.npz")).images).sum(),
+    ),
+    "npz, deflate": Reader(
+        lambda folder: np.savez_compressed(folder / "a.npz", noise((2, 4, 4, 3)), np.arange(2)),
         lambda folder: np.asarray(read_file(str(folder / "a.npz")).images).sum(),
     ),
     "statistics": Reader(
