@@ -14,6 +14,7 @@ sys.path[0] = str(ROOT)
 
 import runtime  # noqa: E402, F401  sets how threads wait, before torch is imported
 
+import bz2  # noqa: E402
 import gzip  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
@@ -31,6 +32,7 @@ import torch  # noqa: E402
 GB = 10**9
 PICTURE = "from image_data.decode import decode as read; from image_data import listing"
 MNIST = "from image_data.arrays import idx_source, cifar_source; import image_data.datasets"
+PICKLES = "from image_data.cifar_pickle import read_batch"
 SETS = "from evaluation.image_sets import read_file"
 CHECKPOINTS = "from runtime.checkpoints import load_checkpoint; from runtime import kept"
 WEIGHTS = "from networks.published.files import read_weights"
@@ -112,6 +114,38 @@ def pickle_of_an_address(path):
     path.write_bytes(b"\x80\x02}(U\x04data" + array + b"U\x06labels](K\x00eu.")
 
 
+def lying(path):
+    """A zip of an entry that declares 100 bytes and holds 3 GB, as bzip2 packs it."""
+    packer, packed = bz2.BZ2Compressor(9), []
+    zeros(lambda piece: packed.append(packer.compress(piece)), 3 * GB)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("1.png", b"".join([*packed, packer.flush()]))
+        member = archive.getinfo("1.png")
+        member.compress_type, member.file_size = zipfile.ZIP_BZIP2, 100
+
+
+def long_name(path):
+    """A tar whose first file has a name of 2.5 GB."""
+    with gzip.open(path, "wb", 1) as file:
+        info = tarfile.TarInfo("././@LongLink")
+        info.size, info.type = 5 * GB // 2, tarfile.GNUTYPE_LONGNAME
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        zeros(file.write, info.size)
+
+
+def pickle_of_one_text(path):
+    """10 MB that are made bytes of 400 times."""
+    text = b"X" + (10_000_000).to_bytes(4, "little") + b"a" * 10_000_000
+    raw = b"\x80\x02](c_codecs\nencode\nq\x00" + text + b"q\x01X\x06\x00\x00\x00latin1q\x02"
+    path.write_bytes(raw + b"h\x00h\x01h\x02\x86R" * 400 + b"e.")
+
+
+def pickle_of_nested_tuples(path):
+    """A type of numbers that is a tuple of one tuple twice, 32 deep."""
+    pairs = b"q\x00h\x00\x86" * 32
+    path.write_bytes(b"\x80\x02cnumpy\ndtype\n)" + pairs + b"K\x00K\x01\x87R.")
+
+
 def laughs(path):
     lists = ["&a0 [x, x]", *(f"&a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]
     path.write_text(f"classes: [{', '.join(lists)}]")
@@ -146,6 +180,12 @@ FILES = {
         PICTURE,
         "read({path!r}, ['1.png'], 64, 3)",
     ),
+    "zip entry of 3 GB that declares 100 bytes": (
+        "a.zip",
+        lying,
+        PICTURE,
+        "read({path!r}, ['1.png'], 64, 3)",
+    ),
     "gzipped idx of 3 GB": ("", idx, MNIST, "idx_source([{folder!r}], 'train').contents()"),
     "tar member of 3 GB": (
         "cifar-10-python.tar.gz",
@@ -156,7 +196,25 @@ FILES = {
     "CIFAR batch whose array holds objects": (
         "data_batch_1",
         pickle_of_an_address,
-        "from image_data.cifar_pickle import read_batch",
+        PICKLES,
+        "read_batch(open({path!r}, 'rb').read())",
+    ),
+    "tar with a name of 2.5 GB": (
+        "cifar-10-python.tar.gz",
+        long_name,
+        MNIST,
+        "cifar_source({folder!r}, 'train').contents()",
+    ),
+    "CIFAR batch of one text 400 times": (
+        "data_batch_1",
+        pickle_of_one_text,
+        PICKLES,
+        "read_batch(open({path!r}, 'rb').read())",
+    ),
+    "CIFAR batch of 2^32 tuples": (
+        "data_batch_1",
+        pickle_of_nested_tuples,
+        PICKLES,
         "read_batch(open({path!r}, 'rb').read())",
     ),
     "npz with labels of 3 GB": (
