@@ -33,6 +33,10 @@ class DamagedCheckpoint(BadInput):
     """The file is truncated or garbage; the checkpoint before it may be whole."""
 
 
+class NotRead(BadInput):
+    """The machine did not read the file, which may be whole."""
+
+
 class Kept(dict):
     """What a checkpoint at `path` keeps; BadInput for what is not there."""
 
@@ -61,7 +65,7 @@ def load_mapped(path, allowed=()):
 
 
 def check_machine(error, path):
-    """BadInput where the machine, not what the file at `path` holds, is why it was not read.
+    """NotRead where the machine, not what the file at `path` holds, is why it was not read.
 
     So nobody takes a whole file for a damaged one, and writes over it.
     """
@@ -73,7 +77,7 @@ def check_machine(error, path):
     elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         told = "memory has ended"
     if told:
-        raise BadInput(f"{path} could not be read ({told}); it may be whole: try again") from None
+        raise NotRead(f"{path} could not be read ({told}); it may be whole: try again") from None
 
 
 def check_sums(path, tensors=True):

@@ -1,7 +1,14 @@
 """A run directory: config.yaml, log.jsonl, ckpt.pt and the one before it, whole at any time; and
 pictures, and report.html, which shows them."""
 
-from runtime.checkpoints import DamagedCheckpoint, differing, identity, load_checkpoint, plain
+from runtime.checkpoints import (
+    DamagedCheckpoint,
+    NotRead,
+    differing,
+    identity,
+    load_checkpoint,
+    plain,
+)
 from runtime.commandline import BadInput
 from runtime.files import (
     Unwritable,
@@ -14,9 +21,9 @@ from runtime.files import (
     writing,
 )
 
+import atexit
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -35,8 +42,6 @@ import yaml
 
 STEP = r"(\d{6,})"  # in names of what is of a step
 OF_STEPS = ("ckpt-{}.pt", "samples-{}.png")
-NAMES = ("config.yaml", "log.jsonl", "report.html", "samples.png")
-OURS = re.compile(r"^# python \S+, torch \S+, numpy \S+$", re.MULTILINE)  # in config.yaml
 DEFAULTS = "# The rest is as by default."  # in config.yaml, between what is not and what is
 
 
@@ -75,7 +80,7 @@ class RunFolder:
         self.log_path = self.path / "log.jsonl"
         self.track, self.trackers, self.about, self.logged = track, [], about, 0
         self.started, self.seen = time.perf_counter(), None
-        self.origin, self.fallen_back = None, False
+        self.origin, self.fallen_back, self.pin = None, False, None
         if world.is_main:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -92,37 +97,34 @@ class RunFolder:
         beyond --steps, and when there are checkpoints but none is whole.
         """
         if self.world.is_main:
+            from runtime import foreign
             from runtime.locks import hold
 
-            self._check_names()
+            foreign.check_names(self.path)
             hold(self.path)
         state, named = self._choose()
         self.world.barrier()  # all have read it before there is another
-        if state is not None:
-            others = differing(state["config"], self.config, self.free, self.kind)
-            if others:
-                where = self.path if self.resume == "auto" else self.resume
-                raise BadInput(
-                    f"{where} holds a run of another configuration ({'; '.join(others)}); "
-                    "type another --out, or --resume never to start over"
-                )
-        step, most = state["step"] if state else 0, self.settings.get("steps", math.inf)
-        if step > most:
-            told = f"--steps {most}: the run in {self.path} is at step {step} already"
-            raise BadInput(f"{told}; type at least that, or --resume never to start over")
+        step = state["step"] if state else 0
+        self._check_settings(state, step)
         if self.world.is_main:
-            rows = read_run_log(self.log_path) if state else []
+            ours = foreign.is_of_run(self.path) or bool(state and not named)
+            rows = read_run_log(self.log_path) if state and ours else []
             rows = [row for row in rows if row["step"] <= step]
+            if not ours:
+                foreign.set_aside(self.path, self._is_asked_for)
+                self._write_config()
             if named:  # this is where the run is now
                 with writing(self.path / "ckpt.pt"):
                     flush(self.pin)
                     os.replace(self.pin, self.path / "ckpt.pt")
+            elif self.pin:
+                self.pin.unlink(missing_ok=True)
             for path in left_over(self.path):
                 path.unlink(missing_ok=True)
             if state or self.resume == "never":  # of a future that is now another
                 for kind in OF_STEPS:
                     for at, path in of_steps(self.path, kind).items():
-                        if at > step and path.resolve() != Path(self.resume).resolve():
+                        if at > step and not self._is_asked_for(path):
                             path.unlink()
             if self.resume == "never":  # the last one goes last: until then it is the old run
                 for name in ("ckpt-previous.pt", "ckpt.pt"):
@@ -131,8 +133,6 @@ class RunFolder:
                 also_named(self.path / "ckpt-previous.pt", self.path / "ckpt.pt")
             if state and step not in of_steps(self.path, "ckpt-{}.pt"):
                 self._keep(step)  # a kill came before it had its second name
-            if not state and not self._is_ours():
-                self._set_aside("config.yaml", "log.jsonl")
             with atomic_write(self.log_path) as path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             self._write_config()
@@ -144,28 +144,21 @@ class RunFolder:
         self.world.barrier()
         return state
 
-    def _check_names(self):
-        """BadInput where a folder or a pipe has a name that a file of this run will have."""
-        names = [self.path / name for name in (*NAMES, ".lock", "ckpt.pt", "ckpt-previous.pt")]
-        names += [path for kind in OF_STEPS for path in matching(self.path, kind).values()]
-        for path in names:
-            if os.path.lexists(path) and not path.is_file():
-                raise BadInput(f"{path} is no file, and a run writes one here: take it away")
+    def _check_settings(self, state, step):
+        """BadInput where a run of these settings does not go on from this state, of this step."""
+        others = differing(state["config"], self.config, self.free, self.kind) if state else ()
+        if others:
+            where = self.path if self.resume == "auto" else self.resume
+            raise BadInput(
+                f"{where} holds a run of another configuration ({'; '.join(others)}); "
+                "type another --out, or --resume never to start over"
+            )
+        if step > (most := self.settings.get("steps", math.inf)):
+            told = f"--steps {most}: the run in {self.path} is at step {step} already"
+            raise BadInput(f"{told}; type at least that, or --resume never to start over")
 
-    def _is_ours(self):
-        """Whether what is called config.yaml was written by a run."""
-        path = self.path / "config.yaml"
-        return path.is_file() and bool(OURS.search(path.read_text("utf-8", errors="replace")))
-
-    def _set_aside(self, *names):
-        """Keep files of these names that no run has written, by names that are free."""
-        for path in [self.path / name for name in names if (self.path / name).is_file()]:
-            marks = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-            others = (path.with_name(f"before-{path.stem}{mark}{path.suffix}") for mark in marks)
-            kept = next(other for other in others if not os.path.lexists(other))
-            if path.stat().st_size:
-                os.replace(path, kept)
-                print(f"note: {path} is of no run here, and is now called {kept.name}")
+    def _is_asked_for(self, path):
+        return path.resolve() == Path(self.resume).resolve()
 
     def _choose(self):
         """(the state to continue from or None, whether that is in the checkpoint --resume names)"""
@@ -174,8 +167,12 @@ class RunFolder:
         if self.resume == "auto":
             return self._gone_on(*self._last()), False
         own = None, None
-        with contextlib.suppress(BadInput):  # whatever lies here, PATH is asked for
+        try:
             own = self._last()
+        except NotRead:
+            raise
+        except BadInput:  # whatever lies here, PATH is asked for
+            pass
         with self._pinned() as path:
             self.origin = identity(path)
             if not own[0] or own[0].get("resumed") != self.origin:
@@ -183,7 +180,6 @@ class RunFolder:
                 state.path = self.resume
                 return state, True
         if self.world.is_main:
-            self.pin.unlink(missing_ok=True)
             told = f"this run went on from {self.resume} before, to step {own[0]['step']}: it goes"
             print(f"note: {told} on there; to start there again, remove {self.path}/ckpt*.pt")
         return self._gone_on(*own), False
@@ -195,6 +191,7 @@ class RunFolder:
             load_checkpoint(path, self.script, facts=True)
         self.pin = temporary_of(self.path / "ckpt.pt", ".pinned")
         if self.world.is_main:
+            atexit.register(self.pin.unlink, missing_ok=True)  # also where this run is refused
             with writing(self.pin):
                 shutil.copyfile(self.resume, self.pin)
         self.pin = Path(self.world.gather(str(self.pin))[0])
@@ -202,8 +199,6 @@ class RunFolder:
             with self.world.from_first(self.pin) as path:
                 yield path
         except BadInput as error:
-            if self.world.is_main:
-                self.pin.unlink(missing_ok=True)
             raise type(error)(str(error).replace(str(path), str(self.resume))) from None
 
     def _last(self):
@@ -221,7 +216,7 @@ class RunFolder:
         for path in reversed(of_steps(self.path, "ckpt-{}.pt").values()):
             try:
                 load_checkpoint(path, self.script, mapped=True)
-            except BadInput:
+            except DamagedCheckpoint:
                 continue
             raise BadInput(f"{damaged}; to go on from an older one: --resume {path}")
         raise BadInput(f"{damaged}, and none before it is whole; --resume never starts over")

@@ -80,20 +80,38 @@ def load_networks(net, emas, state):
     """
     kept = [state["model"], state["ema"], *state["more_emas"]]
     for one, weights in zip([net, *emas], kept, strict=False):
-        for name, value in weights.items():
-            if not value.isfinite().all():
-                told = f"{name} holds numbers that are not finite: name an earlier one by --resume"
-                raise BadInput(f"checkpoint {state.path}: its {told}")
+        _check_finite(weights, state)
         with fitting(state, "network"):
             one.load_state_dict(weights)
+
+
+def load_optimizer(optimizer, state):
+    """The same of an optimizer."""
+    from runtime import sharding
+
+    with fitting(state, "optimizer"):
+        for moments in state["optimizer"]["state"].values():
+            _check_finite(moments, state)
+        sharding.load_optimizer(optimizer, state["optimizer"])
+
+
+def _check_finite(tensors, state):
+    for name, value in tensors.items():
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            told = f"{name} holds numbers that are not finite: name an earlier one by --resume"
+            raise BadInput(f"checkpoint {state.path}: its {told}")
 
 
 @contextlib.contextmanager
 def fitting(state, what):
     """Inside, what a checkpoint keeps is loaded; BadInput where it is of something else."""
+    from runtime.edges import is_of_memory
+
     try:
         yield
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, BadInput) or is_of_memory(error):
+            raise
         told = " ".join(str(error).split())[:200]
         raise BadInput(f"checkpoint {state.path}: its {what} is another one: {told}") from error
 

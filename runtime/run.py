@@ -210,14 +210,12 @@ class Run:
                 sharding.shard(net, self.world)
         self.optimizer = optimizer(self.net.parameters())
         if state:
-            from runtime.sharding import load_optimizer
-
-            with kept.fitting(state, "optimizer"):
-                load_optimizer(self.optimizer, state["optimizer"])
+            kept.load_optimizer(self.optimizer, state)
             if self.scaler:
                 self.scaler.load_state_dict(state.get("scaler"))
             for name, thing in self.keep.items():
-                thing.load_state_dict(state[name])
+                with kept.fitting(state, name):
+                    thing.load_state_dict(state[name])
 
     def _wrap(self, net):
         """net as model() calls it."""

@@ -119,7 +119,12 @@ def load_optimizer(optimizer, state):
 
 
 def _like(value, p):
-    """The tensor `value` in the layout of the parameter `p` of its shape; itself if it is."""
+    """The tensor `value` in the layout of the parameter `p` of its shape; itself if it is.
+
+    ValueError for one of another shape.
+    """
+    if value.shape != p.shape:
+        raise ValueError(f"a moment is {tuple(value.shape)}, its parameter {tuple(p.shape)}")
     if hasattr(p, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 

@@ -202,7 +202,8 @@ def test_other_files_of_a_run(run, tmp_path, name, how, capsys):
 
 
 NAMES = ["config.yaml", "log.jsonl", "ckpt.pt", "ckpt-previous.pt", "ckpt-000009.pt", ".lock"]
-NAMES += ["samples-000006.png", "report.html", "samples.png"]
+NAMES += ["samples-000006.png", "report.html", "samples.png", "loss.png", "reverse.gif"]
+NAMES += ["samples.npz", "snapshot-000006-0.05.pt"]
 
 
 @pytest.mark.parametrize("name", NAMES)

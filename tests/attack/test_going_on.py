@@ -1,20 +1,23 @@
 """Runs that go on, from checkpoints that are damaged, replaced meanwhile, or odd."""
 
-from runtime import folder, locks
+from runtime import checkpoints, folder, kept, locks
 from runtime.commandline import BadInput
 
+import atexit
+import errno
+import functools
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from run_folders import saved_step
-from toy_run import make, train
+from toy_run import Counter, make, train
 
 
-def kept_run(folder):
+def kept_run(folder, **given):
     """A run of 9 steps that keeps a checkpoint at each third; its folder."""
-    run = train(make(folder, keep_every=3, steps=9))
+    run = train(make(folder, keep_every=3, steps=9, **given))
     locks.leave(folder)
     return run.folder
 
@@ -90,7 +93,56 @@ def test_what_others_wrote_is_set_aside_by_free_names(tmp_path, capsys):
     locks.leave(tmp_path)
 
 
+@pytest.mark.parametrize("resume", ["never", "PATH"])
+def test_a_folder_of_others_loses_nothing(tmp_path, resume, capsys):
+    start, there = kept_run(tmp_path / "start") / "ckpt-000003.pt", tmp_path / "there"
+    names = ["config.yaml", "log.jsonl", "ckpt.pt", "ckpt-000009.pt", "samples-000009.png"]
+    there.mkdir()
+    for name in names:
+        (there / name).write_text(f'{{"step": 1, "name": "{name}"}}\n')
+    make(there, resume=str(start) if resume == "PATH" else resume, keep_every=3, steps=12)
+    for name in names:
+        assert name in (there / f"before-{name}").read_text()
+    assert not (there / "log.jsonl").read_text() and "is of no run here" in capsys.readouterr().out
+    locks.leave(there)
+
+
+def test_a_disk_that_fails_starts_no_run_over(tmp_path, monkeypatch):
+    start = kept_run(tmp_path / "start") / "ckpt-000003.pt"
+    run = train(make(tmp_path / "run", resume=str(start), steps=9)).folder
+    locks.leave(run)
+    whole = (run / "ckpt.pt").read_bytes()
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoints, "load_copied", fail)
+    with pytest.raises(BadInput, match=f"{run}/ckpt.pt could not be read"):
+        make(run, resume=str(start), steps=12)
+    assert (run / "ckpt.pt").read_bytes() == whole
+    locks.leave(run)
+
+
+def test_a_path_that_is_refused_leaves_no_copy(tmp_path, monkeypatch):
+    start, due = kept_run(tmp_path / "start") / "ckpt-000003.pt", []
+    note = lambda do, *given, **how: due.append(functools.partial(do, *given, **how))  # noqa: E731
+    monkeypatch.setattr(atexit, "register", note)
+    with pytest.raises(BadInput, match="another configuration"):
+        make(tmp_path / "run", resume=str(start), seed=1)
+    assert list((tmp_path / "run").glob(".ckpt*"))
+    for do in due:  # the process ends
+        do()
+    assert not list((tmp_path / "run").iterdir())
+
+
 NAN = float("nan")
+
+
+def moment(state):
+    """What the optimizer in a checkpoint keeps of one parameter."""
+    return state["optimizer"]["state"][0]
+
+
 ODD = {
     "a model of other shapes": (
         lambda s: s["model"].update({"conv_in.weight": torch.zeros(2, 2)}),
@@ -101,6 +153,12 @@ ODD = {
     "no model": (lambda s: s.pop("model"), "has no model"),
     "NaN": (lambda s: s["model"]["conv_in.weight"].fill_(NAN), "conv_in.weight holds numbers that"),
     "NaN in a mean": (lambda s: s["ema"]["conv_in.weight"].fill_(NAN), "not finite"),
+    "NaN in the optimizer": (lambda s: moment(s)["exp_avg"].fill_(NAN), "exp_avg holds numbers"),
+    "moments of other shapes": (
+        lambda s: moment(s).update(exp_avg=torch.zeros(1)),
+        "its optimizer is another one: a moment is",
+    ),
+    "an odd counter": (lambda s: s.update(counter={"nothing": 1}), "its counter is another one"),
     "an empty optimizer": (lambda s: s.update(optimizer={}), "its optimizer is another one"),
     "a number as optimizer": (lambda s: s.update(optimizer=3), "its optimizer is 3"),
     "a step below 0": (lambda s: s.update(step=-1), "its step is -1"),
@@ -116,11 +174,17 @@ ODD = {
 @pytest.mark.parametrize("what", ODD)
 def test_a_run_does_not_go_on_from_an_odd_checkpoint(what, tmp_path):
     change, told = ODD[what]
-    run = kept_run(tmp_path)
+    more = {"keep": {"counter": Counter()}}
+    run = kept_run(tmp_path, more=more)
     state = torch.load(run / "ckpt.pt", weights_only=True)
     change(state)
     torch.save(state, run / "ckpt.pt")
     with pytest.raises(BadInput, match=rf"{run}/ckpt.pt.*{told}") as found:
-        make(run, keep_every=3, steps=12)
+        make(run, keep_every=3, steps=12, more=more)
     assert "\n" not in str(found.value)
     locks.leave(run)
+
+
+def test_memory_that_ends_is_not_told_as_a_misfit():
+    with pytest.raises(torch.OutOfMemoryError), kept.fitting(checkpoints.Kept(), "optimizer"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
