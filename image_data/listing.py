@@ -256,7 +256,7 @@ def _zip_names(path):
                     raise BadInput(f"{path} is encrypted; unpack it and name the folder")
             for one_of_its_kind in {entry.compress_type: entry for entry in entries}.values():
                 archive.open(one_of_its_kind).close()
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not a readable zip ({error})") from None
     except (NotImplementedError, RuntimeError) as error:
         raise BadInput(f"{path}: {error}; unpack it and name the folder") from None

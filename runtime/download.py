@@ -6,6 +6,7 @@ from runtime.processes import progress
 
 import contextlib
 import hashlib
+import lzma
 import os
 import queue
 import shutil
@@ -22,6 +23,8 @@ TIMEOUT = 30  # seconds without an answer before the next mirror is tried
 MOST = 50e9  # bytes of a file; the largest that is fetched has half a gigabyte
 PATIENCE, SLOWEST = 60, 2000  # seconds after which that many bytes a second must have come
 LONGEST = 12 * 3600  # seconds of a download
+# What zipfile raises for what is no whole zip, or one with a password.
+TORN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
 
 
 class Unavailable(BadInput):
@@ -96,8 +99,8 @@ def _fault(part, checksums):
         with zipfile.ZipFile(part) as archive:
             damaged = archive.testzip()  # by its own sums: pieces of two files may be joined
         return f"{damaged} in it is damaged" if damaged else ""
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
-        return "what arrived is not a zip"  # nor one without a password
+    except TORN:
+        return "what arrived is not a zip"
 
 
 def _append(address, part):

@@ -1,5 +1,6 @@
 """Archives that hold more than they declare, or declare much where nobody looks."""
 
+from runtime import download
 from runtime.commandline import BadInput
 from runtime.limits import open_member, read_member
 
@@ -19,6 +20,7 @@ from PIL import Image
 
 from evaluation.image_sets import read_file
 from image_data import arrays, decode
+from image_data.listing import listing
 
 METHODS = {"stored": 0, "deflate": 8, "bzip2": 12, "lzma": 14}
 MUCH = 30 << 20  # bytes of zeros, which take kilobytes but for "stored"
@@ -170,3 +172,16 @@ def test_images_in_a_zip_of_each_method(tmp_path):
         found = decode.decode(tmp_path / f"{method}.zip", ["1.png"], 8, 3)
         assert (found[0] == noise((8, 8, 3))).all()
         assert decode.inspect(tmp_path / f"{method}.zip", ["1.png"])[0][:2] == (8, 8)
+
+
+def test_a_name_beside_the_bytes_that_is_no_text(tmp_path):
+    """A zip says each name twice; the second says that it is UTF-8, and is not."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("\u00e9.png", b"1")
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace("\u00e9".encode(), b"\xff\xff", 1))
+    with pytest.raises(BadInput, match="a.zip is not a readable zip .*utf-8"):
+        listing(path)
+    path.rename(part := tmp_path / "a.zip.part")
+    assert download._fault(part, {}) == "what arrived is not a zip"
