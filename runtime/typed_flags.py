@@ -24,7 +24,7 @@ TRUTH = frozenset(["true", "false", "yes", "no", "on", "off", "0", "1"])
 EVERYWHERE = frozenset({"config", "out", "smoke", "gpus"})  # they have a part in all
 
 
-def places(config_class):
+def placed(config_class):
     """Names of the settings that are no flags: they are told by their place."""
     kinds = {f.name: f.type for f in dataclasses.fields(config_class)}
     return {name for name, kind in kinds.items() if typing.get_origin(kind) is typing.Annotated}
@@ -38,7 +38,8 @@ def check_words(args, config_class):
     """
     kinds = {f.name: f.type for f in dataclasses.fields(config_class)}
     switches = {name for name, kind in kinds.items() if kind is bool}
-    known = {*kinds} - places(config_class) | {f"no_{name}" for name in switches}
+    places = placed(config_class)
+    known = {*kinds} - places | {f"no_{name}" for name in switches}
     for word, after in zip(args, [*args[1:], ""], strict=False):
         name, _, value = word.partition("=")
         plain = name.translate(DASHES)
@@ -207,7 +208,7 @@ def one_line(box, config_class):
     text = " ".join(lines[begin : rules[0] if rules else len(lines)])
     unknown = re.match(r"Unrecognized options: (--[\w-]+)", text)
     if unknown:
-        fields = [f for f in dataclasses.fields(config_class) if f.name not in places(config_class)]
+        fields = [f for f in dataclasses.fields(config_class) if f.name not in placed(config_class)]
         flags = [flag(f.name) for f in fields]
         flags += [flag(f"no_{f.name}") for f in fields if f.type is bool]
         return f"unknown flag {unknown[1]}{closest(unknown[1], flags)}"

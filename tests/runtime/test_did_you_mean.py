@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import itertools
 import random
+import typing
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ def config_of(script):
 
 
 def names_of(script):
-    return [field.name for field in dataclasses.fields(config_of(script))]
+    """The settings that are flags."""
+    known = dataclasses.fields(config_of(script))
+    return [field.name for field in known if typing.get_origin(field.type) is not typing.Annotated]
 
 
 def misspelled(name):

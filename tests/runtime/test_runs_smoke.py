@@ -2,6 +2,7 @@
 
 from runtime.commandline import parse
 from runtime.files import read_log
+from runtime.sums import NOTE
 
 import importlib
 import importlib.util
@@ -178,7 +179,7 @@ def test_run_directory(script, toy, tiny, tmp_path):
         assert str(out / "samples.png") in done.out
         check_samples(out, (16, 16, 1), 4, 2)
     assert np.asarray(Image.open(out / "loss.png").convert("L")).std() > 5
-    assert not [p for p in out.rglob("*") if p.name.startswith(".") or p.suffix == ".link"]
+    assert {p.name for p in out.rglob(".*")} <= {NOTE}
 
 
 @pytest.mark.parametrize("script", [s for s in DRAWING if "guidance" in fields(s)])
