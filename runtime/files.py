@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -272,7 +273,7 @@ def save_json(path, told):
 
 def is_number(value):
     """Whether what a file says is a finite number that a float holds; a JSON has any integer."""
-    return type(value) in (int, float) and abs(value) < 1e300
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def read_json(path):

@@ -298,9 +298,9 @@ def published_scaling(kind, config, scale, path):
         scaling, shift = config.get("scaling_factor"), config.get("shift_factor")
         scaling = (1.0 if kind == "tiny" else SCALING) if scaling is None else scaling
         shift = 0.0 if shift is None else shift
-        if not is_number(scaling) or scaling <= 0:
+        if not _is_scale(scaling) or scaling <= 0:
             raise BadInput(f"{path}: scaling_factor {scaling!r} must be a number above 0")
-        if not is_number(shift):
+        if not _is_scale(shift):
             raise BadInput(f"{path}: shift_factor {shift!r} must be a number")
         return scaling, shift
     if kind == "tiny":
@@ -308,6 +308,10 @@ def published_scaling(kind, config, scale, path):
     if scale is None:
         return None, None
     scaling = scale.item() if scale.numel() == 1 else scale.tolist()
-    if not is_number(scaling) or scaling <= 0:
+    if not _is_scale(scaling) or scaling <= 0:
         raise BadInput(f"{path}: scale_factor {str(scaling)[:60]} must be one number above 0")
     return float(scaling), 0.0
+
+
+def _is_scale(value):
+    return is_number(value) and abs(value) < 1e30

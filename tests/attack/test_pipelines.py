@@ -4,9 +4,11 @@ As in test_readers.py: a network, or one line. Networks are built without memory
 """
 
 from runtime.commandline import BadInput
+from runtime.files import is_number
 
 import copy
 import json
+import sys
 
 import mutations
 import pytest
@@ -18,6 +20,7 @@ from networks.adm_unet import UNet
 from networks.clip_text import CLIPText
 from networks.clip_tokens import Tokenizer
 from networks.published import schedule, sd_unet, unet_config
+from networks.published.autoencoder import published_scaling
 from networks.published.clip_text import read_clip_text
 from networks.published.samplers import config_of, read_scheduler
 from networks.published.stable_diffusion import TEXT, TINY_TEXT, write_tiny
@@ -182,3 +185,21 @@ def test_types_of_blocks_that_are_no_texts(name, value, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"up_block_types": value}))
     with pytest.raises(BadInput, match="up_block_types|not supported"):
         reader.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value, number, scale",
+    [
+        *[(1.5, True, True), (1e31, True, False), (sys.float_info.max, True, False)],
+        *[(10**308, True, False), (HUGE, False, False), (float("nan"), False, False)],
+        *[(float("inf"), False, False), (True, False, False), ("1", False, False)],
+    ],
+    ids=lambda value: repr(value)[:9],
+)
+def test_what_is_a_number_and_what_a_scale_of_latents(value, number, scale):
+    assert is_number(value) is number
+    if not scale:
+        with pytest.raises(BadInput, match="scaling_factor"):
+            published_scaling("kl", {"scaling_factor": value}, None, "a")
+    else:
+        assert published_scaling("kl", {"scaling_factor": value}, None, "a")[0] == value
