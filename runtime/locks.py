@@ -70,8 +70,11 @@ class Lock:
         self._close()
 
     def is_ours(self):
-        """Whether nobody has taken it over, as one may where no number came for PATIENCE."""
-        return self._said("token") in (None, self.token["token"])
+        return self._said("token") == self.token["token"]
+
+    def is_lost(self):
+        """Whether another has taken it over, as one may where no number came for PATIENCE."""
+        return self._said("token") not in (None, self.token["token"])
 
     def _close(self):
         if self.file is not None:
@@ -108,7 +111,7 @@ class Lock:
 
     def _go_on(self):
         beat = 0
-        while not self.beating.wait(BEAT) and self.is_ours():
+        while not self.beating.wait(BEAT) and not self.is_lost():
             beat += 1
             with contextlib.suppress(OSError):
                 self._beat(beat)
@@ -182,7 +185,7 @@ def check_held(folder):
     So it may be after a sleep of the machine, where there is no flock.
     """
     lock = HELD.get((os.getpid(), Path(folder, ".lock").resolve()))
-    if lock and not lock.is_ours():
+    if lock and lock.is_lost():
         who = who_of(lock._text())
         raise BadInput(f"{folder} was taken over by {who} while this one slept: it goes on there")
 

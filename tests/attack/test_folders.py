@@ -146,6 +146,19 @@ def test_machines_see_each_other_whichever_has_flock(here, there, tmp_path, monk
     assert not (tmp_path / ".lock").exists()
 
 
+def test_a_lock_file_that_another_has_just_made_stays(tmp_path, mount):
+    """Ours was removed, and nothing is yet written into the other."""
+    ours = locks.Lock(tmp_path / ".lock")
+    assert ours.take() == ""
+    ours.beating.set()
+    ours.thread.join()
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").touch()
+    assert not ours.is_ours() and not ours.is_lost()
+    ours.release()
+    assert (tmp_path / ".lock").exists()
+
+
 def test_a_holder_that_slept_too_long_stops(tmp_path, monkeypatch):
     without(monkeypatch.setattr)
     ours = locks.hold(tmp_path)
