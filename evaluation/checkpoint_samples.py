@@ -132,27 +132,37 @@ def sampled(checkpoint, script, n, gpus, arguments="", out=""):
         arguments = shlex.split(arguments)
     except ValueError as error:
         raise BadInput(f"--sample-args {arguments}: {error}") from None
-    with pinned(checkpoint) as own:
+
+    def folder_of(path):
+        """Where samples of the checkpoint lie, as it is at `path`."""
         place = [str(checkpoint.resolve())] if out else []
-        made_of = json.dumps([checkpoints.identity(own), n, shlex.join(arguments), *place])
+        made_of = json.dumps([checkpoints.identity(path), n, shlex.join(arguments), *place])
         digest = hashlib.sha256(made_of.encode()).hexdigest()[:8]
-        folder = Path(out or checkpoint.parent, f"eval-{checkpoint.stem}-{digest}")
-        files = [folder / f"{kind}.npz" for kind in ("samples", "reconstructions")]
+        return Path(out or checkpoint.parent, f"eval-{checkpoint.stem}-{digest}")
+
+    if found := _drawn(folder_of(checkpoint)):
+        return found  # without a pin, which may be a copy
+    with pinned(checkpoint) as own:
+        folder = folder_of(own)
 
         def command(path):
             drawn = ["--sample", path, "--n", n, "--out", folder, "--gpus", gpus]
             return [sys.executable, str(ROOT / f"{script}.py"), *arguments, *map(str, drawn)]
 
-        if kept := next(filter(Path.exists, files), None):
-            return kept
         with locked(folder.with_name(f".{folder.name}.lock"), "--out"):
-            if not any(map(Path.exists, files)):
+            if not _drawn(folder):
                 failed = run_alone(command(own), stdout=sys.stderr)
-                if failed or not any(map(Path.exists, files)):
+                if failed or not _drawn(folder):
                     typed = shlex.join(command(checkpoint))
                     why = f"no samples of {checkpoint}: {failed or 'it left none'}"
                     raise BadInput(f"{why}; the command was {typed}")
-    return next(filter(Path.exists, files))
+    return _drawn(folder)
+
+
+def _drawn(folder):
+    """The file of images in a folder of samples, None without one."""
+    files = (folder / f"{kind}.npz" for kind in ("samples", "reconstructions"))
+    return next(filter(Path.exists, files), None)
 
 
 @contextlib.contextmanager
