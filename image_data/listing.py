@@ -258,7 +258,7 @@ def _zip_names(path):
                 archive.open(one_of_its_kind).close()
     except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not a readable zip ({error})") from None
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:  # also for a way of packing that zipfile has not
         raise BadInput(f"{path}: {error}; unpack it and name the folder") from None
     return [(_as_utf8(entry), entry.filename) for entry in entries]
 

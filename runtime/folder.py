@@ -112,7 +112,7 @@ class RunFolder:
             rows = [row for row in rows if row["step"] <= step]
             if not ours:
                 foreign.set_aside(self.path, self._is_asked_for)
-                self._write_config()
+            self._write_config()  # at once: from now on the folder is of a run
             if named:  # this is where the run is now
                 with writing(self.path / "ckpt.pt"):
                     flush(self.pin)
@@ -135,7 +135,6 @@ class RunFolder:
                 self._keep(step)  # a kill came before it had its second name
             with atomic_write(self.log_path) as path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            self._write_config()
             self.logged = step
             if self.track:
                 from runtime.trackers import opened

@@ -121,13 +121,10 @@ def from_first(path, world):
 
 def _identity(path):
     """(bytes, hash) of a file; None where there is none."""
+    from runtime.download import file_hash
+
     try:
-        with open(path, "rb") as file:
-            size, whole = 0, hashlib.sha256()
-            while part := file.read(CHUNK):
-                size += len(part)
-                whole.update(part)
-            return size, whole.hexdigest()
+        return Path(path).stat().st_size, file_hash(path)
     except OSError:
         return None
 

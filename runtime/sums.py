@@ -53,9 +53,7 @@ def mapped(path):
         if not isinstance(found, np.memmap) or found.offset + found.nbytes != path.stat().st_size:
             raise ValueError("it is not as long as its header says")
         return found
-    except (
-        Exception
-    ) as error:  # numpy reads a header as Python's text, which raises nearly anything
+    except Exception as error:  # numpy reads a header as Python: that raises nearly anything
         if not isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
             from runtime.checkpoints import check_machine
 

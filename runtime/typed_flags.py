@@ -208,7 +208,8 @@ def one_line(box, config_class):
     text = " ".join(lines[begin : rules[0] if rules else len(lines)])
     unknown = re.match(r"Unrecognized options: (--[\w-]+)", text)
     if unknown:
-        fields = [f for f in dataclasses.fields(config_class) if f.name not in placed(config_class)]
+        places = placed(config_class)
+        fields = [f for f in dataclasses.fields(config_class) if f.name not in places]
         flags = [flag(f.name) for f in fields]
         flags += [flag(f"no_{f.name}") for f in fields if f.type is bool]
         return f"unknown flag {unknown[1]}{closest(unknown[1], flags)}"

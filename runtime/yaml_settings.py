@@ -2,14 +2,14 @@
 
 from runtime.commandline import BadInput, flag
 from runtime.files import read_text
-from runtime.typed_flags import MOST, beyond, closest
+from runtime.typed_flags import MOST, beyond, closest, placed
 
 import dataclasses
 import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, get_args, get_origin
+from typing import get_args, get_origin
 
 import yaml
 
@@ -28,9 +28,8 @@ def yaml_settings(path, config_class):
     path = Path(os.path.expanduser(path))
     text = _text(path)
     loader, pairs = _pairs(path, text)
-    kinds = {f.name: f.type for f in dataclasses.fields(config_class) if f.name != "config"}
-    # What is annotated is no flag but the name of a file.
-    kinds = {name: kind for name, kind in kinds.items() if get_origin(kind) is not Annotated}
+    others = {"config", *placed(config_class)}
+    kinds = {f.name: f.type for f in dataclasses.fields(config_class) if f.name not in others}
     defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
     settings = {}
     for key, node in pairs:
