@@ -358,9 +358,9 @@ def on(device, rows, part):
 
 
 @exact()
-def reconstruct(cfg, world, solve=decode, script="ddim"):
+def reconstruct(cfg, world, solve=decode, script="ddim", load=opened):
     """--encode: test images to codes and, by `solve`, back (section 5.4, table 2)."""
-    net, trained, shape, names, alpha_bar = opened(cfg, cfg.encode, world, script)
+    net, trained, shape, names, alpha_bar = load(cfg, cfg.encode, world, script)
     seeds, _ = cli.seeds_and_labels(cfg, net, names, cfg.guidance)
     net = world.for_sampling(net)
     x0, y = held_out(cfg, trained, shape, names, seeds)
@@ -395,9 +395,9 @@ def reconstruct(cfg, world, solve=decode, script="ddim"):
 
 
 @exact()
-def interpolate(cfg, world, solve=decode, script="ddim"):
+def interpolate(cfg, world, solve=decode, script="ddim", load=opened):
     """--interpolate: eleven images, by `solve`, between each two codes (section 5.3)."""
-    net, trained, shape, names, alpha_bar = opened(cfg, cfg.interpolate, world, script)
+    net, trained, shape, names, alpha_bar = load(cfg, cfg.interpolate, world, script)
     if cfg.guidance and not cfg.classes:
         raise cli.BadInput("--interpolate draws without labels; give --guidance some --classes")
     seeds, labels = cli.seeds_and_labels(cfg, net, names, cfg.guidance)

@@ -130,7 +130,7 @@ def _made(folder, world, ds, encode, made_of, shape, flip, batch):
     lacking = [rank for rank in set(disks.of) if kept[rank] != first or not first]
     if lacking:
         if world.rank in lacking:
-            _make_room(folder, manifest, path, shape)
+            make_room(folder, manifest, path, shape)
         world.barrier()
         if first:
             scale = first[0]
@@ -242,8 +242,8 @@ def _shape(kept, path):
     return found.shape if found.dtype == np.float32 and 0 < scale < math.inf else None
 
 
-def _make_room(folder, manifest, path, shape):
-    """An empty memory map of `shape` at `path`; BadInput where the disk cannot hold it.
+def make_room(folder, manifest, path, shape, what="latents"):
+    """An empty memory map float32 of `shape` at `path`; BadInput where the disk cannot hold it.
 
     It is asked first, because a full disk kills whoever writes a memory map.
     """
@@ -254,7 +254,7 @@ def _make_room(folder, manifest, path, shape):
     need, free = 4 * math.prod(shape), shutil.disk_usage(folder).free
     if free < need:
         raise BadInput(
-            f"{folder} needs {need >> 20} MiB for latents and has {free >> 20}: free some, or type "
+            f"{folder} needs {need >> 20} MiB for {what} and has {free >> 20}: free some, or type "
             "another --out"
         )
     with writing(path):

@@ -14,12 +14,15 @@ ae.settings are plain values: a checkpoint that keeps them beside the weights ne
 
 from runtime import checkpoints
 from runtime.commandline import BadInput
+from runtime.processes import exact
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from networks.kl_autoencoder import KLVAE, TinyAutoencoder, load_pretrained
 from networks.small_autoencoder import Autoencoder
@@ -74,6 +77,44 @@ def load_autoencoder(path, device="cpu", ema=None, flag="--ae"):
         weights = checkpoints.chosen_ema(state, path, ema)
     ae = checkpoints.built(lambda: build(**settings), weights, path)
     return ae.to(device).eval().requires_grad_(False)
+
+
+@dataclass
+class Space:
+    """What a network draws: images of shape (C,H,W), or latents of them times `scale`."""
+
+    shape: tuple[int, int, int]
+    ae: nn.Module | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def of_checkpoint(cls, state, path, device):
+        """That of a checkpoint `state`, at path, which holds `facts` where they are latents."""
+        if "ae" not in state:
+            return cls(tuple(state["shape"]))
+        if not 0 < abs(state["scale"]) < math.inf:
+            told = f"{path}: latents of scale {state['scale']}; expected a finite number"
+            raise BadInput(told)
+        return cls(tuple(state["shape"]), load_autoencoder(path, device), state["scale"])
+
+    @property
+    def z_shape(self):
+        """(C,h,w) of what is drawn."""
+        return latent_shape(self.ae, self.shape) if self.ae else self.shape
+
+    @property
+    def facts(self):
+        """What a checkpoint holds of latents."""
+        if not self.ae:
+            return {}
+        facts = {"scale": self.scale, "ae": self.ae.settings}
+        return facts | {"autoencoder": self.ae.state_dict()}
+
+    @torch.no_grad()
+    def decode(self, z):
+        """Images (B,C,H,W) of what was drawn, in fp32: half precision overflows in decoders."""
+        with exact():
+            return self.ae.decode(z.float() / self.scale) if self.ae else z
 
 
 def own_checkpoint(path):

@@ -173,6 +173,16 @@ def load_checkpoint(path, scripts=(), mapped=False, facts=False):
     return state
 
 
+def is_of(path, script):
+    """Whether this script, its stem, writes checkpoints like the file at `path`."""
+    try:
+        return load_checkpoint(path, facts=True)["script"] == script
+    except WrongSums:
+        raise
+    except BadInput:  # of others, or damaged: who reads those says so
+        return False
+
+
 def held(content):
     """In a few words, what a file of others holds."""
     if not isinstance(content, dict) or not content:

@@ -18,7 +18,7 @@ import torch
 
 # Settings that name a checkpoint: the folder of a run means its ckpt.pt.
 CHECKPOINTS = ("sample", "nll", "encode", "interpolate", "study", "classifier", "checkpoint")
-CHECKPOINTS += ("resume", "ae")
+CHECKPOINTS += ("resume", "ae", "latents", "flow")
 TEXTS = frozenset({"negative", "classes", "seeds", "metrics", "sample_args"})  # are no paths
 
 

@@ -47,12 +47,12 @@ def one_each(labels, n, names=()):
 def marks_of(steps):
     """What stands over x before the first of the steps and after each: ["t = 999, 0 %", ...].
 
-    steps: the (t, t_prev) of each; or t, or sigma, a float, before the first and after each. x_0,
-    t = -1, is the image.
+    steps: the (t, t_prev) of each; or t, or sigma, a float, or a text, before the first and after
+    each. x_0, t = -1, is the image.
     """
     if isinstance(steps[0], tuple):
         steps = [steps[0][0], *(t_prev for _, t_prev in steps)]
-    names = [f"t = {v}" if isinstance(v, int) else f"sigma = {v:.3g}" for v in steps]
+    names = [f"sigma = {v:.3g}" if isinstance(v, float) else f"t = {v}" for v in steps]
     where = ["x_0" if v == -1 else name for v, name in zip(steps, names, strict=True)]
     last = len(where) - 1
     parts = [min(round(100 * i / last), 99) for i in range(last)]
@@ -72,7 +72,7 @@ def way_of(walk, seeds, labels, world, shape, steps, names=(), scale=1.0):
     some, y = seeds[numbers], None if labels is None else labels[numbers]
     height, width, channels = shape
     x_T = scale * gaussian((len(some), channels, height, width), some, -1, "cpu")
-    titles = ("x_t", "x0_hat") if isinstance(steps[0], tuple) else ("x", "D")
+    titles = ("x", "D") if isinstance(steps[0], float) else ("x_t", "x0_hat")
     found = world.frames(walk, some, y, x_T, shown(len(marks)))
     return dict(zip(titles, found, strict=True)), marks, rows, note
 

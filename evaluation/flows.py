@@ -1,0 +1,71 @@
+"""What flows leave: likelihoods of held-out images, and samples before and after reflow."""
+
+from runtime.files import save_json
+from runtime.finite import WEIGHTS, check_finite
+from runtime.pictures import save_grid, tile
+from runtime.plots import draw_cells
+
+from pathlib import Path
+
+import torch
+
+from kernels import gaussian
+
+SHOWN = 10  # images of a row
+
+
+def standard_error(values):
+    """Of the mean of values (N,); None for one."""
+    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+
+
+def save_bits(folder, world, bits, x0, y, steps, cfg):
+    """nll.json and nll.png of test images x0 (N,C,H,W), labels y (N,) or None; the bits (N,).
+
+    bits(x, y, probe, tick) gives the bits per dimension (b,) of images with noise of one level of
+    their pixels, by signs `probe` like x, and calls tick() at each of `steps`. Both are functions
+    of an image's place among x0. cfg: the settings of the flow. With rk45 each image is by itself.
+    """
+    numbers = torch.arange(len(x0))
+    level = torch.special.ndtr(gaussian(x0.shape, numbers, 0, "cpu")) - 0.5  # uniform
+    x, probe = x0 + level / 127.5, gaussian(x0.shape, numbers, 1, "cpu").sign()
+
+    def of_part(part, tick):
+        label = None if y is None else y[part].to(world.device)
+        found = bits(x[part].to(world.device), label, probe[part].to(world.device), tick)
+        return check_finite(found, part, "the likelihood of image", WEIGHTS)
+
+    batch = 1 if cfg.sampler == "rk45" else cfg.batch_size
+    found = world.in_parts(of_part, len(x), batch, steps, "likelihood").double()
+    if world.is_main:
+        error, order = standard_error(found), found.argsort()
+        how = {"sampler": cfg.sampler, "data": str(cfg.data), "images": len(x)}
+        how |= {"tolerance": cfg.tolerance} if cfg.sampler == "rk45" else {"steps": steps}
+        told = {"bits_per_dim": found.mean().item(), "standard_error": error, **how}
+        save_json(Path(folder, "nll.json"), told | {"each": found.tolist()})
+        ends = torch.cat([order[:SHOWN], order[-SHOWN:]])
+        images = ((x0[ends] + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        save_grid(images, Path(folder, "nll.png"), min(SHOWN, len(x0)))
+        sure = "" if error is None else f", standard error {error:.4f} over {len(x)} images"
+        print(f"{cfg.data}: {told['bits_per_dim']:.4f} bits/dim{sure}, {cfg.sampler}")
+        print(f"the {SHOWN} most likely, then the least: {Path(folder, 'nll.png')}; nll.json")
+    return found
+
+
+def save_reflow(folder, world, made):
+    """reflow.png and reflow.json. made: {"before": ..., "after": ...}, of each ({number of steps:
+    images uint8 (N,H,W,C)}, straightness (N,))."""
+    if not world.is_main:
+        return
+    cells, found = {}, {}
+    for name, (grids, S) in made.items():
+        for steps, images in grids.items():
+            picture = tile(images[:16], 4)
+            picture = picture[:, :, 0] if picture.shape[2] == 1 else picture
+            cells[name, f"{steps} step{'s' * (steps > 1)} of Euler"] = picture
+        found[name] = {"straightness": S.mean().item(), "standard_error": standard_error(S)}
+    path = Path(folder, "reflow.png")
+    draw_cells(path, cells, title="the same noise, before and after reflow")
+    save_json(path.with_suffix(".json"), found | {"paths": len(S)})
+    told = ", ".join(f"{name} {row['straightness']:.4f}" for name, row in found.items())
+    print(f"straightness S, 0 for lines: {told}; samples in few steps: {path}")
