@@ -184,10 +184,8 @@ class Bent:
 
 
 class AsChain(nn.Module):
-    """And back: this chapter's network as one of chapter 1, eps_hat = net(x_t, t, y), t in 0..T-1.
-
-    alpha_bar float64 (T,).
-    """
+    """And back: this chapter's network as one of chapter 1, eps_hat = net(x_t, t, y), t in 0..T-1
+    of a chain of alpha_bar float64 (T,)."""
 
     def __init__(self, net, alpha_bar):
         super().__init__()
@@ -259,11 +257,9 @@ def sample(net, column, cfg, shape, seeds, y=None):
         alpha_bar = ddpm_pixel.alpha_bar_of(CHAIN)
         pairs = ddpm_pixel.timestep_pairs(CHAIN.timesteps, cfg.sample_steps)
         how = AsChain(net, alpha_bar), alpha_bar, pairs, shape, seeds, y, w
-        yield from ddpm_pixel.sample(*how, clip=clip)
-        return
+        return (yield from ddpm_pixel.sample(*how, clip=clip))
     last = getattr(column, "last", 1.0)
-    x = math.hypot(1 - last, last) * ddim.noise(seeds, shape)
-    v = velocity(net, column, y, w, clip)
+    v, x = velocity(net, column, y, w, clip), math.hypot(1 - last, last) * ddim.noise(seeds, shape)
     times = times_of(cfg.sample_steps, cfg.shift, last)
     yield from follow(v, x, times, cfg.sampler, cfg.tolerance)
 
@@ -271,13 +267,12 @@ def sample(net, column, cfg, shape, seeds, y=None):
 # ------------------------------------------------------------------------------------- likelihood
 
 
-def log_likelihood(v, x, probe, times, sampler="rk45", tolerance=1e-4, tick=None):
+def log_likelihood(v, x, probe, times, sampler="rk45", tolerance=1e-4, tick=int):
     """log p(x) in nats, (B,), of x (B,C,H,W) under the flow v(x, t); times from 0 up to 1.
 
-    The density of what flows changes by the divergence of v (instantaneous change of variables,
-    Chen et al. 2018, arXiv:1806.07366): log p(x) = log N(x_1; 0, I) + integral of div v dt. And
-    div v = E probe^T (dv/dx) probe for a probe (B,C,H,W) of signs, drawn once for all t
-    (Hutchinson's estimator; Grathwohl et al. 2019, arXiv:1810.01367).
+    The density of what flows changes by the divergence of v (Chen et al. 2018, arXiv:1806.07366):
+    log p(x) = log N(x_1; 0, I) + integral of div v dt. And div v = E probe^T (dv/dx) probe for a
+    probe (B,C,H,W) of signs, the same at all t (Grathwohl et al. 2019, arXiv:1810.01367).
     """
 
     def both(state, t):
@@ -292,7 +287,7 @@ def log_likelihood(v, x, probe, times, sampler="rk45", tolerance=1e-4, tick=None
     start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)  # (B,D+1)
     for state, _ in follow(both, start, times, sampler, tolerance):
         end = state.double()
-        tick and tick()
+        tick()
     x_1, change = end[:, :-1], end[:, -1]
     return change - 0.5 * (x_1.square() + math.log(2 * math.pi)).sum(1)
 
@@ -362,6 +357,7 @@ def train(cfg, world):
         if run.due(cfg.sample_every):
             run.save_grid(partial(draw, flow, cfg, world, seeds, labels))
     save_images(flow, cfg, world, seeds, labels, run.folder)
+    return flow
 
 
 # -------------------------------------------------------------------------------------- commands
@@ -408,8 +404,8 @@ def load_flow(path, device, ema=None, walk=None):
     ema: which decay, of several; walk: of read_network. BadInput for others."""
     if not checkpoints.is_of(path, "flow_matching"):
         net, theirs, shape, names, column = edm.load_net(path, device, ema, walk=walk)
-        cfg = Config(**{name: getattr(theirs, name) for name in SHARED})
-        return Flow(net, Space(shape), names, Bent(column)), cfg
+        shared = {name: getattr(theirs, name) for name in SHARED}
+        return Flow(net, Space(shape), names, Bent(column)), Config(**shared)
     state = checkpoints.load_checkpoint(path, "flow_matching")
     cfg = checkpoints.trained_config(Config, state, path)
     space = Space.of_checkpoint(state, path, device)
@@ -423,8 +419,10 @@ def opened(cfg, path, world):
     """(Flow, its Config as the command line has it); but for --sample it is one of pixels."""
     walk = checkpoints.given(cfg, checkpoints.WALK)
     flow, trained = load_flow(path, world.device, checkpoints.typed_ema(cfg), walk)
-    if flow.column is not straight and cfg.sampler == "ddpm":
-        raise cli.BadInput(f"--sampler ddpm: {path} is of a chain already; leave it out")
+    if cfg.sampler == "ddpm" and (cfg.nll or flow.column is not straight):
+        raise cli.BadInput(
+            "--sampler ddpm is for --sample and networks of this script: leave it out"
+        )
     if not cfg.sample and (flow.space.ae or flow.column is not straight):
         raise cli.BadInput(f"{path} is no flow of pixels, which this script trains; name one")
     return flow, checkpoints.overlaid(trained, cfg, (*SAMPLING, "batch_size"))
@@ -448,8 +446,7 @@ def sample_checkpoint(cfg, world):
 def nll(cfg, world):
     """--nll: bits per dimension of held-out images, with noise of one level of their pixels."""
     flow, trained = opened(cfg, cfg.nll, world)
-    if not checkpoints.given(cfg, ("sampler",)):
-        trained = replace(trained, sampler="rk45")
+    trained = replace(trained, **{"sampler": "rk45"} | checkpoints.given(cfg, ("sampler",)))
     times = times_of(trained.sample_steps, trained.shift)[::-1]
 
     def bits(x, y, probe, tick):
@@ -469,27 +466,29 @@ def check(cfg):
     positive = "sample_steps tolerance shift logit_std n model_channels channel_mult "
     cli.check_ranges(cfg, positive + "num_res_blocks", "", "dropout label_dropout")
     cli.check_sampling(cfg)
-    if not -1 <= cfg.mode_scale <= 2 / (math.pi - 2):  # else t falls somewhere as u rises
+    if not -1 <= cfg.mode_scale <= 2 / (math.pi - 2):
         raise cli.BadInput(f"--mode-scale {cfg.mode_scale:g}: expected a number from -1 to 1.75")
-    if cfg.sampler == "ddpm" and cfg.nll:
-        raise cli.BadInput("--sampler ddpm adds noise, --nll needs a way without: leave it out")
     if cfg.model != "unet" or cfg.latents:
         dit.parse_size(cfg.model)
 
 
-def main():
-    cfg = cli.parse(Config, __doc__, preset="configs/{data}_flow.yaml")
-    small = {"model_channels": 16, "channel_mult": (1, 2), "n": 8, "sample_steps": 4}
-    cfg = cli.smoke(cfg, **small, encode_steps="2,4", metric_every=0, out="runs/smoke-flow")
+def settled(cfg, **small):
+    """The settings as --smoke, --latents and the task leave them."""
+    small |= {"model_channels": 16, "channel_mult": (1, 2), "n": 8, "sample_steps": 4}
+    cfg = cli.smoke(cfg, **small, encode_steps="2,4", metric_every=0)
     if cfg.latents:
         cfg = checkpoints.as_trained(cfg, OF_RUN, cfg.latents, ("ldm_cfg", "dit"))
-    if cfg.model == "auto":
-        cfg = replace(cfg, model="dit-xs/1" if cfg.latents else "unet")
-    cfg = replace(cfg, n=cfg.n or (8 if cfg.encode or cfg.interpolate else 100))
+    model = ("dit-xs/1" if cfg.latents else "unet") if cfg.model == "auto" else cfg.model
+    return replace(cfg, model=model, n=cfg.n or (8 if cfg.encode or cfg.interpolate else 100))
+
+
+def main():
+    cfg = cli.parse(Config, __doc__, preset="configs/{data}_flow.yaml")
+    cfg = settled(cfg, out="runs/smoke-flow")
     check(cfg)
-    tasks = {"encode": ddim.reconstruct, "interpolate": ddim.interpolate}
-    tasks = {name: partial(task, load=opened_as_chain) for name, task in tasks.items()}
-    if task := ({"sample": sample_checkpoint, "nll": nll} | tasks).get(cfg.task()):
+    codes = {"encode": ddim.reconstruct, "interpolate": ddim.interpolate}
+    codes = {name: partial(task, load=opened_as_chain) for name, task in codes.items()}
+    if task := ({"sample": sample_checkpoint, "nll": nll} | codes).get(cfg.task()):
         return launch(task, cfg)
     cfg = datasets.prepared(cfg)  # by one process
     name = f"runs/flow-{Path(cfg.data).stem}" + "-latent" * bool(cfg.latents)

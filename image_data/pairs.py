@@ -1,16 +1,19 @@
-"""Noise and the image that a flow makes of it, kept: reflow trains on such pairs.
+"""Noise and the image that a flow makes of it, kept: rectified_flow.py trains on such pairs.
 
 The noise of pair i is that of seed i, and its label is a function of i: so only the image is kept.
 
-    pairs = kept_pairs(folder, world, n, make, ...)      drawn once; the next time they are found
+    pairs = draw(...)                                    drawn once; the next time they are found
     run = Run(cfg, world, pairs, net=net, ...)           a data set like any other
     x0, y = run.images(part)                             (b,C,h,w), (b,)
-    eps = gaussian(x0.shape, seeds, -1, device)          seeds: part.rows
+    seeds = run.bring(part, Pairs.seeds)                 (b,), of the noise
 """
 
+from runtime.checkpoints import load_checkpoint
+from runtime.commandline import BadInput, flag
 from runtime.files import atomic_write, read_json
 from runtime.locks import alone
 from runtime.nodes import Disks
+from runtime.rehearsal import Rehearsal
 from runtime.sums import mapped
 
 import hashlib
@@ -29,7 +32,7 @@ TOGETHER = 1024  # pairs that are kept at a time: a killed run loses at most so 
 class Pairs:
     """What a flow makes of the noise of seeds 0..N-1, in the place of a data set.
 
-    images  memory map float32 (N,C,h,w): in [-1, 1] but not clipped, or latents
+    images  float32 (N,C,h,w), on the disk: about in [-1, 1], not clipped; or latents
     shape   (C,H,W) of the images; key names what they were made of
     """
 
@@ -43,7 +46,18 @@ class Pairs:
     def __len__(self):
         return len(self.images)
 
+    @classmethod
+    def of(cls, images, labels, names, shape, made_of):
+        """images as kept_pairs() gives them, labels (N,) or None, names of the classes."""
+        y = np.zeros(len(images), np.int64) if labels is None else labels.numpy()
+        return cls("pairs", images, y, tuple(names), tuple(shape), key_of(made_of))
+
     num_classes = property(lambda self: len(self.class_names))
+
+    @staticmethod
+    def seeds(part):
+        """Of the noise of a run.Part, int64 (b,)."""
+        return part.rows
 
     def stored(self, rows, flip=None):
         """What of a batch comes from the host: float32 (b,C,h,w)."""
@@ -58,12 +72,15 @@ class Pairs:
 def kept_pairs(folder, world, shape, make, *, made_of):
     """A memory map float32 of `shape` (N,C,h,w), the same on every rank, kept in `folder`.
 
-    make     function of the numbers start, stop -> float32 (stop-start,C,h,w), on every rank
-    made_of  {name: plain value} of all that decides them; pairs of something else are drawn anew
+    make     function of a slice of 0..N-1 -> float32 (b,C,h,w), on every rank
+    made_of  {name: plain value} of all that decides them; they are in a folder of its own
 
-    Where a run was killed the next one goes on. BadInput for a disk without room for them.
+    Where a run was killed the next one goes on. BadInput for a disk without room for them. With
+    --dry-run none are drawn.
     """
-    folder = Path(folder)
+    if isinstance(world, Rehearsal):
+        return np.broadcast_to(np.zeros(1, np.float32), shape)
+    folder = Path(folder, f"pairs-{key_of(made_of)}")
     path, manifest = folder / "pairs.npy", folder / "manifest.json"
     with alone(folder, world):
         disks = Disks(folder, world)
@@ -74,7 +91,7 @@ def kept_pairs(folder, world, shape, make, *, made_of):
         world.barrier()
         while done < shape[0]:
             stop = min(done + TOGETHER, shape[0])
-            found = make(done, stop)
+            found = make(slice(done, stop))
             if disks.writes:
                 pairs = np.load(path, mmap_mode="r+")
                 pairs[done:stop] = found.numpy()
@@ -84,6 +101,27 @@ def kept_pairs(folder, world, shape, make, *, made_of):
             done = stop
         world.barrier()
     return np.load(path, mmap_mode="r")
+
+
+def check_kept(cfg, made_of):
+    """BadInput where a run in cfg.out would go on, and it was on other pairs than of just this."""
+    last = Path(cfg.out, "ckpt.pt")
+    if cfg.resume != "auto" or not last.is_file():
+        return
+    try:
+        key = load_checkpoint(last, facts=True)["config"].get("data_key")
+    except BadInput:  # damaged: who goes on from it says so
+        return
+    if key in (None, key_of(made_of)):
+        return
+    known = read_json(Path(cfg.out, f"pairs-{key}", "manifest.json")).get("made_of", {})
+    words = {name: f"{flag(name)} {value}" for name, value in known.items()}
+    words["weights"] = "another --flow"
+    differ = [words[name] for name in known if known[name] != made_of.get(name)]
+    told = f" by {', '.join(differ)}: type that" if differ else ": name its --flow"
+    raise BadInput(
+        f"--out {cfg.out} holds a run on other pairs{told}, or another --out, or --resume never"
+    )
 
 
 def key_of(made_of):

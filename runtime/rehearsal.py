@@ -184,7 +184,8 @@ class Rehearsal(World):
 
     def know_drawing(self, run, cfg, inputs, done, flops):
         """The time of all samples, by passes through the network: without decoding or scoring."""
-        passes = cfg.sample_steps * (2 if getattr(cfg, "sampler", "") == "heun" else 1)
+        twice = getattr(cfg, "sampler", "") in ("heun", "midpoint")
+        passes = cfg.sample_steps * (2 if twice else 1)
         if run.net.null and getattr(cfg, "guidance", 0) not in (0, -1):
             passes *= 2
         images = cfg.batch_size // self.processes
@@ -288,7 +289,7 @@ def samples_of(cfg, done):
     grids = times(cfg.sample_every) - bool(cfg.sample_every and last % cfg.sample_every == 0)
     end = 0 if getattr(cfg, "stage", "all") != "all" else max(n, getattr(cfg, "n_eval", 0))
     scores = times(getattr(cfg, "metric_every", 0)) * getattr(cfg, "metric_n", 0)
-    return max(0, grids) * n + scores + end
+    return max(0, grids) * n + scores + end + getattr(cfg, "pairs", 0)
 
 
 def rehearse(train, cfg):

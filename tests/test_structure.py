@@ -30,6 +30,7 @@ ORDER = (
     "ldm_cfg",
     "dit",
     "flow_matching",
+    "rectified_flow",
     "stable_diffusion",
     "bench",
 )
