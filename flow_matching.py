@@ -454,9 +454,7 @@ def nll(cfg, world):
         return bits_per_dim(log_likelihood(velocity(flow.net, y=y), x, *how, tick), x.shape[1:])
 
     some = cli.parse_seeds(cfg.seeds, cfg.n) if cfg.seeds else cfg.n
-    x0, y = ddim.held_out(
-        replace(cfg, data="", data_root=""), trained, flow.space.shape, flow.names, some
-    )
+    x0, y = ddim.held_out(cfg, trained, flow.space.shape, flow.names, some)
     flows.save_bits(cli.folder_of(cfg, cfg.nll), world, bits, x0, y, len(times) - 1, trained)
 
 
@@ -478,6 +476,8 @@ def settled(cfg, **small):
     cfg = cli.smoke(cfg, **small, encode_steps="2,4", metric_every=0)
     if cfg.latents:
         cfg = checkpoints.as_trained(cfg, OF_RUN, cfg.latents, ("ldm_cfg", "dit"))
+    if cfg.nll or cfg.encode or cfg.interpolate:
+        cfg = replace(cfg, data="", data_root="")  # what the network was trained on
     model = ("dit-xs/1" if cfg.latents else "unet") if cfg.model == "auto" else cfg.model
     return replace(cfg, model=model, n=cfg.n or (8 if cfg.encode or cfg.interpolate else 100))
 

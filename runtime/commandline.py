@@ -414,7 +414,7 @@ def check_run(cfg):
     check_positive(cfg, "log_every", "save_every")
     check_not_negative(cfg, "seed", "warmup", "sample_every", "keep_every", "price_per_gpu_hour")
     check_not_negative(cfg, "epochs", *{"metric_every", "metric_n"}.intersection(vars(cfg)))
-    if cfg.dry_run and cfg.task():
+    if cfg.dry_run and "steps" not in cfg.USES.get(cfg.task(), "steps"):
         raise BadInput(f"--dry-run is for training: leave it out, or {flag(cfg.task())}")
     _check(cfg, ["ema"], lambda values: values and all(0 <= v <= 1 for v in values), "from 0 to 1")
     for often, base in (("save", "log"), ("keep", "save")):

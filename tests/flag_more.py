@@ -25,6 +25,7 @@ from flag_tables import (
     WALK,
     checkpoint,
     compares,
+    goes_on,
     guides,
     pictures,
     plots_schedules,
@@ -233,6 +234,20 @@ def cases():
         add("improved_ddpm", "nll", source, FEW_TERMS, **WALK)
     add("edm", "sample", "edm", "guidance: 0.5", None, CHURNED | COMPARED, **WALK)
     add("edm", "sample", "ddpm_pixel", "guidance: 0.5", None, CHURNED, **WALK)
+    rk45 = {"tolerance": {"sampler": "rk45", "sample_steps": 3}}
+    for source in ("flow_matching", "ddpm_pixel"):
+        add("flow_matching", "sample", source, "guidance: 0.5", None, rk45, **WALK)
+    add("flow_matching", "nll", "flow_matching", "shift: 3.0", {"n": 3}, rk45, n=2, sample_steps=2)
+    add("flow_matching", "encode", "flow_matching", "guidance: 0.5", None, n=4, encode_steps="3")
+    add("flow_matching", "interpolate", "flow_matching", "clip_denoised: true", {"n": 6}, **WALK)
+    add("rectified_flow", "sample", "rectified_flow", "guidance: 0.5", None, rk45, **WALK)
+    for script, name, source in (
+        ("flow_matching", "latents", "ldm_cfg"),
+        ("rectified_flow", "latents", "ldm_cfg"),
+        ("rectified_flow", "flow", "flow_matching"),
+    ):
+        made = functools.partial(goes_on, script, name, source)
+        found[f"{script} {name} of {source}"] = made
     add("autoencoder", "sample", "autoencoder", "classes: dots", n=4)
     add("ldm_cfg", "sample", "ldm_cfg", n=4)
     add("dit", "sample", "dit", n=4)
@@ -286,6 +301,9 @@ SLOW |= {"stable_diffusion interpolate", "improved_ddpm sample of ddpm_pixel"}
 SLOW |= {"improved_ddpm nll of ddpm_pixel"}
 SLOW |= {"compare_samplers tables", "compare_samplers along", "eval_fid table"}
 SLOW |= {f"{script} training" for script in ("ldm_cfg", "dit", "edm", "improved_ddpm")}
+SLOW |= {"rectified_flow training", "rectified_flow sample of rectified_flow"}
+SLOW |= {"flow_matching latents of ldm_cfg", "rectified_flow latents of ldm_cfg"}
+SLOW |= {"rectified_flow flow of flow_matching", "flow_matching sample of ddpm_pixel"}
 SLOW |= {"edm sample of ddpm_pixel", "dpm_solver encode of ddpm_pixel"}
 SLOW |= {
     "improved_ddpm sample of ddpm_pixel published",
@@ -296,5 +314,6 @@ SHARED = {f.name for f in dataclasses.fields(cli.RunConfig)}
 
 def is_slow(name, field):
     """Whether a flag of a case waits for the slow tests: those of RunConfig in some trainings."""
-    elsewhere = name.endswith("training") and not name.startswith("ddpm_pixel")
+    trains = name.endswith("training") or " latents " in name or " flow " in name
+    elsewhere = trains and not name.startswith("ddpm_pixel")
     return field == "smoke" or elsewhere and field in SHARED

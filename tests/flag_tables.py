@@ -54,6 +54,8 @@ SMALL = {
     "autoencoder": {"patch": 2, "model_channels": 8, "num_res_blocks": 1, "n": 4},
     "ldm_cfg": FIRST | DRAWN | {"model_channels": 16, "timesteps": 50},
     "dit": FIRST | DRAWN | {"model": "dit-xs/2", "timesteps": 50, "lr": 0.05},
+    "flow_matching": UNET | DRAWN,
+    "rectified_flow": UNET | DRAWN | {"pairs": 6},
 }
 
 
@@ -125,6 +127,7 @@ VALUES |= {"P_mean": 0.5, "sigma_min": 0.5, "ema_lengths": (0.2,), "ema_length":
 VALUES |= {"S_churn": (8.0,), "S_tmin": 1.0, "S_tmax": 1.0, "snapshot_every": 2}
 VALUES |= {"study_scales": "0,3", "study_guidance": "0,3", "encode_steps": "2,5"}
 VALUES |= {"guidance_interval": (0.4, 0.6), "objective": "vlb"}
+VALUES |= {"shift": 3.0, "mode_scale": -0.5, "tolerance": 0.3}
 BESIDE = {
     "resume": {"ema": (0.99, 0.05)},
     "smoke": {"warmup": None},
@@ -146,7 +149,12 @@ OWN_VALUES = {
     "autoencoder": {"patch": 4, "channel_mult": (1, 2), "disc_start": 2, "codebook": 16},
     "ldm_cfg": {"patch": 4, "attention_resolutions": (2,), "channel_mult": (1, 3)},
     "dit": {"patch": 4, "model": "dit-xs/1", "published": "missing.pt"},
+    "flow_matching": {"model": "dit-xs/2"},
+    "rectified_flow": {"model": "dit-xs/2"},
 }
+T_OF = {"mode_scale": {"weighting_scheme": "mode"}, "tolerance": {"sampler": "rk45"}}
+T_OF |= {name: {"weighting_scheme": "logit_normal"} for name in ("logit_mean", "logit_std")}
+T_OF |= {"model": {"model": "unet", "model_channels": None, "channel_mult": None}}
 OWN_BESIDE = {
     "improved_ddpm": {
         "learn_sigma": {"objective": "vlb"},
@@ -155,6 +163,8 @@ OWN_BESIDE = {
     "autoencoder": {"codebook": {"ae": "vq"}, "commitment": {"ae": "vq"}},
     "edm": {"clip_denoised": {"sigma_data": 5.0}},
     "ldm_cfg": {"context_dim": {"model": "sd"}, "guidance_rescale": {"guidance": 2.0}},
+    "flow_matching": T_OF,
+    "rectified_flow": T_OF,
 }
 
 
@@ -163,7 +173,8 @@ def trains(script, folder):
     path, _ = checkpoint(folder, script)
     typed = VALUES | {"data": pictures(folder, SIDE, 3), "config": yaml(folder, "seed: 1")}
     typed |= {"resume": trained(folder, script)}
-    typed |= dict.fromkeys(("sample", "nll", "study"), path)
+    typed |= dict.fromkeys(("sample", "nll", "study", "encode", "interpolate"), path)
+    typed |= dict.fromkeys(("latents", "flow"), path)
     typed["metric_data"] = pictures(folder, SIDE, 3)
     beside = BESIDE | OWN_BESIDE.get(script, {})
     case = Case(script, "", training(folder, script), beside, typed | OWN_VALUES.get(script, {}))
@@ -182,6 +193,18 @@ def trains(script, folder):
     elif "metric_n" in case.fields:
         case.also["metric_every"] = {"metric_n": 6}
     return case
+
+
+def goes_on(script, name, source, *, folder):
+    """The training of a flow, on the latents of a run, or of another flow's paths."""
+    case, path = trains(script, folder), trained(folder, source)
+    left = {"data", "data_root", *UNET}
+    base = {k: v for k, v in case.base.items() if k not in left} | {name: path}
+    values = case.values | {"model": "dit-xs/1", name: checkpoint(folder, source, 1)[0]}
+    values |= {"resume": trained(folder, "flow_matching"), "data": "glyphs", "data_root": "other"}
+    beside = {k: {n: v for n, v in b.items() if n not in left} for k, b in case.beside.items()}
+    beside["model"] = {}
+    return Case(script, name, base, beside, values, checkpoint(folder, source)[1])
 
 
 @functools.cache
@@ -205,9 +228,10 @@ def task(script, name, source, line="guidance: 0.5", values=None, beside=None, *
     other, _ = checkpoint(folder, source, 1)
     typed = VALUES | {"data": pictures(folder, SIDE, 3), "config": yaml(folder, line)}
     typed |= dict.fromkeys(("sample", "nll", "study", "encode", "interpolate"), other)
+    typed |= dict.fromkeys(("latents", "flow"), other)
     typed |= {"resume": path, "batch_size": 2, "perceptual": vgg(folder)}
     typed |= {"ae": "other.pt"} if script in ("ldm_cfg", "dit") else {}
-    typed |= {"model": "dit-xs/1"} if script == "dit" else {}
+    typed |= {"model": "dit-xs/1"} if script in ("dit", "flow_matching", "rectified_flow") else {}
     typed |= {"published": path} | (values or {})
     base = {name: path, "gpus": 0, "out": "out"} | base
     steps = {"sample_steps": None, "encode_steps": None} | ({"n": None} if name == "sample" else {})
