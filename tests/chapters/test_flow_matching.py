@@ -261,6 +261,17 @@ def test_rk45_keeps_its_tolerance(tolerance, times):
         torch.testing.assert_close(x0_hat, x - t * best(x, t), **TIGHT)
 
 
+def test_rk45_takes_the_steps_of_its_order():
+    """It errs by h^5 in a step; with h^4 a thousandth of it would take 1000^1/4 times as many."""
+    counts = []
+    for tolerance in (1e-7, 1e-10):
+        asked = []
+        v = lambda x, t, asked=asked: asked.append(t) or best(x, t)  # noqa: E731
+        end_of(flow.follow(v, on_path(RAY, 1.0), [1.0, 0.0], "rk45", tolerance))
+        counts.append(len(asked))
+    assert 2 < counts[1] / counts[0] < 1000 ** (1 / 4), counts
+
+
 def test_and_back_by_rk45():
     x0 = on_path(RAY, 0.0)
     code = end_of(flow.follow(best, x0, upwards(1), "rk45", 1e-9))
