@@ -17,7 +17,6 @@ dx = v(x, t) dt are curved, but at every t they lie as the lines do: from noise 
 The divergence of v says how dense images are there. rectified_flow.py straightens the paths.
 
     python flow_matching.py --data mnist             25 minutes of one CPU core; runs/flow-mnist
-    python flow_matching.py --sample runs/flow-mnist/ckpt.pt --sampler euler --sample-steps 8
     python flow_matching.py --nll runs/flow-mnist/ckpt.pt --n 100            bits per dimension
     python flow_matching.py --latents runs/ldm-mnist             on the latents of ldm_cfg.py
     python flow_matching.py --sample runs/pixel-mnist/ckpt.pt    chapter 1's network as a flow
@@ -58,8 +57,9 @@ SAMPLING = ("sampler", "sample_steps", "tolerance", "shift", "clip_denoised", "g
 OF_T = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
 OF_DATA = ("data", "data_root", "size", "flip", "classes")
 OF_UNET = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "dropout")
+NOT_ALONE = "sampler=euler,midpoint,heun,ddpm"  # with rk45 each image is drawn by itself
 SHARED = ("data", "data_root", "size", "classes", "batch_size", "clip_denoised")
-OF_RUN = (*OF_DATA, "steps", "batch_size", "lr", "warmup", "ema", "label_dropout")
+OF_RUN = ("steps", "batch_size", "lr", "warmup", "ema", "label_dropout")
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Config(cli.ScoredConfig):
     seeds: str = ""
     """such as 17 or 0-63,100; overrides --n (default 0 .. n-1); of --nll, --encode: test images"""
     sampler: Literal["euler", "midpoint", "heun", "rk45", "ddpm"] = "midpoint"
-    """first order; second, with twice the evaluations; scipy's, as in --nll; or chapter 1's"""
+    """first order; second, with twice the evaluations; scipy's; or chapter 1's, with noise"""
     sample_steps: int = 25  # from t = 1 to 0; rk45 takes more between, where it needs them
     tolerance: float = 1e-4  # rk45: of the error of a step
     encode_steps: str = "5,10,20,50,100"  # numbers of Euler's steps to encode in
@@ -104,18 +104,19 @@ class Config(cli.ScoredConfig):
     WALK = frozenset(SAMPLING) | cli.names("n seeds batch_size precision ema")
     TRAINING = WALK.union(cli.ScoredConfig.__dataclass_fields__, OF_T) - {*OF_DATA}
     TRAINING |= cli.names("use_checkpoint label_dropout")
-    CODES = cli.names("n seeds batch_size precision ema clip_denoised guidance classes")
+    CODES = cli.names("n seeds batch_size ema clip_denoised guidance")
     USES = {
         "latents": TRAINING | {"model"},
         "sample": WALK | cli.DRAWS,
-        "nll": WALK - {"clip_denoised", "guidance"},
-        "encode": CODES | {"encode_steps"} - {"classes"},
-        "interpolate": CODES | {"sample_steps"},
+        "nll": WALK - {"clip_denoised", "guidance", "precision"},
+        "encode": CODES | {"encode_steps"},
+        "interpolate": CODES | {"sample_steps", "classes"},
     }
     IDLE = cli.names("encode_steps")
     NEEDS = cli.ScoredConfig.NEEDS | dict.fromkeys(OF_UNET, "model=auto,unet")
     NEEDS |= {"mode_scale": "weighting_scheme=mode", "tolerance": "sampler=rk45"}
     NEEDS |= dict.fromkeys(("logit_mean", "logit_std"), "weighting_scheme=logit_normal")
+    NEEDS |= dict.fromkeys(("sample:batch_size", "nll:batch_size"), NOT_ALONE)
     FREE = cli.ScoredConfig.FREE.union(SAMPLING, ("use_checkpoint", "n", "seeds")) - {"shift"}
 
 
@@ -123,8 +124,7 @@ class Config(cli.ScoredConfig):
 
 
 def shifted(t, shift):
-    """t in [0, 1], tensors or numbers: Esser et al. eq. 23. Noise hides an image of m pixels less
-    than one of n, for which shift = sqrt(m/n) makes up."""
+    """t of n pixels as that of m, which it hides less; shift = sqrt(m/n). Esser et al. eq. 23."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -174,11 +174,12 @@ class Bent:
 
     def __init__(self, column):
         self.column = column
-        self.low, self.high = max(column.sigma_min, 0.002), min(column.sigma_max, 80.0)
+        self.low = column.sigma_min or 0.002
+        self.high = column.sigma_max if column.sigma_max < math.inf else 80.0
         self.last = self.high / (1 + self.high)  # the largest t that it knows
 
     def __call__(self, t):
-        sigma = min(max(t / max(1 - t, 1e-9), self.low), self.high)
+        sigma = min(max(t / max(1 - t, 1e-12), self.low), self.high)
         t, c = sigma / (1 + sigma), self.column(sigma)
         return (1 - c.c_skip / (1 - t)) / t, -c.c_out / t, c.c_in / (1 - t), c.c_noise
 
@@ -189,7 +190,8 @@ class AsChain(nn.Module):
 
     def __init__(self, net, alpha_bar):
         super().__init__()
-        self.net, self.null, self.alpha_bar = net, net.null, alpha_bar
+        self.net, self.alpha_bar = net, alpha_bar
+        self.null, self.null_label = net.null, getattr(net, "null_label", True)
 
     def forward(self, x, t, y=None):
         a = self.alpha_bar.to(t.device)[t].view(-1, 1, 1, 1)  # (B,1,1,1)
@@ -288,8 +290,7 @@ def log_likelihood(v, x, probe, times, sampler="rk45", tolerance=1e-4, tick=int)
     for state, _ in follow(both, start, times, sampler, tolerance):
         end = state.double()
         tick()
-    x_1, change = end[:, :-1], end[:, -1]
-    return change - 0.5 * (x_1.square() + math.log(2 * math.pi)).sum(1)
+    return end[:, -1] - 0.5 * (end[:, :-1].square() + math.log(2 * math.pi)).sum(1)  # of x_1
 
 
 def bits_per_dim(log_p, shape):
@@ -311,7 +312,7 @@ class Flow(NamedTuple):
 
 def make_net(cfg, shape, num_classes):
     """cfg.model for what flows, (C,h,w)."""
-    if cfg.model == "unet":
+    if cfg.model in ("auto", "unet"):
         net = UNet(shape, num_classes, style="ddpm", **cli.taken_by(UNet, cfg))
     else:
         sizes = dit.parse_size(cfg.model)
@@ -432,8 +433,8 @@ def opened_as_chain(cfg, path, world, script):
     """What ddim.opened gives, of a flow: DDIM's steps down a chain are Euler's of the ODE."""
     flow, trained = opened(cfg, path, world)
     chain = replace(CHAIN, **{name: getattr(trained, name) for name in SHARED})
-    alpha_bar = ddpm_pixel.alpha_bar_of(chain)
-    return AsChain(flow.net, alpha_bar), chain, flow.space.shape, flow.names, alpha_bar
+    net = AsChain(flow.net, ddpm_pixel.alpha_bar_of(chain).to(world.device))
+    return net, chain, flow.space.shape, flow.names, net.alpha_bar.cpu()
 
 
 def sample_checkpoint(cfg, world):
@@ -446,7 +447,6 @@ def sample_checkpoint(cfg, world):
 def nll(cfg, world):
     """--nll: bits per dimension of held-out images, with noise of one level of their pixels."""
     flow, trained = opened(cfg, cfg.nll, world)
-    trained = replace(trained, **{"sampler": "rk45"} | checkpoints.given(cfg, ("sampler",)))
     times = times_of(trained.sample_steps, trained.shift)[::-1]
 
     def bits(x, y, probe, tick):
@@ -461,12 +461,12 @@ def nll(cfg, world):
 def check(cfg):
     """Raise BadInput for a setting out of its range, and for settings that contradict others."""
     cli.check_run(cfg)
-    positive = "sample_steps tolerance shift logit_std n model_channels channel_mult "
-    cli.check_ranges(cfg, positive + "num_res_blocks", "", "dropout label_dropout")
+    positive = "sample_steps tolerance shift logit_std model_channels channel_mult "
+    cli.check_ranges(cfg, positive + "num_res_blocks", "n", "dropout label_dropout")
     cli.check_sampling(cfg)
     if not -1 <= cfg.mode_scale <= 2 / (math.pi - 2):
         raise cli.BadInput(f"--mode-scale {cfg.mode_scale:g}: expected a number from -1 to 1.75")
-    if cfg.model != "unet" or cfg.latents:
+    if cfg.model != "auto" and (cfg.model != "unet" or cfg.latents):
         dit.parse_size(cfg.model)
 
 
@@ -475,7 +475,8 @@ def settled(cfg, **small):
     small |= {"model_channels": 16, "channel_mult": (1, 2), "n": 8, "sample_steps": 4}
     cfg = cli.smoke(cfg, **small, encode_steps="2,4", metric_every=0)
     if cfg.latents:
-        cfg = checkpoints.as_trained(cfg, OF_RUN, cfg.latents, ("ldm_cfg", "dit"))
+        names = OF_DATA + OF_RUN * (not cfg.smoke)
+        cfg = checkpoints.as_trained(cfg, names, cfg.latents, ("ldm_cfg", "dit"))
     if cfg.nll or cfg.encode or cfg.interpolate:
         cfg = replace(cfg, data="", data_root="")  # what the network was trained on
     model = ("dit-xs/1" if cfg.latents else "unet") if cfg.model == "auto" else cfg.model

@@ -46,7 +46,7 @@ from image_data import datasets
 from image_data.pairs import Pairs, check_kept, kept_pairs
 from kernels import gaussian
 
-AS_BEFORE = (*flow_matching.OF_RUN, *flow_matching.OF_UNET, "model", "class_cond", "latents", *OF_T)
+OF_FLOW = (*flow_matching.OF_DATA, *flow_matching.OF_UNET, *OF_T, "shift", "model", "class_cond")
 
 
 @dataclass
@@ -171,7 +171,8 @@ def main():
     cfg = cli.parse(Config, __doc__, preset="configs/{data}_flow.yaml")
     cfg = flow_matching.settled(cfg, pairs=16, out="runs/smoke-reflow")
     if cfg.flow:
-        cfg = checkpoints.as_trained(cfg, AS_BEFORE, cfg.flow, "flow_matching")
+        names = OF_FLOW if cfg.smoke else OF_FLOW + flow_matching.OF_RUN
+        cfg = checkpoints.as_trained(cfg, (*names, "latents"), cfg.flow, "flow_matching")
     check(cfg)
     if cfg.sample:
         return launch(flow_matching.sample_checkpoint, cfg)

@@ -237,6 +237,7 @@ def task(script, name, source, line="guidance: 0.5", values=None, beside=None, *
     steps = {"sample_steps": None, "encode_steps": None} | ({"n": None} if name == "sample" else {})
     beside = {"smoke": {k: None for k in steps if k in base}} | (beside or {})
     between = {"data_root": {"data": pictures(folder)}, "guidance": {"classes": "dots"}}
+    between |= {"data_root": {}} if "flow" in script else {}
     beside |= between if name == "interpolate" else {}
     if script in ("ddim", "dpm_solver") and name == "sample":
         beside |= {"data": {"reverse_from": "data"}}

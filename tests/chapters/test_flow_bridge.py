@@ -165,7 +165,7 @@ RANGES = [  # what a network knows, and the sigmas that are asked of it
     (edm.Edm(0.5), 0.002, 80.0),
     (edm.Edm(0.5, 0.01, 50.0), 0.01, 50.0),
     (edm.Chain(CHAINS["short"]), math.exp(-3), math.exp(3)),
-    (edm.Chain(ddpm_pixel.make_alpha_bar("linear", 1000)), 0.01, 80.0),
+    (edm.Chain(ddpm_pixel.make_alpha_bar("linear", 1000)), 0.01, 157.407),
 ]
 
 
