@@ -108,7 +108,7 @@ class Config(cli.ScoredConfig):
     USES = {
         "latents": TRAINING | {"model"},
         "sample": WALK | cli.DRAWS,
-        "nll": WALK - {"clip_denoised", "guidance", "precision"},
+        "nll": cli.names("n seeds ema tolerance"),
         "encode": CODES | {"encode_steps"},
         "interpolate": CODES | {"sample_steps", "classes"},
     }
@@ -116,7 +116,7 @@ class Config(cli.ScoredConfig):
     NEEDS = cli.ScoredConfig.NEEDS | dict.fromkeys(OF_UNET, "model=auto,unet")
     NEEDS |= {"mode_scale": "weighting_scheme=mode", "tolerance": "sampler=rk45"}
     NEEDS |= dict.fromkeys(("logit_mean", "logit_std"), "weighting_scheme=logit_normal")
-    NEEDS |= dict.fromkeys(("sample:batch_size", "nll:batch_size"), NOT_ALONE)
+    NEEDS |= {"sample:batch_size": NOT_ALONE, "nll:tolerance": ""}
     FREE = cli.ScoredConfig.FREE.union(SAMPLING, ("use_checkpoint", "n", "seeds")) - {"shift"}
 
 
@@ -269,7 +269,7 @@ def sample(net, column, cfg, shape, seeds, y=None):
 # ------------------------------------------------------------------------------------- likelihood
 
 
-def log_likelihood(v, x, probe, times, sampler="rk45", tolerance=1e-4, tick=int):
+def log_likelihood(v, x, probe, times=(0.0, 1.0), sampler="rk45", tolerance=1e-4):
     """log p(x) in nats, (B,), of x (B,C,H,W) under the flow v(x, t); times from 0 up to 1.
 
     The density of what flows changes by the divergence of v (Chen et al. 2018, arXiv:1806.07366):
@@ -287,9 +287,8 @@ def log_likelihood(v, x, probe, times, sampler="rk45", tolerance=1e-4, tick=int)
         return torch.cat([slope.detach().flatten(1), divergence], dim=1)
 
     start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)  # (B,D+1)
-    for state, _ in follow(both, start, times, sampler, tolerance):
-        end = state.double()
-        tick()
+    *_, (end, _) = follow(both, start, times, sampler, tolerance)
+    end = end.double()
     return end[:, -1] - 0.5 * (end[:, :-1].square() + math.log(2 * math.pi)).sum(1)  # of x_1
 
 
@@ -391,7 +390,7 @@ def save_images(flow, cfg, world, seeds, labels, folder):
     images = draw(flow, cfg, world, seeds, labels)
     if not flow.space.ae:
         last = getattr(flow.column, "last", 1.0)
-        marks = [f"t = {t:.3g}" for t in times_of(cfg.sample_steps, cfg.shift, last)]
+        marks = [f"{t:.3g}" for t in times_of(cfg.sample_steps, cfg.shift, last)]
         walk = partial(sample, flow.net, flow.column, cfg, flow.space.shape)
         how = flow.names, math.hypot(1 - last, last), cfg.guidance
         save_drawn(folder, images, labels, walk, seeds, world, marks, *how)
@@ -420,13 +419,11 @@ def opened(cfg, path, world):
     """(Flow, its Config as the command line has it); but for --sample it is one of pixels."""
     walk = checkpoints.given(cfg, checkpoints.WALK)
     flow, trained = load_flow(path, world.device, checkpoints.typed_ema(cfg), walk)
-    if cfg.sampler == "ddpm" and (cfg.nll or flow.column is not straight):
-        raise cli.BadInput(
-            "--sampler ddpm is for --sample and networks of this script: leave it out"
-        )
+    if cfg.sampler == "ddpm" and flow.column is not straight:
+        raise cli.BadInput("--sampler ddpm is for networks of this script: leave it out")
     if not cfg.sample and (flow.space.ae or flow.column is not straight):
         raise cli.BadInput(f"{path} is no flow of pixels, which this script trains; name one")
-    return flow, checkpoints.overlaid(trained, cfg, (*SAMPLING, "batch_size"))
+    return flow, checkpoints.overlaid(trained, cfg, () if cfg.nll else (*SAMPLING, "batch_size"))
 
 
 def opened_as_chain(cfg, path, world, script):
@@ -447,15 +444,14 @@ def sample_checkpoint(cfg, world):
 def nll(cfg, world):
     """--nll: bits per dimension of held-out images, with noise of one level of their pixels."""
     flow, trained = opened(cfg, cfg.nll, world)
-    times = times_of(trained.sample_steps, trained.shift)[::-1]
 
-    def bits(x, y, probe, tick):
-        how = probe, times, trained.sampler, trained.tolerance
-        return bits_per_dim(log_likelihood(velocity(flow.net, y=y), x, *how, tick), x.shape[1:])
+    def bits(x, y, probe):
+        log_p = log_likelihood(velocity(flow.net, y=y), x, probe, tolerance=cfg.tolerance)
+        return bits_per_dim(log_p, x.shape[1:])
 
     some = cli.parse_seeds(cfg.seeds, cfg.n) if cfg.seeds else cfg.n
     x0, y = ddim.held_out(cfg, trained, flow.space.shape, flow.names, some)
-    flows.save_bits(cli.folder_of(cfg, cfg.nll), world, bits, x0, y, len(times) - 1, trained)
+    flows.save_bits(cli.folder_of(cfg, cfg.nll), world, bits, x0, y, trained.data, cfg.tolerance)
 
 
 def check(cfg):

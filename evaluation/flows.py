@@ -19,12 +19,12 @@ def standard_error(values):
     return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
 
 
-def save_bits(folder, world, bits, x0, y, steps, cfg):
+def save_bits(folder, world, bits, x0, y, data, tolerance):
     """nll.json and nll.png of test images x0 (N,C,H,W), labels y (N,) or None; the bits (N,).
 
-    bits(x, y, probe, tick) gives the bits per dimension (b,) of images with noise of one level of
-    their pixels, by signs `probe` like x, and calls tick() at each of `steps`. Both are functions
-    of an image's place among x0. cfg: the settings of the flow. With rk45 each image is by itself.
+    bits(x, y, probe) gives the bits per dimension (1,) of an image with noise of one level of its
+    pixels, by signs `probe` like x. Both are functions of its place among x0. Each image is by
+    itself, so that a solver's steps depend on no other. data names them.
     """
     numbers = torch.arange(len(x0))
     level = torch.special.ndtr(gaussian(x0.shape, numbers, 0, "cpu")) - 0.5  # uniform
@@ -32,22 +32,21 @@ def save_bits(folder, world, bits, x0, y, steps, cfg):
 
     def of_part(part, tick):
         label = None if y is None else y[part].to(world.device)
-        found = bits(x[part].to(world.device), label, probe[part].to(world.device), tick)
+        found = bits(x[part].to(world.device), label, probe[part].to(world.device))
+        tick()
         return check_finite(found, part, "the likelihood of image", WEIGHTS)
 
-    batch = 1 if cfg.sampler == "rk45" else cfg.batch_size
-    found = world.in_parts(of_part, len(x), batch, steps, "likelihood").double()
+    found = world.in_parts(of_part, len(x), 1, 1, "likelihood").double()
     if world.is_main:
         error, order = standard_error(found), found.argsort()
-        how = {"sampler": cfg.sampler, "data": str(cfg.data), "images": len(x)}
-        how |= {"tolerance": cfg.tolerance} if cfg.sampler == "rk45" else {"steps": steps}
+        how = {"data": str(data), "images": len(x), "tolerance": tolerance}
         told = {"bits_per_dim": found.mean().item(), "standard_error": error, **how}
         save_json(Path(folder, "nll.json"), told | {"each": found.tolist()})
         ends = torch.cat([order[:SHOWN], order[-SHOWN:]])
         images = ((x0[ends] + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         save_grid(images, Path(folder, "nll.png"), min(SHOWN, len(x0)))
         sure = "" if error is None else f", standard error {error:.4f} over {len(x)} images"
-        print(f"{cfg.data}: {told['bits_per_dim']:.4f} bits/dim{sure}, {cfg.sampler}")
+        print(f"{data}: {told['bits_per_dim']:.4f} bits/dim{sure}, tolerance {tolerance:g}")
         print(f"the {SHOWN} most likely, then the least: {Path(folder, 'nll.png')}; nll.json")
     return found
 

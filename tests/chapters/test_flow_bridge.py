@@ -282,6 +282,13 @@ class GaussianChain(torch.nn.Module):
         return (1 - a).sqrt() * (x - a.sqrt() * MEAN) / (a * STD**2 + 1 - a)
 
 
+def test_the_chain_of_a_flow_goes_all_its_way():
+    """x_T is noise alone: the flow must be asked where, to three digits, nothing else is left."""
+    alpha_bar = ddpm_pixel.alpha_bar_of(flow.CHAIN)
+    (first, _), (last, _) = place_of(alpha_bar[0].item()), place_of(alpha_bar[-1].item())
+    assert first < 0.01 and last > 0.999
+
+
 def test_samples_of_gaussian_data_are_the_ends_of_their_paths():
     cfg = flow.Config(sampler="rk45", tolerance=1e-8, sample_steps=3, shift=2.0)
     z = gaussian((3, *SHAPE), SEEDS, -1, "cpu").double()

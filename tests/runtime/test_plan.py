@@ -63,7 +63,7 @@ def kept_in_fact(net, *inputs):
 
 def network(script):
     """(a small network of a chapter, in training, its inputs for 5 images)."""
-    module = importlib.import_module(script)
+    module = importlib.import_module({"rectified_flow": "flow_matching"}.get(script, script))
     cfg = module.Config()
     shape, labels = (1, 16, 16), torch.zeros(5, dtype=torch.int64)
     x = torch.randn(5, *shape).to(memory_format=torch.channels_last)

@@ -165,7 +165,8 @@ def test_a_chapter_refuses_what_another_configuration_or_script_wrote(trained, t
     torch.save({"script": "another", "config": {}, "step": 1, "model": {}}, foreign)
     assert "foreign.pt" in refused(script, "--gpus", 0, "--sample", foreign)
     told = refused(script, *given, "--resume", foreign, "--out", tmp_path / "new")
-    assert f"foreign.pt was written by another.py, expected one of {script}.py" in told
+    wanted = saved(whole)["script"]
+    assert f"foreign.pt was written by another.py, expected one of {wanted}.py" in told
     assert not (tmp_path / "new" / "ckpt.pt").exists()
     assert "no such file" in refused(script, *given, "--resume", "always", "--out", tmp_path)
     longer = flags(script, timesteps=500)

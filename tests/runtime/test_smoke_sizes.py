@@ -40,6 +40,7 @@ def choices(script):
 
 def builds(module):
     """The function (cfg, shape, classes) that makes the network of a chapter."""
+    module = getattr(module, "flow_matching", module)  # whose network rectified_flow.py trains
     if hasattr(module, "make_net"):
         return module.make_net
     if hasattr(module, "make_autoencoder"):
