@@ -335,7 +335,7 @@ def begin(cfg, world):
 def train(cfg, world):
     flow, ds = begin(cfg, world)
     net = flow.net  # its weights are trained, and its running mean draws
-    evaluator = Evaluator.of_run(cfg, ds, world) if cfg.metric_every else None
+    evaluator = Evaluator.of_run(cfg, datasets.of(cfg), world) if cfg.metric_every else None
     run = Run(cfg, world, ds, net=net, optimizer=world.adam(cfg.lr), facts=flow.space.facts)
     flow = flow._replace(net=run.ema)
     draw_x0 = partial(ldm_cfg.draw_latents, run) if cfg.latents else run.images

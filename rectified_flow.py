@@ -115,8 +115,9 @@ def train(cfg, world):
     before = before._replace(net=before.net.eval().requires_grad_(False))
     ds = draw_pairs(before, cfg, world)
     net = copy.deepcopy(before.net).train().requires_grad_(True)
+    net.use_checkpoint = cfg.use_checkpoint
     guided, cfg = cfg, replace(cfg, guidance=0.0)  # the pairs are guided already
-    evaluator = Evaluator.of_run(cfg, ds, world) if cfg.metric_every else None
+    evaluator = Evaluator.of_run(cfg, datasets.of(cfg), world) if cfg.metric_every else None
     facts, script = before.space.facts, "flow_matching"  # which samples it
     how = {"optimizer": world.adam(cfg.lr), "facts": facts, "script": script}
     run = Run(cfg, world, ds, net=net, **how)

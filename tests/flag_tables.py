@@ -200,7 +200,8 @@ def goes_on(script, name, source, *, folder):
     case, path = trains(script, folder), trained(folder, source)
     left = {"data", "data_root", *UNET}
     base = {k: v for k, v in case.base.items() if k not in left} | {name: path}
-    values = case.values | {"model": "dit-xs/1", name: checkpoint(folder, source, 1)[0]}
+    base["lr"] = 0.05  # a transformer begins as the identity
+    values = case.values | {"model": "dit-xs/2", name: checkpoint(folder, source, 1)[0]}
     values |= {"resume": trained(folder, "flow_matching"), "data": "glyphs", "data_root": "other"}
     beside = {k: {n: v for n, v in b.items() if n not in left} for k, b in case.beside.items()}
     beside["model"] = {}
