@@ -295,6 +295,7 @@ SLOW = {
     "stable_diffusion image",
     "stable_diffusion noise",
     "eval_fid run",
+    "eval_fid checkpoint",
     "classifier_guidance study",
 }
 SLOW |= {"stable_diffusion interpolate", "improved_ddpm sample of ddpm_pixel"}
