@@ -59,7 +59,8 @@ OBJECTIVES = {
 }
 # By whom it is sampled, at first and second order, and the calls of the network in n steps.
 CHAIN = {"Euler": ("DDIM", int), "second order": ("DPM-Solver++", int)}
-ODE = {"Euler": ("Euler", int), "second order": ("Heun", lambda n: 2 * n - 1)}
+SIGMA = {"Euler": ("Euler", int), "second order": ("Heun", lambda n: 2 * n - 1)}
+LINE = {"Euler": ("Euler", int), "second order": ("Heun", lambda n: 2 * n)}  # asked at t = 0, too
 FIGURES = {"Fréchet distance": "frechet", "inception score": "inception_score"}
 FIGURES |= {"precision": "precision", "recall": "recall"}
 
@@ -126,6 +127,13 @@ class Judge:
         return self.evaluator(images.numpy(), labels.numpy(), world, self.also)
 
 
+def ways_of(flow):
+    """How a network is sampled: {order: (solver, its calls in n steps)}."""
+    if flow.column is flow_matching.straight:
+        return LINE
+    return CHAIN if isinstance(flow.column.column, edm.Chain) else SIGMA
+
+
 def rows_of(args, data):
     """The rows of a data set: those in --out, and the others, which are made."""
     store = Path(args.out, "objectives.jsonl")
@@ -134,11 +142,11 @@ def rows_of(args, data):
     for name in OBJECTIVES:
         path = trained(args, data, name)
         flow = judge.open(path)
-        is_chain = isinstance(getattr(flow.column, "column", None), edm.Chain)
+        ways = ways_of(flow)
         about = {"data": data, "objective": name, "n": args.n, "weights": weights_hash(flow.net)}
         about |= {"classifier_steps": args.classifier_steps}
         cost = read_json(path.with_name("cpu.json"))
-        for order, (solver, calls) in (CHAIN if is_chain else ODE).items():
+        for order, (solver, calls) in ways.items():
             for most in (m for m in args.evaluations if order == "Euler" or m > 2):
                 steps = steps_for(calls, most)
                 row = about | {"order": order, "solver": solver, "most": most, "steps": steps}
