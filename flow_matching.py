@@ -223,6 +223,11 @@ def times_of(steps, shift=1.0, last=1.0):
     return [last * shifted(1 - i / steps, shift) for i in range(steps + 1)]
 
 
+def step(x, h, slope):
+    """x + h slope, which lies in memory as x does: a CUDA graph is of one layout."""
+    return x.clone().add_(slope, alpha=h)
+
+
 def follow(v, x, times, sampler="midpoint", tolerance=1e-4):
     """From x (B,...) at times[0] through the others, up or down; yields x and x0_hat at each.
 
@@ -244,10 +249,10 @@ def follow(v, x, times, sampler="midpoint", tolerance=1e-4):
         h = t_next - t
         slope = v(x, t)
         if sampler == "midpoint":
-            slope = v(x + h / 2 * slope, t + h / 2)
+            slope = v(step(x, h / 2, slope), t + h / 2)
         if sampler == "heun":
-            slope = (slope + v(x + h * slope, t_next)) / 2
-        x = x + h * slope
+            slope = (slope + v(step(x, h, slope), t_next)) / 2
+        x = step(x, h, slope)
         yield x, x - t_next * slope
 
 
@@ -487,9 +492,8 @@ def main():
     codes = {name: partial(task, load=opened_as_chain) for name, task in codes.items()}
     if task := ({"sample": sample_checkpoint, "nll": nll} | codes).get(cfg.task()):
         return launch(task, cfg)
-    cfg = datasets.prepared(cfg)  # by one process
-    name = f"runs/flow-{Path(cfg.data).stem}" + "-latent" * bool(cfg.latents)
-    launch(train, replace(cfg, out=cfg.out or name))
+    out = cfg.out or f"runs/flow-{Path(cfg.data).stem}" + "-latent" * bool(cfg.latents)
+    launch(train, replace(datasets.prepared(cfg), out=out))  # prepared by one process
 
 
 if __name__ == "__main__":

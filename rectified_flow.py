@@ -41,7 +41,18 @@ import ddim
 import flow_matching
 from eval_fid import Evaluator
 from evaluation import flows
-from flow_matching import OF_T, SAMPLING, draw, draw_t, flow_loss, follow, on, shifted, times_of
+from flow_matching import (
+    OF_T,
+    SAMPLING,
+    draw,
+    draw_t,
+    flow_loss,
+    follow,
+    on,
+    sample_checkpoint,
+    shifted,
+    times_of,
+)
 from image_data import datasets
 from image_data.pairs import Pairs, check_kept, kept_pairs
 from kernels import gaussian
@@ -176,7 +187,7 @@ def main():
         cfg = checkpoints.as_trained(cfg, (*names, "latents"), cfg.flow, "flow_matching")
     check(cfg)
     if cfg.sample:
-        return launch(flow_matching.sample_checkpoint, cfg)
+        return launch(sample_checkpoint, cfg)
     cfg = datasets.prepared(cfg)  # by one process
     name = f"runs/reflow-{Path(cfg.data).stem}" + "-latent" * bool(cfg.latents)
     launch(train, replace(cfg, out=cfg.out or name))
