@@ -120,7 +120,7 @@ class Judge:
 
     def score(self, flow, solver, steps, desc):
         args, world = self.args, self.world
-        seeds = torch.arange(args.n)
+        seeds = torch.arange(args.n[self.data])
         labels = cli.labels_for(seeds, range(len(flow.names)))
         walk = self.walk(flow, solver, steps)
         images = world.draw(walk, seeds, labels, args.batch_size, steps, desc)
@@ -143,7 +143,12 @@ def rows_of(args, data):
         path = trained(args, data, name)
         flow = judge.open(path)
         ways = ways_of(flow)
-        about = {"data": data, "objective": name, "n": args.n, "weights": weights_hash(flow.net)}
+        about = {
+            "data": data,
+            "objective": name,
+            "n": args.n[data],
+            "weights": weights_hash(flow.net),
+        }
         about |= {"classifier_steps": args.classifier_steps}
         cost = read_json(path.with_name("cpu.json"))
         for order, (solver, calls) in ways.items():
@@ -175,7 +180,9 @@ def text_of(rows, args):
     kinds = unique(tuple(row[key] for key in keys) for row in rows)
     each = {kind: line_of(rows, **dict(zip(keys, kind, strict=True))) for kind in kinds}
     lines = ["# One network, four objectives", "", f"    {args.command}", ""]
-    lines += [f"N = {args.n} samples of the same seeds. {rows[0]['protocol']}", ""]
+    for data in unique(row["data"] for row in rows):
+        told = next(row["protocol"] for row in rows if row["data"] == data)
+        lines += [f"{data}: N = {args.n[data]} samples of the same seeds. {told}", ""]
     lines += ["Fréchet distance (95 % interval) in at most so many evaluations of the network", ""]
     table = []
     for kind, found in each.items():
@@ -211,7 +218,7 @@ def draw(path, rows, args):
         panels.append(
             [
                 (
-                    f"{label}, {data}",
+                    f"{label}, {data}, N = {args.n[data]}",
                     {
                         who: ([r["evaluations"] for r in found], [r[key] for r in found])
                         for who, found in lines.items()
@@ -220,7 +227,7 @@ def draw(path, rows, args):
                 for label, key in FIGURES.items()
             ]
         )
-    title = f"one network, four objectives, equal steps; N = {args.n}"
+    title = "one network, four objectives, as many steps of training each"
     how = {"xlabel": "evaluations of the network", "xticks": args.evaluations, "logx": True}
     draw_panels(path, panels, title, **how)
 
@@ -231,7 +238,13 @@ def parse(arguments):
     )
     parser.add_argument("--data", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--steps", type=int, default=0, help="of each training; 0: 1000, 800")
-    parser.add_argument("--n", type=int, default=1000, help="samples of each row, from 80")
+    parser.add_argument(
+        "--n",
+        type=int,
+        nargs="+",
+        default=[1000],
+        help="samples of a row, or of one of each --data",
+    )
     parser.add_argument("--evaluations", type=int, nargs="+", default=[1, 2, 3, 5, 10, 20, 50])
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--classifier-steps", type=int, default=1500, help="of the features")
@@ -239,7 +252,15 @@ def parse(arguments):
     parser.add_argument("--gpus", type=int, default=default_gpus())
     parser.add_argument("--out", type=at_home, default="runs/objectives")
     args = parser.parse_args(arguments)
-    if args.n < 80 or args.batch_size < 1 or args.steps < 0 or min(args.evaluations) < 1:
+    if len(args.n) not in (1, len(args.data)):
+        raise BadInput(f"--n takes one number, or one for each --data: {' '.join(args.data)}")
+    args.n = dict(zip(args.data, args.n * len(args.data), strict=False))
+    if (
+        min(args.n.values()) < 80
+        or args.batch_size < 1
+        or args.steps < 0
+        or min(args.evaluations) < 1
+    ):
         told = "--n must be at least 80, for an interval; the other numbers at least 1"
         raise BadInput(told)
     args.command = shlex.join(["python", *sys.argv])

@@ -82,7 +82,7 @@ def row(most, objective="eps", solver="DDIM", **more):
 
 def test_what_it_tells(bench, tmp_path):
     rows = [row(1), row(10, frechet=0.5, interval=[0.4, 0.6]), row(50), row(10, "flow", "Euler")]
-    args = argparse.Namespace(command="python x", n=80, evaluations=[1, 10, 50])
+    args = argparse.Namespace(command="python x", n={"mnist": 80}, evaluations=[1, 10, 50])
     text = "\n".join(bench.text_of(rows, args))
     assert "| mnist | eps | DDIM | 1.5 | 1.50 (1.25 to 1.75) | 0.50 (0.40 to 0.60) |" in text
     assert "| mnist | flow | Euler | 1.5 |  | 1.50 (1.25 to 1.75) |  |" in text
@@ -122,6 +122,14 @@ def test_four_trainings_are_scored_and_the_same_command_goes_on(bench, monkeypat
     ).read_text()
     bench.main(asked)  # all rows are there
     assert read_log(out / "objectives.jsonl") == rows
+
+
+def test_a_number_of_samples_for_each_data_set(bench):
+    found = bench.parse(["--n", "500", "250", "--data", "cifar10", "mnist"])
+    assert found.n == {"cifar10": 500, "mnist": 250}
+    assert bench.parse(["--n", "90"]).n == {"mnist": 90, "cifar10": 90}
+    with pytest.raises(BadInput, match="one for each --data: mnist"):
+        bench.parse(["--n", "90", "91", "--data", "mnist"])
 
 
 @pytest.mark.parametrize("words", [["--n", "79"], ["--evaluations", "0"], ["--steps", "-1"]])
