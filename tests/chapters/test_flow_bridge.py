@@ -193,7 +193,9 @@ def test_noise_that_a_flow_finds(y):
         one, label = x[i : i + 1] / size, None if y is None else y[i : i + 1]
         wanted = one + (1 - t) * net(one, torch.tensor([1000 * t]), label)
         torch.testing.assert_close(found[i : i + 1], wanted, **CLOSE)
-    assert chain.null == 3
+    assert chain.null == 3 and chain.null_label
+    net.null_label = False  # has not learned to do without a label
+    assert not flow.AsChain(net, alpha_bar).null_label
     assert [*chain.parameters()] == [*net.parameters()]
 
 
