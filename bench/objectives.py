@@ -8,7 +8,7 @@ number of steps, which cost the same: by ddpm_pixel.py to give eps, and v, by ed
 flow_matching.py. Data, batches, learning rate, running mean and seeds are alike. Then each draws
 the same N seeds at rising numbers of evaluations of the network, by a solver of first order (Euler
 in the coordinates of each: of the first two that is DDIM) and by one of second order
-(DPM-Solver++(2M); Heun's). A classifier of the data scores all against held-out images, as
+(DPM-Solver++(2M); Heun's); of the first two also by chapter 1's own ancestral steps. A classifier of the data scores all against held-out images, as
 compare_samplers.py does: Fréchet distance, with the interval that 95 of 100 such sets of samples
 would fall into, inception score, precision and recall. x0_hat of the first two is clipped to
 [-1, 1], as their chapter does it, that of the others is not.
@@ -36,6 +36,7 @@ from runtime.processes import World  # noqa: E402
 
 import torch  # noqa: E402
 
+import ddpm_pixel  # noqa: E402
 import edm  # noqa: E402
 import flow_matching  # noqa: E402
 from bench.evaluations import steps_for, walk_of  # noqa: E402
@@ -59,6 +60,8 @@ OBJECTIVES = {
 }
 # By whom it is sampled, at first and second order, and the calls of the network in n steps.
 CHAIN = {"Euler": ("DDIM", int), "second order": ("DPM-Solver++", int)}
+CHAIN |= {"fresh noise": ("ancestral", int)}
+LEAST = {"Euler": 1, "second order": 3, "fresh noise": 10}  # evaluations that are tried
 SIGMA = {"Euler": ("Euler", int), "second order": ("Heun", lambda n: 2 * n - 1)}
 LINE = {"Euler": ("Euler", int), "second order": ("Heun", lambda n: 2 * n)}  # asked at t = 0, too
 FIGURES = {"Fréchet distance": "frechet", "inception score": "inception_score"}
@@ -109,6 +112,12 @@ class Judge:
         if flow.column is flow_matching.straight:
             cfg = flow_matching.Config(sampler=solver.lower(), sample_steps=steps)
             return partial(flow_matching.sample, net, flow.column, cfg, shape)
+        if solver == "ancestral":
+            chain = flow.column.column
+            alpha_bar = torch.from_numpy(1 / (1 + chain.sigmas**2))
+            pairs = ddpm_pixel.timestep_pairs(len(alpha_bar), steps)
+            make_row = partial(ddpm_pixel.ancestral_row, prediction=chain.prediction)
+            return partial(ddpm_pixel.sample, net, alpha_bar, pairs, shape, make_row=make_row)
         sampler = "EDM Heun" if solver == "Heun" else solver
         return walk_of(sampler, net, flow.column.column, shape, steps)
 
@@ -152,7 +161,7 @@ def rows_of(args, data):
         about |= {"classifier_steps": args.classifier_steps}
         cost = read_json(path.with_name("cpu.json"))
         for order, (solver, calls) in ways.items():
-            for most in (m for m in args.evaluations if order == "Euler" or m > 2):
+            for most in (m for m in args.evaluations if m >= LEAST[order]):
                 steps = steps_for(calls, most)
                 row = about | {"order": order, "solver": solver, "most": most, "steps": steps}
                 done = next((r for r in read_log(store) if row.items() <= r.items()), None)

@@ -58,7 +58,7 @@ def test_walks_cost_what_is_said(bench):
 
     how = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1}
     net = Counted((1, 4, 4), 2, **how, attention_resolutions=(), style="ddpm", norm_groups=2)
-    alpha_bar = bench.flow_matching.ddpm_pixel.make_alpha_bar("linear", 100)
+    alpha_bar = bench.ddpm_pixel.make_alpha_bar("linear", 100)
     columns = {
         "flow": flow_matching.straight,
         "edm": flow_matching.Bent(bench.edm.Edm(0.5)),
