@@ -8,9 +8,9 @@ number of steps, which cost the same: by ddpm_pixel.py to give eps, and v, by ed
 flow_matching.py. Data, batches, learning rate, running mean and seeds are alike. Then each draws
 the same N seeds at rising numbers of evaluations of the network, by a solver of first order (Euler
 in the coordinates of each: of the first two that is DDIM) and by one of second order
-(DPM-Solver++(2M); Heun's); of the first two also by chapter 1's own ancestral steps. A classifier of the data scores all against held-out images, as
-compare_samplers.py does: Fréchet distance, with the interval that 95 of 100 such sets of samples
-would fall into, inception score, precision and recall. x0_hat of the first two is clipped to
+(DPM-Solver++(2M); Heun's); of the first two also by chapter 1's own ancestral steps. A classifier
+of the data scores all against held-out images, as compare_samplers.py does: Fréchet distance, with
+its 95 % interval, inception score, precision and recall. x0_hat of the first two is clipped to
 [-1, 1], as their chapter does it, that of the others is not.
 
 In --out: objectives.md, objectives.png, and objectives.jsonl with a line for each finished row. The
