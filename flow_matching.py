@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from scipy.integrate import solve_ivp
 from torch import nn
 
 import ddim
@@ -55,11 +54,11 @@ from networks.autoencoders import Space, load_autoencoder
 
 SAMPLING = ("sampler", "sample_steps", "tolerance", "shift", "clip_denoised", "guidance")
 OF_T = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
-OF_DATA = ("data", "data_root", "size", "flip", "classes")
+OF_DATA = ("data", "size", "flip", "classes")
 OF_UNET = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "dropout")
 NOT_ALONE = "sampler=euler,midpoint,heun,ddpm"  # with rk45 each image is drawn by itself
 SHARED = ("data", "data_root", "size", "classes", "batch_size", "clip_denoised")
-OF_RUN = ("steps", "batch_size", "lr", "warmup", "ema", "label_dropout")
+OF_RUN = ("data_root", "steps", "batch_size", "lr", "warmup", "ema", "label_dropout")
 
 
 @dataclass
@@ -108,15 +107,15 @@ class Config(cli.ScoredConfig):
     USES = {
         "latents": TRAINING | {"model"},
         "sample": WALK | cli.DRAWS,
-        "nll": cli.names("n seeds ema tolerance"),
-        "encode": CODES | {"encode_steps"},
+        "nll": cli.names("n seeds ema tolerance data_root"),
+        "encode": CODES | {"encode_steps", "data_root"},
         "interpolate": CODES | {"sample_steps", "classes"},
     }
-    IDLE = cli.names("encode_steps")
     NEEDS = cli.ScoredConfig.NEEDS | dict.fromkeys(OF_UNET, "model=auto,unet")
     NEEDS |= {"mode_scale": "weighting_scheme=mode", "tolerance": "sampler=rk45"}
     NEEDS |= dict.fromkeys(("logit_mean", "logit_std"), "weighting_scheme=logit_normal")
-    NEEDS |= {"sample:batch_size": NOT_ALONE, "nll:tolerance": ""}
+    NEEDS |= {"sample:batch_size": NOT_ALONE, "nll:tolerance": "", "encode_steps": "encode"}
+    NEEDS |= {"sample:shift": "sampler=euler,midpoint,heun,rk45"}
     FREE = cli.ScoredConfig.FREE.union(SAMPLING, ("use_checkpoint", "n", "seeds")) - {"shift"}
 
 
@@ -166,10 +165,10 @@ def straight(t):
 
 
 class Bent:
-    """The same of networks of chapters 1 and 2 and of edm.py, by their column of EDM's table 1.
+    """Gives the same of a network of chapter 1 or 2 or of edm.py, by its column of EDM's table 1.
 
-    x_t / (1 - t) = x_0 + sigma eps is EDM's x with sigma = t / (1 - t), sqrt(alpha_bar) times that
-    is chapter 1's x_t. Each gives an x0_hat, and v is the slope from there: (x - x0_hat) / t.
+    x_t / (1 - t) = x_0 + sigma eps is EDM's x, where sigma = t / (1 - t), and sqrt(alpha_bar) times
+    that is chapter 1's x_t. Each gives an x0_hat, and v = (x - x0_hat) / t is the slope from there.
     """
 
     def __init__(self, column):
@@ -234,17 +233,7 @@ def follow(v, x, times, sampler="midpoint", tolerance=1e-4):
     v(x, t) is like x. rk45 chooses its own steps between, the same for all of x.
     """
     if sampler == "rk45":
-
-        def slope(t, flat):
-            return v(x.new_tensor(flat).view_as(x), t).flatten().double().cpu().numpy()
-
-        start, ends = x.flatten().double().cpu().numpy(), (times[0], times[-1])
-        how = {"rtol": tolerance, "atol": tolerance, "t_eval": times[1:]}
-        found = solve_ivp(slope, ends, start, "RK45", **how)
-        for t, flat in zip(times[1:], found.y.T, strict=True):
-            x_t = x.new_tensor(flat).view_as(x)
-            yield x_t, x_t - t * v(x_t, t)
-        return
+        return (yield from flows.rk45(v, x, times, tolerance))
     for t, t_next in itertools.pairwise(times):
         h = t_next - t
         slope = v(x, t)
@@ -334,7 +323,7 @@ def begin(cfg, world):
         space = Space(ds.shape, ae, ds.scale)
     torch.manual_seed(cfg.seed)
     net = make_net(cfg, space.z_shape, ds.num_classes * cfg.class_cond)
-    return Flow(net.to(world.device), space, list(ds.class_names)), ds
+    return Flow(net.to(world.device), space, ds.class_names * cfg.class_cond), ds
 
 
 def train(cfg, world):
@@ -396,6 +385,8 @@ def save_images(flow, cfg, world, seeds, labels, folder):
     if not flow.space.ae:
         last = getattr(flow.column, "last", 1.0)
         marks = [f"{t:.3g}" for t in times_of(cfg.sample_steps, cfg.shift, last)]
+        if cfg.sampler == "ddpm":
+            marks = ddpm_pixel.timestep_pairs(CHAIN.timesteps, cfg.sample_steps)
         walk = partial(sample, flow.net, flow.column, cfg, flow.space.shape)
         how = flow.names, math.hypot(1 - last, last), cfg.guidance
         save_drawn(folder, images, labels, walk, seeds, world, marks, *how)
@@ -423,11 +414,14 @@ def load_flow(path, device, ema=None, walk=None):
 def opened(cfg, path, world):
     """(Flow, its Config as the command line has it); but for --sample it is one of pixels."""
     walk = checkpoints.given(cfg, checkpoints.WALK)
+    if not cfg.sample:
+        checkpoints.load_checkpoint(path, "flow_matching", facts=True)
     flow, trained = load_flow(path, world.device, checkpoints.typed_ema(cfg), walk)
     if cfg.sampler == "ddpm" and flow.column is not straight:
         raise cli.BadInput("--sampler ddpm is for networks of this script: leave it out")
-    if not cfg.sample and (flow.space.ae or flow.column is not straight):
-        raise cli.BadInput(f"{path} is no flow of pixels, which this script trains; name one")
+    if flow.space.ae and (cfg.clip_denoised or not cfg.sample):
+        told = "is of latents, not of pixels: --sample it, without --clip-denoised"
+        raise cli.BadInput(f"{path} {told}")
     return flow, checkpoints.overlaid(trained, cfg, () if cfg.nll else (*SAMPLING, "batch_size"))
 
 
@@ -462,9 +456,15 @@ def nll(cfg, world):
 def check(cfg):
     """Raise BadInput for a setting out of its range, and for settings that contradict others."""
     cli.check_run(cfg)
-    positive = "sample_steps tolerance shift logit_std model_channels channel_mult "
+    positive = "sample_steps shift logit_std model_channels channel_mult "
     cli.check_ranges(cfg, positive + "num_res_blocks", "n", "dropout label_dropout")
     cli.check_sampling(cfg)
+    if cfg.tolerance < 1e-7:
+        raise cli.BadInput(f"--tolerance {cfg.tolerance:g}: expected at least 1e-7, in float32")
+    if cfg.latents and cfg.clip_denoised:
+        raise cli.BadInput("--clip-denoised: latents have no bounds; leave it out")
+    if not cfg.sample and cfg.guidance and not cfg.label_dropout:
+        raise cli.BadInput("--guidance needs a network that learns without labels: --label-dropout")
     if not -1 <= cfg.mode_scale <= 2 / (math.pi - 2):
         raise cli.BadInput(f"--mode-scale {cfg.mode_scale:g}: expected a number from -1 to 1.75")
     if cfg.model != "auto" and (cfg.model != "unet" or cfg.latents):
@@ -476,10 +476,10 @@ def settled(cfg, **small):
     small |= {"model_channels": 16, "channel_mult": (1, 2), "n": 8, "sample_steps": 4}
     cfg = cli.smoke(cfg, **small, encode_steps="2,4", metric_every=0)
     if cfg.latents:
-        names = OF_DATA + OF_RUN * (not cfg.smoke)
-        cfg = checkpoints.as_trained(cfg, names, cfg.latents, ("ldm_cfg", "dit"))
-    if cfg.nll or cfg.encode or cfg.interpolate:
-        cfg = replace(cfg, data="", data_root="")  # what the network was trained on
+        names = OF_RUN[: 1 if cfg.smoke else None]
+        cfg = checkpoints.as_trained(cfg, names, cfg.latents, ("ldm_cfg", "dit"), OF_DATA)
+    if cfg.nll or cfg.encode or cfg.interpolate:  # what the network was trained on
+        cfg = replace(cfg, data="", **{"data_root": ""} | checkpoints.given(cfg, ("data_root",)))
     model = ("dit-xs/1" if cfg.latents else "unet") if cfg.model == "auto" else cfg.model
     return replace(cfg, model=model, n=cfg.n or (8 if cfg.encode or cfg.interpolate else 100))
 

@@ -57,7 +57,7 @@ from image_data import datasets
 from image_data.pairs import Pairs, check_kept, kept_pairs
 from kernels import gaussian
 
-OF_FLOW = (*flow_matching.OF_DATA, *flow_matching.OF_UNET, *OF_T, "shift", "model", "class_cond")
+OF_FLOW = (*flow_matching.OF_DATA, *flow_matching.OF_UNET, "model", "class_cond", "latents")
 
 
 @dataclass
@@ -87,6 +87,7 @@ def draw_pairs(flow, cfg, world):
     check_kept(cfg, made_of)
     seeds = torch.arange(cfg.pairs)
     labels = cli.labels_for(seeds, range(flow.net.null), cfg.guidance)
+    labels = None if cfg.guidance == -1 else labels
 
     def make(some):
         y = None if labels is None else labels[some]
@@ -111,12 +112,15 @@ def straightness(v, x, steps=50):
 
 
 def first_flow(cfg, world):
-    """The flow that is straightened: of --flow, or trained, or going on where it stopped."""
-    if cfg.flow:
-        with world.from_first(cfg.flow) as path:
+    """The flow that is straightened: of --flow, or trained, or the one that was trained before."""
+    path, out = cfg.flow, Path(cfg.out, "flow")
+    if cfg.resume != "never" and Path(cfg.out, "ckpt.pt").is_file():
+        path = path or str(out / "ckpt.pt")  # whole, if there is a reflow of it
+    if path := world.gather(path)[0]:
+        with world.from_first(path) as path:
             return flow_matching.load_flow(path, world.device)[0]
     shared = {field.name: getattr(cfg, field.name) for field in fields(flow_matching.Config)}
-    shared |= {"out": str(Path(cfg.out, "flow")), "guidance": 0.0}
+    shared |= {"out": str(out), "guidance": 0.0}
     shared |= {"resume": "never" if cfg.resume == "never" else "auto"}
     return flow_matching.train(flow_matching.Config(**shared), world)
 
@@ -159,7 +163,7 @@ def train(cfg, world):
 @torch.no_grad()
 def compared(flow, cfg, world):
     """({number of Euler's steps: uint8 images}, S (N,)) of the noise of seeds 0, 1, ..."""
-    seeds = torch.arange(64 if not cfg.smoke else 4)
+    seeds = torch.arange(4 if cfg.smoke else min(64, cfg.batch_size))
     y = cli.labels_for(seeds, range(flow.net.null))
     grids = {}
     for steps in sorted({1, 2, 4, cfg.sample_steps}):
@@ -183,8 +187,12 @@ def main():
     cfg = cli.parse(Config, __doc__, preset="configs/{data}_flow.yaml")
     cfg = flow_matching.settled(cfg, pairs=16, out="runs/smoke-reflow")
     if cfg.flow:
-        names = OF_FLOW if cfg.smoke else OF_FLOW + flow_matching.OF_RUN
-        cfg = checkpoints.as_trained(cfg, (*names, "latents"), cfg.flow, "flow_matching")
+        names = flow_matching.OF_RUN[: 1 if cfg.smoke else None]
+        cfg = checkpoints.as_trained(cfg, (*names, *OF_T), cfg.flow, "flow_matching", OF_FLOW)
+    if cfg.resume not in ("auto", "never"):
+        checkpoints.load_checkpoint(
+            cfg.resume, "flow_matching", facts=True
+        )  # before an hour's work
     check(cfg)
     if cfg.sample:
         return launch(sample_checkpoint, cfg)

@@ -1,17 +1,40 @@
-"""What flows leave: likelihoods of held-out images, and samples before and after reflow."""
+"""Flows by scipy's solver; and what they leave: likelihoods, samples before and after reflow."""
 
 from runtime.files import save_json
-from runtime.finite import WEIGHTS, check_finite
+from runtime.finite import MEND, WEIGHTS, NotFinite, check_finite
 from runtime.pictures import save_grid, tile
 from runtime.plots import draw_cells
 
 from pathlib import Path
 
 import torch
+from scipy.integrate import solve_ivp
 
 from kernels import gaussian
 
 SHOWN = 10  # images of a row
+
+
+def rk45(v, x, times, tolerance):
+    """From x (B,...) at times[0] through the others, by scipy; yields x and x0_hat at each.
+
+    v(x, t) is like x. tolerance: of the error of a step, relative and absolute. The steps are the
+    same for all of x. NotFinite where v is not finite, or changes faster than any step can follow.
+    """
+
+    def slope(t, flat):
+        found = v(x.new_tensor(flat).view_as(x), t)
+        check_finite(found, [f"{t:.3g}"] * len(x), "the slope of the flow at t =")  # or it hangs
+        return found.flatten().double().cpu().numpy()
+
+    start, ends = x.flatten().double().cpu().numpy(), (times[0], times[-1])
+    how = {"rtol": tolerance, "atol": tolerance, "t_eval": times[1:]}
+    found = solve_ivp(slope, ends, start, "RK45", **how)
+    if found.status:
+        raise NotFinite(f"RK45 stopped between t = {ends[0]:g} and {ends[1]:g}: {MEND}")
+    for t, flat in zip(times[1:], found.y.T, strict=True):
+        x_t = x.new_tensor(flat).view_as(x)
+        yield x_t, x_t - t * v(x_t, t)
 
 
 def standard_error(values):

@@ -14,7 +14,7 @@ from runtime.files import atomic_write, read_json
 from runtime.locks import alone
 from runtime.nodes import Disks
 from runtime.rehearsal import Rehearsal
-from runtime.sums import mapped
+from runtime.sums import is_checked, mapped, mark_checked, sum_of
 
 import hashlib
 import json
@@ -25,6 +25,7 @@ import numpy as np
 
 from image_data.latents import make_room
 
+FILES = ("pairs.npy", "manifest.json")
 TOGETHER = 1024  # pairs that are kept at a time: a killed run loses at most so many
 
 
@@ -50,7 +51,8 @@ class Pairs:
     def of(cls, images, labels, names, shape, made_of):
         """images as kept_pairs() gives them, labels (N,) or None, names of the classes."""
         y = np.zeros(len(images), np.int64) if labels is None else labels.numpy()
-        return cls("pairs", images, y, tuple(names), tuple(shape), key_of(made_of))
+        names = () if labels is None else tuple(names)
+        return cls("pairs", images, y, names, tuple(shape), key_of(made_of))
 
     num_classes = property(lambda self: len(self.class_names))
 
@@ -96,8 +98,10 @@ def kept_pairs(folder, world, shape, make, *, made_of):
                 pairs = np.load(path, mmap_mode="r+")
                 pairs[done:stop] = found.numpy()
                 pairs.flush()
+                told = {"made_of": made_of, "done": stop}
+                told |= {"sum": sum_of(made_of, pairs)} if stop == shape[0] else {}
                 with atomic_write(manifest) as temporary:
-                    temporary.write_text(json.dumps({"made_of": made_of, "done": stop}))
+                    temporary.write_text(json.dumps(told))
             done = stop
         world.barrier()
     return np.load(path, mmap_mode="r")
@@ -141,4 +145,12 @@ def _kept(path, manifest, made_of, shape):
         found = mapped(path)
     except ValueError:
         return 0
-    return done if found.shape == shape and found.dtype == np.float32 else 0
+    if found.shape != shape or found.dtype != np.float32:
+        return 0
+    if done < shape[0] or is_checked(path.parent, FILES):
+        return done
+    if kept.get("sum") != sum_of(made_of, found):
+        print(f"pairs: drawn anew, those in {path.parent} are damaged: their sum is another")
+        return 0
+    mark_checked(path.parent, FILES)
+    return done

@@ -95,7 +95,9 @@ class Space:
         if not 0 < abs(state["scale"]) < math.inf:
             told = f"{path}: latents of scale {state['scale']}; expected a finite number"
             raise BadInput(told)
-        return cls(tuple(state["shape"]), load_autoencoder(path, device), state["scale"])
+        ae = checkpoints.built(lambda: build(**state["ae"]), state["autoencoder"], path)
+        ae = ae.to(device).eval().requires_grad_(False)
+        return cls(tuple(state["shape"]), ae, state["scale"])
 
     @property
     def z_shape(self):

@@ -174,9 +174,9 @@ def load_checkpoint(path, scripts=(), mapped=False, facts=False):
 
 
 def is_of(path, script):
-    """Whether this script, its stem, writes checkpoints like the file at `path`."""
+    """Whether the script with this stem wrote the checkpoint at `path`."""
     try:
-        return load_checkpoint(path, facts=True)["script"] == script
+        return bool(load_checkpoint(path, script, facts=True))
     except WrongSums:
         raise
     except BadInput:  # of others, or damaged: who reads those says so
@@ -276,12 +276,16 @@ def restored(config_class, build, state, path, device, ema=None):
     return net.eval(), cfg, shape, names
 
 
-def as_trained(cfg, names, path, scripts=()):
-    """cfg, but settings `names` that were not typed are those of the run of the checkpoint."""
+def as_trained(cfg, names, path, scripts=(), fixed=()):
+    """cfg, but settings `names` that were not typed are those of the run of the checkpoint.
+
+    fixed: and those of these, whatever a file of --config says.
+    """
     from runtime.typed_flags import check_idle
 
     trained = load_checkpoint(path, scripts, facts=True)["config"]
-    theirs = [(name, trained[name]) for name in not_given(cfg, names) if name in trained]
+    names = [*not_given(cfg, names), *fixed]
+    theirs = [(name, trained[name]) for name in names if name in trained]
     theirs = {name: tuple(v) if isinstance(v, list) else v for name, v in theirs}
     made = dataclasses.replace(cfg, **theirs)
     check_idle(made, typed(names))

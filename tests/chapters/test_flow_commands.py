@@ -117,7 +117,9 @@ def test_a_network_of_chapter_1_is_sampled_as_a_flow(toy, tiny, tmp_path):
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
     line = refused("flow_matching", "--sample", path, "--gpus", 0, "--sampler", "ddpm")
     assert "--sampler ddpm is for networks of this script" in line
-    assert "is no flow of pixels" in refused("flow_matching", "--nll", path, "--gpus", 0)
+    assert "expected one of flow_matching.py" in refused(
+        "flow_matching", "--nll", path, "--gpus", 0
+    )
 
 
 def test_latents_of_a_run_are_trained_on_and_left_as_they_are(toy, tiny, tmp_path):
@@ -134,9 +136,13 @@ def test_latents_of_a_run_are_trained_on_and_left_as_they_are(toy, tiny, tmp_pat
     assert all(torch.equal(value, weights[key]) for key, value in theirs["autoencoder"].items())
     succeed("flow_matching", "--sample", out, *FEW, "--n", 2, "--out", tmp_path / "drawn")
     assert samples(tmp_path / "drawn").shape[1:] == samples(first).shape[1:]
+    (tmp_path / "c.yaml").write_text("data: mnist\nflip: true\n")
+    again = ["--config", tmp_path / "c.yaml", "--out", tmp_path / "again"]
+    succeed("flow_matching", *asked[:5], *again)
+    assert {path: path.stat().st_mtime_ns for path in (first / "latents").iterdir()} == before
     line = refused("flow_matching", *asked, "--data", "mnist")
     assert "--data has no part in --latents" in line
-    assert "is no flow of pixels" in refused("flow_matching", "--nll", out, "--gpus", 0)
+    assert "is of latents, not of pixels" in refused("flow_matching", "--nll", out, "--gpus", 0)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +153,9 @@ def test_latents_of_a_run_are_trained_on_and_left_as_they_are(toy, tiny, tmp_pat
         ("--logit-mean 1", "--logit-mean does nothing without --weighting-scheme logit_normal"),
         ("--model dit-s/3", "a patch of 1, 2, 4, 8"),
         ("--model dit-s/2 --channel-mult 1", "--channel-mult does nothing without --model"),
-        ("--tolerance 0 --sampler rk45", "--tolerance must be greater than 0"),
         ("--latents nowhere", "nowhere: no such file"),
+        ("--tolerance 1e-20 --sampler rk45", "--tolerance 1e-20: expected at least 1e-7"),
+        ("--guidance 1 --label-dropout 0", "--guidance needs a network that learns without labels"),
     ],
 )
 def test_bad_input_in_one_line(words, told):

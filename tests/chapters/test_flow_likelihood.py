@@ -1,5 +1,7 @@
 """The likelihood of flows, on data whose density is known: change of variables and its probes."""
 
+from runtime.finite import NotFinite
+
 import math
 
 import pytest
@@ -15,6 +17,7 @@ from flow_math import (
     TIGHT,
     bells,
     best,
+    end_of,
     random,
     upwards,
 )
@@ -124,3 +127,24 @@ def test_bits_of_pixels_that_take_so_many_levels_alike(levels):
     bits = flow.bits_per_dim(torch.tensor([log_p, 2 * log_p], dtype=torch.float64), SHAPE)
     assert bits[0].item() == pytest.approx(math.log2(levels), abs=1e-12)
     assert (bits[1] - bits[0]).item() == pytest.approx(math.log2(levels * 2 / 255), abs=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [1.0, 0.5])
+def test_a_slope_that_is_not_finite_ends_rk45(bad, where):
+    """A NaN would have scipy's solver choose a step of NaN, for ever."""
+
+    def slope(x, t):
+        return torch.full_like(x, bad) if t <= where else torch.ones_like(x)
+
+    with pytest.raises(NotFinite, match="slope of the flow at t = .* is not finite"):
+        end_of(flow.follow(slope, random(2, *SHAPE), [1.0, 0.0], "rk45"))
+
+
+def test_a_slope_that_no_step_can_follow_ends_rk45():
+    with pytest.raises(NotFinite, match="RK45 stopped|not finite"):
+        end_of(
+            flow.follow(
+                lambda x, t: -(x**2), torch.full((1, 1, 1, 1), 2.0).double(), [1.0, 0.0], "rk45"
+            )
+        )

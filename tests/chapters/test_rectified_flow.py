@@ -4,6 +4,7 @@ from runtime.checkpoints import load_checkpoint
 from runtime.commandline import BadInput
 from runtime.files import read_json
 from runtime.processes import World
+from runtime.run import Part
 
 import shutil
 
@@ -103,6 +104,10 @@ def test_pairs_are_drawn_once_and_killed_they_go_on(tmp_path, monkeypatch):
     pairs.kept_pairs(*how, make, made_of={"a": 2})  # of something else: in another place
     assert len(asked) == 6
     path = tmp_path / f"pairs-{pairs.key_of({'a': 1})}" / "pairs.npy"
+    flipped = bytearray(path.read_bytes())
+    flipped[-1] ^= 1
+    path.write_bytes(flipped)
+    assert np.array_equal(pairs.kept_pairs(*how, make, made_of={"a": 1}), drawn(slice(0, 10)))
     path.write_bytes(path.read_bytes()[:100])
     assert np.array_equal(pairs.kept_pairs(*how, make, made_of={"a": 1}), drawn(slice(0, 10)))
 
@@ -112,6 +117,7 @@ def test_pairs_are_a_data_set_and_name_their_seeds():
     found = pairs.Pairs.of(images, torch.tensor([0, 1, 0, 1]), ["a", "b"], (1, 2, 3), {"a": 1})
     assert len(found) == 4 and found.num_classes == 2 and found.key == pairs.key_of({"a": 1})
     rows = np.array([2, 0])
+    assert found.seeds(Part(0, slice(0, 2), rows, None)) is rows
     assert np.array_equal(found.floats(torch.from_numpy(found.stored(rows))), images[rows])
 
 
@@ -188,6 +194,27 @@ def test_bad_input(first, second, tmp_path):
     assert "holds a run on other pairs by" in again and "--pairs 6" in again
     assert not list(out.glob("pairs-*/manifest.json"))[1:]  # none were drawn for that
     assert "--nll does nothing here" in refused("rectified_flow", "--nll", first)
+    bad = refused("rectified_flow", *asked, "--resume", tmp_path / "no.pt", "--out", tmp_path / "x")
+    assert "no.pt: no such file" in bad and not (tmp_path / "x").exists()
+
+
+def test_a_file_of_settings_does_not_change_what_the_first_flow_is(first, tmp_path):
+    (tmp_path / "c.yaml").write_text("model_channels: 24\ndata: mnist\nlr: 0.01\n")
+    asked = ["--gpus", 0, "--smoke", "--config", tmp_path / "c.yaml", "--flow", first]
+    succeed("rectified_flow", *asked, "--pairs", 4, "--out", tmp_path / "run")
+    theirs, ours = (load_checkpoint(p / "ckpt.pt")["config"] for p in (first, tmp_path / "run"))
+    assert ours["model_channels"] == theirs["model_channels"] and ours["lr"] == 0.01
+    assert ours["data"] == theirs["data"]
+    flow_matching.load_flow(tmp_path / "run" / "ckpt.pt", "cpu")
+
+
+def test_more_steps_go_on_with_the_same_first_flow(toy, tiny, tmp_path):
+    asked = [*tiny["rectified_flow"], *toy, "--pairs", 4, "--out", tmp_path]
+    succeed("rectified_flow", *asked, "--steps", 3)
+    before = (tmp_path / "flow" / "ckpt.pt").read_bytes()
+    succeed("rectified_flow", *asked, "--steps", 6)
+    assert (tmp_path / "flow" / "ckpt.pt").read_bytes() == before
+    assert load_checkpoint(tmp_path / "ckpt.pt")["step"] == 6
 
 
 def test_pairs_do_not_fit_on_the_disk(tmp_path, monkeypatch):
