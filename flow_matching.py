@@ -420,8 +420,8 @@ def opened(cfg, path, world):
     if cfg.sampler == "ddpm" and flow.column is not straight:
         raise cli.BadInput("--sampler ddpm is for networks of this script: leave it out")
     if flow.space.ae and (cfg.clip_denoised or not cfg.sample):
-        told = "is of latents, not of pixels: --sample it, without --clip-denoised"
-        raise cli.BadInput(f"{path} {told}")
+        what = cli.flag("clip_denoised" if cfg.sample else cfg.task())
+        raise cli.BadInput(f"{what} is for pixels, within bounds: {path} is of latents")
     return flow, checkpoints.overlaid(trained, cfg, () if cfg.nll else (*SAMPLING, "batch_size"))
 
 

@@ -142,7 +142,9 @@ def test_latents_of_a_run_are_trained_on_and_left_as_they_are(toy, tiny, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in (first / "latents").iterdir()} == before
     line = refused("flow_matching", *asked, "--data", "mnist")
     assert "--data has no part in --latents" in line
-    assert "is of latents, not of pixels" in refused("flow_matching", "--nll", out, "--gpus", 0)
+    assert "--nll is for pixels, within bounds" in refused(
+        "flow_matching", "--nll", out, "--gpus", 0
+    )
 
 
 @pytest.mark.parametrize(
