@@ -8,10 +8,10 @@ number of steps, which cost the same: by ddpm_pixel.py to give eps, and v, by ed
 flow_matching.py. Data, batches, learning rate, running mean and seeds are alike. Then each draws
 the same N seeds at rising numbers of evaluations of the network, by a solver of first order (Euler
 in the coordinates of each: of the first two that is DDIM) and by one of second order
-(DPM-Solver++(2M); Heun's); of the first two also by chapter 1's own ancestral steps. A classifier
-of the data scores all against held-out images, as compare_samplers.py does: Fréchet distance, with
-its 95 % interval, inception score, precision and recall. x0_hat of the first two is clipped to
-[-1, 1], as their chapter does it, that of the others is not.
+(DPM-Solver++(2M); Heun's, and of the last one midpoint); of the first two also by chapter 1's own
+ancestral steps. A classifier of the data scores all against held-out images, as compare_samplers.py
+does: Fréchet distance, with its 95 % interval, inception score, precision and recall. x0_hat of the
+first two is clipped to [-1, 1], as their chapter does it, that of the others is not.
 
 In --out: objectives.md, objectives.png, and objectives.jsonl with a line for each finished row. The
 same command goes on where it stopped, in a training as well.
@@ -61,9 +61,10 @@ OBJECTIVES = {
 # By whom it is sampled, at first and second order, and the calls of the network in n steps.
 CHAIN = {"Euler": ("DDIM", int), "second order": ("DPM-Solver++", int)}
 CHAIN |= {"fresh noise": ("ancestral", int)}
-LEAST = {"Euler": 1, "second order": 3, "fresh noise": 10}  # evaluations that are tried
+LEAST = {"Euler": 1, "midpoint": 2, "second order": 3, "fresh noise": 10}  # evaluations, from here
 SIGMA = {"Euler": ("Euler", int), "second order": ("Heun", lambda n: 2 * n - 1)}
 LINE = {"Euler": ("Euler", int), "second order": ("Heun", lambda n: 2 * n)}  # asked at t = 0, too
+LINE |= {"midpoint": ("midpoint", lambda n: 2 * n)}
 FIGURES = {"Fréchet distance": "frechet", "inception score": "inception_score"}
 FIGURES |= {"precision": "precision", "recall": "recall"}
 

@@ -112,10 +112,11 @@ def test_four_trainings_are_scored_and_the_same_command_goes_on(bench, monkeypat
     told = [(row["objective"], row["solver"], row["evaluations"]) for row in rows]
     chain = [("DDIM", 1), ("DDIM", 3), ("DPM-Solver++", 3)]
     ode = [("Euler", 1), ("Euler", 3), ("Heun", 3)]
+    line = [*ode[:2], ("Heun", 2), ("midpoint", 2)]
     assert told == [
         (name, *way)
         for name in ("eps", "v", "edm", "flow")
-        for way in (chain if name in ("eps", "v") else ode)
+        for way in {"edm": ode, "flow": line}.get(name, chain)
     ]
     assert (out / "objectives.png").exists() and "CPU minutes" in (
         out / "objectives.md"
