@@ -300,7 +300,7 @@ class Flow(NamedTuple):
     net: nn.Module
     space: Space
     names: list
-    column: object = straight
+    column: object  # straight, or a Bent
 
 
 def make_net(cfg, shape, num_classes):
@@ -323,7 +323,7 @@ def begin(cfg, world):
         space = Space(ds.shape, ae, ds.scale)
     torch.manual_seed(cfg.seed)
     net = make_net(cfg, space.z_shape, ds.num_classes * cfg.class_cond)
-    return Flow(net.to(world.device), space, ds.class_names * cfg.class_cond), ds
+    return Flow(net.to(world.device), space, ds.class_names * cfg.class_cond, straight), ds
 
 
 def train(cfg, world):
@@ -408,7 +408,7 @@ def load_flow(path, device, ema=None, walk=None):
     names, weights = state["class_names"] * cfg.class_cond, checkpoints.chosen_ema(state, path, ema)
     net = checkpoints.built(lambda: make_net(cfg, space.z_shape, len(names)), weights, path)
     net.null_label = cfg.label_dropout > 0  # whether it has learned to do without a label
-    return Flow(net.to(device).eval().requires_grad_(False), space, names), cfg
+    return Flow(net.to(device).eval().requires_grad_(False), space, names, straight), cfg
 
 
 def opened(cfg, path, world):
