@@ -246,7 +246,8 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", nargs="+", choices=list(STEPS), default=list(STEPS))
+    how = {"choices": list(STEPS), "default": list(STEPS), "type": at_home}
+    parser.add_argument("--data", nargs="+", **how)
     parser.add_argument("--steps", type=int, default=0, help="of each training; 0: 1000, 800")
     parser.add_argument(
         "--n",
