@@ -70,3 +70,13 @@ def tiny():
     import tiny_runs  # it imports every chapter
 
     return {script: tiny_runs.tiny(script) for script in tiny_runs.TRAININGS}
+
+
+@pytest.fixture(scope="session")
+def tiny_flow(toy, tiny, tmp_path_factory):
+    """The folder of a run of flow_matching.py, of four steps."""
+    from launching import succeed
+
+    out = tmp_path_factory.mktemp("flow") / "run"
+    succeed("flow_matching", *tiny["flow_matching"], *toy, "--steps", 4, "--out", out)
+    return out

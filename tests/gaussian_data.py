@@ -4,10 +4,29 @@ x_t ~ N(sqrt(a) MEAN, V_a) with a = alpha_bar_t and V_a = a COV + (1 - a) I. The
 eps_hat = sqrt(1 - a) V_a^-1 (x - sqrt(a) MEAN), and the ODE keeps V_a^-1/2 (x - sqrt(a) MEAN).
 """
 
+import contextlib
+
+import pytest
 import torch
+
+from kernels import gaussian
 
 MEAN = torch.tensor([0.2, -0.1], dtype=torch.float64)
 COV = torch.tensor([[0.04, 0.018], [0.018, 0.0225]], dtype=torch.float64)
+
+
+@contextlib.contextmanager
+def in_float64(*chapters):
+    """Inside, all that is made is float64, the numbers of the noise in these chapters included."""
+    before = torch.get_default_dtype()
+    with pytest.MonkeyPatch.context() as patch:
+        for chapter in chapters:
+            patch.setattr(chapter, "gaussian", lambda *args: gaussian(*args).double())
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def variance(a):

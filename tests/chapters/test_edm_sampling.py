@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_edm_euler
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
-from gaussian_data import COV, MEAN, Gaussian, power
+from gaussian_data import COV, MEAN, Gaussian, in_float64, power
 
 import ddpm_pixel
 import edm
@@ -23,13 +23,10 @@ SIGMAS = edm.sigma_steps(9)
 
 
 @pytest.fixture
-def double(monkeypatch):
+def double():
     """Everything in float64, the numbers of the noise included."""
-    monkeypatch.setattr(edm, "gaussian", lambda *args: gaussian(*args).double())
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+    with in_float64(edm):
+        yield
 
 
 class Wavy(torch.nn.Module):

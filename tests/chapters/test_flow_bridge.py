@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from flow_math import MEAN, SHAPE, STD, best, on_path, random
+from gaussian_data import in_float64
 
 import ddim
 import ddpm_pixel
@@ -28,15 +29,10 @@ PREDICTIONS = ["eps", "x0", "v"]
 
 
 @pytest.fixture(autouse=True)
-def double(monkeypatch):
+def double():
     """Everything in float64, the numbers of the noise included."""
-    exact = lambda *args: gaussian(*args).double()  # noqa: E731
-    monkeypatch.setattr(ddim, "gaussian", exact)
-    monkeypatch.setattr(ddpm_pixel, "gaussian", exact)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+    with in_float64(ddim, ddpm_pixel):
+        yield
 
 
 class Small(torch.nn.Module):

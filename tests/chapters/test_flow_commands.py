@@ -21,17 +21,10 @@ FEW = ["--gpus", 0, "--sample-steps", 3]
 
 
 @pytest.fixture(scope="module")
-def run(toy, tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("flow") / "run"
-    succeed("flow_matching", *tiny["flow_matching"], *toy, "--steps", 4, "--out", out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def still(run, tmp_path_factory):
+def still(tiny_flow, tmp_path_factory):
     """The same with weights of 0: nothing flows."""
     path = tmp_path_factory.mktemp("still") / "ckpt.pt"
-    state = load_checkpoint(run / "ckpt.pt")
+    state = load_checkpoint(tiny_flow / "ckpt.pt")
     state["ema"] = {name: torch.zeros_like(value) for name, value in state["ema"].items()}
     torch.save(dict(state), path)
     return path
@@ -57,12 +50,12 @@ def test_likelihood_where_nothing_flows_is_that_of_the_noise(still, tmp_path):
     assert (tmp_path / "nll.png").exists()
 
 
-def test_codes_are_those_of_ddim_over_the_bridge(run, tmp_path):
-    succeed("flow_matching", "--interpolate", run, *FEW, "--n", 2, "--out", tmp_path)
+def test_codes_are_those_of_ddim_over_the_bridge(tiny_flow, tmp_path):
+    succeed("flow_matching", "--interpolate", tiny_flow, *FEW, "--n", 2, "--out", tmp_path)
     succeed(
         "flow_matching",
         "--encode",
-        run,
+        tiny_flow,
         "--gpus",
         0,
         "--n",
@@ -74,19 +67,21 @@ def test_codes_are_those_of_ddim_over_the_bridge(run, tmp_path):
     )
     for file in ("interpolation.png", "reconstruction.png", "reconstruction-error.png"):
         assert (tmp_path / file).exists()
-    still_refused = refused("flow_matching", "--encode", run, "--gpus", 0, "--sampler", "euler")
+    still_refused = refused(
+        "flow_matching", "--encode", tiny_flow, "--gpus", 0, "--sampler", "euler"
+    )
     assert "--sampler has no part in --encode" in still_refused
 
 
-def test_a_flow_by_rk45_and_by_algorithm_2(run, tmp_path):
+def test_a_flow_by_rk45_and_by_algorithm_2(tiny_flow, tmp_path):
     """With rk45 a sample is a function of its seed, bit by bit; ddpm asks chapter 1's eps_hat."""
-    asked = ["--sample", run / "ckpt.pt", *FEW]
+    asked = ["--sample", tiny_flow / "ckpt.pt", *FEW]
     for name, seeds in {"all": "0-4", "one": "3"}.items():
         more = ["--sampler", "rk45", "--tolerance", 1e-3, "--seeds", seeds]
         succeed("flow_matching", *asked, *more, "--out", tmp_path / name)
     assert np.array_equal(samples(tmp_path / "all")[3:4], samples(tmp_path / "one"))
     succeed("flow_matching", *asked, "--sampler", "ddpm", "--n", 2, "--out", tmp_path / "ddpm")
-    flow, _ = flow_matching.load_flow(run / "ckpt.pt", "cpu")
+    flow, _ = flow_matching.load_flow(tiny_flow / "ckpt.pt", "cpu")
     alpha_bar = ddpm_pixel.make_alpha_bar("cosine", 1000)
     pairs, seeds = ddpm_pixel.timestep_pairs(1000, 3), torch.arange(2)
     net = flow_matching.AsChain(flow.net, alpha_bar)

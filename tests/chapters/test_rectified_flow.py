@@ -125,34 +125,27 @@ def test_pairs_are_a_data_set_and_name_their_seeds():
 
 
 @pytest.fixture(scope="module")
-def first(toy, tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("flow") / "run"
-    succeed("flow_matching", *tiny["flow_matching"], *toy, "--steps", 4, "--out", out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def second(first, tmp_path_factory):
+def second(tiny_flow, tmp_path_factory):
     """A reflow of the first one: its folder, and what was printed."""
     out = tmp_path_factory.mktemp("reflow") / "run"
-    asked = ["--smoke", "--gpus", 0, "--flow", first, "--pairs", 6, "--out", out]
+    asked = ["--smoke", "--gpus", 0, "--flow", tiny_flow, "--pairs", 6, "--out", out]
     return out, succeed("rectified_flow", *asked, "--guidance", 0.5).out
 
 
-def test_pairs_are_what_the_flow_draws_of_the_seeds(first, second):
+def test_pairs_are_what_the_flow_draws_of_the_seeds(tiny_flow, second):
     out, _ = second
     (folder,) = out.glob("pairs-*")
-    flow, cfg = flow_matching.load_flow(first / "ckpt.pt", "cpu")
+    flow, cfg = flow_matching.load_flow(tiny_flow / "ckpt.pt", "cpu")
     cfg.guidance, cfg.sample_steps, seeds = 0.5, 4, torch.arange(6)
     way = flow_matching.sample(flow.net, flow.column, cfg, flow.space.shape, seeds, seeds % 2)
     torch.testing.assert_close(torch.from_numpy(np.load(folder / "pairs.npy")), end_of(way))
 
 
-def test_what_it_leaves_is_sampled_by_flow_matching_without_guidance(first, second, tmp_path):
+def test_what_it_leaves_is_sampled_by_flow_matching_without_guidance(tiny_flow, second, tmp_path):
     out, told = second
     state = load_checkpoint(out / "ckpt.pt", "flow_matching")
     assert state["config"]["guidance"] == 0 and "straightness S" in told
-    flow, _ = flow_matching.load_flow(first / "ckpt.pt", "cpu")
+    flow, _ = flow_matching.load_flow(tiny_flow / "ckpt.pt", "cpu")
     before = flow.net.state_dict()
     moved = [k for k, v in state["model"].items() if not torch.equal(v, before[k])]
     assert moved and state["model"].keys() == before.keys()
@@ -165,7 +158,7 @@ def test_what_it_leaves_is_sampled_by_flow_matching_without_guidance(first, seco
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape[0] == 2
 
 
-def test_training_sees_the_noise_that_each_image_came_from(monkeypatch, first, tmp_path):
+def test_training_sees_the_noise_that_each_image_came_from(monkeypatch, tiny_flow, tmp_path):
     seen = []
 
     def loss(net, x0, t, eps, y):
@@ -174,7 +167,7 @@ def test_training_sees_the_noise_that_each_image_came_from(monkeypatch, first, t
 
     monkeypatch.setattr(rectified_flow, "flow_loss", loss)
     argv = "rectified_flow --smoke --gpus 0 --pairs 5 --batch-size 4 --label-dropout 0 --flow"
-    monkeypatch.setattr("sys.argv", [*argv.split(), str(first), "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", [*argv.split(), str(tiny_flow), "--out", str(tmp_path)])
     rectified_flow.main()
     kept = torch.from_numpy(np.load(next(tmp_path.glob("pairs-*/pairs.npy"))))
     for x0, eps, y in seen:
@@ -184,25 +177,25 @@ def test_training_sees_the_noise_that_each_image_came_from(monkeypatch, first, t
     assert len({tuple(x0.flatten().tolist()) for x0, *_ in seen}) > 1
 
 
-def test_bad_input(first, second, tmp_path):
+def test_bad_input(tiny_flow, second, tmp_path):
     out, _ = second
-    asked = ["--gpus", 0, "--smoke", "--flow", first]
+    asked = ["--gpus", 0, "--smoke", "--flow", tiny_flow]
     assert "--sampler ddpm" in refused("rectified_flow", *asked, "--sampler", "ddpm")
     assert "--pairs must be greater" in refused("rectified_flow", *asked, "--pairs", 0)
     assert "--data has no part in --flow" in refused("rectified_flow", *asked, "--data", "mnist")
     again = refused("rectified_flow", *asked, "--resume", "auto", "--pairs", 7, "--out", out)
     assert "holds a run on other pairs by" in again and "--pairs 6" in again
     assert not list(out.glob("pairs-*/manifest.json"))[1:]  # none were drawn for that
-    assert "--nll does nothing here" in refused("rectified_flow", "--nll", first)
+    assert "--nll does nothing here" in refused("rectified_flow", "--nll", tiny_flow)
     bad = refused("rectified_flow", *asked, "--resume", tmp_path / "no.pt", "--out", tmp_path / "x")
     assert "no.pt: no such file" in bad and not (tmp_path / "x").exists()
 
 
-def test_a_file_of_settings_does_not_change_what_the_first_flow_is(first, tmp_path):
+def test_a_file_of_settings_does_not_change_what_the_first_flow_is(tiny_flow, tmp_path):
     (tmp_path / "c.yaml").write_text("model_channels: 24\ndata: mnist\nlr: 0.01\n")
-    asked = ["--gpus", 0, "--smoke", "--config", tmp_path / "c.yaml", "--flow", first]
+    asked = ["--gpus", 0, "--smoke", "--config", tmp_path / "c.yaml", "--flow", tiny_flow]
     succeed("rectified_flow", *asked, "--pairs", 4, "--out", tmp_path / "run")
-    theirs, ours = (load_checkpoint(p / "ckpt.pt")["config"] for p in (first, tmp_path / "run"))
+    theirs, ours = (load_checkpoint(p / "ckpt.pt")["config"] for p in (tiny_flow, tmp_path / "run"))
     assert ours["model_channels"] == theirs["model_channels"] and ours["lr"] == 0.01
     assert ours["data"] == theirs["data"]
     flow_matching.load_flow(tmp_path / "run" / "ckpt.pt", "cpu")
