@@ -352,7 +352,7 @@ def walk_back(cfg, world, solve=decode, script="ddim"):
         there_and_back.save(path, world, x0, ends, y, names, noised, walk, pairs, left)
 
 
-def on(device, rows, part):
+def on(device, rows, part=slice(None)):
     """Rows `part` on the device; None of None."""
     return None if rows is None else rows[part].to(device)
 

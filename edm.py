@@ -63,6 +63,7 @@ from networks.edm_unet import DDPMpp
 
 SAMPLING = "sampler sample_steps sigma_min sigma_max rho S_churn S_tmin S_tmax S_noise "
 SAMPLING += "clip_denoised guidance"
+SHARED = ("data", "data_root", "size", "classes", "batch_size", "clip_denoised")
 
 
 @dataclass
@@ -419,8 +420,7 @@ def load_net(path, device, ema=None, column="vp", walk=None):
     state = edm.as_checkpoint(path) if pickled else unet.read_network(path, scripts, **how)
     if state["script"] != "edm":
         net, theirs, shape, names, alpha_bar = improved_ddpm.load_net(path, device, ema, **how)
-        shared = ("data", "data_root", "size", "classes", "batch_size", "clip_denoised")
-        cfg = Config(**{name: getattr(theirs, name) for name in shared})
+        cfg = Config(**{name: getattr(theirs, name) for name in SHARED})
         return net, cfg, shape, names, Chain(alpha_bar, theirs.prediction, column)
     cfg, shape = checkpoints.trained_config(Config, state, path), tuple(state["shape"])
     names = state["class_names"] if cfg.class_cond else []

@@ -57,7 +57,6 @@ OF_T = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
 OF_DATA = ("data", "size", "flip", "classes")
 OF_UNET = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "dropout")
 NOT_ALONE = "sampler=euler,midpoint,heun,ddpm"  # with rk45 each image is drawn by itself
-SHARED = ("data", "data_root", "size", "classes", "batch_size", "clip_denoised")
 OF_RUN = ("data_root", "steps", "batch_size", "lr", "warmup", "ema", "label_dropout")
 
 
@@ -164,6 +163,9 @@ def straight(t):
     return 0.0, 1.0, 1.0, TIMES * t
 
 
+straight.last = 1.0  # the largest t that the network knows
+
+
 class Bent:
     """Gives the same of a network of chapter 1 or 2 or of edm.py, by its column of EDM's table 1.
 
@@ -175,7 +177,7 @@ class Bent:
         self.column = column
         self.low = column.sigma_min or 0.002
         self.high = column.sigma_max if column.sigma_max < math.inf else 80.0
-        self.last = self.high / (1 + self.high)  # the largest t that it knows
+        self.last = self.high / (1 + self.high)
 
     def __call__(self, t):
         sigma = min(max(t / max(1 - t, 1e-12), self.low), self.high)
@@ -254,9 +256,9 @@ def sample(net, column, cfg, shape, seeds, y=None):
         pairs = ddpm_pixel.timestep_pairs(CHAIN.timesteps, cfg.sample_steps)
         how = AsChain(net, alpha_bar), alpha_bar, pairs, shape, seeds, y, w
         return (yield from ddpm_pixel.sample(*how, clip=clip))
-    last = getattr(column, "last", 1.0)
-    v, x = velocity(net, column, y, w, clip), math.hypot(1 - last, last) * ddim.noise(seeds, shape)
-    times = times_of(cfg.sample_steps, cfg.shift, last)
+    v, last = velocity(net, column, y, w, clip), column.last
+    x, times = ddim.noise(seeds, shape), times_of(cfg.sample_steps, cfg.shift, last)
+    x = math.hypot(1 - last, last) * x
     yield from follow(v, x, times, cfg.sampler, cfg.tolerance)
 
 
@@ -357,11 +359,6 @@ def train(cfg, world):
 # -------------------------------------------------------------------------------------- commands
 
 
-def on(world, rows, part=slice(None)):
-    """Rows of a part on the device; None of None."""
-    return None if rows is None else rows[part].to(world.device)
-
-
 def draw(flow, cfg, world, seeds, labels, desc="sampling", finish=None):
     """uint8 images (N,H,W,C) of the seeds (N,), the same on every rank: each draws its share.
 
@@ -371,7 +368,7 @@ def draw(flow, cfg, world, seeds, labels, desc="sampling", finish=None):
 
     def images(part, tick):
         with world.autocast():
-            way = walk(on(world, seeds, part), on(world, labels, part))
+            way = walk(*(ddim.on(world.device, rows, part) for rows in (seeds, labels)))
             z = end_of(way, tick, seeds[part], cfg.sample_steps, desc)
         return finish(z, seeds[part])
 
@@ -383,10 +380,11 @@ def save_images(flow, cfg, world, seeds, labels, folder):
     """samples.png and .npz; of pixels reverse.gif and .png: x_t and x0_hat on their way."""
     images = draw(flow, cfg, world, seeds, labels)
     if not flow.space.ae:
-        last = getattr(flow.column, "last", 1.0)
-        marks = [f"{t:.3g}" for t in times_of(cfg.sample_steps, cfg.shift, last)]
+        last = flow.column.last
         if cfg.sampler == "ddpm":
             marks = ddpm_pixel.timestep_pairs(CHAIN.timesteps, cfg.sample_steps)
+        else:
+            marks = [f"{t:.3g}" for t in times_of(cfg.sample_steps, cfg.shift, last)]
         walk = partial(sample, flow.net, flow.column, cfg, flow.space.shape)
         how = flow.names, math.hypot(1 - last, last), cfg.guidance
         save_drawn(folder, images, labels, walk, seeds, world, marks, *how)
@@ -400,7 +398,7 @@ def load_flow(path, device, ema=None, walk=None):
     ema: which decay, of several; walk: of read_network. BadInput for others."""
     if not checkpoints.is_of(path, "flow_matching"):
         net, theirs, shape, names, column = edm.load_net(path, device, ema, walk=walk)
-        shared = {name: getattr(theirs, name) for name in SHARED}
+        shared = {name: getattr(theirs, name) for name in edm.SHARED}
         return Flow(net, Space(shape), names, Bent(column)), Config(**shared)
     state = checkpoints.load_checkpoint(path, "flow_matching")
     cfg = checkpoints.trained_config(Config, state, path)
@@ -428,7 +426,7 @@ def opened(cfg, path, world):
 def opened_as_chain(cfg, path, world, script):
     """What ddim.opened gives, of a flow: DDIM's steps down a chain are Euler's of the ODE."""
     flow, trained = opened(cfg, path, world)
-    chain = replace(CHAIN, **{name: getattr(trained, name) for name in SHARED})
+    chain = replace(CHAIN, **{name: getattr(trained, name) for name in edm.SHARED})
     net = AsChain(flow.net, ddpm_pixel.alpha_bar_of(chain).to(world.device))
     return net, chain, flow.space.shape, flow.names, net.alpha_bar.cpu()
 

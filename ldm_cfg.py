@@ -47,7 +47,7 @@ from evaluation.score import drawn_by, last_samples, note_samples, score
 from image_data import datasets
 from image_data.latents import cache_latents
 from kernels import gaussian, sampling_update
-from networks.autoencoders import build, latent_shape, load_autoencoder
+from networks.autoencoders import autoencoder_of, latent_shape, load_autoencoder
 from networks.sizes import check_latent_unet, groups_for
 from networks.small_autoencoder import Autoencoder
 
@@ -417,10 +417,7 @@ def load_net(path, device, ema=None, script="ldm_cfg", config=Config, make=make_
     """(denoiser with the EMA weights, its Config, checkpoint, frozen autoencoder); ema: a decay."""
     state = checkpoints.load_checkpoint(path, script, mapped=True)
     cfg = checkpoints.trained_config(config, state, path)
-    if not 0 < abs(state["scale"]) < math.inf:
-        raise cli.BadInput(f"{path}: latents of scale {state['scale']}; expected a finite number")
-    ae = checkpoints.built(lambda: build(**state["ae"]), state["autoencoder"], path)
-    ae = ae.to(device).eval().requires_grad_(False)
+    ae = autoencoder_of(state, path, device)
     z_shape, weights = latent_shape(ae, state["shape"]), checkpoints.chosen_ema(state, path, ema)
     net = checkpoints.built(lambda: make(cfg, z_shape, len(state["class_names"])), weights, path)
     return net.to(device).eval(), cfg, state, ae

@@ -48,7 +48,6 @@ from flow_matching import (
     draw_t,
     flow_loss,
     follow,
-    on,
     sample_checkpoint,
     shifted,
     times_of,
@@ -169,8 +168,10 @@ def compared(flow, cfg, world):
     for steps in sorted({1, 2, 4, cfg.sample_steps}):
         few = replace(cfg, sampler="euler", sample_steps=steps)
         grids[steps] = draw(flow, few, world, seeds, y, f"{steps} steps")
-    x = ddim.noise(on(world, seeds), flow.space.z_shape)
-    v = flow_matching.velocity(flow.net, y=on(world, y), w=cfg.guidance, clip=cfg.clip_denoised)
+    x = ddim.noise(ddim.on(world.device, seeds), flow.space.z_shape)
+    v = flow_matching.velocity(
+        flow.net, y=ddim.on(world.device, y), w=cfg.guidance, clip=cfg.clip_denoised
+    )
     with world.autocast():
         return grids, straightness(v, x).cpu()
 

@@ -30,6 +30,7 @@ from runtime.processes import World  # noqa: E402
 import torch  # noqa: E402
 
 import ddim  # noqa: E402
+import ddpm_pixel  # noqa: E402
 import dpm_solver  # noqa: E402
 import edm  # noqa: E402
 from eval_fid import Evaluator  # noqa: E402
@@ -62,6 +63,9 @@ def walk_of(sampler, net, column, shape, steps):
     how = {"prediction": column.prediction, "clip": clip}
     if sampler == "DDIM":
         return partial(ddim.sample, net, *where, **how)
+    if sampler == "ancestral":
+        make_row = partial(ddpm_pixel.ancestral_row, prediction=column.prediction)
+        return partial(ddpm_pixel.sample, net, *where, make_row=make_row, clip=clip)
     return partial(dpm_solver.sample, "dpmpp", net, *where, **how)
 
 

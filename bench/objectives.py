@@ -36,14 +36,13 @@ from runtime.processes import World  # noqa: E402
 
 import torch  # noqa: E402
 
-import ddpm_pixel  # noqa: E402
 import edm  # noqa: E402
 import flow_matching  # noqa: E402
 from bench.evaluations import steps_for, walk_of  # noqa: E402
 from eval_fid import Evaluator  # noqa: E402
 from evaluation.intervals import frechet_interval  # noqa: E402
 from evaluation.manifold import manifold  # noqa: E402
-from evaluation.samplers_report import draw_panels  # noqa: E402
+from evaluation.samplers_report import draw_panels, unique  # noqa: E402
 from evaluation.sides import look  # noqa: E402
 from evaluation.words import markdown  # noqa: E402
 
@@ -109,16 +108,10 @@ class Judge:
 
     def walk(self, flow, solver, steps):
         """The function (seeds, labels) -> (x, x0_hat), (B,C,H,W), of each of `steps` steps."""
-        net, shape = self.world.for_sampling(flow.net), flow.space.shape
+        net, shape = flow.net, flow.space.shape
         if flow.column is flow_matching.straight:
             cfg = flow_matching.Config(sampler=solver.lower(), sample_steps=steps)
             return partial(flow_matching.sample, net, flow.column, cfg, shape)
-        if solver == "ancestral":
-            chain = flow.column.column
-            alpha_bar = torch.from_numpy(1 / (1 + chain.sigmas**2))
-            pairs = ddpm_pixel.timestep_pairs(len(alpha_bar), steps)
-            make_row = partial(ddpm_pixel.ancestral_row, prediction=chain.prediction)
-            return partial(ddpm_pixel.sample, net, alpha_bar, pairs, shape, make_row=make_row)
         sampler = "EDM Heun" if solver == "Heun" else solver
         return walk_of(sampler, net, flow.column.column, shape, steps)
 
@@ -148,34 +141,25 @@ def rows_of(args, data):
     """The rows of a data set: those in --out, and the others, which are made."""
     store = Path(args.out, "objectives.jsonl")
     world = World(device=torch.device("cuda:0" if args.gpus else "cpu"))
-    judge = Judge(args, data, world)
+    judge, kept = Judge(args, data, world), read_log(store)
     for name in OBJECTIVES:
         path = trained(args, data, name)
         flow = judge.open(path)
-        ways = ways_of(flow)
-        about = {
-            "data": data,
-            "objective": name,
-            "n": args.n[data],
-            "weights": weights_hash(flow.net),
-        }
-        about |= {"classifier_steps": args.classifier_steps}
+        about = {"data": data, "objective": name, "n": args.n[data]}
+        about |= {"weights": weights_hash(flow.net), "classifier_steps": args.classifier_steps}
+        flow = flow._replace(net=world.for_sampling(flow.net))
         cost = read_json(path.with_name("cpu.json"))
-        for order, (solver, calls) in ways.items():
+        for order, (solver, calls) in ways_of(flow).items():
             for most in (m for m in args.evaluations if m >= LEAST[order]):
                 steps = steps_for(calls, most)
                 row = about | {"order": order, "solver": solver, "most": most, "steps": steps}
-                done = next((r for r in read_log(store) if row.items() <= r.items()), None)
+                done = next((r for r in kept if row.items() <= r.items()), None)
                 if done is None:
                     desc = f"{data}, {name}, {solver}, {calls(steps)} evaluations"
                     figures = judge.score(flow, solver, steps, desc)
                     done = row | {"evaluations": calls(steps)} | figures
                     append_row(store, done | {"protocol": judge.evaluator.protocol})
                 yield {"protocol": judge.evaluator.protocol} | done | cost
-
-
-def unique(values):
-    return list(dict.fromkeys(values))
 
 
 def line_of(rows, **chosen):

@@ -43,7 +43,7 @@ def standard_error(values):
 
 
 def save_bits(folder, world, bits, x0, y, data, tolerance):
-    """nll.json and nll.png of test images x0 (N,C,H,W), labels y (N,) or None; the bits (N,).
+    """nll.json and nll.png of test images x0 (N,C,H,W), labels y (N,) or None.
 
     bits(x, y, probe) gives the bits per dimension (1,) of an image with noise of one level of its
     pixels, by signs `probe` like x. Both are functions of its place among x0. Each image is by
@@ -71,7 +71,6 @@ def save_bits(folder, world, bits, x0, y, data, tolerance):
         sure = "" if error is None else f", standard error {error:.4f} over {len(x)} images"
         print(f"{data}: {told['bits_per_dim']:.4f} bits/dim{sure}, tolerance {tolerance:g}")
         print(f"the {SHOWN} most likely, then the least: {Path(folder, 'nll.png')}; nll.json")
-    return found
 
 
 def save_reflow(folder, world, made):

@@ -75,8 +75,23 @@ def load_autoencoder(path, device="cpu", ema=None, flag="--ae"):
         )
     if ema:
         weights = checkpoints.chosen_ema(state, path, ema)
+    return frozen(settings, weights, path, device)
+
+
+def frozen(settings, weights, path, device):
+    """The autoencoder of these settings and weights, of the file `path`, in eval mode."""
     ae = checkpoints.built(lambda: build(**settings), weights, path)
     return ae.to(device).eval().requires_grad_(False)
+
+
+def autoencoder_of(state, path, device):
+    """The frozen autoencoder of a checkpoint `state`, at path, of what draws latents.
+
+    BadInput for latents of no finite scale.
+    """
+    if not 0 < abs(state["scale"]) < math.inf:
+        raise BadInput(f"{path}: latents of scale {state['scale']}; expected a finite number")
+    return frozen(state["ae"], state["autoencoder"], path, device)
 
 
 @dataclass
@@ -90,14 +105,10 @@ class Space:
     @classmethod
     def of_checkpoint(cls, state, path, device):
         """That of a checkpoint `state`, at path, which holds `facts` where they are latents."""
+        shape = tuple(state["shape"])
         if "ae" not in state:
-            return cls(tuple(state["shape"]))
-        if not 0 < abs(state["scale"]) < math.inf:
-            told = f"{path}: latents of scale {state['scale']}; expected a finite number"
-            raise BadInput(told)
-        ae = checkpoints.built(lambda: build(**state["ae"]), state["autoencoder"], path)
-        ae = ae.to(device).eval().requires_grad_(False)
-        return cls(tuple(state["shape"]), ae, state["scale"])
+            return cls(shape)
+        return cls(shape, autoencoder_of(state, path, device), state["scale"])
 
     @property
     def z_shape(self):
