@@ -252,10 +252,15 @@ def locked(path, flag="--data-root"):
 
 
 def append_row(path, row):
-    """Add an object to a file of JSON lines, and see it onto the disk; read_log reads it."""
-    with writing(path), open(path, "a") as f:
+    """Add an object to a file of JSON lines, and see it onto the disk; read_log reads it.
+
+    Several processes may add to one file at the same time: the buffer makes a row one write.
+    """
+    with writing(path), open(path, "ab+", buffering=1 << 20) as f:
         # A kill may have torn the line before this one: start on a new line.
-        f.write(("\n" if f.tell() else "") + json.dumps(row))
+        f.seek(max(f.tell() - 1, 0))
+        torn = f.read(1) not in (b"", b"\n")
+        f.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
 

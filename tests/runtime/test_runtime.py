@@ -2,7 +2,7 @@
 
 from runtime import commandline
 from runtime.commandline import BadInput, parse_classes, parse_seeds, split_list
-from runtime.files import atomic_write, read_log
+from runtime.files import append_row, atomic_write, read_log
 from runtime.folder import RunFolder
 from runtime.pictures import save_gif, save_grid, tile, to_uint8
 from runtime.plots import plot_loss
@@ -10,6 +10,7 @@ from runtime.processes import World
 from runtime.run import EMA, LossMeter, learning_rate
 
 import dataclasses
+import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -260,6 +261,24 @@ def test_loss_meter_names_the_step_at_which_another_process_met_a_bad_loss(tmp_p
     meter.add(7, torch.tensor([1.0]))
     with pytest.raises(BadInput, match="not finite at step 5;"):
         meter.read(First(0, 2), tmp_path / "ckpt.pt")
+
+
+def test_rows_are_lines_of_their_own(tmp_path, monkeypatch):
+    path, dumps = tmp_path / "rows.jsonl", json.dumps
+
+    def meanwhile(row):  # another process adds a row between the first one's look and its write
+        monkeypatch.setattr(json, "dumps", dumps)
+        append_row(path, {"a": 2})
+        return dumps(row)
+
+    monkeypatch.setattr(json, "dumps", meanwhile)
+    append_row(path, {"a": 1})
+    with open(path, "a") as f:
+        f.write('{"torn": ')  # by a kill
+    append_row(path, {"a": 3})
+    append_row(path, {"a": "x" * 100_000})
+    assert [row["a"] for row in read_log(path)] == [2, 1, 3, "x" * 100_000]
+    assert path.read_bytes().endswith(b"\n") and len(path.read_text().splitlines()) == 5
 
 
 def test_loss_curve_and_log(tmp_path):
