@@ -275,8 +275,11 @@ def _smaller(images):
 def _font(text, size):
     """Letters for the text: Pillow's, which are ASCII, or those of matplotlib's figures."""
     if text.isascii():
-        return ImageFont.load_default(size=size)
+        return _own_font(size)
     return ImageFont.truetype(_file_for(frozenset(text)) or _file_for(frozenset()), size)
+
+
+_own_font = functools.lru_cache(ImageFont.load_default)  # which it reads anew at each call
 
 
 @functools.lru_cache
@@ -332,7 +335,12 @@ def _cut(word, size, width):
 
 def _width(lines, size):
     """Pixels that the widest line takes."""
-    return max((int(np.ceil(_font(line, size).getbbox(line)[2])) for line in lines), default=0)
+    return max((_line_width(line, size) for line in lines), default=0)
+
+
+@functools.lru_cache(1024)  # the same words stand above every column
+def _line_width(line, size):
+    return int(np.ceil(_font(line, size).getbbox(line)[2]))
 
 
 def _height(lines, size):

@@ -155,8 +155,7 @@ def _part_labels(axes):
     """Turn the numbers below axes where they touch; leave out those that touch all the same."""
 
     def apart():
-        """Those that touch none of them further left."""
-        axes.figure.draw_without_rendering()
+        """Those that touch none of them further left, where they were laid out last."""
         kept, end = [], -math.inf
         for label in axes.get_xticklabels():
             box = label.get_window_extent()
@@ -167,6 +166,7 @@ def _part_labels(axes):
     texts = [label.get_text() for label in axes.get_xticklabels()]
     if any(texts) and len(apart()) < len(texts):
         axes.tick_params(axis="x", rotation=90)
+        axes.figure.draw_without_rendering()
         kept = apart()
         axes.set_xticks(axes.get_xticks(), [t if t in kept else "" for t in texts])
 

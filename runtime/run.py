@@ -431,7 +431,8 @@ class Run:
         images = self.world.drawn(make, self.step)
         if images is not None:
             self.disk.show(self.step, images[:100], columns)
-        self.plot_loss()
+        if not self.done:  # it comes after the last step
+            self.plot_loss()
 
     def plot_loss(self):
         """loss.png and report.html from log.jsonl."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from data_files import write_images
+from launching import unsynced
 
 from tests.cases import reference_networks
 
@@ -45,6 +46,12 @@ def shared_data(repo):
 def one_thread():
     """Tiny tensors are fastest on one thread, and sums then have one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_disks():
+    """Tests kill processes, not machines."""
+    os.fsync = unsynced
 
 
 @pytest.fixture

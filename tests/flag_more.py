@@ -237,7 +237,7 @@ def cases():
     rk45 = {"tolerance": {"sampler": "rk45", "sample_steps": 3}}
     for source in ("flow_matching", "ddpm_pixel"):
         add("flow_matching", "sample", source, "guidance: 0.5", None, rk45, **WALK)
-    add("flow_matching", "nll", "flow_matching", "tolerance: 0.3", {"n": 1}, n=2)
+    add("flow_matching", "nll", "flow_matching", "seeds: '3'", {"n": 2}, n=1, tolerance=0.9)
     add("flow_matching", "encode", "flow_matching", "guidance: 0.5", None, n=4, encode_steps="3")
     add("flow_matching", "interpolate", "flow_matching", "clip_denoised: true", {"n": 6}, **WALK)
     add("rectified_flow", "sample", "rectified_flow", "guidance: 0.5", None, rk45, **WALK)
