@@ -406,15 +406,15 @@ def save_ema_curve(net, column, cfg, world, shape, mean_of, asked, folder):
 # ------------------------------------------------------------------------------------- commands
 
 
-def load_net(path, device, ema=None, column="vp", walk=None):
+def load_net(path, device, ema=None, column="vp", walk=None, also=()):
     """(network, its Config, shape (C,H,W), class names, its column) of a checkpoint, EMA weights.
 
     Also of other chapters, and published ones; column is theirs in table 1. ema: which decay, of
-    several; walk: of read_network. BadInput for other files, and decays not there.
+    several; walk: of read_network. BadInput for other files: `also` are scripts that it names, too.
     """
     from networks.published import edm, unet
 
-    scripts = ("edm", "improved_ddpm", "ddpm_pixel")
+    scripts = ("edm", "improved_ddpm", "ddpm_pixel", *also)
     how = {"script": "edm", "walk": walk}
     pickled = str(path).endswith(".pkl")
     state = edm.as_checkpoint(path) if pickled else unet.read_network(path, scripts, **how)

@@ -397,7 +397,8 @@ def load_flow(path, device, ema=None, walk=None):
 
     ema: which decay, of several; walk: of read_network. BadInput for others."""
     if not checkpoints.is_of(path, "flow_matching"):
-        net, theirs, shape, names, column = edm.load_net(path, device, ema, walk=walk)
+        how = {"walk": walk, "also": ("flow_matching",)}
+        net, theirs, shape, names, column = edm.load_net(path, device, ema, **how)
         shared = {name: getattr(theirs, name) for name in edm.SHARED}
         return Flow(net, Space(shape), names, Bent(column)), Config(**shared)
     state = checkpoints.load_checkpoint(path, "flow_matching")

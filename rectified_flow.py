@@ -168,10 +168,9 @@ def compared(flow, cfg, world):
     for steps in sorted({1, 2, 4, cfg.sample_steps}):
         few = replace(cfg, sampler="euler", sample_steps=steps)
         grids[steps] = draw(flow, few, world, seeds, y, f"{steps} steps")
-    x = ddim.noise(ddim.on(world.device, seeds), flow.space.z_shape)
-    v = flow_matching.velocity(
-        flow.net, y=ddim.on(world.device, y), w=cfg.guidance, clip=cfg.clip_denoised
-    )
+    seeds, y = ddim.on(world.device, seeds), ddim.on(world.device, y)
+    x, how = ddim.noise(seeds, flow.space.z_shape), (cfg.guidance, cfg.clip_denoised)
+    v = flow_matching.velocity(flow.net, flow_matching.straight, y, *how)
     with world.autocast():
         return grids, straightness(v, x).cpu()
 
@@ -190,10 +189,8 @@ def main():
     if cfg.flow:
         names = flow_matching.OF_RUN[: 1 if cfg.smoke else None]
         cfg = checkpoints.as_trained(cfg, (*names, *OF_T), cfg.flow, "flow_matching", OF_FLOW)
-    if cfg.resume not in ("auto", "never"):
-        checkpoints.load_checkpoint(
-            cfg.resume, "flow_matching", facts=True
-        )  # before an hour's work
+    if cfg.resume not in ("auto", "never"):  # known now, not after an hour's work
+        checkpoints.load_checkpoint(cfg.resume, "flow_matching", facts=True)
     check(cfg)
     if cfg.sample:
         return launch(sample_checkpoint, cfg)

@@ -63,6 +63,7 @@ STAGES = {
     "verify": Stage("gpu_kernels", 150, ("operation", "shape", "pass")),
     "sanitize": Stage("gpu_kernels", 150, ("tool", "whose")),
     "kernels": Stage("gpu_kernels", 120, ("operation", "shape", "pass", "way"), "us"),
+    "chapters": Stage("gpu_chapters", 300, ("command",)),
     "unet": Stage("gpu_networks", 400, ("what", "way")),
     "sampling": Stage("gpu_sampling", 60, ("what", "way")),
     "candidates": Stage("gpu_kernels", 300, ("operation", "shape", "candidate")),

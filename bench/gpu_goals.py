@@ -20,12 +20,12 @@ def worst(what, shares, least, whole):
     return verdict(what, shares[name] >= least, f"; least {shares[name]:.2f}, {name}", whole)
 
 
-def every_kernel_is_right(rows):
+def all_are_right(rows, stage, what, unit):
     said = {"right", "failed"}
-    found = {of: row for of, row in latest(rows, "verify").items() if said & row.keys()}
+    found = {of: row for of, row in latest(rows, stage).items() if said & row.keys()}
     wrong = [" ".join(of) for of, row in found.items() if not row.get("right")]
-    told = f"; wrong: {', '.join(wrong)}" if wrong else f"; {len(found)} passes"
-    what, whole = "every kernel is right", is_done(rows, "verify")
+    told = f"; wrong: {', '.join(wrong)}" if wrong else f"; {len(found)} {unit}"
+    whole = is_done(rows, stage)
     return verdict(what, not wrong if found else None, told if found else "", whole)
 
 
@@ -108,5 +108,7 @@ def of_the_update(rows):
 
 def goals(rows):
     """A line for each goal."""
-    first = [every_kernel_is_right(rows), sanitizers_find_nothing(rows)]
-    return [*first, *of_kernels(rows), *of_networks(rows), of_the_update(rows)]
+    kernels = all_are_right(rows, "verify", "every kernel is right", "passes")
+    chapters = all_are_right(rows, "chapters", "every chapter runs", "commands")
+    first = [kernels, sanitizers_find_nothing(rows)]
+    return [*first, *of_kernels(rows), *of_networks(rows), of_the_update(rows), chapters]

@@ -350,10 +350,12 @@ def test_goals_say_whether_they_are_met():
             "step/diffusers, compiled": {"ms": 14.0},
         },
         sampling={"update/of a DDIM step": {"launches": 1, "share": 0.004}},
+        chapters={"edm": {"right": True}, "ddim --sample {edm}": {"right": False}},
     )
-    assert verdicts(rows) == [*["so far"] * 3, "NO", "NO", "so far", "yes", "NO", "yes"]
+    assert verdicts(rows) == [*["so far"] * 3, "NO", "NO", "so far", "yes", "NO", "yes", "NO"]
     rows += [{"stage": name, "done": True} for name in ("verify", "sanitize", "kernels")]
-    assert verdicts(rows) == [*["yes"] * 3, "NO", "NO", "yes", "yes", "NO", "yes"]
+    assert verdicts(rows) == [*["yes"] * 3, "NO", "NO", "yes", "yes", "NO", "yes", "NO"]
+    assert goals(rows)[-1] == "- NO: every chapter runs; wrong: ddim --sample {edm}"
     text = "\n".join(goals(rows))
     assert "least 0.90, 128x256x16x16 bf16 forward" in text  # of torch.compile's 9 over our 10
     assert "here 1.50, here, graph 2.00" in text
