@@ -27,6 +27,7 @@ What it leaves is sampled by flow_matching.py, and can be the --flow of a third 
 
 from runtime import checkpoints
 from runtime import commandline as cli
+from runtime.locks import leave
 from runtime.processes import launch
 from runtime.run import Run
 
@@ -121,7 +122,9 @@ def first_flow(cfg, world):
     shared = {field.name: getattr(cfg, field.name) for field in fields(flow_matching.Config)}
     shared |= {"out": str(out), "guidance": 0.0}
     shared |= {"resume": "never" if cfg.resume == "never" else "auto"}
-    return flow_matching.train(flow_matching.Config(**shared), world)
+    flow = flow_matching.train(flow_matching.Config(**shared), world)
+    leave(out)  # for nothing more is written there
+    return flow
 
 
 def train(cfg, world):

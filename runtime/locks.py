@@ -55,7 +55,11 @@ class Lock:
                         self._close()
                         return who
             self._close()
-        self._beat(0)
+        try:
+            self._beat(0)
+        except OSError:  # of a full disk: held unsaid, it would keep this very process out, too
+            self._close()
+            raise
         self._begin()
         return ""
 

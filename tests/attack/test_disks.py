@@ -2,7 +2,8 @@
 
 from runtime import files
 from runtime.commandline import BadInput
-from runtime.files import Unwritable, atomic_write, check_writable, reserve
+from runtime.files import Unwritable, atomic_write, check_writable, locked, reserve
+from runtime.locks import Lock
 
 import errno
 import multiprocessing
@@ -44,6 +45,16 @@ def test_everything_that_writes(tmp_path, kind):
 
 def no_room(*given):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_lock_that_did_not_fit_on_the_disk_is_free(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Lock, "_beat", no_room)
+        with pytest.raises(Unwritable, match="No space left"), locked(tmp_path / ".lock"):
+            pass
+    lock = Lock(tmp_path / ".lock")
+    assert lock.take() == ""  # nobody has it
+    lock.release()
 
 
 def nothing_set_aside(*given):
