@@ -10,7 +10,7 @@ PY = $(VENV)/bin/python
 INTERPRETED = tests/kernels/interpreter tests/kernels/test_kernels_attention.py \
 	tests/kernels/test_kernels_dispatch.py tests/kernels/test_kernels_group_norm_silu.py \
 	tests/kernels/test_kernels_sampling_update.py
-RUNS = tests/runtime
+RUNS = tests/runtime tests/evaluation
 INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: demo test test-all test-runs test-others test-interpreted bench clean
