@@ -47,7 +47,7 @@ def arguments(line, folder, rehearse):
     """The command line of one of those above, in `folder`: words."""
     script, *flags = line.split()
     runs = {name: folder / name / "ckpt.pt" for name in (*FIRST, *TRAININGS)}
-    flags = [flag.format(**{name: str(path) for name, path in runs.items()}) for flag in flags]
+    flags = [flag.format(**runs) for flag in flags]
     out = folder / "-".join(word.strip("{}-") for word in line.split())
     flags += ["--smoke", "--gpus", "0" if rehearse else "1", "--out", str(out)]
     return [sys.executable, str(REPO / f"{script}.py"), *flags]
